@@ -1,0 +1,55 @@
+# Plain `make` prints what there is. Everything is installed into .venv, from hashed lock files.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format lint types test-clients lock clean
+
+help: ## print this
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name it with make PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/run: .venv/created requirements/run.txt setup.cfg
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/dev: .venv/run requirements/dev.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	@touch $@
+
+run: .venv/run ## run the gateway: with AZURE_OPENAI_ENDPOINT in front of it, else in front of a fake one
+	@if [ -n "$$AZURE_OPENAI_ENDPOINT$$GATEWAY_CONFIG" ]; then exec $(BIN)/gateway serve; else exec $(BIN)/gateway demo; fi
+
+check: .venv/dev ## format, lint, types, and the tests that need no other program
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -q -n 2 -m "not clients and not slow"
+
+test: .venv/dev ## all tests in Python
+	$(PYTEST) -q -n 2 -m "not clients"
+
+test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, and nginx, through a running gateway
+	$(PYTEST) -q -m clients
+
+tests/clients/node_modules/installed: tests/clients/package-lock.json
+	cd tests/clients && npm ci --silent --no-audit --no-fund
+	@touch $@
+
+format: .venv/dev ## format the code and mend what lint can mend
+	$(BIN)/ruff check -q --fix-only .
+	$(BIN)/ruff format -q .
+
+lock: .venv/dev ## make the lock files anew from setup.cfg
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed -o requirements/run.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
+
+clean: ## remove what was installed and built
+	rm -rf .venv build dist *.egg-info tests/clients/node_modules .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,32 @@
+"""A gateway between programs that speak the OpenAI API and Azure OpenAI; this module is for plugin authors.
+
+A stage is a dataclass that subclasses `Stage`; its fields are its settings in YAML. `gateway.testing` has
+what tests of a stage need.
+"""
+
+from msgspec import Meta
+
+from gateway.errors import ApiError
+from gateway.exchange import Outcome
+from gateway.messages import Credential, Headers, Request, Response, Target
+from gateway.services import Services
+from gateway.stage import Next, Stage
+from gateway.stream import Event, EventFilter, Filter
+from gateway.version import __version__ as __version__
+
+__all__ = (
+    "ApiError",
+    "Credential",
+    "Event",
+    "EventFilter",
+    "Filter",
+    "Headers",
+    "Meta",
+    "Next",
+    "Outcome",
+    "Request",
+    "Response",
+    "Services",
+    "Stage",
+    "Target",
+)

@@ -1,0 +1,199 @@
+"""The command line: `gateway serve`, `check`, `stages`, `schema`, `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from gateway.errors import ConfigError
+from gateway.version import __version__
+
+__all__ = ("main",)
+
+DEFAULT = Path(__file__).parent / "gateway.yaml"
+
+NOTHING_CONFIGURED = """\
+gateway: nothing is configured. Do one of these:
+
+  AZURE_OPENAI_ENDPOINT=https://NAME.openai.azure.com gateway serve
+                                      the shipped configuration, in front of that resource; also
+                                      AZURE_OPENAI_MODEL_MAPPER=gpt-4=my-gpt4,gpt-4o=my-gpt-4o
+                                      AZURE_OPENAI_API_VER=2024-10-21
+  gateway serve --config gateway.yaml your own configuration (or GATEWAY_CONFIG=gateway.yaml)
+  gateway demo                        no Azure at all: in front of a fake one, to try it
+"""
+
+
+class NothingConfiguredError(Exception):
+    """No file is named and no endpoint is set."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.run(options))
+    except ConfigError as exc:
+        print("\n".join(map(str, exc.mistakes)), file=sys.stderr)
+        count = len(exc.mistakes)
+        print(f"gateway: {count} mistake{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+        return 1
+    except NothingConfiguredError:
+        print(NOTHING_CONFIGURED, file=sys.stderr, end="")
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gateway",
+        description="Lets programs that speak only the OpenAI API use Azure OpenAI, "
+        "through a chain of stages listed in a YAML file.",
+    )
+    parser.add_argument("--version", action="version", version=f"gateway {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    where = "gateway.yaml; without it $GATEWAY_CONFIG, else the shipped one with $AZURE_OPENAI_ENDPOINT"
+
+    serve = commands.add_parser("serve", help="run the gateway", description="Run the gateway until SIGTERM.")
+    serve.add_argument("--config", metavar="FILE", type=Path, help=where)
+    serve.add_argument("--listen", metavar="HOST:PORT|unix:PATH", help="where to listen, instead of `listen:`")
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser(
+        "check",
+        help="check a configuration",
+        description="Check a configuration: print every mistake with its place (status 1), or each team's pipeline.",
+    )
+    check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=where + "; or the folder it is in")
+    check.set_defaults(run=_check)
+
+    stages = commands.add_parser(
+        "stages", help="list the stages, or the settings of one", description="List the stages, or one's settings."
+    )
+    stages.add_argument("name", metavar="NAME", nargs="?", help="a stage's name")
+    stages.add_argument("--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
+    stages.set_defaults(run=_stages)
+
+    schema = commands.add_parser(
+        "schema", help="print the configuration's JSON Schema", description="Print the JSON Schema, for editors."
+    )
+    schema.add_argument("--team", action="store_true", help="of a team's file instead of gateway.yaml")
+    schema.add_argument("--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
+    schema.set_defaults(run=_schema)
+
+    demo = commands.add_parser(
+        "demo",
+        help="run in front of a fake Azure, to try it",
+        description="Run the gateway in front of a fake Azure on this machine; nothing leaves it.",
+    )
+    demo.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:8080", help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _config_path(given: Path | None) -> Path:
+    """Return the configuration's file: the one given, $GATEWAY_CONFIG, or the shipped one."""
+    if given is None and (named := os.environ.get("GATEWAY_CONFIG")):
+        given = Path(named)
+    if given is not None:
+        return given / "gateway.yaml" if given.is_dir() else given
+    if not os.environ.get("AZURE_OPENAI_ENDPOINT"):
+        raise NothingConfiguredError
+    return DEFAULT
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from gateway import logs  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
+    from gateway.config import load  # noqa: PLC0415
+    from gateway.errors import Mistake  # noqa: PLC0415
+    from gateway.server import Server, serve  # noqa: PLC0415
+    from gateway.settings import Listen  # noqa: PLC0415
+
+    loaded = load(_config_path(options.config))
+    settings = loaded.settings
+    if options.listen is not None:
+        try:
+            settings = dataclasses.replace(settings, listen=Listen.parse(options.listen))
+        except ValueError as exc:
+            raise ConfigError([Mistake("--listen", 0, 0, str(exc))]) from None
+    logs.configure(loaded.log.level, loaded.log.format)
+    run(lambda: serve(Server(loaded.teams, settings)))
+    return 0
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a coroutine on uvloop where that is installed, else on asyncio's own loop."""
+    try:
+        import uvloop  # noqa: PLC0415 -- optional
+    except ImportError:
+        asyncio.run(main())
+    else:
+        uvloop.run(main())
+
+
+def _check(options: argparse.Namespace) -> int:
+    from gateway.config import load  # noqa: PLC0415
+    from gateway.config.show import show  # noqa: PLC0415
+
+    path = _config_path(options.path)
+    print(show(load(path)), end="")
+    return 0
+
+
+def _stages(options: argparse.Namespace) -> int:
+    from gateway.config.show import show_stage, show_stages  # noqa: PLC0415
+    from gateway.registry import UnknownStage  # noqa: PLC0415
+
+    registry = _registry(options.config)
+    if options.name is None:
+        print(show_stages(registry), end="")
+        return 0
+    try:
+        print(show_stage(options.name, registry.find(options.name)), end="")
+    except UnknownStage as exc:
+        print(f"gateway: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from gateway.config.schema import schema  # noqa: PLC0415
+
+    print(json.dumps(schema(_registry(options.config), team=options.team), indent=2))
+    return 0
+
+
+def _registry(config: Path | None) -> Any:
+    from gateway.config.files import plugin_folders  # noqa: PLC0415
+    from gateway.registry import Registry  # noqa: PLC0415
+
+    return Registry(plugin_folders(config) if config is not None else ())
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from gateway import logs  # noqa: PLC0415
+    from gateway.errors import Mistake  # noqa: PLC0415
+    from gateway.settings import Listen  # noqa: PLC0415
+    from gateway.testing import demonstrate  # noqa: PLC0415
+
+    try:
+        listen = Listen.parse(options.listen)
+    except ValueError as exc:
+        raise ConfigError([Mistake("--listen", 0, 0, str(exc))]) from None
+    logs.configure()
+    run(lambda: demonstrate(listen, DEFAULT))
+    return 0

@@ -1,0 +1,5 @@
+"""The configuration: YAML files in, a checked `Loaded` out, or a ConfigError with every mistake."""
+
+from gateway.config.files import GatewayFile, Loaded, TeamFile, load
+
+__all__ = ("GatewayFile", "Loaded", "TeamFile", "load")

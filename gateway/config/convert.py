@@ -1,0 +1,248 @@
+"""From YAML nodes to typed values, collecting every mistake with its place.
+
+A setting's type is its specification: plain Python types, `Literal`, `Annotated[..., Meta(...)]` with
+msgspec's bounds, lists, mappings, and dataclasses. A dataclass may be written as one value where that says
+it all: it is its first field then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import operator
+import re
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from msgspec import Meta
+
+from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
+
+__all__ = ("FAILED", "RawNode", "convert", "did_you_mean", "fill", "settings_of")
+
+_INT = re.compile(r"-?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
+_NULL = ("", "~", "null")
+
+
+class _Failed:
+    """Stands for a value that could not be had; the mistake is noted already."""
+
+
+FAILED = _Failed()
+
+
+class RawNode:
+    """The type of a setting whose node is wanted as it is."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?`, or what there is where nothing is close."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(names)}" if names else ""
+
+
+def settings_of(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Return a dataclass's settings: name -> (type, field), in order."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    hints = get_type_hints(cls, include_extras=True)
+    return {each.name: (hints[each.name], each) for each in dataclasses.fields(cls) if each.init}
+
+
+def unwrap(kind: Any) -> tuple[Any, Meta | None]:
+    """Return a type without its `Annotated`, and its Meta."""
+    if get_origin(kind) is Annotated:
+        base, *extras = get_args(kind)
+        return base, next((each for each in extras if isinstance(each, Meta)), None)
+    return kind, None
+
+
+def convert(reader: Reader, node: Node, kind: Any, what: str) -> Any:
+    """Return a node's value as `kind`, or FAILED; `what` names the setting in messages."""
+    base, meta = unwrap(kind)
+    value = _convert(reader, node, base, what)
+    if value is not FAILED and meta is not None:
+        problem = _out_of_bounds(value, meta)
+        if problem:
+            reader.mistake(node, f"{what} must be {problem}{_given(node, is_secret(kind))}")
+            return FAILED
+    return value
+
+
+def is_secret(kind: Any) -> bool:
+    """Whether a setting's value must never be shown: `Meta(extra={"secret": True})`."""
+    _, meta = unwrap(kind)
+    return bool(meta is not None and (meta.extra or {}).get("secret"))
+
+
+def _convert(reader: Reader, node: Node, kind: Any, what: str) -> Any:
+    if kind is RawNode:
+        return node
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _one_of(reader, node, args, what)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return fill(reader, node, kind, what)
+    if origin in (list, tuple):
+        return _items(reader, node, origin, args[0], what)
+    if origin in (dict, Mapping):
+        return _mapping(reader, node, args[1], what)
+    if not isinstance(node, ScalarNode):
+        reader.mistake(node, f"{what} must be {_kind_name(kind)}, not {_shape(node)}")
+        return FAILED
+    text = reader.text(node)
+    if text is None:
+        return FAILED
+    if text in _NULL and node.style is None and kind is not type(None) and text == node.value:
+        reader.mistake(node, f"{what} has no value")
+        return FAILED
+    return _scalar(reader, node, kind, args if origin is Literal else (), text, what)
+
+
+def _scalar(reader: Reader, node: ScalarNode, kind: Any, choices: tuple[Any, ...], text: str, what: str) -> Any:
+    if choices:
+        if text in choices:
+            return text
+        hint = did_you_mean(text, map(str, choices))
+        reader.mistake(
+            node,
+            f"{what} must be one of {', '.join(map(str, choices))}{_given(node)}{hint if 'mean' in hint else ''}",
+        )
+        return FAILED
+    if kind is str:
+        return text
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    if kind is int and _INT.fullmatch(text):
+        return int(text)
+    if kind is float and _FLOAT.fullmatch(text):
+        return float(text)
+    if kind is type(None) and text in _NULL:
+        return None
+    reader.mistake(node, f"{what} must be {_kind_name(kind)}{_given(node)}")
+    return FAILED
+
+
+def _one_of(reader: Reader, node: Node, kinds: tuple[Any, ...], what: str) -> Any:
+    """Choose among the kinds of a union by the node's shape; None is a plain `null`."""
+    if type(None) in kinds and isinstance(node, ScalarNode) and node.value in _NULL and node.style is None:
+        return None
+    others = [each for each in kinds if each is not type(None)]
+    for each in others:
+        base, _ = unwrap(each)
+        origin = get_origin(base)
+        if isinstance(node, MappingNode):
+            fits = origin in (dict, Mapping) or dataclasses.is_dataclass(base)
+        elif isinstance(node, SequenceNode):
+            fits = origin in (list, tuple)
+        else:
+            fits = origin not in (dict, Mapping, list, tuple)
+        if fits or base is RawNode:
+            return convert(reader, node, each, what)
+    names = " or ".join(_kind_name(unwrap(each)[0]) for each in others)
+    reader.mistake(node, f"{what} must be {names}, not {_shape(node)}")
+    return FAILED
+
+
+def _items(reader: Reader, node: Node, origin: Any, kind: Any, what: str) -> Any:
+    if not isinstance(node, SequenceNode):
+        reader.mistake(node, f"{what} must be a list, not {_shape(node)}")
+        return FAILED
+    values = [convert(reader, each, kind, f"{what}[{place}]") for place, each in enumerate(node.value)]
+    return FAILED if FAILED in values else origin(values)
+
+
+def _mapping(reader: Reader, node: Node, kind: Any, what: str) -> Any:
+    if not isinstance(node, MappingNode):
+        reader.mistake(node, f"{what} must be a mapping, not {_shape(node)}")
+        return FAILED
+    values = {key: convert(reader, value, kind, f"{what}.{key}") for key, _, value in reader.pairs(node)}
+    return FAILED if FAILED in values.values() else values
+
+
+def fill(reader: Reader, node: Node, cls: type, what: str) -> Any:
+    """Return a dataclass filled from a mapping, or from one value that is its first field."""
+    known = settings_of(cls)
+    if isinstance(node, MappingNode):
+        given: dict[str, tuple[Node, Node]] = {key: (place, value) for key, place, value in reader.pairs(node)}
+    elif known and not (isinstance(node, ScalarNode) and node.value in _NULL and node.style is None):
+        given = {next(iter(known)): (node, node)}
+    elif known:
+        given = {}
+    else:
+        reader.mistake(node, f"{what} has no settings")
+        return FAILED
+    return fill_from(reader, node, cls, given, what)
+
+
+def fill_from(reader: Reader, node: Node, cls: type, given: Mapping[str, tuple[Node, Node]], what: str) -> Any:
+    """Return a dataclass filled from nodes by name: name -> (the key's node, the value's node)."""
+    known = settings_of(cls)
+    before = len(reader.mistakes)
+    values: dict[str, Any] = {}
+    for name, (key, value) in given.items():
+        if name not in known:
+            reader.mistake(key, f"{what} has no setting {name!r}{did_you_mean(name, known)}")
+            continue
+        values[name] = convert(reader, value, known[name][0], f"{what}.{name}")
+    for name, (_, each) in known.items():
+        required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+        if required and name not in given:
+            reader.mistake(node, f"{what} needs the setting {name!r}")
+    if len(reader.mistakes) > before:
+        return FAILED
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as exc:
+        reader.mistake(node, f"{what}: {exc}")
+        return FAILED
+
+
+def _out_of_bounds(value: Any, meta: Meta) -> str | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        outside = (
+            (meta.gt, "above", operator.le),
+            (meta.ge, "at least", operator.lt),
+            (meta.lt, "below", operator.ge),
+            (meta.le, "at most", operator.gt),
+        )
+        for bound, words, wrong in outside:
+            if bound is not None and wrong(value, bound):
+                return f"{words} {bound:g}"
+    if isinstance(value, (str, list, tuple, dict)):
+        if meta.min_length is not None and len(value) < meta.min_length:
+            return f"at least {meta.min_length} long"
+        if meta.max_length is not None and len(value) > meta.max_length:
+            return f"at most {meta.max_length} long"
+    if isinstance(value, str) and meta.pattern is not None and not re.search(meta.pattern, value):
+        return f"text like {(meta.examples or [meta.pattern])[0]}"
+    return None
+
+
+def _given(node: Node, secret: bool = False) -> str:
+    """Show what stands in the file; a variable stays a variable, so that no secret is printed."""
+    if secret:
+        return ", not ***"
+    if isinstance(node, ScalarNode) and node.value:
+        return f", not {node.value[:80]!r}"
+    return ""
+
+
+def _kind_name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind)))
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    if kind in names:
+        return names[kind]
+    return "a list" if get_origin(kind) in (list, tuple) else "a mapping"
+
+
+def _shape(node: Node) -> str:
+    if isinstance(node, MappingNode):
+        return "a mapping"
+    return "a list" if isinstance(node, SequenceNode) else "one value"

@@ -1,0 +1,411 @@
+"""The two kinds of configuration file, and loading them: `gateway.yaml`, and one file per team."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+from yarl import URL
+
+from gateway.config.convert import FAILED, RawNode, convert, did_you_mean, fill
+from gateway.config.nodes import MappingNode, Node, Reader
+from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, read_pipeline
+from gateway.errors import ConfigError
+from gateway.messages import Credential, Resource, Target
+from gateway.registry import Registry
+from gateway.services import Services, Shared
+from gateway.settings import Limits, Listen, Network, Settings, Timeouts
+from gateway.teams import Match, Team, Teams
+
+__all__ = ("GatewayFile", "Loaded", "LogFile", "MatchFile", "ResourceFile", "TeamFile", "load")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+
+Pipeline = Annotated[
+    RawNode | None,
+    Meta(description="the stages, in order: the first sees the request first, the answer last"),
+]
+Auth = Annotated[
+    Literal["none", "required"],
+    Meta(description="`none` lets clients without a key spend a resource's own credential"),
+]
+
+
+@dataclass(frozen=True)
+class ResourceFile:
+    """One Azure OpenAI resource."""
+
+    endpoint: Annotated[str, Meta(description="its URL, as https://NAME.openai.azure.com; a base path is kept")]
+    api_key: Annotated[
+        str | None,
+        Meta(description="its key, used where no stage sets the client's own", extra={"secret": True}),
+    ] = None
+
+
+@dataclass(frozen=True)
+class MatchFile:
+    """Whose requests a team's are: any one of these is enough."""
+
+    path_prefix: Annotated[str | list[str] | None, Meta(description="the path before /v1, such as /research")] = None
+    host: Annotated[str | list[str] | None, Meta(description="the host name in the client's URL")] = None
+    keys: Annotated[str | list[str] | None, Meta(description="digests of the team's keys, as sha256:HEX")] = None
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """What is logged, and how."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="the least that is shown")] = "info"
+    format: Annotated[
+        Literal["auto", "json", "text"],
+        Meta(description="`auto` is text on a terminal, else one JSON object a line"),
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class TeamFile:
+    """One team's file: what it does not say comes from the file that lists it."""
+
+    match: Annotated[MatchFile | None, Meta(description="whose requests are this team's")] = None
+    pipeline: Pipeline = None
+    change: Annotated[RawNode | None, Meta(description="settings of inherited stages to replace, or `stage: off`")] = (
+        None
+    )
+    resource: Annotated[str | None, Meta(description="the resource of deployments that name none")] = None
+    auth: Auth | None = None
+
+
+@dataclass(frozen=True)
+class GatewayFile:
+    """`gateway.yaml`: the server, the resources, and the default team."""
+
+    listen: Annotated[str, Meta(description="HOST:PORT, or unix:PATH")] = "127.0.0.1:8080"
+    teams: Annotated[str | list[str], Meta(description="the teams' files, as patterns from this file's folder")] = (
+        field(default_factory=list)
+    )
+    plugins_path: Annotated[str | list[str], Meta(description="folders with stages of your own, one a file")] = field(
+        default_factory=list
+    )
+    resources: Annotated[RawNode | None, Meta(description="the Azure OpenAI resources by name")] = None
+    pipeline: Pipeline = None
+    resource: Annotated[str | None, Meta(description="the resource of deployments that name none")] = None
+    auth: Auth = "required"
+    trusted_proxies: Annotated[
+        str | list[str], Meta(description="addresses or networks whose X-Forwarded-For is believed")
+    ] = field(default_factory=list)
+    timeouts: Annotated[Timeouts, Meta(description="how long the gateway waits, in seconds")] = field(
+        default_factory=Timeouts
+    )
+    limits: Annotated[Limits, Meta(description="how much the gateway takes")] = field(default_factory=Limits)
+    log: Annotated[LogFile, Meta(description="what is logged, and how")] = field(default_factory=LogFile)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration that is ready to be served."""
+
+    path: Path
+    settings: Settings
+    teams: Teams
+    resources: Mapping[str, Resource]
+    log: LogFile
+
+
+def load(path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None) -> Loaded:
+    """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is."""
+    return _Loader(Reader(env=os.environ if env is None else env), path, shared or Shared()).load()
+
+
+def plugin_folders(path: Path) -> list[Path]:
+    """Return the `plugins_path` of a configuration, whatever else may be wrong with it."""
+    reader = Reader()
+    root = reader.read(path / "gateway.yaml" if path.is_dir() else path)
+    node = _value(root, "plugins_path") if root is not None else None
+    if root is None or node is root:
+        return []
+    folders = convert(reader, node, str | list[str], "plugins_path") if node is not None else []
+    return [(root_folder(path) / folder).resolve() for folder in _listed(folders if folders is not FAILED else [])]
+
+
+def root_folder(path: Path) -> Path:
+    """Return the folder that relative paths in a configuration start from."""
+    return path if path.is_dir() else path.parent
+
+
+class _Loader:
+    """One configuration while it is being read."""
+
+    def __init__(self, reader: Reader, path: Path, shared: Shared) -> None:
+        self.reader = reader
+        self.path = path
+        self.shared = shared
+        self.folder = path.parent
+        self.resources: dict[str, Resource] = {}
+
+    def load(self) -> Loaded:
+        reader = self.reader
+        root = reader.read(self.path)
+        if root is None:
+            raise ConfigError(reader.mistakes)
+        main = fill(reader, root, GatewayFile, "gateway.yaml")
+        if main is FAILED:
+            # Report what can still be found without it: the rest of the file as it stands.
+            main = GatewayFile(**_raw(reader, root, ("pipeline", "resources")))
+        listen = self._listen(main.listen, root)
+        registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
+        self._read_resources(main.resources)
+        proxies = self._proxies(main.trusted_proxies, root)
+        if main.pipeline is None:
+            reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
+            entries: list[Entry] = []
+        else:
+            entries = read_pipeline(reader, main.pipeline, registry, None)
+        default = self._team("default", main, entries, main.pipeline or root, main, Match())
+        files = self._team_files(main.teams, root)
+        teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
+        self._check_matches(teams)
+        if reader.mistakes:
+            raise ConfigError(reader.mistakes)
+        return Loaded(
+            path=self.path,
+            settings=Settings(listen, main.timeouts, main.limits, proxies),
+            teams=Teams(default, [team for team, _ in teams], self.shared),
+            resources=self.resources,
+            log=main.log,
+        )
+
+    # -- the parts of gateway.yaml ---------------------------------------------------------------------
+
+    def _listen(self, text: str, root: MappingNode) -> Listen:
+        try:
+            return Listen.parse(text)
+        except ValueError as exc:
+            self.reader.mistake(_value(root, "listen"), f"listen: {exc}")
+            return Listen()
+
+    def _plugins(self, folder: str, root: MappingNode) -> Path:
+        path = (self.folder / folder).resolve()
+        if not path.is_dir():
+            self.reader.mistake(_value(root, "plugins_path"), f"plugins_path: there is no folder {folder}")
+        return path
+
+    def _proxies(self, given: str | list[str], root: MappingNode) -> tuple[Network, ...]:
+        networks: list[Network] = []
+        for text in _listed(given):
+            try:
+                networks.append(ipaddress.ip_network(text, strict=False))
+            except ValueError:
+                self.reader.mistake(
+                    _value(root, "trusted_proxies"), f"trusted_proxies: {text!r} is no address and no network"
+                )
+        return tuple(networks)
+
+    def _read_resources(self, node: Any) -> None:
+        if node is None:
+            return
+        if not isinstance(node, MappingNode):
+            self.reader.mistake(node, "resources must be a mapping: name: {endpoint: https://...}")
+            return
+        for name, key, value in self.reader.pairs(node):
+            what = f"resource {name!r}"
+            if not _NAME.fullmatch(name):
+                self.reader.mistake(key, f"{name!r} cannot be a resource's name: letters, digits, _ . -")
+                continue
+            made = fill(self.reader, value, ResourceFile, what)
+            if made is FAILED:
+                # Known all the same: whoever uses it has not made a second mistake.
+                self.resources[name] = Resource(name, "https://unknown.invalid")
+                continue
+            problem = _endpoint_problem(made.endpoint)
+            if problem:
+                self.reader.mistake(_value(value, "endpoint"), f"{what}: {problem}")
+            if made.api_key == "":
+                self.reader.mistake(_value(value, "api_key"), f"{what}: api_key is empty; leave it out, or set it")
+            credential = Credential(made.api_key) if made.api_key else None
+            self.resources[name] = Resource(name, made.endpoint.rstrip("/"), credential)
+
+    # -- teams -----------------------------------------------------------------------------------------
+
+    def _team_files(self, patterns: str | list[str], root: MappingNode) -> list[Path]:
+        files: list[Path] = []
+        for pattern in _listed(patterns):
+            if any(sign in pattern for sign in "*?["):
+                files += sorted(self.folder.glob(pattern))
+            elif (self.folder / pattern).is_file():
+                files.append(self.folder / pattern)
+            else:
+                self.reader.mistake(_value(root, "teams"), f"teams: there is no file {pattern}")
+        return list(dict.fromkeys(files))
+
+    def _team_file(
+        self, file: Path, main: GatewayFile, inherited: Sequence[Entry], registry: Registry
+    ) -> tuple[Team, MappingNode] | None:
+        reader = self.reader
+        root = reader.read(file)
+        if root is None:
+            return None
+        name = file.stem
+        if not _NAME.fullmatch(name) or name == "default":
+            reader.mistake(root, f"{name!r} cannot be a team's name; rename the file")
+        team = fill(reader, root, TeamFile, f"team {name!r}")
+        if team is FAILED:
+            team = TeamFile(**_raw(reader, root, ("pipeline", "change")))
+        entries = list(inherited)
+        if team.pipeline is not None:
+            entries = read_pipeline(reader, team.pipeline, registry, inherited)
+        if team.change is not None:
+            entries = changed(reader, team.change, entries)
+        match = self._match(team.match, root)
+        if match == Match() and (team.match is not None or not reader.mistakes):
+            reader.mistake(root, f"team {name!r} has no `match:`, so no request would be its own")
+        return self._team(name, team, entries, team.pipeline or root, main, match), root
+
+    def _match(self, match: MatchFile | None, root: MappingNode) -> Match:
+        if match is None:
+            return Match()
+        node = _value(root, "match")
+        prefixes = [text.rstrip("/") for text in _listed(match.path_prefix)]
+        hosts = [text.lower() for text in _listed(match.host)]
+        keys = [text.lower() for text in _listed(match.keys)]
+        for prefix in prefixes:
+            if not _PREFIX.fullmatch(prefix) or {"v1", ".", ".."} & set(prefix.split("/")):
+                self.reader.mistake(
+                    _value(node, "path_prefix"),
+                    f"path_prefix {prefix!r} must be a plain path without /v1, such as /research",
+                )
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                self.reader.mistake(_value(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
+        for key in keys:
+            if not _DIGEST.fullmatch(key):
+                self.reader.mistake(
+                    _value(node, "keys"),
+                    "a key is written as its digest, sha256: and 64 hexadecimal digits; never as itself",
+                )
+        return Match(tuple(prefixes), tuple(hosts), tuple(keys))
+
+    def _team(
+        self,
+        name: str,
+        team: GatewayFile | TeamFile,
+        entries: Sequence[Entry],
+        place: Any,
+        main: GatewayFile,
+        match: Match,
+    ) -> Team:
+        reader = self.reader
+        chosen = team.resource or main.resource
+        resource = self._resource(chosen, place)
+        services = {
+            entry.id: Services(
+                team=name, stage=entry.id, resources=self.resources, resource=resource, shared=self.shared
+            )
+            for entry in entries
+        }
+        made = build(reader, entries)
+        for entry, stage in made:
+            check_stage(reader, entry, stage, services[entry.id])
+        # The order says something only of a pipeline whose stages could all be made.
+        if len(made) == len(entries) and entries and not (reader.mistakes and chosen and resource is None):
+            self._check_order(made, place, resource, (team.auth or main.auth) == "none", name)
+        return Team(
+            name=name,
+            stages=[stage for _, stage in made],
+            target=Target(resource=resource),
+            match=match,
+            services=services,
+        )
+
+    def _resource(self, name: str | None, place: Node) -> Resource | None:
+        if name is None:
+            return next(iter(self.resources.values())) if len(self.resources) == 1 else None
+        if name not in self.resources:
+            self.reader.mistake(place, f"there is no resource {name!r}{did_you_mean(name, self.resources)}")
+        return self.resources.get(name)
+
+    def _check_order(self, made: Any, place: Node, resource: Resource | None, open_to_all: bool, name: str) -> None:
+        if not self.resources:
+            self.reader.mistake(place, "there are no `resources:`; name at least one Azure endpoint")
+            return
+        stored = [each for each in self.resources.values() if each.credential is not None]
+        check_order(
+            self.reader,
+            made,
+            ("credential", "deployment", "api_version"),
+            place,
+            have=("credential",) if stored and len(stored) == len(self.resources) else (),
+        )
+        has_caller = any("caller" in stage.provides for _, stage in made)
+        if stored and not has_caller and not open_to_all:
+            self.reader.mistake(
+                place,
+                f"team {name!r} would let anyone spend the stored key of {stored[0].name!r}: list a stage that "
+                "authenticates, or write `auth: none` if that is meant",
+            )
+
+    def _check_matches(self, teams: Sequence[tuple[Team, MappingNode]]) -> None:
+        for what in ("path_prefix", "host", "keys"):
+            seen: dict[str, str] = {}
+            for team, root in teams:
+                for value in getattr(team.match, what):
+                    if value in seen:
+                        shown = "a key" if what == "keys" else f"{what} {value!r}"
+                        self.reader.mistake(
+                            _value(_value(root, "match"), what),
+                            f"{shown} belongs to team {seen[value]!r} already",
+                        )
+                    seen.setdefault(value, team.name)
+        names: dict[str, str] = {}
+        for team, root in teams:
+            if team.name in names:
+                self.reader.mistake(root, f"there is a team {team.name!r} already, in {names[team.name]}")
+            names.setdefault(team.name, root.start_mark.name)
+
+
+def _raw(reader: Reader, root: MappingNode, wanted: Sequence[str]) -> dict[str, Any]:
+    """Return what can be checked further in a file whose own settings are wrong: the raw parts."""
+    return {key: value for key, _, value in Reader(reader.env).pairs(root) if key in wanted}
+
+
+def _value(node: Node, name: str) -> Node:
+    """Return the node of a mapping's value, or the node itself where there is none."""
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            if key.value == name:
+                return value  # type: ignore[no-any-return] # PyYAML's nodes are untyped inside
+    return node
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _endpoint_problem(endpoint: str) -> str | None:
+    """Return what is wrong with an endpoint's URL, or None."""
+    try:
+        url = URL(endpoint)
+        host, port = url.host, url.port
+    except ValueError:
+        return f"endpoint {endpoint!r} is not a URL"
+    if url.scheme not in ("https", "http") or not host or port is None:
+        return f"endpoint {endpoint!r} must be a URL, such as https://NAME.openai.azure.com"
+    if url.user is not None or url.password is not None:
+        return "endpoint must not hold a user name or a password"
+    if url.query_string or url.fragment:
+        return "endpoint must not have a query; the api-version is a stage's setting"
+    if re.search(r"/openai/(v1|deployments)(/|$)", url.path):
+        return "endpoint must end before /openai; the gateway adds the rest"
+    if any(segment in (".", "..") for segment in url.raw_path.split("/")):
+        return "endpoint must not have dot segments"
+    return None

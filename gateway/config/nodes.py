@@ -1,0 +1,166 @@
+"""YAML as nodes that know where they stand: reading a file, mistakes with places, `${...}` in scalars.
+
+Every scalar is text until a setting's type says otherwise, so YAML 1.1's traps (`no`, `010`, `12:30:00`,
+`2024-10-21`) have nothing to spring. Variables are replaced in scalars after parsing, never in the file's
+text: a value cannot change the file's structure or the places of errors.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from gateway.errors import Mistake
+
+__all__ = ("MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode")
+
+_VARIABLE = re.compile(r"\$(?:\$|\{(?P<inside>[^{}]*)\}|(?P<bare>\{))")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MAX_DEPTH = 50
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Named(io.StringIO):
+    """Text that tells PyYAML the name of its file, so that every mark carries it."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+@dataclass
+class Reader:
+    """Reads the files of one configuration and collects every mistake in them."""
+
+    env: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    mistakes: list[Mistake] = field(default_factory=list)
+    _folders: dict[str, Path] = field(default_factory=dict)
+
+    def mistake(self, node: Node, message: str) -> None:
+        """Note a mistake at a node."""
+        mark = node.start_mark
+        self.mistakes.append(Mistake(mark.name, mark.line + 1, mark.column + 1, message))
+
+    def read(self, path: Path) -> MappingNode | None:
+        """Return a file's top mapping; None, with the mistakes noted, where there is none."""
+        name = _shown(path)
+        self._folders[name] = path.parent
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+            self.mistakes.append(Mistake(name, 1, 1, f"cannot read this file: {reason}"))
+            return None
+        loader = _Loader(_Named(text, name))
+        try:
+            node = loader.get_single_node()
+        except yaml.MarkedYAMLError as exc:
+            mark = exc.problem_mark or exc.context_mark
+            line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+            problem = exc.problem or exc.context or "this is not YAML"
+            self.mistakes.append(Mistake(name, line, column, f"not valid YAML: {problem}"))
+            return None
+        except (yaml.YAMLError, RecursionError) as exc:
+            self.mistakes.append(Mistake(name, 1, 1, f"not valid YAML: {str(exc).splitlines()[0]}"))
+            return None
+        finally:
+            loader.dispose()
+        if node is None:
+            self.mistakes.append(Mistake(name, 1, 1, "this file is empty"))
+            return None
+        if not isinstance(node, MappingNode):
+            self.mistake(node, "a configuration file is a mapping of settings")
+            return None
+        return node if self._sound(node) else None
+
+    def _sound(self, node: Node, depth: int = 0, above: tuple[int, ...] = ()) -> bool:
+        """Refuse what no setting can be: tags, anchors that hold themselves, depth without end."""
+        if id(node) in above or depth > _MAX_DEPTH:
+            self.mistake(node, "this is nested too deeply, or in itself")
+            return False
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
+            self.mistake(node, f"the tag {node.tag} means nothing here")
+            return False
+        if isinstance(node, MappingNode):
+            inside = [each for pair in node.value for each in pair]
+        else:
+            inside = node.value if isinstance(node, SequenceNode) else []
+        return all(self._sound(each, depth + 1, (*above, id(node))) for each in inside)
+
+    def pairs(self, node: MappingNode) -> Iterator[tuple[str, ScalarNode, Node]]:
+        """Yield (key, its node, the value's node); duplicate keys and keys that are no text are mistakes."""
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            if not isinstance(key, ScalarNode):
+                self.mistake(key, "a key must be text")
+                continue
+            if key.value in seen:
+                self.mistake(key, f"{key.value!r} stands here twice; the first is on line {seen[key.value]}")
+                continue
+            seen[key.value] = key.start_mark.line + 1
+            yield key.value, key, value
+
+    def text(self, node: ScalarNode) -> str | None:
+        """Return a scalar's text, its variables replaced; None, with the mistake noted, where one is not set."""
+        value: str = node.value
+        if "$" not in value:
+            return value
+        failed = False
+
+        def replace(found: re.Match[str]) -> str:
+            nonlocal failed
+            if found.group() == "$$":
+                return "$"
+            inside = found.group("inside")
+            value = self._variable(node, inside) if inside is not None else None
+            if inside is None:
+                self.mistake(node, "a `${` has no end; write $$ for a dollar sign")
+            failed = failed or value is None
+            return value or ""
+
+        text = _VARIABLE.sub(replace, value)
+        return None if failed else text
+
+    def _variable(self, node: ScalarNode, inside: str) -> str | None:
+        if inside.startswith("file:"):
+            path = self.folder(node) / inside[5:]
+            try:
+                return path.read_text(encoding="utf-8").rstrip("\r\n")
+            except (OSError, UnicodeDecodeError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+                self.mistake(node, f"cannot read {inside[5:]}: {reason}")
+                return None
+        name, default, otherwise = inside.partition(":-")
+        if not _NAME.fullmatch(name):
+            self.mistake(node, f"${{{inside}}} is neither ${{NAME}}, ${{NAME:-default}} nor ${{file:PATH}}")
+            return None
+        value = self.env.get(name)
+        if value or (value is not None and not default):
+            return value
+        if default:
+            return otherwise
+        self.mistake(
+            node,
+            f"the environment variable {name} is not set; set it, or write ${{{name}:-...}} for a default",
+        )
+        return None
+
+    def folder(self, node: Node) -> Path:
+        """Return the folder of the file in which a node stands; relative paths start there."""
+        return self._folders.get(node.start_mark.name, Path())
+
+
+def _shown(path: Path) -> str:
+    """Return a path as an operator would type it: relative to the working directory where it is below it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

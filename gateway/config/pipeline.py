@@ -1,0 +1,195 @@
+"""A team's pipeline: the list in YAML, what the team inherits and changes, and the stages made of it.
+
+Teams are merged here, once, as nodes: a mistake in a changed setting is reported where it was written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.config.convert import FAILED, did_you_mean, fill_from, settings_of
+from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
+from gateway.registry import Registry, UnknownStage
+from gateway.services import Services
+from gateway.stage import Stage
+
+__all__ = ("Entry", "build", "changed", "check_order", "read_pipeline")
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]*")
+INHERIT = "inherit"
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stage of a pipeline, not yet made: where its name stands, and the nodes of its settings."""
+
+    id: str
+    name: str
+    node: Node
+    cls: type[Stage]
+    settings: dict[str, tuple[Node, Node]]
+
+
+def read_pipeline(reader: Reader, node: Node, registry: Registry, inherited: Sequence[Entry] | None) -> list[Entry]:
+    """Read a `pipeline:` list; `inherit` in it stands for the pipeline of the file that lists the team."""
+    if not isinstance(node, SequenceNode):
+        reader.mistake(node, "pipeline must be a list of stages")
+        return []
+    entries: list[Entry] = []
+    for item in node.value:
+        if isinstance(item, ScalarNode) and item.value == INHERIT:
+            if inherited is None:
+                reader.mistake(item, "there is nothing to inherit here; `inherit` is for a team's file")
+            else:
+                entries.extend(inherited)
+            continue
+        entry = _read_entry(reader, item, registry)
+        if entry is not None:
+            entries.append(entry)
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.id in seen:
+            reader.mistake(
+                entry.node,
+                f"the pipeline has a stage {entry.id!r} already; give this one an id of its own: "
+                f"{entry.name} as another_id",
+            )
+        seen.setdefault(entry.id, entry)
+    return list(seen.values())
+
+
+def _read_entry(reader: Reader, item: Node, registry: Registry) -> Entry | None:
+    key: Node = item
+    value: Node | None = None
+    if isinstance(item, MappingNode):
+        pairs = list(reader.pairs(item))
+        if len(pairs) != 1:
+            reader.mistake(item, "one entry of the pipeline is one stage: `- name: {settings}`")
+            return None
+        _, key, value = pairs[0]
+    if not isinstance(key, ScalarNode):
+        reader.mistake(item, "an entry of the pipeline is a stage's name, or `name: {settings}`")
+        return None
+    name, given_id = _split_id(key.value)
+    try:
+        cls = registry.find(name)
+    except UnknownStage as exc:
+        reader.mistake(key, str(exc))
+        return None
+    stage_id = given_id or (name.rpartition(":")[2] if ":" in name else name)
+    if not _ID.fullmatch(stage_id) or stage_id in (INHERIT, OFF):
+        reader.mistake(key, f"{stage_id!r} cannot be the id of a stage: letters, digits, _ . : -")
+        return None
+    return Entry(stage_id, name, key, cls, {} if value is None else _settings(reader, value, cls, stage_id))
+
+
+def _split_id(text: str) -> tuple[str, str | None]:
+    name, found, given_id = text.partition(" as ")
+    return name.strip(), given_id.strip() if found else None
+
+
+def _settings(reader: Reader, node: Node, cls: type[Stage], stage_id: str) -> dict[str, tuple[Node, Node]]:
+    """Return the nodes of a stage's settings by name; a value of its own is the first setting."""
+    known = settings_of(cls)
+    if isinstance(node, MappingNode):
+        given: dict[str, tuple[Node, Node]] = {}
+        for name, key, value in reader.pairs(node):
+            if name in known:
+                given[name] = (key, value)
+            elif known:
+                reader.mistake(key, f"stage {stage_id!r} has no setting {name!r}{did_you_mean(name, known)}")
+            else:
+                reader.mistake(key, f"stage {stage_id!r} has no settings, so no {name!r}")
+        return given
+    if isinstance(node, ScalarNode) and node.style is None and node.value in ("", "~", "null"):
+        return {}
+    if not known:
+        reader.mistake(node, f"stage {stage_id!r} has no settings")
+        return {}
+    return {next(iter(known)): (node, node)}
+
+
+def changed(reader: Reader, node: Node, entries: Sequence[Entry]) -> list[Entry]:
+    """Apply a team's `change:` mapping: settings replaced one by one, or a stage removed with `off`."""
+    if not isinstance(node, MappingNode):
+        reader.mistake(node, "change must be a mapping: stage: {settings}, or stage: off")
+        return list(entries)
+    result = {entry.id: entry for entry in entries}
+    for stage_id, key, value in reader.pairs(node):
+        entry = result.get(stage_id)
+        if entry is None:
+            reader.mistake(key, f"this pipeline has no stage {stage_id!r} to change{did_you_mean(stage_id, result)}")
+        elif isinstance(value, ScalarNode) and value.value == OFF:
+            del result[stage_id]
+        else:
+            settings = {**entry.settings, **_settings(reader, value, entry.cls, stage_id)}
+            result[stage_id] = Entry(entry.id, entry.name, entry.node, entry.cls, settings)
+    return list(result.values())
+
+
+def build(reader: Reader, entries: Sequence[Entry]) -> list[tuple[Entry, Stage]]:
+    """Make the stages; those whose settings are wrong are left out, the mistakes noted."""
+    made: list[tuple[Entry, Stage]] = []
+    for entry in entries:
+        stage = (
+            fill_from(reader, entry.node, entry.cls, entry.settings, f"stage {entry.id!r}")
+            if (settings_of(entry.cls))
+            else entry.cls()
+        )
+        if stage is not FAILED:
+            stage.id = entry.id
+            made.append((entry, stage))
+    return made
+
+
+def check_stage(reader: Reader, entry: Entry, stage: Stage, services: Services) -> None:
+    """Let a stage check its own settings; its findings are placed at the settings that they name."""
+    for path, message in stage.check(services):
+        reader.mistake(_place(entry, path), f"stage {entry.id!r}: {message}")
+
+
+def _place(entry: Entry, path: Sequence[str | int]) -> Node:
+    if not path or str(path[0]) not in entry.settings:
+        return entry.node
+    node = entry.settings[str(path[0])][1]
+    for step in path[1:]:
+        if isinstance(node, MappingNode):
+            node = next((value for key, value in node.value if key.value == step), node)
+        elif isinstance(node, SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+    return node
+
+
+def check_order(
+    reader: Reader,
+    made: Sequence[tuple[Entry, Stage]],
+    end_needs: Sequence[str],
+    end: Node,
+    have: Sequence[str] = (),
+) -> None:
+    """Note each stage that needs what no stage above it provides; `end` stands for what Azure needs."""
+    provided = set(have)
+    providers = {name: entry.id for entry, stage in made for name in stage.provides}
+    for entry, stage in made:
+        for name in stage.needs:
+            if name not in provided:
+                reader.mistake(entry.node, f"stage {entry.id!r} needs {name!r}, {_advice(name, providers)}")
+        provided.update(stage.provides)
+    for name in end_needs:
+        if name not in provided:
+            reader.mistake(end, f"a request to Azure needs {name!r}, {_advice(name, providers)}")
+
+
+def _advice(name: str, providers: dict[str, str]) -> str:
+    if name in providers:
+        return f"which {providers[name]!r} provides further down; move it above"
+    usual = {
+        "caller": "auth_passthrough",
+        "credential": "auth_passthrough, or the resource's api_key",
+        "deployment": "model_map",
+        "api_version": "api_version",
+    }
+    return f"which no stage of this pipeline provides; {usual.get(name, 'a stage that does')} would"

@@ -1,0 +1,98 @@
+"""A configuration, and the stages there are, as text for people; secrets are never part of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from gateway.config.convert import is_secret, settings_of, unwrap
+from gateway.config.files import Loaded
+from gateway.config.schema import type_name
+from gateway.registry import Registry, UnknownStage
+from gateway.stage import Stage
+from gateway.teams import Team
+
+__all__ = ("show", "show_stage", "show_stages")
+
+
+def show(loaded: Loaded) -> str:
+    """Return what `gateway check` prints of a sound configuration."""
+    lines = [f"listen {loaded.settings.listen}"]
+    for resource in loaded.resources.values():
+        stored = " with a stored key" if resource.credential is not None else ""
+        lines.append(f"resource {resource.name}: {resource.endpoint}{stored}")
+    for team in loaded.teams.all:
+        lines.append(f"team {team.name}: {_whose(team, loaded)}")
+        lines += [f"  {line}" for stage in team.stages for line in _stage_lines(stage)]
+    return "\n".join(lines) + "\n"
+
+
+def _whose(team: Team, loaded: Loaded) -> str:
+    if team is loaded.teams.default:
+        return "every request that is no other team's"
+    parts = [f"{prefix}/v1" for prefix in team.match.path_prefix]
+    parts += [f"host {host}" for host in team.match.host]
+    if team.match.keys:
+        count = len(team.match.keys)
+        parts.append(f"{count} key{'s' if count > 1 else ''}")
+    return ", ".join(parts)
+
+
+def _stage_lines(stage: Stage) -> list[str]:
+    given = []
+    for name, (kind, field) in settings_of(type(stage)).items():
+        value = getattr(stage, name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value != default:
+            given.append(f"{name}={'***' if is_secret(kind) else _shown(value)}")
+    return [f"{stage.id}{': ' if given else ''}{' '.join(given)}"]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return str(value)
+
+
+def show_stages(registry: Registry) -> str:
+    """Return a line for each stage there is."""
+    lines = []
+    for name in registry.names():
+        try:
+            lines.append((name, _summary(registry.find(name))))
+        except UnknownStage as exc:
+            lines.append((name, f"BROKEN: {exc}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {summary}" for name, summary in lines) + "\n"
+
+
+def _summary(cls: type[Stage]) -> str:
+    return (inspect.getdoc(cls) or "").split("\n", 1)[0]
+
+
+def show_stage(name: str, cls: type[Stage]) -> str:
+    """Return a stage's documentation and its settings."""
+    lines = [name, "", *(inspect.getdoc(cls) or "").splitlines(), ""]
+    settings = settings_of(cls)
+    if not settings:
+        return "\n".join([*lines, "It has no settings.", ""])
+    lines.append("Settings:")
+    for setting, (kind, field) in settings.items():
+        _, meta = unwrap(kind)
+        lines.append(f"  {setting}: {type_name(kind)}{_default(field)}")
+        if meta is not None and meta.description:
+            lines.append(f"      {meta.description}")
+    return "\n".join([*lines, ""])
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return "" if field.default is None else f" (default: {_shown(field.default)})"
+    if field.default_factory is not dataclasses.MISSING:
+        return ""
+    return " (must be given)"

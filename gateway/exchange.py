@@ -1,0 +1,173 @@
+"""One exchange: a request and its response, from the first byte to the end of the stream.
+
+It owns what must happen once, however the exchange ends: the deferred callbacks, and the connection to
+Azure. Copies of a request share their exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from gateway.logs import get_logger
+
+if TYPE_CHECKING:
+    from gateway.messages import Target
+
+__all__ = ("EndedBy", "Exchange", "Outcome")
+
+EndedBy = Literal["complete", "client", "upstream", "gateway"]
+
+# After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
+_AGAIN = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an exchange ended; what `request.defer` callbacks are given.
+
+    `status` is the status sent to the client, or 499 where it left before any was. `sent` counts body
+    bytes. `first_byte` and `total` are seconds since the request's head had arrived; `first_byte` is None
+    when nothing was sent. `ended_by` says who ended it: `complete` is the good end. `target` is where
+    Azure was last asked, None if it never was. `error` is the code or name of what went wrong.
+    """
+
+    status: int
+    sent: int
+    first_byte: float | None
+    total: float
+    ended_by: EndedBy
+    target: Target | None
+    error: str | None
+
+
+class Owned(Protocol):
+    """Something that is closed when the exchange moves on or ends, such as a connection to Azure."""
+
+    def abort(self) -> None:
+        """Close at once; do nothing if it is closed or handed back already."""
+
+
+class Exchange:
+    """What the copies of one request share: callbacks, the upstream connection, the deadline, the facts."""
+
+    __slots__ = (
+        "_callbacks",
+        "_deadline",
+        "_expired",
+        "_over",
+        "_task",
+        "_upstream",
+        "ended_by",
+        "error",
+        "first_byte_at",
+        "sent",
+        "started",
+        "status",
+        "target",
+    )
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.first_byte_at: float | None = None
+        self.sent = 0
+        self.status = 499
+        self.ended_by: EndedBy = "client"
+        self.error: str | None = None
+        self.target: Target | None = None
+        self._callbacks: list[Callable[[Outcome], None]] = []
+        self._upstream: Owned | None = None
+        self._over = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._expired = False
+
+    def defer(self, callback: Callable[[Outcome], None]) -> None:
+        """Run `callback` once, when the exchange is over; the last one registered runs first."""
+        if self._over:
+            raise RuntimeError("the exchange is over; register with request.defer() before call_next")
+        self._callbacks.append(callback)
+
+    def own(self, upstream: Owned) -> None:
+        """Take charge of a connection; the one before it is closed."""
+        self.release()
+        self._upstream = upstream
+
+    def release(self) -> None:
+        """Close the connection that the exchange holds, if any."""
+        if (upstream := self._upstream) is not None:
+            self._upstream = None
+            upstream.abort()
+
+    # -- the deadline before the first byte ------------------------------------------------------------
+
+    def set_deadline(self, seconds: float) -> None:
+        """Cancel the running task when `seconds` pass before `stop_deadline`."""
+        self._task = asyncio.current_task()
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._task is not None:
+            self._task.cancel()
+            # A stage further up may hang in turn: it is cancelled again until the answer is out.
+            self._deadline = asyncio.get_running_loop().call_later(_AGAIN, self._expire)
+
+    def stop_deadline(self) -> None:
+        """Call when the pipeline has returned."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        self._task = None
+
+    def deadline_hit(self) -> bool:
+        """Tell whether the cancellation just caught is the deadline's, and take it back if so."""
+        if not self._expired:
+            return False
+        self._expired = False
+        if self._task is not None:
+            self._task.uncancel()
+        return True
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """End the exchange: close what it holds, then run the callbacks. A second call does nothing."""
+        if self._over:
+            return
+        self._over = True
+        self.stop_deadline()
+        self.release()
+        callbacks, self._callbacks = self._callbacks, []
+        if not callbacks:
+            return
+        outcome = Outcome(
+            status=self.status,
+            sent=self.sent,
+            first_byte=None if self.first_byte_at is None else self.first_byte_at - self.started,
+            total=time.monotonic() - self.started,
+            ended_by=self.ended_by,
+            target=self.target,
+            error=self.error,
+        )
+        # Emptying the list as it runs also breaks the cycle request -> callbacks -> request.
+        while callbacks:
+            callback = callbacks.pop()
+            try:
+                callback(outcome)
+            except Exception as exc:
+                get_logger().error("a deferred callback failed", callback=repr(callback), **failure(exc))
+
+
+def failure(exc: BaseException) -> dict[str, object]:
+    """Describe an exception for the log, without values of variables that could hold a key."""
+    frames: list[str] = []
+    traceback = exc.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        frames.append(f"{code.co_filename}:{traceback.tb_lineno} {code.co_name}")
+        traceback = traceback.tb_next
+    return {"error": type(exc).__name__, "message": str(exc), "frames": frames[-8:]}

@@ -1,0 +1,143 @@
+"""From a stage's name in YAML to its class.
+
+A bare name is a file `NAME.py` among the built-in `plugins/` or in a folder of `plugins_path`, or an entry
+point of the group `gateway.stages`; `package.module:Class` is taken literally. Two answers for one name are
+an error that names both: nothing shadows anything.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gateway
+from gateway.stage import Stage
+
+__all__ = ("ENTRY_POINTS", "Registry", "UnknownStage")
+
+ENTRY_POINTS = "gateway.stages"
+BUILT_IN = Path(gateway.__file__).resolve().parent.parent / "plugins"
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class UnknownStage(LookupError):
+    """A name has no stage, or two, or its stage cannot be imported; the message says which."""
+
+
+class Registry:
+    """Finds stages for one configuration, which may add folders of its own."""
+
+    def __init__(self, plugins_path: Sequence[Path] = ()) -> None:
+        self._folders = (BUILT_IN, *plugins_path)
+        for folder in plugins_path:
+            # For `package.module:Class` below such a folder; at the end, so that it shadows nothing.
+            if str(folder) not in sys.path:
+                sys.path.append(str(folder))
+        self._found: dict[str, type[Stage]] = {}
+        self._entry_points: dict[str, list[EntryPoint]] = {}
+        for point in entry_points(group=ENTRY_POINTS):
+            self._entry_points.setdefault(point.name, []).append(point)
+
+    def names(self) -> list[str]:
+        """Return every bare name that has a stage, sorted."""
+        files = {
+            file.stem
+            for folder in self._folders
+            if folder.is_dir()
+            for file in folder.glob("*.py")
+            if _NAME.fullmatch(file.stem)
+        }
+        return sorted(files | set(self._entry_points))
+
+    def find(self, name: str) -> type[Stage]:
+        """Return the stage of this name. Raises UnknownStage."""
+        if name not in self._found:
+            self._found[name] = self._literal(name) if ":" in name else self._bare(name)
+        return self._found[name]
+
+    def _literal(self, name: str) -> type[Stage]:
+        module_name, _, class_name = name.partition(":")
+        module = _import(name, lambda: importlib.import_module(module_name))
+        found = getattr(module, class_name, None)
+        if found is None:
+            raise UnknownStage(f"module {module_name!r} has no {class_name!r}")
+        return _checked(found, name)
+
+    def _bare(self, name: str) -> type[Stage]:
+        if not _NAME.fullmatch(name):
+            raise UnknownStage(f"{name!r} is no stage's name: small letters, digits and _, or package.module:Class")
+        files = [folder / f"{name}.py" for folder in self._folders if (folder / f"{name}.py").is_file()]
+        points = self._entry_points.get(name, [])
+        places = [str(file) for file in files] + [f"the entry point {point.value}" for point in points]
+        if len(places) > 1:
+            raise UnknownStage(f"the name {name!r} has {len(places)} stages: {' and '.join(places)}; rename one")
+        if files:
+            module = _import(name, lambda: _load_file(files[0]))
+            return _only_stage(module, name)
+        if points:
+            return _checked(_import(name, points[0].load), name)
+        close = difflib.get_close_matches(name, self.names(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(self.names())}"
+        raise UnknownStage(f"there is no stage {name!r}{hint}")
+
+
+def _import(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except Exception as exc:
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        raise UnknownStage(
+            f"the stage {name!r} cannot be imported: {type(exc).__name__}: {exc} ({frame.filename}:{frame.lineno})"
+        ) from exc
+
+
+def _load_file(file: Path) -> ModuleType:
+    """Import a stage's file by its place, so that a `plugins` folder elsewhere cannot stand in for ours."""
+    package = "plugins" if file.parent == BUILT_IN else f"gateway_plugins_path.{file.parent.name}"
+    name = f"{package}.{file.stem}"
+    known = sys.modules.get(name)
+    if known is not None and known.__file__ is not None and Path(known.__file__).resolve() == file.resolve():
+        return known
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while it is being run.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    return module
+
+
+def _only_stage(module: ModuleType, name: str) -> type[Stage]:
+    found = [
+        each
+        for each in vars(module).values()
+        if inspect.isclass(each) and issubclass(each, Stage) and each.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        names = ", ".join(each.__name__ for each in found) or "none"
+        raise UnknownStage(f"{module.__file__} must define exactly one Stage; it defines {names}")
+    return _checked(found[0], name)
+
+
+def _checked(found: object, name: str) -> type[Stage]:
+    if not (inspect.isclass(found) and issubclass(found, Stage)):
+        raise UnknownStage(f"{name!r} is not a subclass of gateway.Stage")
+    if "__dataclass_fields__" not in vars(found) and getattr(found, "__annotations__", {}):
+        raise UnknownStage(f"{name!r} has settings but is no dataclass; put @dataclass above its class")
+    return found

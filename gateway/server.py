@@ -1,0 +1,388 @@
+"""The server: accepts clients, turns each request into a `Request`, and answers what its pipeline returns.
+
+A request's path is decided on once, in its raw form: absolute URLs, dot segments and encoded slashes are
+refused, then `/{team's prefix}/v1/{operation}` is split. Nothing here knows what stages do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import re
+import signal
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from gateway.azure import find_operation
+from gateway.connection import CLOSE, Arrived, ClientBody, ClientGone, Connection, too_large, write_answer
+from gateway.errors import ApiError, ConfigError, Mistake
+from gateway.exchange import Exchange
+from gateway.logs import get_logger, quiet_logger
+from gateway.messages import Body, Headers, Request, Response
+from gateway.settings import Limits, Listen, Network, Settings, Timeouts
+from gateway.teams import Team, Teams
+from gateway.upstream import Upstream
+
+__all__ = ("Server", "serve")
+
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(:[0-9]{1,5})?")
+_PATH = re.compile(r"/[!$&-;=@-Z_a-z~%]*")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%(0[0-9A-F]|1[0-9A-F]|2E|2F|5C|7F)", re.IGNORECASE)
+_QUERY = re.compile(r"[!-\"$-~]*")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# Above this many fields, their total size is looked at; aiohttp bounds each of them, and their number.
+_MANY_FIELDS = 48
+_HEAD_TOTAL = 32 * 1024
+
+
+class _AiohttpServer(web.Server):
+    """aiohttp's low-level server, making our connections."""
+
+    def __init__(self, handler: Any, limits: Limits, timeouts: Timeouts, **settings: Any) -> None:
+        super().__init__(handler, request_factory=cast(Any, Arrived), handler_cancellation=True, **settings)
+        self._limits = limits
+        self._timeouts = timeouts
+
+    def __call__(self) -> RequestHandler:
+        return Connection(self, loop=self._loop, limits=self._limits, timeouts=self._timeouts, **self._kwargs)
+
+
+class Server:
+    """One gateway: teams, the pool to Azure, and the listening socket."""
+
+    def __init__(self, teams: Teams, settings: Settings | None = None, upstream: Upstream | None = None) -> None:
+        self.teams = teams
+        self.settings = settings or Settings()
+        self.upstream = upstream or Upstream(self.settings.timeouts)
+        self.draining = False
+        self.ready = False
+        self._http: _AiohttpServer | None = None
+        self._listener: asyncio.Server | None = None
+        self._running: set[asyncio.Task[Any]] = set()
+        self._all_done = asyncio.Event()
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the stages and listen. Raises OSError where the address cannot be had."""
+        timeouts, limits = self.settings.timeouts, self.settings.limits
+        await self.upstream.start()
+        try:
+            await self.teams.start(self.upstream)
+        except BaseException:
+            await self.upstream.close()
+            raise
+        self._http = _AiohttpServer(
+            self._handle,
+            limits,
+            timeouts,
+            keepalive_timeout=timeouts.keep_alive,
+            access_log=None,
+            logger=quiet_logger(),
+            auto_decompress=False,
+            read_bufsize=64 * 1024,
+        )
+        try:
+            await self._listen()
+        except BaseException:
+            await self.teams.stop()
+            await self.upstream.close()
+            raise
+        self.ready = True
+
+    async def _listen(self) -> None:
+        loop = asyncio.get_running_loop()
+        listen = self.settings.listen
+        http = cast(Any, self._http)
+        if listen.unix is None:
+            self._listener = await loop.create_server(http, listen.host, listen.port, backlog=1024)
+            return
+        _remove_socket(listen.unix)
+        self._listener = await loop.create_unix_server(http, listen.unix, backlog=1024)
+        # nginx runs as another user; who may reach the socket is the directory's to say.
+        os.chmod(listen.unix, 0o666)  # noqa: S103
+
+    @property
+    def address(self) -> Listen:
+        """Where the server listens; the true port where 0 was asked for."""
+        if self.settings.listen.unix is not None or self._listener is None:
+            return self.settings.listen
+        host, port = self._listener.sockets[0].getsockname()[:2]
+        return Listen(host=host, port=port)
+
+    async def stop(self, *, now: asyncio.Event | None = None) -> None:
+        """Stop: not ready at once, no new clients after `drain_delay`, running exchanges end within `grace`.
+
+        Setting `now` ends the waiting at once.
+        """
+        timeouts = self.settings.timeouts
+        now = now or asyncio.Event()
+        self.ready = False
+        await _wait_either(now, timeouts.drain_delay)
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        http = self._http
+        if http is not None:
+            for connection in http.connections:
+                if cast(Connection, connection).idle:
+                    connection.force_close()
+        if self._running and not now.is_set():
+            get_logger().info("draining", exchanges=len(self._running), grace=timeouts.grace)
+            done = asyncio.create_task(self._all_done.wait())
+            asked = asyncio.create_task(now.wait())
+            await asyncio.wait((done, asked), timeout=timeouts.grace, return_when=asyncio.FIRST_COMPLETED)
+            done.cancel()
+            asked.cancel()
+        for task in list(self._running):
+            task.cancel()
+        if self._running:
+            get_logger().warning("exchanges cut off", exchanges=len(self._running))
+            await asyncio.wait(list(self._running), timeout=5)
+        if http is not None:
+            await http.shutdown(timeout=1)
+        if self._listener is not None and self.settings.listen.unix is not None:
+            _remove_socket(self.settings.listen.unix)
+        await self.teams.stop()
+        await self.upstream.close()
+
+    # -- one request -----------------------------------------------------------------------------------
+
+    async def _handle(self, arrived: Arrived) -> web.StreamResponse:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._running.add(task)
+        self._all_done.clear()
+        exchange = Exchange()
+        try:
+            return await self._exchange(arrived, exchange)
+        except ClientGone:
+            exchange.ended_by = "client"
+            return CLOSE
+        except asyncio.CancelledError:
+            # The client left, or the grace period is over.
+            exchange.ended_by = "client" if arrived.connection.transport is None else "gateway"
+            raise
+        except Exception as exc:
+            arrived.connection.log_exception(exc_info=exc)
+            if arrived.connection.transport is not None:
+                arrived.connection.transport.abort()
+            exchange.ended_by = "gateway"
+            return CLOSE
+        finally:
+            exchange.finish()
+            self._running.discard(task)
+            if not self._running:
+                self._all_done.set()
+
+    async def _exchange(self, arrived: Arrived, exchange: Exchange) -> web.StreamResponse:
+        message = arrived.message
+        headers = Headers(message.raw_headers)
+        request_id = _request_id(headers)
+        close = False
+        try:
+            path, _, query = message.path.partition("?")
+            if path in ("/healthz", "/readyz"):
+                response = self._probe(message.method, path)
+            else:
+                length, expects = _check_head(arrived, path, query, self.settings.limits.body)
+                body = ClientBody(
+                    arrived,
+                    length=length,
+                    expects=expects,
+                    limit=self.settings.limits.body,
+                    timeout=self.settings.timeouts.client,
+                )
+                team, rest = self._team(path, headers)
+                response = await self._answer(arrived, exchange, team, rest, query, headers, request_id, body)
+        except ApiError as exc:
+            response = Response.from_error(exc)
+            # What follows a head that was refused might be anything.
+            close = exc.status in (400, 413, 417, 431)
+            get_logger().info("refused before any team", status=exc.status, error=exc.code, request_id=request_id)
+        if not arrived.payload.is_eof() and "expect" in headers:
+            close = True  # nobody knows whether the body comes
+        return await write_answer(
+            arrived,
+            response,
+            exchange,
+            request_id=request_id,
+            close=close or self.draining,
+            patience=self.settings.timeouts.client,
+        )
+
+    def _probe(self, method: str, path: str) -> Response:
+        if method not in ("GET", "HEAD"):
+            raise ApiError(405, f"{method} is not allowed on {path}; use GET", headers={"allow": "GET"})
+        if path == "/healthz":
+            return Response.json({"status": "alive"})
+        if self.ready:
+            return Response.json({"status": "ready"})
+        return Response.json({"status": "draining"}, 503)
+
+    def _team(self, path: str, headers: Headers) -> tuple[Team, str]:
+        """Return the team of a path and what follows its `/v1`."""
+        place = path.find("/v1/")
+        if place < 0:
+            raise ApiError(404, f"there is nothing at {path}; the API begins with /v1/", code="unknown_url")
+        prefix = path[:place]
+        host = (headers.get("host") or "").rpartition(":")
+        team = self.teams.find(prefix, (host[0] if host[2].isdigit() else "".join(host)).lower(), headers)
+        if team is None:
+            raise ApiError(404, f"no team's API is at {prefix}/v1", code="unknown_url")
+        return team, path[place + 3 :]
+
+    async def _answer(
+        self,
+        arrived: Arrived,
+        exchange: Exchange,
+        team: Team,
+        path: str,
+        query: str,
+        headers: Headers,
+        request_id: str,
+        body: ClientBody,
+    ) -> Response:
+        operation = find_operation(arrived.message.method, path)
+        request = Request(
+            id=request_id,
+            operation=operation.name if operation is not None else None,
+            has_model=operation is not None and operation.has_model,
+            method=arrived.message.method,
+            path=path,
+            query=query,
+            headers=headers,
+            body=Body(body),
+            team=team.name,
+            target=team.target,
+            exchange=exchange,
+            address=lambda: client_address(arrived.connection.transport, headers, self.settings.trusted_proxies),
+        )
+        exchange.set_deadline(self.settings.timeouts.first_byte)
+        try:
+            assert team.pipeline is not None, "the team was not started"  # noqa: S101 -- a bug of ours
+            return await team.pipeline(request)
+        finally:
+            exchange.stop_deadline()
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id")
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    return "req_" + os.urandom(12).hex()
+
+
+def _check_head(arrived: Arrived, path: str, query: str, limit: int) -> tuple[int | None, bool]:
+    """Refuse a head that no proxy may pass on; return the body's length and whether `100 Continue` is awaited."""
+    message = arrived.message
+    if not _PATH.fullmatch(path) or _BAD_ESCAPE.search(path) or not _QUERY.fullmatch(query):
+        raise ApiError(400, "the request's target must be a plain path, such as /v1/chat/completions")
+    if "/." in path and any(segment in (".", "..") for segment in path.split("/")):
+        raise ApiError(400, "the request's path must not have dot segments")
+    length: int | None = 0
+    expects = False
+    for name, value in message.raw_headers:
+        lowered = name.lower()
+        if lowered == b"host":
+            if not _HOST.fullmatch(value):
+                raise ApiError(400, "the Host header is not a host name")
+        elif lowered == b"content-length":
+            if not value.isdigit() or len(value) > 19:
+                raise ApiError(400, "the Content-Length header is not a number")
+            length = int(value)
+            if length > limit:
+                raise too_large(limit)
+        elif lowered == b"transfer-encoding":
+            length = None
+            if message.version < (1, 1):
+                raise ApiError(400, "Transfer-Encoding needs HTTP/1.1")
+        elif lowered == b"expect":
+            if value.strip().lower() != b"100-continue":
+                raise ApiError(417, "the only expectation met is 100-continue")
+            expects = True
+        elif lowered == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise ApiError(415, "the body must not be compressed; leave Content-Encoding out")
+    if len(message.raw_headers) > _MANY_FIELDS:
+        size = sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+        if size > _HEAD_TOTAL:
+            raise ApiError(431, f"the request's head is larger than {_HEAD_TOTAL} bytes")
+    return length, expects and message.version >= (1, 1) and not arrived.payload.is_eof()
+
+
+def client_address(
+    transport: asyncio.BaseTransport | None,
+    headers: Headers,
+    trusted: Sequence[Network],
+) -> str:
+    """Return the client's address: the peer's, or what trusted proxies say, read from the right.
+
+    A unix socket's peer is trusted: only who can open the socket is there.
+    """
+    peer = transport.get_extra_info("peername") if transport is not None else None
+    address = peer[0] if isinstance(peer, tuple) else ""
+    if address and not _trusted(address, trusted):
+        return address
+    for hop in reversed([part.strip() for line in headers.getall("x-forwarded-for") for part in line.split(",")]):
+        try:
+            ipaddress.ip_address(hop)
+        except ValueError:
+            break
+        address = hop
+        if not _trusted(hop, trusted):
+            break
+    return address
+
+
+def _trusted(address: str, networks: Sequence[Network]) -> bool:
+    if not networks:
+        return False
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    return any(ip in network for network in networks)
+
+
+def _remove_socket(name: str) -> None:
+    """Remove a unix socket that an earlier run may have left; anything else at that path stays."""
+    path = Path(name)
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+
+
+async def _wait_either(event: asyncio.Event, seconds: float) -> None:
+    if seconds > 0:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(event.wait(), seconds)
+
+
+async def serve(server: Server) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once."""
+    stop, now = asyncio.Event(), asyncio.Event()
+
+    def signalled() -> None:
+        (now if stop.is_set() else stop).set()
+
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, signalled)
+    listen = server.settings.listen
+    try:
+        await server.start()
+    except OSError as exc:
+        raise ConfigError([Mistake("listen", 0, 0, f"cannot listen on {listen}: {exc.strerror or exc}")]) from None
+    get_logger().info("listening", address=str(server.address), teams=len(server.teams.all), pid=os.getpid())
+    try:
+        await stop.wait()
+    finally:
+        get_logger().info("stopping")
+        await server.stop(now=now)
+        get_logger().info("stopped")

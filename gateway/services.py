@@ -1,0 +1,77 @@
+"""What the core offers to stages when they start: shared, and namespaced where it holds state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+
+from gateway.logs import get_logger
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from gateway.messages import Resource
+
+__all__ = ("Services", "Shared")
+
+
+class Shared:
+    """What all stages of a gateway share: one HTTP session, one store."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+        self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def session(self) -> aiohttp.ClientSession:
+        """Return the session, made when first asked for. Redirects and cookies are off by its users' care."""
+        if self._session is None or self._session.closed:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=30), cookie_jar=aiohttp.DummyCookieJar()
+            )
+        return self._session
+
+    def space(self, team: str, stage: str) -> dict[str, Any]:
+        """Return the state kept for one stage of one team; it outlives the stage's instance."""
+        return self._spaces.setdefault((team, stage), {})
+
+    async def close(self) -> None:
+        """Close the session."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a stage's `start` and `check` are given.
+
+    `resources` are the configured Azure resources by name, `resource` the one this team uses where a
+    deployment names none (None if there are several and none was chosen). `clock` returns seconds that
+    never go back. `store` keeps state that must outlive a reload: it is this stage's own, by team and id.
+    """
+
+    team: str
+    stage: str
+    resources: Mapping[str, Resource] = field(default_factory=dict)
+    resource: Resource | None = None
+    clock: Callable[[], float] = time.monotonic
+    shared: Shared = field(default_factory=Shared, repr=False)
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """A session for calling other services; never for Azure's answers to clients."""
+        return self.shared.session()
+
+    @property
+    def logger(self) -> FilteringBoundLogger:
+        """A structlog logger that names the team and the stage."""
+        return get_logger().bind(team=self.team, stage=self.stage)
+
+    @property
+    def store(self) -> MutableMapping[str, Any]:
+        """State under (team, stage id), shared by every instance of this stage in the process."""
+        return self.shared.space(self.team, self.stage)

@@ -1,0 +1,78 @@
+"""What the server itself is told: where to listen, how long to wait, how much to take, whom to trust."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+__all__ = ("Limits", "Listen", "Network", "Settings", "Timeouts")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long, in seconds, the gateway waits."""
+
+    connect: Annotated[float, Meta(gt=0, description="for a connection to Azure, TLS included")] = 10.0
+    first_byte: Annotated[float, Meta(gt=0, description="for everything before the first byte of an answer")] = 600.0
+    idle: Annotated[float, Meta(gt=0, description="for the next bytes of an answer that has begun")] = 300.0
+    head: Annotated[float, Meta(gt=0, description="for a client to send the head of a request")] = 20.0
+    client: Annotated[float, Meta(gt=0, description="for a client to send, or to take, the next bytes")] = 60.0
+    keep_alive: Annotated[
+        float,
+        Meta(gt=0, description="for the next request on a client's connection; keep it above nginx's 60"),
+    ] = 75.0
+    drain_delay: Annotated[
+        float,
+        Meta(ge=0, description="for /readyz to say 503 before the listener closes; 5 behind a load balancer"),
+    ] = 0.0
+    grace: Annotated[float, Meta(ge=0, description="for running exchanges to end when the gateway stops")] = 30.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much the gateway takes from clients."""
+
+    body: Annotated[int, Meta(gt=0, description="the most bytes of a request's body")] = 100 * 1024 * 1024
+    connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where to listen: a TCP host and port, or a unix socket."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    unix: str | None = None
+
+    def __str__(self) -> str:
+        if self.unix is not None:
+            return f"unix:{self.unix}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str) -> Listen:
+        """Read `HOST:PORT`, `:PORT` (every interface) or `unix:PATH`. Raises ValueError, saying what is wrong."""
+        if text.startswith("unix:"):
+            if not text[5:]:
+                raise ValueError("unix: needs the path of a socket, as in unix:/run/gateway.sock")
+            return cls(unix=text[5:])
+        host, colon, port = text.rpartition(":")
+        host = host.removeprefix("[").removesuffix("]")
+        if not colon or not port.isdigit() or not 0 <= int(port) <= 65_535:
+            raise ValueError(f"{text!r} is not HOST:PORT or unix:PATH, as in 127.0.0.1:8080")
+        return cls(host=host or "0.0.0.0", port=int(port))  # noqa: S104 -- what `:8080` means
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server itself is told by the configuration."""
+
+    listen: Listen = Listen()
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+    trusted_proxies: tuple[Network, ...] = ()

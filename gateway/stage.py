@@ -1,0 +1,122 @@
+"""The contract of a stage, and how a list of stages becomes one callable.
+
+A pipeline is an onion: the first stage of the list sees the request first and the response last. A stage
+passes on with `await call_next(request)`, answers by itself by returning a `Response`, and refuses by
+raising an `ApiError`. Each link turns an exception into a `Response`, so that the stages above it always
+get one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from gateway.errors import ApiError, UpstreamTimeout
+from gateway.exchange import failure
+from gateway.logs import get_logger, masked
+from gateway.messages import Request, Response
+from gateway.services import Services
+
+__all__ = ("Next", "Stage", "compile_pipeline")
+
+Next: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+# A mistake that a stage finds in its own settings: the path to the setting, and what is wrong with it.
+Finding: TypeAlias = tuple[Sequence[str | int], str]
+
+
+class Stage:
+    """One plugin in a pipeline. Subclass it as a dataclass: its fields are its settings.
+
+    `needs` and `provides` are names such as `caller`, `credential`, `deployment` and `api_version`;
+    `gateway check` reports a wrong order. A plain tuple will do: `provides = ("caller",)`.
+    """
+
+    id: str = ""
+    """The name in the pipeline, such as `burst` for `rate_limit as burst`; set when it is loaded."""
+
+    @property
+    def needs(self) -> Iterable[str]:
+        """What stages further up must have provided."""
+        return ()
+
+    @property
+    def provides(self) -> Iterable[str]:
+        """What this stage provides to those below it."""
+        return ()
+
+    def check(self, services: Services) -> Iterable[Finding]:
+        """Yield `(path to the setting, what is wrong)` for each mistake that the types do not show."""
+        return ()
+
+    async def start(self, services: Services) -> None:
+        """Get ready, once, before the first request."""
+
+    async def stop(self) -> None:
+        """Let go of what `start` took; called in reverse order, also when `start` failed half-way."""
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        """Handle one request. `await call_next(request)` is the rest of the pipeline."""
+        return await call_next(request)
+
+
+def compile_pipeline(stages: Sequence[tuple[str, Callable[[Request, Next], Awaitable[Response]]]], end: Next) -> Next:
+    """Compile (id, stage) pairs and the end of the pipeline into one callable; done once per team."""
+
+    async def last(request: Request, _: Next) -> Response:
+        return await end(request)
+
+    call_next = _link("upstream", last, end)
+    for name, stage in reversed(stages):
+        call_next = _link(name, stage, call_next)
+    return call_next
+
+
+def _link(name: str, stage: Callable[[Request, Next], Awaitable[Response]], call_next: Next) -> Next:
+    async def linked(request: Request) -> Response:
+        try:
+            response = await stage(request, call_next)
+        except asyncio.CancelledError:
+            if not request._exchange.deadline_hit():
+                raise
+            return _too_late(name, request)
+        except ApiError as exc:
+            # Without its traceback the error holds no frame, and so no request: less for the collector to do.
+            return Response.from_error(exc.with_traceback(None))
+        except Exception as exc:  # a stage's bug must not take the others down
+            return _broken(name, exc, request)
+        answer: object = response  # a stranger's stage may have no types
+        if not isinstance(answer, Response):
+            return _broken(name, TypeError(f"returned {type(answer).__name__}, not a Response"), request)
+        return answer
+
+    return linked
+
+
+def _too_late(name: str, request: Request) -> Response:
+    where = "Azure OpenAI" if name == "upstream" else f"the gateway's stage {name!r}"
+    get_logger().warning("deadline before the first byte", stage=name, request_id=request.id)
+    message = f"no answer in time: {where} was still at work"
+    return Response.from_error(
+        UpstreamTimeout(message) if name == "upstream" else ApiError(504, message, code="deadline_exceeded")
+    )
+
+
+def _broken(name: str, exc: Exception, request: Request) -> Response:
+    get_logger().error("a stage failed", stage=name, request_id=request.id, **masked(failure(exc), _secrets(request)))
+    answer = ApiError(500, f"the gateway failed on this request; its operator finds it as {request.id}")
+    response = Response.from_error(answer)
+    response.error = exc.with_traceback(None)
+    return response
+
+
+def _secrets(request: Request) -> list[str]:
+    """Return what must not be printed if an exception's text holds it: every value that may be a key."""
+    secrets = [value for name, value in request.headers if name.lower() in ("authorization", "api-key")]
+    secrets += [value.rpartition(" ")[2] for value in secrets]
+    target = request.target
+    for credential in (target.credential, target.resource.credential if target.resource else None):
+        if credential is not None:
+            secrets.append(credential.value)
+    return [secret for secret in secrets if secret]

@@ -1,0 +1,248 @@
+"""Filters on a response's bytes, and server-sent events: the one loop that every streamed byte takes.
+
+Rule 1: nothing here does I/O or looks at a clock; bytes in, bytes out.
+Rule 2: an event that no filter changes leaves as the bytes it came as, terminator and all.
+Rule 3: memory is bounded; what an event may weigh is `MAX_EVENT`.
+
+Theory of operation: `link` turns the filters of a response into one object with `feed` and `close`.
+Neighbouring event filters share one splitter, so that a stream is cut into events once. An event ends with a
+blank line (WHATWG HTML, 9.2.6); lines end with LF, CRLF or CR. A CR at the end of a read may be half a CRLF:
+the event is let go at once, and if a LF comes next it follows its event.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from gateway.errors import StreamBroken
+
+__all__ = ("Event", "EventFilter", "Filter", "link")
+
+MAX_EVENT = 64 * 1024 * 1024
+
+_LINE = re.compile(rb"\r\n|\n|\r")
+# A line's end and the blank line after it. An event that begins with a blank line is only that line.
+# (The lookahead keeps a CRLF from being read as two line ends.)
+_EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
+
+
+class Filter:
+    """A piece that a stage puts on a response's bytes: no I/O, no clock, one instance per response."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes as they came from Azure (or the filter before) and return what goes on."""
+        return data
+
+    def close(self) -> bytes:
+        """Return what is left at the clean end of the stream; never called when the stream breaks."""
+        return b""
+
+
+class Event:
+    """One server-sent event. `raw` is its bytes, blank line included."""
+
+    __slots__ = ("_json", "_parsed", "raw")
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self._json: Any = None
+        self._parsed = False
+
+    @property
+    def data(self) -> bytes:
+        """The event's data: its `data:` lines, joined with LF; b"" where it has none."""
+        values = []
+        for line in _LINE.split(self.raw.removeprefix(b"\xef\xbb\xbf")):
+            name, colon, value = line.partition(b":")
+            if name == b"data":
+                values.append(value.removeprefix(b" ") if colon else b"")
+        return b"\n".join(values)
+
+    def json(self) -> Any:
+        """Return the data as JSON, decoded once; None where it is not JSON (such as `[DONE]`)."""
+        if not self._parsed:
+            try:
+                self._json = msgspec.json.decode(self.data)
+            except (msgspec.DecodeError, RecursionError, ValueError):
+                self._json = None
+            self._parsed = True
+        return self._json
+
+    def set_json(self, content: object) -> None:
+        """Replace the data; other fields of the event (`event`, `id`, `retry`) and its line ending stay."""
+        found = _LINE.search(self.raw)
+        newline = found.group() if found else b"\n"
+        lines = [
+            line
+            for line in _LINE.split(self.raw.removeprefix(b"\xef\xbb\xbf"))
+            if line and line.partition(b":")[0] != b"data"
+        ]
+        lines.append(b"data: " + msgspec.json.encode(content))
+        self.raw = newline.join(lines) + newline * 2
+        self._json = content
+        self._parsed = True
+
+    def __repr__(self) -> str:
+        return f"<Event of {len(self.raw)} bytes>"
+
+
+class EventFilter:
+    """A filter on server-sent events. Give it one event, get back that event, others, or None to drop it."""
+
+    def event(self, event: Event) -> Event | list[Event] | None:
+        """Return what takes the event's place."""
+        return event
+
+    def close(self) -> list[Event]:
+        """Return events to add at the clean end of the stream."""
+        return []
+
+
+class _Events(Filter):
+    """Cuts bytes into events and runs neighbouring event filters on each."""
+
+    def __init__(self, filters: Sequence[EventFilter]) -> None:
+        self._filters = filters
+        self._rest = bytearray()
+        self._scan = 0  # no event ends before this place in _rest
+        self._after_cr = False  # the last event ended with a CR: a LF next is the rest of its line ending
+        self._dropped = False
+
+    def feed(self, data: bytes) -> bytes:
+        out: list[bytes] = []
+        if self._after_cr and data:
+            if data[:1] == b"\n":
+                data = data[1:]
+                if not self._dropped:
+                    out.append(b"\n")
+            self._after_cr = False
+        rest = self._rest
+        rest += data
+        start = 0
+        while True:
+            if rest.startswith((b"\n", b"\r"), start):
+                # A blank line of its own, between events: it goes on as it is.
+                end = start + (2 if rest.startswith(b"\r\n", start) else 1)
+            else:
+                found = _EVENT_END.search(rest, max(self._scan, start))
+                if found is None:
+                    break
+                end = found.end()
+            self._pass_on(Event(bytes(rest[start:end])), 0, out)
+            start = end
+        self._after_cr = start == len(rest) and start > 0 and rest[-1:] == b"\r"
+        del rest[:start]
+        self._scan = max(0, len(rest) - 3)
+        if len(rest) > MAX_EVENT:
+            raise StreamBroken(f"an event is larger than {MAX_EVENT} bytes")
+        return b"".join(out)
+
+    def _pass_on(self, event: Event, first: int, out: list[bytes]) -> None:
+        """Run `event` through the filters from `first` on, and what they make of it after them."""
+        if not event.raw.strip(b"\r\n"):
+            self._dropped = False
+            out.append(event.raw)
+            return
+        events = [event]
+        for each in self._filters[first:]:
+            made: list[Event] = []
+            for one in events:
+                result = each.event(one)
+                if isinstance(result, Event):
+                    made.append(result)
+                elif result is not None:
+                    made.extend(result)
+            events = made
+        self._dropped = not events
+        out.extend(one.raw for one in events)
+
+    def close(self) -> bytes:
+        out: list[bytes] = []
+        if self._rest:
+            # An event that no blank line ended: whoever wants it completed lists `sse_newline` first.
+            self._pass_on(Event(bytes(self._rest)), 0, out)
+            self._rest.clear()
+        for place, each in enumerate(self._filters):
+            for event in each.close():
+                self._pass_on(event, place + 1, out)
+        return b"".join(out)
+
+
+class _Decoded(Filter):
+    """Undoes gzip or deflate, so that filters see the text."""
+
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+
+    def feed(self, data: bytes) -> bytes:
+        try:
+            return self._inflate.decompress(data)
+        except zlib.error as exc:
+            raise StreamBroken("the answer's content-encoding is broken") from exc
+
+    def close(self) -> bytes:
+        if not self._inflate.eof:
+            raise StreamBroken("the answer's content-encoding ends too early")
+        return self._inflate.flush()
+
+
+class Linked:
+    """The filters of one response, as one: `feed` bytes, and `close` once at the clean end."""
+
+    __slots__ = ("_filters", "feed")
+
+    def __init__(self, filters: Sequence[Filter]) -> None:
+        self._filters = filters
+        # One filter is the common case: its own method is called, with nothing in between.
+        self.feed: Callable[[bytes], bytes] = filters[0].feed if len(filters) == 1 else self._feed
+
+    def _feed(self, data: bytes) -> bytes:
+        for each in self._filters:
+            data = each.feed(data)
+        return data
+
+    def close(self) -> bytes:
+        """Close the filters in order; what one leaves runs through those after it."""
+        left = b""
+        for each in self._filters:
+            if left:
+                left = each.feed(left)
+            left += each.close()
+        return left
+
+
+def link(filters: Sequence[Filter | EventFilter], content_encoding: str | None = None) -> Linked:
+    """Link filters in their order, undoing the content encoding first where there is anything to run.
+
+    Raises StreamBroken where filters are to read an encoding that nobody here can undo.
+    """
+    linked: list[Filter] = []
+    encoding = (content_encoding or "identity").strip().lower()
+    if filters and encoding in ("gzip", "x-gzip", "deflate"):
+        linked.append(_Decoded())
+    elif filters and encoding != "identity":
+        raise StreamBroken(f"the answer's content-encoding is {encoding!r}, which no filter can read")
+    together: list[EventFilter] = []
+    for each in filters:
+        if isinstance(each, EventFilter):
+            together.append(each)
+            continue
+        if together:
+            linked.append(_Events(together))
+            together = []
+        linked.append(each)
+    if together:
+        linked.append(_Events(together))
+    return Linked(linked)
+
+
+def unfinished_event(tail: bytes) -> bytes:
+    """Return what ends the event that a broken stream left open, given the last bytes sent."""
+    if not tail or tail.endswith((b"\n\n", b"\r\r", b"\n\r\n", b"\n\r")):
+        return b""
+    return b"\n" if tail.endswith((b"\n", b"\r")) else b"\n\n"

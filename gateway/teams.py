@@ -1,0 +1,124 @@
+"""Teams: whose request it is, and the compiled pipeline that handles it."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gateway.errors import ApiError
+from gateway.logs import get_logger
+from gateway.messages import Headers, Target, key_digest, presented_key
+from gateway.services import Services, Shared
+from gateway.stage import Next, Stage, compile_pipeline
+
+__all__ = ("Match", "Team", "Teams")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a team's requests are told from others': any one of these is enough."""
+
+    path_prefix: tuple[str, ...] = ()
+    host: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
+@dataclass
+class Team:
+    """One team as configured: its stages in order, and where its requests go unless a stage says else."""
+
+    name: str
+    stages: Sequence[Stage]
+    target: Target
+    match: Match = field(default_factory=Match)
+    services: Mapping[str, Services] = field(default_factory=dict)
+    pipeline: Next | None = None
+
+    async def start(self, end: Next) -> None:
+        """Start the stages and compile the pipeline; those already started are stopped if one fails."""
+        started: list[Stage] = []
+        try:
+            for stage in self.stages:
+                started.append(stage)
+                await stage.start(self.services[stage.id])
+        except BaseException:
+            await self._stop(started)
+            raise
+        self.pipeline = compile_pipeline([(stage.id, stage) for stage in self.stages], end)
+
+    async def stop(self) -> None:
+        """Stop the stages, in reverse order."""
+        await self._stop(self.stages)
+
+    async def _stop(self, stages: Sequence[Stage]) -> None:
+        for stage in reversed(stages):
+            try:
+                await stage.stop()
+            except Exception as exc:
+                get_logger().error(
+                    "a stage failed to stop",
+                    team=self.name,
+                    stage=stage.id,
+                    error=type(exc).__name__,
+                    message=str(exc),
+                )
+
+
+class Teams:
+    """All teams, found by path prefix, host name or key digest, else the default team."""
+
+    def __init__(self, default: Team, others: Sequence[Team] = (), shared: Shared | None = None) -> None:
+        self.all = (default, *others)
+        self.default = default
+        self.shared = shared or Shared()
+        self._prefixes = {prefix: team for team in others for prefix in team.match.path_prefix}
+        self._hosts = {host: team for team in others for host in team.match.host}
+        self._keys = {digest: team for team in others for digest in team.match.keys}
+
+    async def start(self, end: Next) -> None:
+        """Start every team; those already started are stopped if one fails."""
+        started: list[Team] = []
+        try:
+            for team in self.all:
+                await team.start(end)
+                started.append(team)
+        except BaseException:
+            for team in reversed(started):
+                await team.stop()
+            await self.shared.close()
+            raise
+
+    async def stop(self) -> None:
+        """Stop every team and what they share."""
+        for team in reversed(self.all):
+            await team.stop()
+        await self.shared.close()
+
+    def find(self, prefix: str, host: str, headers: Headers) -> Team | None:
+        """Return the team of a request, or None where no team has its path prefix.
+
+        Raises ApiError 401 where the key belongs to a team that the path or the host name does not lead to.
+        """
+        team = self._prefixes.get(prefix) if prefix else (self._hosts.get(host) if self._hosts else None)
+        if prefix and team is None:
+            return None
+        if not self._keys:
+            return team or self.default
+        owner = self._owner(headers)
+        if owner is None:
+            return team or self.default
+        if team is not None and team is not owner:
+            raise ApiError(401, "this key belongs to another team than this URL", code="invalid_api_key")
+        return owner
+
+    def _owner(self, headers: Headers) -> Team | None:
+        key = presented_key(headers)
+        if key is None:
+            return None
+        digest = key_digest(key.value)
+        found = self._keys.get(digest)
+        # The dict has found it by hash; the comparison that decides takes the same time for every digest.
+        if found is not None and any(hmac.compare_digest(digest, known) for known in found.match.keys):
+            return found
+        return None

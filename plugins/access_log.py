@@ -1,0 +1,38 @@
+"""`access_log`: one log event for each exchange, when it is over."""
+
+from dataclasses import dataclass
+
+from gateway import Next, Outcome, Request, Response, Services, Stage
+
+
+@dataclass
+class AccessLog(Stage):
+    """Log each exchange once, at its end: who, what, how it went and how long it took.
+
+    Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
+    """
+
+    async def start(self, services: Services) -> None:
+        self._logger = services.logger
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        def log(outcome: Outcome) -> None:
+            target = outcome.target
+            self._logger.info(
+                "exchange",
+                request_id=request.id,
+                operation=request.operation,
+                caller=request.caller,
+                resource=target.resource.name if target is not None and target.resource is not None else None,
+                deployment=target.deployment if target is not None else None,
+                status=outcome.status,
+                ended_by=outcome.ended_by,
+                error=outcome.error,
+                first_byte_ms=None if outcome.first_byte is None else round(outcome.first_byte * 1000, 1),
+                total_ms=round(outcome.total * 1000, 1),
+                bytes=outcome.sent,
+                **request.notes,
+            )
+
+        request.defer(log)
+        return await call_next(request)

@@ -1,0 +1,178 @@
+r"""`model_map`: the model that a client asks for becomes a deployment of an Azure resource."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fnmatch import translate
+from typing import Annotated, Literal
+from urllib.parse import unquote
+
+from gateway import ApiError, Meta, Next, Request, Response, Services, Stage, Target
+
+DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+Names = list[str]  # inside the class, `list` is a setting
+
+SHOWN = 20  # names in an error message
+
+
+@dataclass
+class ModelMap(Stage):
+    r"""Map models to deployments, and answer `/v1/models` from the map.
+
+    A name is exact (`gpt-4o`), a glob (`gpt-4o-*`) or, after `~`, a regular expression for the whole name
+    (`~gpt-(.+)`), whose groups the deployment may use (`prod-\1`). Exact names win, then the others in the
+    order of the file. A deployment is `NAME`, or `RESOURCE/NAME` in a resource of its own.
+    """
+
+    models: Annotated[
+        dict[str, str] | str,
+        Meta(description="model: deployment; or as one text, model=deployment,model=deployment"),
+    ] = field(default_factory=dict)
+    unmapped: Annotated[
+        Literal["own_name_without_dots", "own_name", "refuse"],
+        Meta(
+            description="what a model without a mapping is: the deployment of its own name, with the dots left out "
+            "as Azure's older names have it (gpt-3.5-turbo: gpt-35-turbo) or as it is, or a 404"
+        ),
+    ] = "own_name_without_dots"
+    default: Annotated[
+        str | None, Meta(description="the deployment of every model without a mapping, before `unmapped` is asked")
+    ] = None
+    list: Annotated[
+        Names, Meta(description="names that /v1/models shows besides the exact ones, for globs and expressions")
+    ] = field(default_factory=list)
+
+    provides = ("deployment",)
+
+    def __post_init__(self) -> None:
+        self._exact: dict[str, Target] = {}
+        self._patterns: list[tuple[re.Pattern[str], str]] = []
+        self._default: Target | None = None
+        self._services = Services(team="", stage="")
+        self._listed: tuple[str, ...] = ()
+
+    def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Read the map; what is wrong in it is found here, with its place."""
+        self._services = services
+        seen: set[str] = set()
+        for place, written, deployment in self._written():
+            name = written.strip()
+            if not name or not deployment.strip():
+                yield place, f"{written}={deployment!s} is not model=deployment; both need a name"
+                continue
+            if name in seen:
+                yield place, f"the model {name!r} stands here twice"
+                continue
+            seen.add(name)
+            yield from ((place, problem) for problem in self._add(name, deployment.strip()))
+        for pair in self._broken_pairs():
+            yield ("models",), f"{pair!r} is not model=deployment, as in gpt-4o=my-gpt-4o,gpt-4=my-gpt-4"
+        if self.default is not None:
+            target, problem = self._target(self.default.strip())
+            self._default = target
+            if problem:
+                yield ("default",), problem
+        exact = [name for name in self._exact if "=" not in name]
+        self._listed = tuple(dict.fromkeys([*exact, *(name.strip() for name in self.list)]))
+
+    def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
+        if isinstance(self.models, str):
+            for pair in self.models.split(","):
+                if pair.count("=") == 1:
+                    name, _, deployment = pair.partition("=")
+                    yield ("models",), name, deployment
+        else:
+            for name, deployment in self.models.items():
+                yield ("models", name), name, deployment
+
+    def _broken_pairs(self) -> Iterator[str]:
+        if isinstance(self.models, str) and self.models.strip():
+            pairs = self.models.split(",")
+            if not pairs[-1].strip():
+                pairs.pop()  # a comma at the end does no harm
+            yield from (pair.strip() for pair in pairs if pair.count("=") != 1)
+
+    def _add(self, name: str, deployment: str) -> Iterator[str]:
+        pattern: str | None = None
+        if name.startswith("~"):
+            pattern = name[1:]
+        elif any(sign in name for sign in "*?["):
+            pattern = translate(name)
+        if pattern is None:
+            target, problem = self._target(deployment)
+            if target is not None:
+                self._exact[name] = target
+            elif problem:
+                yield problem
+            return
+        try:
+            compiled = re.compile(pattern)
+        except re.error as exc:
+            yield f"the expression {pattern!r} is wrong: {exc}"
+            return
+        # What the groups will be is not known yet; everything around them is.
+        _, problem = self._target(re.sub(r"\\(\d|g<\w+>)", "x", deployment))
+        if problem:
+            yield problem
+            return
+        try:
+            re.compile(f"(?:{pattern})|()").sub(deployment, "")
+        except (re.error, IndexError) as exc:
+            yield f"the deployment {deployment!r} uses a group that {name!r} does not have: {exc}"
+            return
+        self._patterns.append((compiled, deployment))
+
+    def _target(self, text: str) -> tuple[Target | None, str | None]:
+        """Return the target of `NAME` or `RESOURCE/NAME`, or what is wrong with it."""
+        resource_name, slash, name = text.rpartition("/")
+        resource = self._services.resources.get(resource_name) if slash else self._services.resource
+        if slash and resource is None:
+            known = ", ".join(self._services.resources) or "none"
+            return None, f"there is no resource {resource_name!r} for {text!r}; there is {known}"
+        if resource is None and len(self._services.resources) > 1:
+            return None, f"{text!r} names no resource and there are several; write RESOURCE/{name}, or `resource:`"
+        if not DEPLOYMENT.fullmatch(name):
+            return None, f"{name!r} cannot be a deployment's name: letters, digits, . _ and -, at most 64"
+        return Target(resource=resource, deployment=name), None
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        if request.operation == "models.list":
+            return Response.json({"object": "list", "data": [self._model(name) for name in self._listed]})
+        if request.operation == "models.retrieve":
+            name = unquote(request.path.removeprefix("/models/"))
+            if name not in self._listed and self._find(name) is None:
+                raise self._refusal(name)
+            return Response.json(self._model(name))
+        if request.has_model:
+            name = (await request.model()).strip()
+            found = self._find(name)
+            if found is None:
+                raise self._refusal(name)
+            request.target = replace(request.target, resource=found.resource, deployment=found.deployment)
+        return await call_next(request)
+
+    def _find(self, name: str) -> Target | None:
+        """Return the target of a model, or None where it is refused."""
+        if (target := self._exact.get(name)) is not None:
+            return target
+        for pattern, deployment in self._patterns:
+            if (found := pattern.fullmatch(name)) is not None:
+                return self._target(found.expand(deployment))[0]
+        if self._default is not None:
+            return self._default
+        if self.unmapped == "refuse":
+            return None
+        return self._target(name.replace(".", "") if self.unmapped == "own_name_without_dots" else name)[0]
+
+    def _refusal(self, name: str) -> ApiError:
+        mapped = [*self._exact, *(written for _, written, _ in self._written() if written.strip() not in self._exact)]
+        shown = ", ".join(mapped[:SHOWN]) + (", ..." if len(mapped) > SHOWN else "")
+        return ApiError(
+            404,
+            f"the model {name!r} is not mapped to a deployment; mapped are: {shown or 'none'}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def _model(self, name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "azure-openai"}
