@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 __all__ = ("Arrived", "ClientBody", "ClientGone", "Connection", "write_answer")
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# A chunked body may take this many bytes on the wire, and this many for each byte of its own.
+_FRAMING = 4096
+_FRAMING_SHARE = 16
 _LAST_CHUNK = b"0\r\n\r\n"
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
@@ -100,7 +103,7 @@ class Arrived:
 class Connection(RequestHandler):
     """aiohttp's server protocol, with the deadlines and the manners that it lacks."""
 
-    __slots__ = ("_head_timer", "_limits", "_timeouts")
+    __slots__ = ("_chunked", "_framing", "_head_timer", "_limits", "_timeouts")
 
     def __init__(
         self,
@@ -115,6 +118,8 @@ class Connection(RequestHandler):
         self._limits = limits
         self._timeouts = timeouts
         self._head_timer: asyncio.TimerHandle | None = None
+        self._chunked: StreamReader | None = None  # a chunked body that is arriving
+        self._framing = 0  # the bytes it took on the wire
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a first request, unless there are too many connections."""
@@ -135,12 +140,31 @@ class Connection(RequestHandler):
         super().data_received(data)
         if self._messages:
             self._stop_head_timer()
+            message, payload = self._messages[-1]
             current = self._current_request
-            if current is not None and isinstance(self._messages[-1][0], _ErrInfo):
-                # What follows the head is no body: whoever is reading it must not wait for the rest.
-                current._cancel(HttpProcessingError(message="malformed body"))
+            if isinstance(message, _ErrInfo):
+                if current is not None:
+                    # What follows the head is no body: whoever is reading it must not wait for the rest.
+                    current._cancel(HttpProcessingError(message="malformed body"))
+                return
+            if message.chunked:
+                self._chunked = payload
+                self._framing = len(data) - _head_size(message)
+        elif self._chunked is not None:
+            self._framing += len(data)
         elif self._head_timer is None and self.idle and not self._force_close:
             self._head_timer = self._loop.call_later(self._timeouts.head, self._head_too_slow)
+        if self._chunked is not None:
+            self._watch_framing(self._chunked)
+
+    def _watch_framing(self, payload: StreamReader) -> None:
+        """Refuse a chunked body that is nearly all chunk extensions, zeros and trailers."""
+        if self._framing > _FRAMING + _FRAMING_SHARE * payload.total_bytes:
+            self._chunked = None
+            payload.set_exception(HttpProcessingError(message="more framing than body"))
+            self._refuse(400, "the body's chunks are nearly all framing", "malformed_request")
+        elif payload.is_eof():
+            self._chunked = None
 
     @property
     def idle(self) -> bool:
@@ -185,6 +209,11 @@ class Connection(RequestHandler):
         facts = failure(exc) if isinstance(exc, BaseException) else {}
         facts.pop("message", None)
         get_logger().error("connection failed", **facts)
+
+
+def _head_size(message: RawRequestMessage) -> int:
+    """Return about how many bytes a head took."""
+    return len(message.path) + 16 + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
 
 
 def _closing_answer(error: ApiError) -> bytes:

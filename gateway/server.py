@@ -39,7 +39,7 @@ _QUERY = re.compile(r"[!-\"$-~]*")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Above this many fields, their total size is looked at; aiohttp bounds each of them, and their number.
 _MANY_FIELDS = 48
-_HEAD_TOTAL = 32 * 1024
+_HEAD_TOTAL = 24 * 1024
 
 
 class _AiohttpServer(web.Server):
@@ -67,6 +67,9 @@ class Server:
         self._listener: asyncio.Server | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._all_done = asyncio.Event()
+        self._stopped = False
+        self.address = self.settings.listen
+        """Where the server listens: the true port, once it does, where 0 was asked for."""
 
     # -- life ------------------------------------------------------------------------------------------
 
@@ -103,25 +106,21 @@ class Server:
         http = cast(Any, self._http)
         if listen.unix is None:
             self._listener = await loop.create_server(http, listen.host, listen.port, backlog=1024)
+            self.address = Listen(listen.host, self._listener.sockets[0].getsockname()[1])
             return
         _remove_socket(listen.unix)
         self._listener = await loop.create_unix_server(http, listen.unix, backlog=1024)
         # nginx runs as another user; who may reach the socket is the directory's to say.
         os.chmod(listen.unix, 0o666)  # noqa: S103
 
-    @property
-    def address(self) -> Listen:
-        """Where the server listens; the true port where 0 was asked for."""
-        if self.settings.listen.unix is not None or self._listener is None:
-            return self.settings.listen
-        host, port = self._listener.sockets[0].getsockname()[:2]
-        return Listen(host=host, port=port)
-
     async def stop(self, *, now: asyncio.Event | None = None) -> None:
         """Stop: not ready at once, no new clients after `drain_delay`, running exchanges end within `grace`.
 
         Setting `now` ends the waiting at once.
         """
+        if self._stopped:
+            return
+        self._stopped = True
         timeouts = self.settings.timeouts
         now = now or asyncio.Event()
         self.ready = False
@@ -188,10 +187,10 @@ class Server:
         close = False
         try:
             path, _, query = message.path.partition("?")
+            length, expects = _check_head(arrived, path, query, self.settings.limits.body)
             if path in ("/healthz", "/readyz"):
                 response = self._probe(message.method, path)
             else:
-                length, expects = _check_head(arrived, path, query, self.settings.limits.body)
                 body = ClientBody(
                     arrived,
                     length=length,
@@ -286,6 +285,8 @@ def _check_head(arrived: Arrived, path: str, query: str, limit: int) -> tuple[in
         raise ApiError(400, "the request's target must be a plain path, such as /v1/chat/completions")
     if "/." in path and any(segment in (".", "..") for segment in path.split("/")):
         raise ApiError(400, "the request's path must not have dot segments")
+    if message.version.major != 1:
+        raise ApiError(400, "the gateway speaks HTTP/1.1")
     length: int | None = 0
     expects = False
     for name, value in message.raw_headers:
@@ -301,8 +302,8 @@ def _check_head(arrived: Arrived, path: str, query: str, limit: int) -> tuple[in
                 raise too_large(limit)
         elif lowered == b"transfer-encoding":
             length = None
-            if message.version < (1, 1):
-                raise ApiError(400, "Transfer-Encoding needs HTTP/1.1")
+            if message.version < (1, 1) or value.strip().lower() != b"chunked":
+                raise ApiError(400, "the only Transfer-Encoding is chunked, and it needs HTTP/1.1")
         elif lowered == b"expect":
             if value.strip().lower() != b"100-continue":
                 raise ApiError(417, "the only expectation met is 100-continue")

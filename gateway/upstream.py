@@ -319,6 +319,9 @@ class Upstream:
             transport.write(head)
             message, payload = await self._upload(exchange, body)
         wire.read_timeout = self._timeouts.idle
+        if not payload.is_eof():
+            # The timer that runs is still the one for the first byte.
+            wire.start_timeout()
         if not 200 <= message.code <= 599:
             raise UpstreamError(f"Azure answered with the status {message.code}, which is none")
         return message, payload

@@ -1,0 +1,445 @@
+"""The server: from a client's request to its answer, through a real gateway to a fake Azure."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import aiohttp
+
+from gateway.testing import FakeAzure
+from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, until
+
+
+async def test_chat_completion_reaches_the_deployment(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A plain chat completion goes to its deployment's URL with the client's key, and the answer comes back."""
+    gateway = await start_gateway(azure.endpoint)
+
+    async with gateway.post() as answer:
+        body = await answer.json()
+
+    assert answer.status == 200
+    assert body["choices"][0]["message"]["content"] == "Hello there!"
+    seen = azure.requests[0]
+    assert seen.path == "/openai/deployments/gpt-4o/chat/completions"
+    assert seen.query == [("api-version", "2024-10-21")]
+    assert seen.headers.get("api-key") == KEY
+    assert "authorization" not in seen.headers
+    assert seen.json() == CHAT
+
+
+async def test_stream_passes_byte_for_byte(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A stream that ends rightly reaches the client as the bytes that Azure sent."""
+    gateway = await start_gateway(azure.endpoint)
+
+    async with gateway.post(json={**CHAT, "stream": True}) as answer:
+        through = await answer.read()
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(
+            f"{azure.endpoint}/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21",
+            json={**CHAT, "stream": True},
+            headers={"api-key": KEY},
+        ) as direct,
+    ):
+        assert await direct.read() == through
+
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["x-accel-buffering"] == "no"
+
+
+async def test_chunks_arrive_as_they_are_sent(start_gateway: StartGateway) -> None:
+    """Each event is sent on when it comes, not when the stream ends."""
+    go = asyncio.Event()
+
+    async def hold(seen: object, request: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
+        response = aiohttp.web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await go.wait()
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async with FakeAzure(respond=hold) as azure:
+        gateway = await start_gateway(azure.endpoint)
+        async with gateway.post(json={**CHAT, "stream": True}) as answer:
+            assert await answer.content.readany() == b"data: 1\n\n"
+            go.set()
+            assert await answer.content.read() == b"data: [DONE]\n\n"
+
+
+async def test_completions_and_embeddings(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """The other two operations reach their paths."""
+    gateway = await start_gateway(azure.endpoint)
+
+    async with gateway.post("/v1/completions", {"model": "gpt-35-turbo", "prompt": "hi"}) as answer:
+        assert (await answer.json())["choices"][0]["text"] == "Hello there!"
+    async with gateway.post("/v1/embeddings", {"model": "text-embedding-3-small", "input": ["a", "b"]}) as answer:
+        assert len((await answer.json())["data"]) == 2
+
+    assert [seen.path for seen in azure.requests] == [
+        "/openai/deployments/gpt-35-turbo/completions",
+        "/openai/deployments/text-embedding-3-small/embeddings",
+    ]
+
+
+async def test_base_path_of_the_endpoint_is_kept(start_gateway: StartGateway) -> None:
+    """An endpoint behind another path, such as an API Management's, keeps that path."""
+    async with FakeAzure(base_path="/corp/ai") as azure:
+        gateway = await start_gateway(azure.endpoint + "/")
+        async with gateway.post() as answer:
+            assert answer.status == 200
+    assert azure.requests[0].path == "/corp/ai/openai/deployments/gpt-4o/chat/completions"
+
+
+async def test_unknown_operations_are_clear_404s(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """What the gateway does not offer is a 404 in OpenAI's shape that names what was asked."""
+    gateway = await start_gateway(azure.endpoint)
+
+    for path, status in (("/v1/images/generations", 404), ("/v1/", 404), ("/nothing", 404), ("/x/v1/models", 404)):
+        async with gateway.post(path) as answer:
+            error = (await answer.json())["error"]
+        assert status == answer.status
+        assert path in error["message"] or "/x/v1" in error["message"]
+        assert {"message", "type", "param", "code"} == set(error)
+    async with gateway.get("/v1/chat/completions") as answer:
+        assert answer.status == 405
+        assert answer.headers["allow"] == "POST"
+    assert not azure.requests
+
+
+async def test_healthz_and_readyz(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Probes answer without a key; ready means not draining."""
+    gateway = await start_gateway(azure.endpoint)
+
+    async with gateway.get("/healthz", key=None) as answer:
+        assert answer.status == 200
+    async with gateway.get("/readyz", key=None) as answer:
+        assert await answer.json() == {"status": "ready"}
+    gateway.server.ready = False
+    async with gateway.get("/readyz", key=None) as answer:
+        assert answer.status == 503
+    async with gateway.get("/healthz", key=None) as answer:
+        assert answer.status == 200
+    async with gateway.post("/healthz", key=None) as answer:
+        assert answer.status == 405
+
+
+async def test_client_that_leaves_closes_the_upstream(start_gateway: StartGateway) -> None:
+    """A client that hangs up in the middle of a stream ends Azure's stream, and the log says who left."""
+    async with FakeAzure(words=["x"] * 1000, delay=0.02) as azure:
+        gateway = await start_gateway(azure.endpoint)
+        answer = await gateway.post(json={**CHAT, "stream": True})
+        await answer.content.readany()
+        assert azure.streaming == 1
+        answer.close()
+        await until(lambda: azure.streaming == 0, 1)
+        await gateway.idle()
+        await until(lambda: azure.connections == 0)
+    [event] = gateway.exchanges()
+    assert event["ended_by"] == "client"
+    assert event["status"] == 200
+
+
+async def test_client_that_leaves_before_the_answer(start_gateway: StartGateway) -> None:
+    """A client that hangs up while Azure is still thinking ends the request there, noted as a 499."""
+    waiting = asyncio.Event()
+    gone = asyncio.Event()
+
+    async def think(seen: object, request: object) -> None:
+        waiting.set()
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+
+    async with FakeAzure(respond=think) as azure:
+        gateway = await start_gateway(azure.endpoint)
+        task = asyncio.create_task(gateway.post().__aenter__())
+        await waiting.wait()
+        task.cancel()
+        async with asyncio.timeout(1):
+            await gone.wait()
+        await gateway.idle()
+    [event] = gateway.exchanges()
+    assert (event["status"], event["ended_by"]) == (499, "client")
+
+
+async def test_slow_reader_pauses_the_upstream(start_gateway: StartGateway) -> None:
+    """While a client does not read, the gateway does not take more from Azure than its buffers hold."""
+    block = b": " + b"x" * 65_533 + b"\n"
+    sent = 0
+
+    async def flood(seen: object, request: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
+        nonlocal sent
+        response = aiohttp.web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(1000):
+            await response.write(block)
+            sent += 1
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async with FakeAzure(respond=flood) as azure:
+        gateway = await start_gateway(azure.endpoint)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(chat_request(stream=True))
+        before = -1
+        while before != sent:
+            before = sent
+            await asyncio.sleep(0.3)
+        assert sent < 400, "64 MB were offered; buffers of sockets hold a few"
+        total = 0
+        while chunk := await reader.read(1 << 20):
+            total += len(chunk)
+        writer.close()
+    assert sent == 1000
+    assert total > 1000 * len(block)
+
+
+async def test_client_that_never_reads_is_given_up(start_gateway: StartGateway) -> None:
+    """A client that takes nothing for `timeouts.client` seconds is closed on, and Azure with it."""
+    async with FakeAzure(words=["x" * 100_000] * 2000) as azure:
+        gateway = await start_gateway(azure.endpoint, timeouts={"client": 0.3})
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(chat_request(stream=True))
+        await until(lambda: gateway.exchanges())
+        await until(lambda: azure.connections == 0)
+        writer.close()
+    [event] = gateway.exchanges()
+    assert (event["ended_by"], event["error"]) == ("client", "client_not_reading")
+
+
+async def test_http_1_0_clients_get_an_answer_without_chunks(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Nginx speaks HTTP/1.0 by default: the stream then ends with the connection."""
+    gateway = await start_gateway(azure.endpoint)
+    request = chat_request(stream=True).replace(b"HTTP/1.1", b"HTTP/1.0")
+
+    received = await raw_request(gateway.port, request)
+
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    assert b"connection: close" in head.lower()
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_expect_100_continue(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A client that awaits `100 Continue` is told to go on when its body is wanted, and not before."""
+    gateway = await start_gateway(azure.endpoint)
+    whole = chat_request(extra="Expect: 100-continue\r\n")
+    head, _, body = whole.partition(b"\r\n\r\n")
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(head + b"\r\n\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(body)
+    assert b"HTTP/1.1 200 OK" in await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+
+    refused = head.replace(b"Bearer azure-key", b"Basic azure-key") + b"\r\n\r\n"
+    received = await raw_request(gateway.port, refused, timeout=2)
+    assert received.startswith(b"HTTP/1.1 401")
+    assert b"connection: close" in received
+    received = await raw_request(gateway.port, head.replace(b"100-continue", b"200-maybe") + b"\r\n\r\n", timeout=2)
+    assert received.startswith(b"HTTP/1.1 417")
+
+
+async def test_keep_alive_and_pipelining(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A hundred requests sent at once on one connection are answered in order on it."""
+    gateway = await start_gateway(azure.endpoint)
+    one = chat_request().replace(b"Connection: close\r\n", b"")
+    received = await raw_request(gateway.port, one * 99 + chat_request(), timeout=20)
+    assert received.count(b"HTTP/1.1 200 OK") == 100
+    assert len(azure.requests) == 100
+
+
+async def test_body_above_the_limit_is_refused_unread(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A Content-Length above the limit is a 413 at once; a chunked body is one when it passes the limit."""
+    gateway = await start_gateway(azure.endpoint, limits={"body": 1000})
+    head = chat_request().partition(b"Content-Length")[0]
+    received = await raw_request(gateway.port, head + b"Content-Length: 1001\r\n\r\n", timeout=1)
+    assert received.startswith(b"HTTP/1.1 413")
+    chunk = b"1f4\r\n" + b"x" * 500 + b"\r\n"
+    received = await raw_request(gateway.port, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3, timeout=1)
+    assert received.startswith(b"HTTP/1.1 413")
+    assert not azure.requests
+
+
+async def test_slow_clients_are_closed_on(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Heads that never end, bodies that stop and connections that say nothing do not stay."""
+    gateway = await start_gateway(azure.endpoint, timeouts={"head": 0.3, "client": 0.3, "keep_alive": 0.5})
+    for sent, status in (
+        (b"", b"HTTP/1.1 408"),
+        (b"POST /v1/chat", b"HTTP/1.1 408"),
+        (chat_request()[:-10], b"HTTP/1.1 408"),
+    ):
+        received = await raw_request(gateway.port, sent, timeout=3)
+        assert received.startswith(status), received
+        assert b'"error"' in received
+    alive = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    received = await raw_request(gateway.port, alive, timeout=3)
+    assert received.count(b"HTTP/1.1") == 1, "an idle connection is closed without a word"
+    await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr]
+
+
+async def test_one_client_dribbling_a_head_is_closed_on_after_a_first_request(
+    start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """The head's deadline also runs for the second request of a connection."""
+    gateway = await start_gateway(azure.endpoint, timeouts={"head": 0.3, "keep_alive": 30})
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+    await reader.readuntil(b"}")
+    writer.write(b"GET /heal")
+    async with asyncio.timeout(3):
+        assert (await reader.read()).startswith(b"HTTP/1.1 408")
+    writer.close()
+
+
+async def test_connections_are_bounded(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """One connection too many is told so, and the others go on."""
+    gateway = await start_gateway(azure.endpoint, limits={"connections": 2})
+    held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
+    await until(lambda: len(gateway.server._http.connections) == 2)  # type: ignore[union-attr]
+    received = await raw_request(gateway.port, b"", timeout=2)
+    assert received.startswith(b"HTTP/1.1 503")
+    for _, writer in held:
+        writer.close()
+    await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr]
+    async with gateway.post() as answer:
+        assert answer.status == 200
+
+
+async def test_request_id_is_echoed_or_made(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A client's request id comes back if it is one; Azure's own stays to be had; both can be told apart."""
+    gateway = await start_gateway(azure.endpoint)
+    async with gateway.post(headers={"X-Request-ID": "abc-123"}) as answer:
+        assert answer.headers["x-request-id"] == "abc-123"
+        assert answer.headers["x-azure-request-id"].startswith("cb65b8a6")
+    async with gateway.post(headers={"X-Request-ID": "a b\tc"}) as answer:
+        assert answer.headers["x-request-id"].startswith("req_")
+    assert azure.requests[0].headers.get("x-request-id") == "abc-123"
+
+
+async def test_nothing_of_the_client_s_hop_reaches_azure(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Hop-by-hop, forwarding, cookie and credential headers end here; others go through."""
+    gateway = await start_gateway(azure.endpoint)
+    headers = {
+        "Connection": "keep-alive, X-Named",
+        "X-Named": "1",
+        "X-Forwarded-For": "10.0.0.1",
+        "X-Forwarded-Host": "evil",
+        "Forwarded": "for=x",
+        "Cookie": "a=b",
+        "TE": "trailers",
+        "Proxy-Authorization": "Basic x",
+        "Via": "1.1 a",
+        "Ocp-Apim-Subscription-Key": "other",
+        "Accept-Encoding": "zstd",
+        "OpenAI-Organization": "org-1",
+        "X-Stainless-Lang": "python",
+    }
+    async with gateway.post(headers=headers) as answer:
+        assert answer.status == 200
+    seen = azure.requests[0].headers
+    for name in headers:
+        expected = name in ("OpenAI-Organization", "X-Stainless-Lang")
+        if name in ("Connection", "Accept-Encoding"):
+            continue
+        assert expected == (name in seen), name
+    assert seen.get("accept-encoding") == "identity"
+    assert "connection" not in seen
+
+
+async def test_client_address_comes_from_trusted_proxies_only(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """X-Forwarded-For counts only where a trusted proxy sent it, and then from the right."""
+    stage = """
+from dataclasses import dataclass
+from gateway import Next, Request, Response, Stage
+
+@dataclass
+class Who(Stage):
+    "Tell the client its address."
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        return Response.json({"client": request.client})
+"""
+    yaml = """
+trusted_proxies: %s
+plugins_path: mine
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [who, auth_passthrough, model_map, api_version]
+"""
+    for trusted, forwarded, expected in (
+        ("[]", "1.2.3.4", "127.0.0.1"),
+        ("127.0.0.0/8", "1.2.3.4", "1.2.3.4"),
+        ("127.0.0.0/8", "9.9.9.9, 1.2.3.4, 127.0.0.7", "1.2.3.4"),
+        ("127.0.0.1", "6.6.6.6, nonsense", "127.0.0.1"),
+    ):
+        gateway = await start_gateway(azure.endpoint, yaml % trusted, {"mine/who.py": stage})
+        async with gateway.get("/v1/models", key=None) as answer:
+            assert answer.status != 401
+        async with gateway.session.get(gateway.url + "/v1/models", headers={"X-Forwarded-For": forwarded}) as answer:
+            assert expected == (await answer.json())["client"]
+
+
+async def test_draining_finishes_streams_and_refuses_newcomers(start_gateway: StartGateway) -> None:
+    """When the gateway stops, running streams end in peace and new connections are refused."""
+    async with FakeAzure(words=["x"] * 20, delay=0.02) as azure:
+        gateway = await start_gateway(azure.endpoint, timeouts={"grace": 5})
+        answer = await gateway.post(json={**CHAT, "stream": True})
+        await answer.content.readany()
+        stopping = asyncio.create_task(gateway.server.stop())
+        await until(lambda: gateway.server.draining)
+        body = await answer.read()
+        await stopping
+        assert body.endswith(b"data: [DONE]\n\n")
+        assert body.count(b'"x"') >= 20
+        try:
+            await asyncio.open_connection("127.0.0.1", gateway.port)
+        except OSError:
+            refused = True
+        else:
+            refused = False
+        assert refused
+
+
+async def test_grace_is_bounded(start_gateway: StartGateway) -> None:
+    """A stream that outlives the grace period is cut off, visibly, and noted as ended by the gateway."""
+    async with FakeAzure(words=["x"] * 10_000, delay=0.02) as azure:
+        gateway = await start_gateway(azure.endpoint, timeouts={"grace": 0.2})
+        answer = await gateway.post(json={**CHAT, "stream": True})
+        await answer.content.readany()
+        async with asyncio.timeout(5):
+            await gateway.server.stop()
+        cut = False
+        try:
+            await answer.read()
+        except aiohttp.ClientPayloadError:
+            cut = True
+        assert cut
+    assert gateway.exchanges()[0]["ended_by"] == "gateway"
+
+
+async def test_log_event_of_an_exchange(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """One event for each exchange, with what an operator asks first, and never a key or a body."""
+    gateway = await start_gateway(azure.endpoint)
+    async with gateway.post(headers={"X-Request-ID": "r1"}):
+        pass
+    await gateway.idle()
+    [event] = gateway.exchanges()
+    assert {
+        "team": "default",
+        "operation": "chat.completions",
+        "model": "gpt-4o",
+        "deployment": "gpt-4o",
+        "resource": "azure",
+        "status": 200,
+        "ended_by": "complete",
+        "request_id": "r1",
+    }.items() <= event.items()
+    assert event["bytes"] > 0
+    assert 0 < event["first_byte_ms"] <= event["total_ms"]
+    text = json.dumps(gateway.events, default=str)
+    assert KEY not in text
+    assert "messages" not in text

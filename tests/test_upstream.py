@@ -1,0 +1,429 @@
+"""One exchange with Azure: what is sent, what is believed, and what a client sees when Azure breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import ssl
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+
+from gateway.settings import Timeouts
+from gateway.testing import FakeAzure
+from gateway.upstream import Upstream
+from tests.conftest import CHAT, RawUpstream, StartGateway, raw_upstream, until
+
+DATA = Path(__file__).parent / "data"
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+STREAM = {**CHAT, "stream": True}
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+async def assert_healthy(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    gateway = await start_gateway(azure.endpoint)
+    async with gateway.post() as answer:
+        assert answer.status == 200
+
+
+def answers() -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (DATA / "upstream_answers.jsonl").read_text().splitlines()]
+    rows.append({"id": "hdr-line-17k", "expect": "reject", "raw": f"HTTP/1.1 200 OK\r\nX: {'a' * 17_000}\r\n\r\n"})
+    rows.append(
+        {
+            "id": "hdr-flood",
+            "expect": "reject",
+            "raw": "HTTP/1.1 200 OK\r\n" + "".join(f"X-{n}: y\r\n" for n in range(9999)),
+        }
+    )
+    rows.append({"id": "interim-flood", "expect": "reject", "raw": "HTTP/1.1 103 Early\r\n\r\n" * 100 + OK.decode()})
+    rows.append({"id": "http09", "expect": "reject", "raw": "<html>hello</html>"})
+    rows.append({"id": "ssh", "expect": "reject", "raw": "SSH-2.0-OpenSSH_9.2\r\n"})
+    rows.append({"id": "h2", "expect": "reject", "raw": "\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03"})
+    rows.append({"id": "status-000", "expect": "reject", "raw": "HTTP/1.1 000 X\r\nContent-Length: 0\r\n\r\n"})
+    rows.append(
+        {"id": "101", "expect": "reject", "raw": "HTTP/1.1 101 S\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"}
+    )
+    return rows
+
+
+@pytest.mark.parametrize("row", answers(), ids=lambda row: row["id"])
+async def test_answer_by_the_letter(row: dict[str, Any], start_gateway: StartGateway) -> None:
+    """A broken answer becomes a 502 or a 504, or is visibly cut; a good one arrives; none looks whole but is not."""
+    reset = row["id"].startswith("rst")
+    async with raw_upstream(row["raw"].encode("latin-1"), reset=reset) as upstream:
+        gateway = await start_gateway(upstream.endpoint, timeouts={"first_byte": 0.5, "idle": 0.5})
+        whole = False
+        status = 0
+        try:
+            async with gateway.post(allow_redirects=False) as answer:
+                status = answer.status
+                body = await answer.read()
+                whole = True
+        except aiohttp.ClientPayloadError:
+            pass
+        good = whole and status < 500
+        assert row["expect"] == "either" or good == (row["expect"] == "accept")
+        if whole and status >= 500:
+            assert {"message", "type", "param", "code"} == set(json.loads(body)["error"])
+            assert status in (502, 504)
+        if good:
+            assert "set-cookie" not in answer.headers
+        await gateway.idle()
+        await until(lambda: upstream.open == 0)
+
+
+async def test_refused_and_unresolvable_resources_are_502(start_gateway: StartGateway) -> None:
+    """A port that nobody listens on and a host that is not there are 502s, told apart in the message."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    for endpoint, words in (
+        (f"http://127.0.0.1:{port}", "could not connect"),
+        ("http://no-such-host.invalid", "host name"),
+    ):
+        gateway = await start_gateway(endpoint)
+        async with gateway.post() as answer:
+            error = (await answer.json())["error"]
+        assert answer.status == 502
+        assert words in error["message"]
+        assert error["type"] == "server_error"
+        assert gateway.exchanges()[0]["ended_by"] == "upstream"
+
+
+async def test_connect_timeout_is_504(start_gateway: StartGateway) -> None:
+    """A resource that does not take the connection is a 504 after `timeouts.connect`."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        # Fill the backlog, so that the next connection is not taken.
+        fillers = [socket.socket() for _ in range(4)]
+        for filler in fillers:
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", port))
+        gateway = await start_gateway(f"http://127.0.0.1:{port}", timeouts={"connect": 0.3})
+        async with gateway.post() as answer:
+            error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (504, "upstream_timeout")
+        for filler in fillers:
+            filler.close()
+
+
+async def test_no_answer_in_time_is_504(start_gateway: StartGateway) -> None:
+    """A resource that takes the request and says nothing, or half a head, is a 504 after `timeouts.first_byte`."""
+    for answer_bytes in (b"", b"HTTP/1.1 200 OK\r\nContent-"):
+        async with raw_upstream(answer_bytes, keep_open=True) as upstream:
+            gateway = await start_gateway(upstream.endpoint, timeouts={"first_byte": 0.3})
+            async with gateway.post() as answer:
+                assert answer.status == 504
+                assert "Azure" in (await answer.json())["error"]["message"]
+            await until(lambda: upstream.open == 0)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"data: 1\n\n",
+        b'data: {"choices":[{"delta":{"content":"h',
+        b'data: {"choices":[{"delta":{"content":"\xc3',
+        b"data: 1\r\n\r\ndata: 2\r\n",
+        b"data: 1\n",
+    ],
+)
+@pytest.mark.parametrize("how", ["reset", "eof", "stall"])
+async def test_stream_that_breaks_says_so(sent: bytes, how: str, start_gateway: StartGateway) -> None:
+    """A stream broken in the middle ends with an `error` event of its own and without the last chunk."""
+    answer_bytes = SSE + (chunk(sent) if sent else b"")
+    async with raw_upstream(answer_bytes, reset=how == "reset", keep_open=how == "stall") as upstream:
+        gateway = await start_gateway(upstream.endpoint, timeouts={"idle": 0.3})
+        async with gateway.post(json=STREAM) as answer:
+            assert answer.status == 200
+            received = b""
+            cut = False
+            try:
+                while data := await answer.content.readany():
+                    received += data
+            except aiohttp.ClientPayloadError:
+                cut = True
+        assert cut
+        assert received.startswith(sent)
+        events = [event for event in received.replace(b"\r\n", b"\n").split(b"\n\n") if event]
+        error = json.loads(events[-1].removeprefix(b"data: "))["error"]
+        assert error["code"] == ("upstream_timeout" if how == "stall" else "upstream_error")
+        await gateway.idle()
+        await until(lambda: upstream.open == 0)
+        assert gateway.exchanges()[0]["ended_by"] == "upstream"
+
+
+async def test_broken_stream_is_a_reset_for_http_1_0(start_gateway: StartGateway) -> None:
+    """Where the connection's end is the body's end, a broken stream does not end like a whole one."""
+    async with raw_upstream(SSE + chunk(b"data: 1\n\n")) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        body = json.dumps(STREAM).encode()
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer k\r\nContent-Length: %d\r\n\r\n%b"
+            % (len(body), body)
+        )
+        received = b""
+        reset = False
+        try:
+            while data := await reader.read(65536):
+                received += data
+        except ConnectionResetError:
+            reset = True
+        assert reset, "it ended like a whole answer"
+        assert b"data: 1\n\n" in received
+        writer.close()
+
+
+@pytest.mark.parametrize("length", [1, 20, 200])
+@pytest.mark.parametrize("length", [1, 20, 200])
+async def test_late_extra_answer_never_reaches_the_next_caller(length: int, start_gateway: StartGateway) -> None:
+    """Bytes that arrive on an idle pooled connection close it: they would be the next caller's answer."""
+    late = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"stolen": true}'[:length]
+    sent = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        writer.write(OK)
+        if upstream.connections == 1:
+            await asyncio.sleep(0.05)
+            writer.write(late)
+            sent.set()
+        await reader.read()
+
+    upstream = RawUpstream(script)
+    async with upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post() as answer:
+            assert b"{}" == await answer.read()
+        await sent.wait()
+        await asyncio.sleep(0.05)
+        async with gateway.post() as answer:
+            assert b"{}" == await answer.read()
+        assert 2 == upstream.connections
+
+
+@pytest.mark.parametrize("extra", [b"HTTP/1.1 200 OK\r\nX: ", OK, b"HTTP/1.1", b"\r\n"])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_extra_bytes_behind_an_answer_end_the_connection(
+    extra: bytes, chunked: bool, start_gateway: StartGateway
+) -> None:
+    """A connection whose answer was followed by anything, even half a head, is not used again."""
+    answer_bytes = OK
+    if chunked:
+        answer_bytes = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    if chunked and extra == b"\r\n":
+        return  # an empty line behind the last chunk cannot be told from a trailer's end; it does no harm
+    async with raw_upstream(answer_bytes + extra, OK, keep_open=True) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        for _ in range(2):
+            async with gateway.post() as answer:
+                assert await answer.read() == b"{}"
+        assert upstream.connections == 2
+
+
+async def test_clean_connections_are_used_again(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Answers that end where their bytes end leave their connection to the next request, streams too."""
+    gateway = await start_gateway(azure.endpoint)
+    for stream in (False, True, False, True):
+        async with gateway.post(json={**CHAT, "stream": stream}) as answer:
+            await answer.read()
+    assert azure.connections == 1
+
+
+async def test_stale_connection_is_replaced(start_gateway: StartGateway) -> None:
+    """A pooled connection that Azure closed just now does not cost the client its request."""
+    async with raw_upstream(OK) as upstream:  # closes after each answer, without saying so
+        gateway = await start_gateway(upstream.endpoint)
+        for _ in range(20):
+            async with gateway.post() as answer:
+                assert answer.status == 200
+        assert upstream.connections == 20
+
+
+async def test_stale_connection_found_while_sending(start_gateway: StartGateway) -> None:
+    """The same where Azure takes the request on the old connection and then closes it without a byte."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        writer.write(OK)
+        await reader.readuntil(b"\r\n\r\n")
+
+    upstream = RawUpstream(script)
+    async with upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        for _ in range(4):
+            async with gateway.post() as answer:
+                assert answer.status == 200
+        assert upstream.connections == 4
+
+
+async def test_fresh_connection_that_fails_is_not_tried_again(start_gateway: StartGateway) -> None:
+    """A request may have been worked on where a new connection broke: it is sent once."""
+    async with raw_upstream(b"") as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post() as answer:
+            assert answer.status == 502
+        assert upstream.connections == 1
+
+
+async def test_redirects_are_passed_on_and_not_followed(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A redirect would take the key along: the gateway never goes there."""
+    location = f"{azure.endpoint}/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
+    raw = f"HTTP/1.1 307 T\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
+    async with raw_upstream(raw.encode()) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post(allow_redirects=False) as answer:
+            assert answer.status == 307
+    assert not azure.requests
+
+
+async def test_interim_answers_are_skipped(start_gateway: StartGateway) -> None:
+    """1xx answers before the real one do not disturb it."""
+    async with raw_upstream(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 E\r\nLink: </a>\r\n\r\n" + OK) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post() as answer:
+            assert (answer.status, await answer.read()) == (200, b"{}")
+
+
+UPLOAD_STAGE = """
+from dataclasses import dataclass, replace
+from gateway import Next, Request, Response, Stage
+
+@dataclass
+class FixedDeployment(Stage):
+    "Choose a deployment without reading the body, so that it streams through."
+    name: str
+    provides = ("deployment",)
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        request.target = replace(request.target, deployment=self.name)
+        return await call_next(request)
+"""
+UPLOAD_YAML = """
+plugins_path: mine
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [access_log, auth_passthrough, fixed_deployment: gpt-4o, api_version]
+"""
+
+
+async def test_body_nobody_asks_for_streams_through(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A body that no stage reads goes up as it comes, with its length or in chunks."""
+    gateway = await start_gateway(azure.endpoint, UPLOAD_YAML, {"mine/fixed_deployment.py": UPLOAD_STAGE})
+    body = json.dumps({**CHAT, "user": "x" * 300_000}).encode()
+
+    async def pieces() -> Any:
+        for place in range(0, len(body), 50_000):
+            yield body[place : place + 50_000]
+
+    async with gateway.post(json=None, data=body) as answer:
+        assert answer.status == 200
+    async with gateway.post(json=None, data=pieces()) as answer:
+        assert answer.status == 200
+    assert [body, body] == [seen.body for seen in azure.requests]
+    assert str(len(body)) == azure.requests[0].headers.get("content-length")
+    assert azure.requests[1].headers.get("transfer-encoding") == "chunked"
+
+
+async def test_answer_before_the_upload_ends(start_gateway: StartGateway) -> None:
+    """An upstream that answers while the body is still coming is heard; the rest of the body is not sent."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'{"error":{"message":"too big"}}'
+        writer.write(
+            b"HTTP/1.1 413 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, UPLOAD_YAML, {"mine/fixed_deployment.py": UPLOAD_STAGE})
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n"
+        writer.write(head + b"Content-Length: 9000000\r\n\r\n" + b"x" * 100_000)
+        async with asyncio.timeout(3):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 413")
+            assert b"too big" in await reader.readuntil(b"}}")
+        writer.close()
+        await until(lambda: upstream.open == 0)
+
+
+async def test_v1_names_the_deployment_in_the_body(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """On `/openai/v1` the body's model becomes the deployment; every other value keeps its bytes."""
+    yaml = """
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [auth_passthrough, model_map: {models: {gpt-4: gpt-4o}}, api_version: v1]
+"""
+    gateway = await start_gateway(azure.endpoint, yaml)
+    body = b'{"temperature": 1.50, "model": "gpt-4", "seed": 12345678901234567890, "messages": []}'
+    async with gateway.post(json=None, data=body) as answer:
+        assert answer.status == 200
+    seen = azure.requests[0]
+    assert (seen.path, seen.query) == ("/openai/v1/chat/completions", [])
+    assert seen.json()["model"] == "gpt-4o"
+    assert b"1.50" in seen.body
+    assert b"12345678901234567890" in seen.body
+    async with gateway.post("/v1/completions", {"model": "gpt-4", "prompt": "x"}) as answer:
+        assert answer.status == 404
+        assert "v1" in (await answer.json())["error"]["message"]
+
+
+async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate of an unknown authority, or for another name, is a 502; a good one is used."""
+    authority = trustme.CA()
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    monkeypatch.setattr("gateway.upstream.ssl.create_default_context", lambda: context)
+    stranger = trustme.CA()
+    for issuer, name, status in (
+        (authority, "localhost", 200),
+        (authority, "other.test", 502),
+        (stranger, "localhost", 502),
+    ):
+        server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        issuer.issue_cert(name).configure_cert(server_context)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(OK)
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server_context)
+        port = server.sockets[0].getsockname()[1]
+        gateway = await start_gateway(f"https://localhost:{port}")
+        async with gateway.post() as answer:
+            assert status == answer.status, await answer.text()
+        server.close()
+
+
+async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
+    """What aiohttp keeps private and this file relies on; an upgrade that moves it must fail here first."""
+    upstream = Upstream(Timeouts())
+    await upstream.start()
+    connector = upstream._connector
+    assert connector is not None
+    assert hasattr(connector, "_factory"), "TCPConnector._factory moved: upstream.py makes its protocol through it"
+    wire = connector._factory()
+    for name in (
+        "_payload",
+        "_reading_paused",
+        "_drain_helper",
+        "should_close",
+        "set_response_params",
+        "start_timeout",
+    ):
+        assert hasattr(wire, name), f"ResponseHandler.{name} moved: upstream._Wire uses it"
+    await upstream.close()
