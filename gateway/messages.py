@@ -175,12 +175,12 @@ class Body:
             while chunk := await self._source.read():
                 size += len(chunk)
                 if limit is not None and size > limit:
-                    raise ApiError(
-                        413, f"the body is larger than the {limit} bytes this may keep", code="body_too_large"
-                    )
+                    raise _too_much(limit)
                 chunks.append(chunk)
             self._data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             self._source = None
+        elif limit is not None and len(self._data) > limit:
+            raise _too_much(limit)
         return self._data
 
     async def stream(self) -> AsyncIterator[bytes]:
@@ -483,6 +483,10 @@ def _key_text(raw: bytes) -> str:
 def is_jwt(text: str) -> bool:
     """Whether a key looks like a JSON Web Token, as Entra's tokens do."""
     return _JWT.fullmatch(text) is not None
+
+
+def _too_much(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than the {limit} bytes that may be kept", code="body_too_large")
 
 
 def _bad_key(message: str) -> ApiError:

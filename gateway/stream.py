@@ -111,14 +111,14 @@ class _Events(Filter):
         self._rest = bytearray()
         self._scan = 0  # no event ends before this place in _rest
         self._after_cr = False  # the last event ended with a CR: a LF next is the rest of its line ending
-        self._dropped = False
+        self._half_sent = False  # ... and that CR went on, so the LF does too
 
     def feed(self, data: bytes) -> bytes:
         out: list[bytes] = []
         if self._after_cr and data:
             if data[:1] == b"\n":
                 data = data[1:]
-                if not self._dropped:
+                if self._half_sent:
                     out.append(b"\n")
             self._after_cr = False
         rest = self._rest
@@ -145,7 +145,7 @@ class _Events(Filter):
     def _pass_on(self, event: Event, first: int, out: list[bytes]) -> None:
         """Run `event` through the filters from `first` on, and what they make of it after them."""
         if not event.raw.strip(b"\r\n"):
-            self._dropped = False
+            self._half_sent = True
             out.append(event.raw)
             return
         events = [event]
@@ -158,7 +158,7 @@ class _Events(Filter):
                 elif result is not None:
                     made.extend(result)
             events = made
-        self._dropped = not events
+        self._half_sent = bool(events) and events[-1].raw.endswith(b"\r")
         out.extend(one.raw for one in events)
 
     def close(self) -> bytes:

@@ -272,7 +272,7 @@ class Upstream:
             ) as exc:
                 stale = exchange.wire.used and not exchange.wire.received
                 exchange.abort()
-                if isinstance(exc, ApiError):
+                if isinstance(exc, GatewayError):
                     raise
                 if (
                     stale

@@ -116,7 +116,7 @@ class ModelMap(Stage):
             yield problem
             return
         try:
-            re.compile(f"(?:{pattern})|()").sub(deployment, "")
+            compiled.sub(deployment, "")  # reads the groups it names, also where nothing matches
         except (re.error, IndexError) as exc:
             yield f"the deployment {deployment!r} uses a group that {name!r} does not have: {exc}"
             return

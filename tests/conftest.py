@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
+from unittest.mock import Mock
 
 import aiohttp
 import pytest
@@ -38,9 +39,21 @@ pipeline:
 def _quiet_logs() -> Any:
     """Leave no test the log settings of another."""
     structlog.reset_defaults()
-    logs.configure("error", "json")
+    logs.configure("debug", "json")
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def aioresponses_314(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let aioresponses 0.7.9 work with aiohttp 3.14, whose ClientResponse wants one argument more."""
+    original = aiohttp.ClientResponse.__init__
+
+    def init(self: aiohttp.ClientResponse, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("stream_writer", Mock())
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(aiohttp.ClientResponse, "__init__", init)
 
 
 @dataclass

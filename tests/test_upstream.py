@@ -207,12 +207,12 @@ async def test_late_extra_answer_never_reaches_the_next_caller(length: int, star
     async with upstream:
         gateway = await start_gateway(upstream.endpoint)
         async with gateway.post() as answer:
-            assert b"{}" == await answer.read()
+            assert await answer.read() == b"{}"
         await sent.wait()
         await asyncio.sleep(0.05)
         async with gateway.post() as answer:
-            assert b"{}" == await answer.read()
-        assert 2 == upstream.connections
+            assert await answer.read() == b"{}"
+        assert upstream.connections == 2
 
 
 @pytest.mark.parametrize("extra", [b"HTTP/1.1 200 OK\r\nX: ", OK, b"HTTP/1.1", b"\r\n"])

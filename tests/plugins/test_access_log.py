@@ -1,0 +1,61 @@
+"""`access_log`: one event for each exchange, when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from structlog.testing import capture_logs
+
+from gateway import ApiError, Next, Request, Response, Stage
+from gateway.testing import post
+from plugins.access_log import AccessLog
+from plugins.auth_passthrough import AuthPassthrough
+from plugins.model_map import ModelMap
+from tests.conftest import CHAT
+
+
+async def test_one_event_with_the_facts_and_no_secret() -> None:
+    """Who, what, how it went; the caller by digest, the notes of other stages, neither key nor body."""
+
+    class Note(Stage):
+        async def __call__(self, request: Request, call_next: Next) -> Response:
+            request.notes["colour"] = "red"
+            return await call_next(request)
+
+    with capture_logs() as events:
+        await post(AccessLog(), AuthPassthrough(), Note(), ModelMap(), json=CHAT, headers={"api-key": "sk-1234567"})
+    [event] = events
+    assert {
+        "event": "exchange",
+        "team": "test",
+        "operation": "chat.completions",
+        "model": "gpt-4o",
+        "colour": "red",
+        "status": 200,
+        "ended_by": "complete",
+        "error": None,
+    }.items() <= event.items()
+    assert event["caller"].startswith("sha256:")
+    assert {"first_byte_ms", "total_ms", "bytes", "request_id", "deployment", "resource"} <= set(event)
+    assert "sk-1234567" not in str(event)
+    assert "messages" not in str(event)
+
+
+async def test_the_event_comes_when_the_stream_is_over() -> None:
+    """Not when its head is: a client that leaves is told apart from a whole answer."""
+    order: list[str] = []
+
+    async def stream() -> AsyncIterator[bytes]:
+        for piece in (b"a", b"b"):
+            order.append(f"sent {piece.decode()}, {len(events)} events")
+            yield piece
+
+    with capture_logs() as events:
+        await post(AccessLog(), answer=lambda request: Response(200, stream()))
+    assert order == ["sent a, 0 events", "sent b, 0 events"]
+    with capture_logs() as events:
+        await post(AccessLog(), answer=lambda request: Response(200, stream()), leave_after=1)
+    assert events[0]["ended_by"] == "client"
+    with capture_logs() as events:
+        await post(AccessLog(), answer=ApiError(503, "down", code="down"))
+    assert events[0]["status"] == 503

@@ -1,0 +1,47 @@
+"""`api_version`: which of Azure's APIs requests go to."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.testing import FakeAzure, post
+from plugins.api_version import ApiVersion
+from tests.conftest import CHAT, StartGateway
+
+
+async def test_one_version_for_all() -> None:
+    """The default is the last dated general one."""
+    assert (await post(ApiVersion())).reached.target.api_version == "2024-10-21"  # type: ignore[union-attr]
+    sent = await post(ApiVersion("2025-04-01-preview"))
+    assert sent.reached is not None
+    assert sent.reached.target.api_version == "2025-04-01-preview"
+
+
+async def test_a_version_for_single_models() -> None:
+    """Where one model needs another version than the rest."""
+    stage = ApiVersion("v1", models={"gpt-4": "2024-02-01"})
+    for model, version in (("gpt-4", "2024-02-01"), (" gpt-4", "2024-02-01"), ("gpt-4o", "v1")):
+        sent = await post(stage, json={**CHAT, "model": model})
+        assert sent.reached is not None
+        assert version == sent.reached.target.api_version
+
+
+async def test_no_body_is_read_where_no_model_has_a_version() -> None:
+    """A body that nobody asks for is not looked at."""
+    sent = await post(ApiVersion(), body=b"not json")
+    assert sent.status == 200
+
+
+@pytest.mark.parametrize("query", ["api-version=1999-01-01", "api-version=a&api-version=b", "API%2DVersion=x&a=1"])
+async def test_the_client_s_own_version_never_doubles_it(
+    query: str, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """Azure sees exactly one api-version, the configured one; other parameters go through."""
+    gateway = await start_gateway(azure.endpoint)
+    async with gateway.session.post(
+        f"{gateway.url}/v1/chat/completions?{query}", json=CHAT, headers={"api-key": "azure-key"}
+    ) as answer:
+        assert answer.status == 200
+    names = [name.lower() for name, _ in azure.requests[0].query]
+    assert names.count("api-version") == 1
+    assert ("a" in names) == ("a=1" in query)

@@ -1,0 +1,158 @@
+"""`model_map`: from the model a client asks for to a deployment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.messages import Resource
+from gateway.services import Services
+from gateway.testing import post, send
+from plugins.model_map import ModelMap
+from tests.conftest import CHAT
+
+RESOURCES = {name: Resource(name, f"https://{name}.invalid") for name in ("east", "west")}
+
+
+async def deployment(stage: ModelMap, model: str, **more: Any) -> str:
+    sent = await post(stage, json={**CHAT, "model": model}, **more)
+    if sent.reached is None:
+        return str(sent.status)
+    target = sent.reached.target
+    assert target.resource is not None
+    return f"{target.resource.name}/{target.deployment}"
+
+
+def findings(stage: ModelMap, **more: Any) -> list[str]:
+    services = Services("t", "model_map", {"azure": Resource("azure", "https://x")}, Resource("azure", "https://x"))
+    return [f"{'.'.join(path)}: {message}" for path, message in stage.check(more.get("services", services))]
+
+
+async def test_exact_names_then_patterns_in_order() -> None:
+    """Exact names win wherever they stand; globs and expressions count in the order of the file."""
+    stage = ModelMap(
+        {
+            "gpt-4o-*": "glob",
+            r"~gpt-(\d)\.(\d)-(?P<kind>\w+)": r"prod-\1\2-\g<kind>",
+            "~gpt-.*": "late",
+            "gpt-4o-mini": "exact",
+            "o[13]": "class",
+        }
+    )
+    for model, wanted in (
+        ("gpt-4o-mini", "exact"),
+        ("gpt-4o-2024-08-06", "glob"),
+        ("gpt-3.5-turbo", "prod-35-turbo"),
+        ("gpt-anything", "late"),
+        ("o1", "class"),
+        (" gpt-4o-mini ", "exact"),
+    ):
+        assert f"azure/{wanted}" == await deployment(stage, model), model
+
+
+async def test_a_group_cannot_make_a_name_that_is_none() -> None:
+    """What an expression makes of a client's text is a deployment's name, or the model is refused."""
+    stage = ModelMap({"~x-(.*)": r"\1"})
+    assert await deployment(stage, "x-ok") == "azure/ok"
+    for model in ("x-../../admin", "x-a/b", "x-", "x-" + "a" * 65, "x-a?b", "x-a%2fb"):
+        assert await deployment(stage, model) == "404"
+
+
+@pytest.mark.parametrize(
+    ("stage", "wanted"),
+    [
+        (ModelMap(), "azure/gpt-35-turbo"),
+        (ModelMap(unmapped="own_name"), "azure/gpt-3.5-turbo"),
+        (ModelMap(unmapped="refuse"), "404"),
+        (ModelMap(default="catch-all"), "azure/catch-all"),
+        (ModelMap(default="catch-all", unmapped="refuse"), "azure/catch-all"),
+    ],
+)
+async def test_what_an_unmapped_model_does_is_a_setting(stage: ModelMap, wanted: str) -> None:
+    """Its own name without dots, or with them, a default deployment, or a refusal."""
+    assert wanted == await deployment(stage, "gpt-3.5-turbo")
+
+
+async def test_a_refusal_names_the_model_and_what_is_mapped() -> None:
+    """A 404 `model_not_found` in OpenAI's shape."""
+    sent = await post(ModelMap({"gpt-4": "a", "o*": "b"}, unmapped="refuse"), json={**CHAT, "model": "gpt-5"})
+    error = sent.json()["error"]
+    assert (sent.status, error["code"], error["param"]) == (404, "model_not_found", "model")
+    for name in ("gpt-5", "gpt-4", "o*"):
+        assert name in error["message"]
+
+
+async def test_deployments_of_other_resources() -> None:
+    """`RESOURCE/NAME` goes there; a bare name goes to the team's resource."""
+    stage = ModelMap({"a": "west/dep", "b": "east/dep", "~c-(.+)": r"west/\1"}, unmapped="refuse")
+    for model, wanted in (("a", "west/dep"), ("b", "east/dep"), ("c-x", "west/x")):
+        assert wanted == await deployment(stage, model, resources=RESOURCES)
+
+
+async def test_pairs_in_one_text() -> None:
+    """As the environment variable of the proxy that people come from; spaces are ignored."""
+    stage = ModelMap(" gpt-3.5-turbo = xc-gpt-35 , gpt-4=my-gpt4,")
+    assert findings(stage) == []
+    assert await deployment(stage, "gpt-3.5-turbo") == "azure/xc-gpt-35"
+    assert await deployment(stage, "gpt-4") == "azure/my-gpt4"
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (ModelMap("gpt-4=a,gpt-4o"), "'gpt-4o' is not model=deployment"),
+        (ModelMap("a=b=c"), "'a=b=c' is not model=deployment"),
+        (ModelMap("a=b,,c=d"), "'' is not model=deployment"),
+        (ModelMap("=b"), "both need a name"),
+        (ModelMap({"a": " "}), "both need a name"),
+        (ModelMap({"gpt-4": "a", " gpt-4 ": "b"}), "'gpt-4' stands here twice"),
+        (ModelMap("gpt-4=a, gpt-4=b"), "'gpt-4' stands here twice"),
+        (ModelMap({"a": "b/c"}), "there is no resource 'b'"),
+        (ModelMap({"a": "../x"}), "no resource '..'"),
+        (ModelMap({"a": "x y"}), "cannot be a deployment's name"),
+        (ModelMap({"~(": "a"}), "is wrong"),
+        (ModelMap({"~a": r"x-\1"}), "group"),
+        (ModelMap(default="a b"), "cannot be a deployment's name"),
+    ],
+)
+def test_mistakes_are_found_at_load(stage: ModelMap, words: str) -> None:
+    """Each with words that say what is wrong."""
+    found = findings(stage)
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_a_bare_deployment_needs_a_resource_where_there_are_several() -> None:
+    """Nothing is guessed."""
+    services = Services("t", "model_map", RESOURCES, None)
+    assert "names no resource" in findings(ModelMap({"a": "b"}), services=services)[0]
+
+
+async def test_models_are_listed_from_the_map() -> None:
+    """Exact names and the names that `list:` adds; never a pattern."""
+    stage = ModelMap({"gpt-4": "a", "gpt-4o-*": "b", "~x": "c"}, list=["gpt-4o-mini", "gpt-4"])
+    sent = await send([stage], "GET", "/models")
+    body = sent.json()
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == ["gpt-4", "gpt-4o-mini"]
+    assert {"id", "object", "created", "owned_by"} == set(body["data"][0])
+
+
+async def test_one_model() -> None:
+    """A model that would be served is found, whatever its mapping; one that would be refused is a 404."""
+    stage = ModelMap({"gpt-4": "a", "ft:*": "b"}, unmapped="refuse")
+    for name, status in (("gpt-4", 200), ("ft%3Ax", 200), ("gpt-5", 404)):
+        sent = await send([stage], "GET", f"/models/{name}")
+        assert status == sent.status
+    assert (await send([stage], "GET", "/models/ft%3Ax")).json()["id"] == "ft:x"
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"{}", b'{"model": 1}', b'{"model": null}', b'{"model": ""}', b"null"]
+)
+async def test_bodies_without_a_model_are_400s(body: bytes) -> None:
+    """In OpenAI's shape, saying what is missing."""
+    sent = await post(ModelMap(), body=body)
+    assert sent.status == 400
+    assert sent.reached is None

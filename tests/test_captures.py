@@ -1,0 +1,57 @@
+"""True recordings of Azure, where they are at hand: repairs that find nothing to repair change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+
+from gateway.stream import link
+from gateway.testing import FakeAzure, Seen, every_split
+from plugins.sse_newline import CompleteEvents
+from tests.conftest import CHAT, StartGateway
+from tests.test_stream import Keep
+
+CAPTURES = Path(__file__).parents[2] / "shared" / "azure" / "captures"
+BODIES = sorted(CAPTURES.glob("*.body")) if CAPTURES.is_dir() else []
+
+pytestmark = pytest.mark.skipif(not BODIES, reason="the recordings are not part of a checkout")
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if "stream" in path.name], ids=lambda path: path.stem)
+def test_streams_pass_filters_unchanged(path: Path) -> None:
+    """At every split of a stream's head and tail, and in reads of every size."""
+    stream = path.read_bytes()
+    for make in (CompleteEvents, Keep):
+        for size in (1, 2, 3, 7, 64, 1000, len(stream)):
+            linked = link([make()])
+            pieces = [stream[place : place + size] for place in range(0, len(stream), size)]
+            assert stream == b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
+        for _, out in every_split(stream[-1500:], make):
+            assert stream[-1500:] == out
+
+
+@pytest.mark.parametrize("path", BODIES, ids=lambda path: path.stem)
+async def test_recordings_pass_the_gateway_unchanged(path: Path, start_gateway: StartGateway) -> None:
+    """Each recorded answer reaches the client with its status and its bytes."""
+    body = path.read_bytes()
+    meta = json.loads(path.with_suffix(".meta.json").read_text())
+    status = meta["status"] if isinstance(meta["status"], int) else meta["status"]["code"]
+    content_type = next((value for name, value in meta["headers"].items() if name.lower() == "content-type"), "")
+
+    async def replay(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(status=status)
+        response.headers["content-type"] = content_type if isinstance(content_type, str) else content_type[0]
+        await response.prepare(request)
+        for place in range(0, len(body), 1021):
+            await response.write(body[place : place + 1021])
+            await asyncio.sleep(0)
+        return response
+
+    async with FakeAzure(respond=replay) as azure:
+        gateway = await start_gateway(azure.endpoint)
+        async with gateway.post(json={**CHAT, "stream": "stream" in path.name}) as answer:
+            assert (status, body) == (answer.status, await answer.read())
