@@ -79,7 +79,7 @@ class Registry:
             raise UnknownStage(f"{name!r} is no stage's name: small letters, digits and _, or package.module:Class")
         files = [folder / f"{name}.py" for folder in self._folders if (folder / f"{name}.py").is_file()]
         points = self._entry_points.get(name, [])
-        places = [str(file) for file in files] + [f"the entry point {point.value}" for point in points]
+        places = [_place(file) for file in files] + [f"the entry point {point.value}" for point in points]
         if len(places) > 1:
             raise UnknownStage(f"the name {name!r} has {len(places)} stages: {' and '.join(places)}; rename one")
         if files:
@@ -95,11 +95,17 @@ class Registry:
 def _import(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
+    except ModuleNotFoundError as exc:
+        raise UnknownStage(f"the stage {name!r} cannot be imported: {exc}") from exc
     except Exception as exc:
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         raise UnknownStage(
             f"the stage {name!r} cannot be imported: {type(exc).__name__}: {exc} ({frame.filename}:{frame.lineno})"
         ) from exc
+
+
+def _place(file: Path) -> str:
+    return f"the built-in plugins/{file.name}" if file.parent == BUILT_IN else str(file)
 
 
 def _load_file(file: Path) -> ModuleType:

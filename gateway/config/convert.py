@@ -165,8 +165,8 @@ def _mapping(reader: Reader, node: Node, kind: Any, what: str) -> Any:
     return FAILED if FAILED in values.values() else values
 
 
-def fill(reader: Reader, node: Node, cls: type, what: str) -> Any:
-    """Return a dataclass filled from a mapping, or from one value that is its first field."""
+def fill(reader: Reader, node: Node, cls: type, what: str, *, lenient: bool = False) -> Any:
+    """Return a dataclass filled from a mapping, or from one value that is its first field; see `fill_from`."""
     known = settings_of(cls)
     if isinstance(node, MappingNode):
         given: dict[str, tuple[Node, Node]] = {key: (place, value) for key, place, value in reader.pairs(node)}
@@ -177,30 +177,51 @@ def fill(reader: Reader, node: Node, cls: type, what: str) -> Any:
     else:
         reader.mistake(node, f"{what} has no settings")
         return FAILED
-    return fill_from(reader, node, cls, given, what)
+    return fill_from(reader, node, cls, given, what, lenient=lenient)
 
 
-def fill_from(reader: Reader, node: Node, cls: type, given: Mapping[str, tuple[Node, Node]], what: str) -> Any:
-    """Return a dataclass filled from nodes by name: name -> (the key's node, the value's node)."""
+def fill_from(
+    reader: Reader,
+    node: Node,
+    cls: type,
+    given: Mapping[str, tuple[Node, Node]],
+    what: str,
+    *,
+    lenient: bool = False,
+) -> Any:
+    """Return a dataclass filled from nodes by name: name -> (the key's node, the value's node).
+
+    FAILED where there are mistakes; with `lenient` their settings have their defaults instead, so that what
+    depends on the others can still be checked.
+    """
     known = settings_of(cls)
     before = len(reader.mistakes)
     values: dict[str, Any] = {}
     for name, (key, value) in given.items():
         if name not in known:
-            reader.mistake(key, f"{what} has no setting {name!r}{did_you_mean(name, known)}")
+            reader.mistake(key, f"{what or 'this file'} has no setting {name!r}{did_you_mean(name, known)}")
             continue
-        values[name] = convert(reader, value, known[name][0], f"{what}.{name}")
+        values[name] = convert(reader, value, known[name][0], _label(what, name))
     for name, (_, each) in known.items():
         required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         if required and name not in given:
             reader.mistake(node, f"{what} needs the setting {name!r}")
     if len(reader.mistakes) > before:
-        return FAILED
+        if not lenient:
+            return FAILED
+        values = {name: value for name, value in values.items() if value is not FAILED}
     try:
         return cls(**values)
     except (ValueError, TypeError) as exc:
         reader.mistake(node, f"{what}: {exc}")
         return FAILED
+
+
+def _label(what: str, name: str) -> str:
+    """Name a setting in messages: `timeouts.idle`, `stage 'burst': per`."""
+    if not what:
+        return name
+    return f"{what}: {name}" if what.endswith("'") else f"{what}.{name}"
 
 
 def _out_of_bounds(value: Any, meta: Meta) -> str | None:

@@ -150,26 +150,27 @@ class _Loader:
         self.shared = shared
         self.folder = path.parent
         self.resources: dict[str, Resource] = {}
+        self.whole = True
 
     def load(self) -> Loaded:
         reader = self.reader
         root = reader.read(self.path)
         if root is None:
             raise ConfigError(reader.mistakes)
-        main = fill(reader, root, GatewayFile, "gateway.yaml")
-        if main is FAILED:
-            # Report what can still be found without it: the rest of the file as it stands.
-            main = GatewayFile(**_raw(reader, root, ("pipeline", "resources")))
+        main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
         self._read_resources(main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
+        before = len(reader.mistakes)
         if main.pipeline is None:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
             entries: list[Entry] = []
         else:
             entries = read_pipeline(reader, main.pipeline, registry, None)
-        default = self._team("default", main, entries, main.pipeline or root, main, Match())
+        # The order says something only of a pipeline whose stages are all known.
+        self.whole = len(reader.mistakes) == before
+        default = self._team("default", main, entries, root, main, Match(), self.whole)
         files = self._team_files(main.teams, root)
         teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
         self._check_matches(teams)
@@ -256,18 +257,18 @@ class _Loader:
         name = file.stem
         if not _NAME.fullmatch(name) or name == "default":
             reader.mistake(root, f"{name!r} cannot be a team's name; rename the file")
-        team = fill(reader, root, TeamFile, f"team {name!r}")
-        if team is FAILED:
-            team = TeamFile(**_raw(reader, root, ("pipeline", "change")))
+        team = fill(reader, root, TeamFile, "", lenient=True)
         entries = list(inherited)
+        before = len(reader.mistakes)
         if team.pipeline is not None:
             entries = read_pipeline(reader, team.pipeline, registry, inherited)
         if team.change is not None:
             entries = changed(reader, team.change, entries)
+        whole = self.whole and len(reader.mistakes) == before
         match = self._match(team.match, root)
-        if match == Match() and (team.match is not None or not reader.mistakes):
+        if match == Match() and (team.match is not None or _value(root, "match") is root):
             reader.mistake(root, f"team {name!r} has no `match:`, so no request would be its own")
-        return self._team(name, team, entries, team.pipeline or root, main, match), root
+        return self._team(name, team, entries, root, main, match, whole), root
 
     def _match(self, match: MatchFile | None, root: MappingNode) -> Match:
         if match is None:
@@ -298,13 +299,15 @@ class _Loader:
         name: str,
         team: GatewayFile | TeamFile,
         entries: Sequence[Entry],
-        place: Any,
+        root: MappingNode,
         main: GatewayFile,
         match: Match,
+        whole: bool,
     ) -> Team:
         reader = self.reader
         chosen = team.resource or main.resource
-        resource = self._resource(chosen, place)
+        resource = self._resource(chosen, _value(root, "resource"))
+        place = _value(root, "pipeline")
         services = {
             entry.id: Services(
                 team=name, stage=entry.id, resources=self.resources, resource=resource, shared=self.shared
@@ -314,8 +317,7 @@ class _Loader:
         made = build(reader, entries)
         for entry, stage in made:
             check_stage(reader, entry, stage, services[entry.id])
-        # The order says something only of a pipeline whose stages could all be made.
-        if len(made) == len(entries) and entries and not (reader.mistakes and chosen and resource is None):
+        if whole and len(made) == len(entries) and not (chosen is not None and resource is None):
             self._check_order(made, place, resource, (team.auth or main.auth) == "none", name)
         return Team(
             name=name,
@@ -369,11 +371,6 @@ class _Loader:
             if team.name in names:
                 self.reader.mistake(root, f"there is a team {team.name!r} already, in {names[team.name]}")
             names.setdefault(team.name, root.start_mark.name)
-
-
-def _raw(reader: Reader, root: MappingNode, wanted: Sequence[str]) -> dict[str, Any]:
-    """Return what can be checked further in a file whose own settings are wrong: the raw parts."""
-    return {key: value for key, _, value in Reader(reader.env).pairs(root) if key in wanted}
 
 
 def _value(node: Node, name: str) -> Node:

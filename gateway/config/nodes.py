@@ -47,6 +47,8 @@ class Reader:
     def mistake(self, node: Node, message: str) -> None:
         """Note a mistake at a node."""
         mark = node.start_mark
+        if isinstance(node, ScalarNode) and "${" in node.value and "${" not in message:
+            message += f" (the value comes from {node.value})"
         self.mistakes.append(Mistake(mark.name, mark.line + 1, mark.column + 1, message))
 
     def read(self, path: Path) -> MappingNode | None:
@@ -79,11 +81,16 @@ class Reader:
         if not isinstance(node, MappingNode):
             self.mistake(node, "a configuration file is a mapping of settings")
             return None
-        return node if self._sound(node) else None
+        return node if self._sound(node, set()) else None
 
-    def _sound(self, node: Node, depth: int = 0, above: tuple[int, ...] = ()) -> bool:
-        """Refuse what no setting can be: tags, anchors that hold themselves, depth without end."""
-        if id(node) in above or depth > _MAX_DEPTH:
+    def _sound(self, node: Node, known: set[int], above: tuple[int, ...] = ()) -> bool:
+        """Refuse what no setting can be: tags, anchors that hold themselves, depth without end.
+
+        `known` are nodes found sound already: aliases make a node stand in many places.
+        """
+        if id(node) in known:
+            return True
+        if id(node) in above or len(above) > _MAX_DEPTH:
             self.mistake(node, "this is nested too deeply, or in itself")
             return False
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
@@ -93,7 +100,10 @@ class Reader:
             inside = [each for pair in node.value for each in pair]
         else:
             inside = node.value if isinstance(node, SequenceNode) else []
-        return all(self._sound(each, depth + 1, (*above, id(node))) for each in inside)
+        sound = all(self._sound(each, known, (*above, id(node))) for each in inside)
+        if sound:
+            known.add(id(node))
+        return sound
 
     def pairs(self, node: MappingNode) -> Iterator[tuple[str, ScalarNode, Node]]:
         """Yield (key, its node, the value's node); duplicate keys and keys that are no text are mistakes."""

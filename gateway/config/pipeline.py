@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.config.convert import FAILED, did_you_mean, fill_from, settings_of
 from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
@@ -31,6 +31,8 @@ class Entry:
     node: Node
     cls: type[Stage]
     settings: dict[str, tuple[Node, Node]]
+    sound: bool = True
+    """Whether every setting is one that the stage has."""
 
 
 def read_pipeline(reader: Reader, node: Node, registry: Registry, inherited: Sequence[Entry] | None) -> list[Entry]:
@@ -83,7 +85,9 @@ def _read_entry(reader: Reader, item: Node, registry: Registry) -> Entry | None:
     if not _ID.fullmatch(stage_id) or stage_id in (INHERIT, OFF):
         reader.mistake(key, f"{stage_id!r} cannot be the id of a stage: letters, digits, _ . : -")
         return None
-    return Entry(stage_id, name, key, cls, {} if value is None else _settings(reader, value, cls, stage_id))
+    before = len(reader.mistakes)
+    settings = {} if value is None else _settings(reader, value, cls, stage_id)
+    return Entry(stage_id, name, key, cls, settings, sound=len(reader.mistakes) == before)
 
 
 def _split_id(text: str) -> tuple[str, str | None]:
@@ -125,8 +129,10 @@ def changed(reader: Reader, node: Node, entries: Sequence[Entry]) -> list[Entry]
         elif isinstance(value, ScalarNode) and value.value == OFF:
             del result[stage_id]
         else:
+            before = len(reader.mistakes)
             settings = {**entry.settings, **_settings(reader, value, entry.cls, stage_id)}
-            result[stage_id] = Entry(entry.id, entry.name, entry.node, entry.cls, settings)
+            sound = entry.sound and len(reader.mistakes) == before
+            result[stage_id] = replace(entry, settings=settings, sound=sound)
     return list(result.values())
 
 
@@ -147,6 +153,8 @@ def build(reader: Reader, entries: Sequence[Entry]) -> list[tuple[Entry, Stage]]
 
 def check_stage(reader: Reader, entry: Entry, stage: Stage, services: Services) -> None:
     """Let a stage check its own settings; its findings are placed at the settings that they name."""
+    if not entry.sound:
+        return  # what it would find may follow from what was found already
     for path, message in stage.check(services):
         reader.mistake(_place(entry, path), f"stage {entry.id!r}: {message}")
 
@@ -187,9 +195,9 @@ def _advice(name: str, providers: dict[str, str]) -> str:
     if name in providers:
         return f"which {providers[name]!r} provides further down; move it above"
     usual = {
-        "caller": "auth_passthrough",
-        "credential": "auth_passthrough, or the resource's api_key",
-        "deployment": "model_map",
-        "api_version": "api_version",
+        "caller": "the stage auth_passthrough",
+        "credential": "the stage auth_passthrough, or the resource's api_key",
+        "deployment": "the stage model_map",
+        "api_version": "the stage api_version",
     }
-    return f"which no stage of this pipeline provides; {usual.get(name, 'a stage that does')} would"
+    return f"which no stage of this pipeline provides; {usual.get(name, 'one that does')} would"

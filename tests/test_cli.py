@@ -1,0 +1,222 @@
+"""The command line, as a process: what an operator types, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from gateway.testing import FakeAzure
+from tests.conftest import CHAT, KEY, write_files
+
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "GATEWAY_", "OPENAI_"))}
+
+
+def run(*arguments: str, cwd: Any = None, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gateway", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env={**CLEAN, **env}, capture_output=True, text=True, check=False, timeout=30
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(*arguments: str, **env: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, dict[str, Any]]]:
+    """Run `gateway serve`, and yield the process and its `listening` event."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "serve", *arguments, env={**CLEAN, **env}, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(15):
+            line = await process.stderr.readline()
+        assert line.startswith(b"{"), line + await process.stderr.read()
+        yield process, json.loads(line)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def test_nothing_configured_tells_what_to_do() -> None:
+    """Neither a file nor an endpoint: the message has the commands that help."""
+    for command in ("serve", "check"):
+        done = run(command)
+        assert done.returncode == 1
+        for words in ("AZURE_OPENAI_ENDPOINT=https://", "--config gateway.yaml", "gateway demo"):
+            assert words in done.stderr
+
+
+def test_help_and_version() -> None:
+    """Plain `gateway` prints help; each command has its own."""
+    assert "gateway 0.1.0" in run("--version").stdout
+    assert "COMMAND" in run().stdout
+    for command in ("serve", "check", "stages", "schema", "demo"):
+        assert "usage: gateway " + command in run(command, "--help").stdout
+
+
+def test_check_prints_every_mistake_with_its_place(tmp_path: Path) -> None:
+    """Status 1 and all mistakes, or status 0 and the pipelines; a folder will do."""
+    good = "resources: {a: https://x.openai.azure.com}\npipeline: [auth_passthrough, model_map, api_version]\n"
+    write_files(
+        tmp_path, {"gateway.yaml": good, "bad/gateway.yaml": good.replace("model_map", "model_mop") + "logg: 1\n"}
+    )
+    done = run("check", cwd=tmp_path, GATEWAY_CONFIG=".")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "team default" in done.stdout
+    done = run("check", "bad", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [
+        "bad/gateway.yaml:2:30: there is no stage 'model_mop'; did you mean 'model_map'?",
+        "bad/gateway.yaml:3:1: this file has no setting 'logg'; did you mean 'log'?",
+        "gateway: 2 mistakes in the configuration",
+    ]
+    assert run("check", "no-such-file.yaml", cwd=tmp_path).returncode == 1
+
+
+def test_stages_and_schema(tmp_path: Path) -> None:
+    """Every stage with its first line; one with its settings; the schema as JSON."""
+    assert "rate_limit" in run("stages").stdout
+    assert "requests_per_minute: whole number" in run("stages", "rate_limit").stdout
+    assert run("stages", "rate_limits").returncode == 1
+    assert "It has no settings" in run("stages", "sse_newline").stdout
+    assert "pipeline" in json.loads(run("schema").stdout)["properties"]
+    assert "match" in json.loads(run("schema", "--team").stdout)["properties"]
+    mine = "from gateway import Stage\nclass Mine(Stage):\n    'Mine.'\n"
+    write_files(tmp_path, {"gateway.yaml": "plugins_path: p\n", "p/mine.py": mine})
+    assert "mine" in run("stages", "--config", "gateway.yaml", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"AZURE_OPENAI_MODEL_MAPPER": "gpt-4=a,gpt-4o"}, "'gpt-4o' is not model=deployment"),
+        ({"AZURE_OPENAI_API_VER": "2024/10/21"}, "version must be text like 2024-10-21"),
+        ({"GATEWAY_LISTEN": "here"}, "'here' is not HOST:PORT"),
+        ({"AZURE_OPENAI_ENDPOINT": "my-resource"}, "must be a URL"),
+    ],
+)
+def test_malformed_environment_is_a_clear_error(env: dict[str, str], words: str) -> None:
+    """It names the bad part and the variable that it came from."""
+    given = {"AZURE_OPENAI_ENDPOINT": "https://x.openai.azure.com", **env}
+    done = run("serve", **given)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert next(iter(env)) in done.stderr
+
+
+async def test_environment_alone_replaces_the_go_proxy(azure: FakeAzure) -> None:
+    """With the three variables of the proxy that people come from, an image swap is enough."""
+    azure.deployments = ("xc-gpt-35", "my-gpt4", "gpt-35-turbo-16k")
+    env = {
+        "AZURE_OPENAI_ENDPOINT": azure.endpoint,
+        "AZURE_OPENAI_MODEL_MAPPER": "gpt-3.5-turbo=xc-gpt-35,gpt-4=my-gpt4",
+        "AZURE_OPENAI_API_VER": "2024-02-01",
+    }
+    async with serving("--listen", "127.0.0.1:0", **env) as (_, listening), aiohttp.ClientSession() as session:
+        url = f"http://{listening['address']}/v1"
+        for model in ("gpt-3.5-turbo", "gpt-4", "gpt-3.5-turbo-16k"):
+            async with session.post(
+                f"{url}/chat/completions", json={**CHAT, "model": model}, headers={"Authorization": f"Bearer {KEY}"}
+            ) as answer:
+                assert answer.status == 200, await answer.text()
+        async with session.get(f"{url}/models", headers={"Authorization": f"Bearer {KEY}"}) as answer:
+            assert [model["id"] for model in (await answer.json())["data"]] == ["gpt-3.5-turbo", "gpt-4"]
+    assert [seen.path.split("/")[3] for seen in azure.requests] == ["xc-gpt-35", "my-gpt4", "gpt-35-turbo-16k"]
+    assert azure.requests[0].query == [("api-version", "2024-02-01")]
+
+
+async def test_sigterm_finishes_streams_and_exits_0(azure: FakeAzure) -> None:
+    """The listener closes at once; the running stream ends in peace; the status is 0."""
+    azure.words, azure.delay = ["x"] * 20, 0.05
+    async with (
+        serving("--listen", "127.0.0.1:0", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, listening),
+        aiohttp.ClientSession() as session,
+    ):
+        url = f"http://{listening['address']}/v1/chat/completions"
+        body = {**CHAT, "stream": True}
+        async with session.post(url, json=body, headers={"api-key": KEY}) as answer:
+            await answer.content.readany()
+            process.send_signal(signal.SIGTERM)
+            rest = await answer.content.read()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        async with asyncio.timeout(5):
+            assert await process.wait() == 0
+
+
+async def test_second_signal_ends_it_at_once(azure: FakeAzure) -> None:
+    """An operator who asks twice does not wait for the grace period."""
+    azure.words, azure.delay = ["x"] * 2000, 0.05
+    async with (
+        serving("--listen", "127.0.0.1:0", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, listening),
+        aiohttp.ClientSession() as session,
+    ):
+        url = f"http://{listening['address']}/v1/chat/completions"
+        answer = await session.post(url, json={**CHAT, "stream": True}, headers={"api-key": KEY})
+        await answer.content.readany()
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert process.returncode is None
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(5):
+            assert await process.wait() == 0
+        answer.close()
+
+
+async def test_unix_socket(azure: FakeAzure, tmp_path: Path) -> None:
+    """For nginx on the same machine; a socket left behind by a killed run is replaced, and removed at the end."""
+    path = tmp_path / "gateway.sock"
+    for kill in (True, False):
+        async with serving("--listen", f"unix:{path}", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, listening):
+            assert listening["address"] == f"unix:{path}"
+            async with (
+                aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+                session.post("http://x/v1/chat/completions", json=CHAT, headers={"api-key": KEY}) as answer,
+            ):
+                assert answer.status == 200
+            if not kill:
+                process.send_signal(signal.SIGTERM)
+                assert await process.wait() == 0
+        assert path.exists() == kill
+
+
+async def test_an_address_in_use_is_a_clear_error(azure: FakeAzure) -> None:
+    """Status 1 and the address, not a traceback."""
+    done = run("serve", "--listen", f"127.0.0.1:{azure.port}", AZURE_OPENAI_ENDPOINT=azure.endpoint)
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{azure.port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+async def test_demo_says_that_azure_is_fake_and_its_curl_line_works() -> None:
+    """What `make run` starts without an endpoint."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "demo", "--listen", "127.0.0.1:8123", env=CLEAN,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        async with asyncio.timeout(15):
+            assert b"listening" in await process.stderr.readline()
+            text = b""
+            while b"curl" not in text or b"}'" not in text:
+                text += await process.stdout.readline()
+        assert b"FAKE Azure" in text
+        command = text[text.index(b"curl") :].decode().replace("\\\n", " ").strip()
+        curl = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
+        out, _ = await asyncio.wait_for(curl.communicate(), 20)
+        assert out.endswith(b"data: [DONE]\n\n")
+        assert out.count(b"data: {") > 10
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0

@@ -1,0 +1,147 @@
+"""The configuration: golden cases (files in; the resolved pipeline or the mistakes out), and what they do not show.
+
+A case in `config_cases/` is a text: lines `=== NAME` begin a file, `=== env` holds variables, and `----------`
+is followed by what `gateway check` prints. To write a new one, leave that part empty and run
+`python -m tests.test_config`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml as pyyaml
+
+from gateway.config import load
+from gateway.config.schema import schema
+from gateway.config.show import show
+from gateway.errors import ConfigError
+from gateway.registry import Registry
+from tests.conftest import write_files
+
+CASES = Path(__file__).parent / "config_cases"
+RULE = "----------\n"
+
+
+def parts(case: str) -> tuple[dict[str, str], dict[str, str], str]:
+    """Return a case's files, its environment and what is expected."""
+    given, _, expected = case.partition(RULE)
+    files: dict[str, str] = {}
+    for block in given.split("=== ")[1:]:
+        name, _, text = block.partition("\n")
+        files[name.strip()] = text
+    env = dict(line.split("=", 1) for line in files.pop("env", "").splitlines() if line)
+    return files, env, expected
+
+
+def outcome(files: dict[str, str], env: dict[str, str], folder: Path) -> str:
+    """Return what `gateway check` prints."""
+    path = write_files(folder, files)
+    try:
+        text = show(load(path, env))
+    except ConfigError as exc:
+        text = "".join(f"{mistake}\n" for mistake in exc.mistakes)
+    return text.replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize("path", sorted(CASES.glob("*.txt")), ids=lambda path: path.stem)
+def test_golden_case(path: Path, tmp_path: Path) -> None:
+    """A configuration resolves to this pipeline, or has exactly these mistakes."""
+    files, env, expected = parts(path.read_text())
+    assert expected, "an empty expectation is no test; see the head of this file"
+    assert expected == outcome(files, env, tmp_path)
+
+
+def test_secrets_are_masked_everywhere(tmp_path: Path) -> None:
+    """Neither a mistake nor the resolved text shows a stored key, wherever it came from."""
+    for api_key in ("sk-literal-1", "${SECRET}", "${file:secret.txt}"):
+        for more in ("", "    api_kye: sk-literal-1\n", "pipelin: x\n"):
+            yaml = f"""
+resources:
+  azure:
+    endpoint: https://x.openai.azure.com
+    api_key: {api_key}
+{more}
+pipeline: [auth_passthrough, model_map, api_version]
+"""
+            files = {"gateway.yaml": yaml, "secret.txt": "sk-from-file\n"}
+            text = outcome(files, {"SECRET": "sk-from-env"}, tmp_path)
+            for secret in ("sk-literal-1", "sk-from-env", "sk-from-file"):
+                assert secret not in text
+
+
+def test_a_stored_key_from_a_file_is_used(tmp_path: Path) -> None:
+    """`${file:...}` is read from the configuration's folder, without the newline at its end."""
+    yaml = """
+resources: {azure: {endpoint: "https://x.openai.azure.com", api_key: "${file:secret.txt}"}}
+auth: none
+pipeline: [model_map, api_version]
+"""
+    loaded = load(write_files(tmp_path, {"gateway.yaml": yaml, "secret.txt": "sk-from-file\n"}), {})
+    credential = loaded.resources["azure"].credential
+    assert credential is not None
+    assert credential.value == "sk-from-file"
+    assert "sk-from-file" not in repr(loaded)
+
+
+def test_yaml_without_end_is_refused(tmp_path: Path) -> None:
+    """Aliases that hold themselves, depth without end and other tags are mistakes, not hang-ups."""
+    laughs = "b0: &b0 [x]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 40))
+    tag = "listen: !!python/object/apply:os.system [ls]\n"
+    for yaml in ("pipeline: &p [*p]\n", "x: " + "[" * 2000, laughs, tag, "\x00", "[]", ""):
+        text = outcome({"gateway.yaml": yaml}, {}, tmp_path)
+        assert text.startswith("gateway.yaml:")
+
+
+def base_load(path: Path) -> Any:
+    """Return a file as YAML's plainest reader has it: all scalars are text."""
+    return pyyaml.load(path.read_text(), pyyaml.BaseLoader)  # noqa: S506 -- it makes nothing but text
+
+
+def validate(content: Any, *, team: bool = False) -> list[str]:
+    made = schema(Registry(), team=team)
+    jsonschema.Draft202012Validator.check_schema(made)
+    return [error.message for error in jsonschema.Draft202012Validator(made).iter_errors(content)]
+
+
+def test_json_schema_takes_what_the_gateway_takes() -> None:
+    """The shipped configuration and team are valid by the schema that editors get."""
+    root = Path(__file__).parents[1] / "config"
+    assert validate(base_load(root / "gateway.yaml")) == []
+    team = base_load(root / "teams" / "research.yaml.example")
+    team["pipeline"][1]["rate_limit"] = {"requests_per_minute": 60, "burst": 10}  # BaseLoader makes all of it text
+    assert validate(team, team=True) == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"resources": {"a": {"endpoint": "https://x"}}, "pipeline": [{"rate_limit": {"request_per_minute": 1}}]},
+        {"resources": {"a": {"endpoint": "https://x"}}, "pipeline": [{"rate_limit": {"requests_per_minute": 0}}]},
+        {"resources": {"a": {}}, "pipeline": []},
+        {"resources": {"a": {"endpoint": "https://x"}}, "pipeline": ["nothing_such"]},
+        {"resources": {"a": {"endpoint": "https://x"}}, "pipeline": [], "listn": "x"},
+        {"pipeline": []},
+    ],
+)
+def test_json_schema_refuses_what_the_gateway_refuses(content: Any) -> None:
+    """Unknown settings and stages, values out of bounds, missing settings."""
+    assert validate(content)
+    assert json.dumps(schema(Registry()))
+
+
+def main() -> None:
+    for path in sorted(CASES.glob("*.txt")):
+        files, env, expected = parts(path.read_text())
+        if not expected:
+            with tempfile.TemporaryDirectory() as folder:
+                given = path.read_text().partition(RULE)[0]
+                path.write_text(given + RULE + outcome(files, env, Path(folder)))
+
+
+if __name__ == "__main__":
+    main()

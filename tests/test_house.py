@@ -1,0 +1,95 @@
+"""The rules of the house, as far as a test can hold them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import gateway
+from gateway.config.convert import settings_of, unwrap
+from gateway.registry import BUILT_IN, Registry
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted(path for path in (ROOT / "gateway").rglob("*.py"))
+STAGES = sorted(path.stem for path in BUILT_IN.glob("[a-z]*.py"))
+DOCS = (ROOT / "docs" / "stages.md").read_text()
+
+# Core files that are specified by another's test file, and why.
+TESTED_ELSEWHERE = {
+    "__init__": "the public API, pinned here",
+    "__main__": "one line, run by test_cli",
+    "version": "one line, read by test_cli",
+    "errors": "raised and seen everywhere; shapes in test_stage and test_server",
+    "exchange": "its life is the contract of test_stage",
+    "connection": "one side of test_server and test_hostile",
+    "services": "used by stages in test_stage",
+    "settings": "read by test_config, used by test_server",
+    "convert": "a part of test_config",
+    "files": "a part of test_config",
+    "nodes": "a part of test_config",
+    "pipeline": "a part of test_config",
+    "schema": "a part of test_config",
+    "show": "a part of test_config",
+}
+
+
+def test_the_public_api_is_these_names() -> None:
+    """What a plugin author may import; a change here is a change for strangers."""
+    assert set(gateway.__all__) == {
+        "ApiError", "Credential", "Event", "EventFilter", "Filter", "Headers", "Meta", "Next", "Outcome", "Request",
+        "Response", "Services", "Stage", "Target",
+    }  # fmt: skip
+    for name in gateway.__all__:
+        assert getattr(gateway, name).__doc__ or name in ("Next", "Meta")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_built_in_stages_import_from_the_public_api_alone(stage: str) -> None:
+    """As a stranger's would."""
+    tree = ast.parse((BUILT_IN / f"{stage}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("gateway", "plugins"):
+            assert node.module == "gateway"
+            assert {alias.name for alias in node.names} <= set(gateway.__all__)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_stage_and_setting_is_documented_and_tested(stage: str) -> None:
+    """In its own words, in docs/stages.md, and in a test file of its own name that mentions every setting."""
+    cls = Registry().find(stage)
+    assert cls.__doc__
+    section = re.search(rf"^## `{stage}`\n(.*?)(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)
+    assert section, f"docs/stages.md has no section on {stage}"
+    tests = (ROOT / "tests" / "plugins" / f"test_{stage}.py").read_text()
+    for name, (kind, _) in settings_of(cls).items():
+        _, meta = unwrap(kind)
+        assert meta is not None, f"{stage}.{name} has no description"
+        assert meta.description
+        assert f"`{name}`" in section.group(1), f"docs/stages.md does not mention {stage}.{name}"
+        assert name in tests or name == next(iter(settings_of(cls)))
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_each_core_file_has_its_tests(path: Path) -> None:
+    """By name, or by a reason."""
+    if path.stem not in TESTED_ELSEWHERE:
+        assert (ROOT / "tests" / f"test_{path.stem}.py").is_file()
+
+
+def test_tests_state_the_behaviour() -> None:
+    """Every test has a docstring."""
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+
+
+def test_no_file_speaks_of_another_place() -> None:
+    """Nothing names a machine's paths, and only the captures test looks outside the checkout."""
+    for path in [*CORE, *BUILT_IN.glob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:
+        text = path.read_text()
+        assert "/work" + "/" not in text
+        assert "shared/" not in text or path.name == "test_captures.py"

@@ -1,0 +1,102 @@
+"""Requests, responses and headers."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway import ApiError, Headers, Request, Response
+from gateway.exchange import Exchange
+from gateway.messages import Body, Target, key_digest, replace_model
+
+
+def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request:
+    return Request(
+        id="r",
+        operation="chat.completions",
+        method="POST",
+        path="/chat/completions",
+        headers=Headers(headers or {}),
+        body=Body(body),
+        team="t",
+        target=Target(),
+        exchange=Exchange(),
+    )
+
+
+def test_headers_are_found_without_regard_to_case_and_keep_their_order() -> None:
+    """A light list of pairs: the wire's bytes, several fields of one name."""
+    headers = Headers([(b"X-A", b"1"), (b"x-b", b"2"), (b"x-a", b"3")])
+    assert (headers.get("x-A"), headers.getall("X-a"), headers.get("no", "d")) == ("1", ["1", "3"], "d")
+    assert "X-B" in headers
+    headers.set("x-a", "4")
+    assert list(headers) == [("x-b", "2"), ("x-a", "4")]
+    twin = headers.copy()
+    twin.remove("X-B")
+    assert (len(headers), len(twin)) == (2, 1)
+    assert "4" not in repr(headers)
+
+
+@pytest.mark.parametrize(("name", "value"), [("a", "b\r\nc: d"), ("a", "b\n"), ("a", "\0"), ("a\r\n", "b"), ("", "b")])
+def test_nothing_breaks_out_of_a_header(name: str, value: str) -> None:
+    """A line break in what becomes a header is an error of whoever sets it."""
+    with pytest.raises(ValueError, match="line break"):
+        Headers().set(name, value)
+
+
+async def test_json_is_decoded_once_and_shared() -> None:
+    """Every stage gets the same object; `set_json` sends another."""
+    one = request(b'{"model": "m", "a": 1.50}')
+    assert await one.json() is await one.json()
+    assert await one.body() == b'{"model": "m", "a": 1.50}'
+    twin = one.copy()
+    twin.set_json({"model": "n"})
+    assert (await one.model(), await twin.model()) == ("m", "n")
+    assert (await one.body(), await twin.body()) == (b'{"model": "m", "a": 1.50}', b'{"model":"n"}')
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"1", b"{", b"\xef\xbb\xbf{}", b'{"a":1}{"b":2}', b'"\xff"', b"[" * 100_000]
+)
+async def test_what_is_no_json_object_is_a_400(body: bytes) -> None:
+    """Whatever it is; never a failure of the gateway."""
+    with pytest.raises(ApiError) as caught:
+        await request(body).json()
+    assert caught.value.status == 400
+    with pytest.raises(ApiError) as caught:
+        await request(body).model()
+    assert caught.value.status == 400
+
+
+def test_replacing_the_model_keeps_every_other_byte_of_values() -> None:
+    """Numbers keep their digits, nested objects their order; a doubled `model` becomes one."""
+    body = b'{"x":1.0e2,"model":"a","n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]},"model":"b"}'
+    assert (
+        replace_model(body, "d") == b'{"x":1.0e2,"model":"d","n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]}}'
+    )
+
+
+def test_event_stream_is_told_by_the_media_type() -> None:
+    """Not by the header's text."""
+    for value, expected in (
+        ("text/event-stream", True),
+        ("TEXT/event-stream ; charset=utf-8", True),
+        ("application/json", False),
+        ("", False),
+    ):
+        assert Response(200, b"", {"content-type": value}).event_stream is expected
+
+
+def test_digests_are_sha256() -> None:
+    """As `match: {keys: ...}` has them."""
+    assert key_digest("test") == "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
+
+async def test_reading_an_answer_is_bounded() -> None:
+    """A stage that keeps an answer whole does not keep one without end."""
+    response = Response(200, b"x" * 100)
+    from gateway import Filter
+
+    response.pipe(Filter())
+    with pytest.raises(ApiError) as caught:
+        await response.read(limit=99)
+    assert caught.value.status == 502
