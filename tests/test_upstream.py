@@ -188,7 +188,6 @@ async def test_broken_stream_is_a_reset_for_http_1_0(start_gateway: StartGateway
 
 
 @pytest.mark.parametrize("length", [1, 20, 200])
-@pytest.mark.parametrize("length", [1, 20, 200])
 async def test_late_extra_answer_never_reaches_the_next_caller(length: int, start_gateway: StartGateway) -> None:
     """Bytes that arrive on an idle pooled connection close it: they would be the next caller's answer."""
     late = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"stolen": true}'[:length]

@@ -1,0 +1,64 @@
+"""The files of `deploy/`, as far as they can be checked without what runs them."""
+
+from __future__ import annotations
+
+import configparser
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_compose_file_is_valid() -> None:
+    """By the compose specification's own schema."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run(
+        [*command, str(ROOT / "deploy" / "compose.yaml")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compose_gives_the_variables_that_the_shipped_configuration_reads() -> None:
+    """An image swap is enough: the names are those of the proxy that people come from."""
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+    names = {"AZURE_OPENAI_ENDPOINT", "AZURE_OPENAI_MODEL_MAPPER", "AZURE_OPENAI_API_VER"}
+    assert set(compose["services"]["gateway"]["environment"]) == names
+    shipped = (ROOT / "config" / "gateway.yaml").read_text()
+    for name in names:
+        assert f"${{{name}" in shipped
+
+
+def test_image_listens_on_every_interface_as_theirs_did() -> None:
+    """Port 8080 of all interfaces, as an unprivileged user, with the hashed lock file."""
+    text = (ROOT / "deploy" / "Dockerfile").read_text()
+    for words in ("GATEWAY_LISTEN=0.0.0.0:8080", "EXPOSE 8080", "--require-hashes", "USER 65532"):
+        assert words in text
+    for line in text.splitlines():
+        if line.startswith("COPY ") and "--from" not in line:
+            for name in line.split()[1:-1]:
+                assert (ROOT / name).exists(), name
+
+
+def test_systemd_unit_is_hardened() -> None:
+    """It parses, checks the configuration before it starts, and gives up what a gateway does not need."""
+    unit = configparser.RawConfigParser(strict=False)
+    unit.optionxform = str  # type: ignore[assignment, method-assign] # systemd's names keep their case
+    unit.read(ROOT / "deploy" / "gateway.service")
+    service = unit["Service"]
+    assert "gateway check" in service["ExecStartPre"]
+    for name in ("NoNewPrivileges", "DynamicUser", "PrivateTmp", "ProtectHome", "MemoryDenyWriteExecute"):
+        assert service[name] == "yes"
+    assert service["ProtectSystem"] == "strict"
+    assert int(service["TimeoutStopSec"]) > 30
+
+
+def test_nginx_keeps_a_connection_shorter_than_the_gateway() -> None:
+    """Or a request could meet a connection that the gateway is closing."""
+    from gateway.settings import Timeouts
+
+    text = (ROOT / "deploy" / "nginx" / "gateway.conf").read_text()
+    assert "keepalive_timeout 60s" in text
+    assert Timeouts().keep_alive > 60

@@ -1,0 +1,98 @@
+"""The documentation does what it says: its configurations load, its stages run, its tables are complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway.config import GatewayFile, TeamFile, load
+from gateway.config.convert import settings_of
+from gateway.config.show import show
+from gateway.registry import Registry
+from gateway.settings import Limits, Timeouts
+from gateway.testing import FakeAzure, post, running
+from tests.conftest import CHAT, StartGateway, write_files
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+STAGES_GUIDE = (ROOT / "docs" / "writing-a-stage.md").read_text()
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_s_configuration_loads(tmp_path: Path) -> None:
+    """`gateway.yaml` and the team's file, as they stand there."""
+    main, team, _ = blocks(README, "yaml")
+    text = show(load(write_files(tmp_path, {"gateway.yaml": main, "teams/research.yaml": team}), {}))
+    assert "team research: /research/v1" in text
+    assert "rate_limit: requests_per_minute=60" in text
+
+
+async def test_the_readme_s_stage_runs(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """The five lines, in the folder and the pipeline that the README gives."""
+    stage = blocks(README, "python")[1]
+    yaml = "resources: {azure: {endpoint: '${ENDPOINT}'}}\n" + blocks(README, "yaml")[2]
+    gateway = await start_gateway(azure.endpoint, yaml, {"my_stages/powered_by.py": stage})
+    async with gateway.post() as answer:
+        assert (answer.status, answer.headers["x-powered-by"]) == (200, "our team")
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    """And the client example compiles."""
+    assert "make run" in README
+    assert "make test" in README
+    compile(blocks(README, "python")[0], "README.md", "exec")
+
+
+async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example is a file of `plugins_path`, and its test passes."""
+    for code in blocks(STAGES_GUIDE, "python"):
+        named = re.match(r"# my_stages/(\w+)\.py\n", code)
+        if named:
+            write_files(tmp_path, {f"my_stages/{named.group(1)}.py": code})
+    registry = Registry([tmp_path / "my_stages"])
+    for name in ("powered_by", "token_ceiling", "shout"):
+        assert registry.find(name)
+    monkeypatch.syspath_prepend(tmp_path)
+    scope: dict[str, object] = {}
+    exec(blocks(STAGES_GUIDE, "python")[-1], scope)  # noqa: S102 -- our own documentation
+    await scope["test_it_lowers_what_is_above"]()  # type: ignore[operator]
+    async with running(registry.find("shout")()) as run:
+        from gateway import Response
+
+        run.answers(
+            Response(200, b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\n', {"content-type": "text/event-stream"})
+        )
+        assert b'"HI"' in (await run.post()).body
+    refused = await post(
+        registry.find("token_ceiling")(limit=1, over="refuse"),  # type: ignore[call-arg]
+        json={**CHAT, "max_tokens": 2},
+    )
+    assert refused.status == 400
+    sys.modules.pop("my_stages.token_ceiling", None)
+
+
+def test_every_setting_of_the_files_is_documented() -> None:
+    """With its default."""
+    for cls in (GatewayFile, TeamFile, Timeouts, Limits):
+        for name, (_, field) in settings_of(cls).items():
+            assert f"`{name}`" in CONFIGURATION, name
+            if cls is Timeouts:
+                assert f"| `{name}` | {field.default:g} |" in CONFIGURATION
+    for field in dataclasses.fields(Limits):
+        assert f"({field.default})" in CONFIGURATION
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    """No dead relative link."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            if not target.startswith("http"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
