@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+WIRE := $(addprefix tests/test_,server.py upstream.py stage.py teams.py concurrency.py hostile.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check format lint types test-clients lock clean
@@ -33,8 +34,9 @@ check: .venv/dev ## format, lint, types, and the tests that need no other progra
 	$(BIN)/mypy
 	$(PYTEST) -q -n 2 -m "not clients and not slow"
 
-test: .venv/dev ## all tests in Python
+test: .venv/dev ## all tests in Python, those of the wire on both event loops
 	$(PYTEST) -q -n 2 -m "not clients"
+	GATEWAY_TEST_LOOP=uvloop $(PYTEST) -q -n 2 -m "not clients" $(WIRE)
 
 test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, and nginx, through a running gateway
 	$(PYTEST) -q -m clients

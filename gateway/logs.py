@@ -6,7 +6,6 @@ the kind of the error.
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,11 +39,7 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     else:
         processors.append(structlog.processors.JSONRenderer(serializer=_to_json))
         buffer = getattr(stream, "buffer", None)
-        factory = (
-            structlog.BytesLoggerFactory(cast(BinaryIO, buffer))
-            if isinstance(buffer, io.BufferedIOBase)
-            else _TextBytes(stream)
-        )
+        factory = structlog.BytesLoggerFactory(cast(BinaryIO, buffer)) if buffer is not None else _TextBytes(stream)
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

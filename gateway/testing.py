@@ -26,7 +26,7 @@ from aiohttp import web
 from gateway.azure import find_operation
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
-from gateway.messages import Body, Credential, Headers, Request, Resource, Response, Target
+from gateway.messages import Body, Headers, Request, Resource, Response, Target
 from gateway.server import Server, serve
 from gateway.services import Services, Shared
 from gateway.settings import Listen
@@ -506,8 +506,3 @@ async def demonstrate(listen: Listen, default: Path) -> None:
             flush=True,
         )
         await serve(server)
-
-
-def credential(key: str = "azure-key") -> Credential:
-    """Return a credential for a target."""
-    return Credential(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from unittest.mock import Mock
 import aiohttp
 import pytest
 import structlog
+import uvloop
 
 from gateway import logs
 from gateway.config import load
@@ -33,6 +35,13 @@ pipeline:
   - api_version: 2024-10-21
   - sse_newline
 """
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run on uvloop where `GATEWAY_TEST_LOOP=uvloop` says so: the gateway must be right on both loops."""
+    if os.environ.get("GATEWAY_TEST_LOOP") == "uvloop":
+        return {"uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
 
 
 @pytest.fixture(autouse=True)

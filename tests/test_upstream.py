@@ -359,6 +359,58 @@ async def test_answer_before_the_upload_ends(start_gateway: StartGateway) -> Non
         await until(lambda: upstream.open == 0)
 
 
+@pytest.mark.parametrize("framing", ["length", "chunked", "until close"])
+@pytest.mark.parametrize("size", [0, 10, 3_000_000])
+async def test_plain_answers_of_every_framing_and_size(framing: str, size: int, start_gateway: StartGateway) -> None:
+    """JSON with a length, in chunks, or until the connection closes arrives whole; empty ones too."""
+    body = b"x" * size
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    if framing == "length":
+        raw = head + b"Content-Length: %d\r\n\r\n" % size + body
+    elif framing == "chunked":
+        raw = head + b"Transfer-Encoding: chunked\r\n\r\n" + (chunk(body) if body else b"") + b"0\r\n\r\n"
+    else:
+        raw = head + b"\r\n" + body
+    async with raw_upstream(raw) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post() as answer:
+            assert (answer.status, await answer.read()) == (200, body)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("size", [10, 3_000_000])
+async def test_plain_answers_that_are_cut_are_seen_to_be(framing: str, size: int, start_gateway: StartGateway) -> None:
+    """A small one becomes a 502, a large one ends short of its length or without its last chunk."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+    body = b"x" * (size // 2)
+    raw = head + (b"Content-Length: %d\r\n\r\n" % size + body)
+    if framing == "chunked":
+        raw = head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk(body)
+    async with raw_upstream(raw) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        whole = False
+        status = 0
+        try:
+            async with gateway.post() as answer:
+                status = answer.status
+                await answer.read()
+                whole = True
+        except aiohttp.ClientPayloadError:
+            pass
+        assert not whole or status == 502
+        await gateway.idle()
+        assert gateway.exchanges()[0]["ended_by"] == "upstream"
+
+
+async def test_answers_without_a_body(start_gateway: StartGateway) -> None:
+    """204 and 304 end with their head, whatever length they claim."""
+    for raw in (b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n"):
+        async with raw_upstream(raw) as upstream:
+            gateway = await start_gateway(upstream.endpoint)
+            async with gateway.post() as answer:
+                assert (answer.status, await answer.read()) == (int(raw[9:12]), b"")
+
+
 async def test_v1_names_the_deployment_in_the_body(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """On `/openai/v1` the body's model becomes the deployment; every other value keeps its bytes."""
     yaml = """

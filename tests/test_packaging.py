@@ -1,0 +1,40 @@
+"""The package as users install it: a wheel, without the checkout around it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("gateway", "plugins", "config", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.mark.slow
+def test_installed_package_has_what_it_needs(tmp_path: Path) -> None:
+    """The shipped configuration, the built-in stages and the command are in the wheel, and work from anywhere."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in PARTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--disable-pip-version-check", "--target", str(site), str(source)], check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import gateway, gateway.cli; "
+        f"assert gateway.__file__.startswith({str(site)!r}); sys.exit(gateway.cli.main(['check']))"
+    )
+    env = {"AZURE_OPENAI_ENDPOINT": "https://x.openai.azure.com", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sse_newline" in done.stdout
+    assert (site / "bin" / "gateway").exists()
+    assert (site / "gateway" / "py.typed").exists()
