@@ -26,8 +26,8 @@ from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import ApiError, StreamBroken, UpstreamError
 from gateway.exchange import failure
-from gateway.logs import get_logger
-from gateway.messages import Response
+from gateway.logs import get_logger, masked
+from gateway.messages import Headers, Response, secrets
 from gateway.settings import Limits, Timeouts
 from gateway.stream import Linked, link, unfinished_event
 
@@ -286,12 +286,15 @@ async def write_answer(
     old = message.version <= HttpVersion10
     close = close or old or message.should_close
     try:
+        if old and not response.event_stream and _over_unix_socket(arrived.connection):
+            # There the end of the connection is all that ends a body, and it cannot be told from a break.
+            await response.read()
         linked = link(response.filters, response.headers.get("content-encoding"))
         body = response.body
         if isinstance(body, bytes) and response.filters:
             body = linked.feed(body) + linked.close()
     except Exception as exc:
-        response = _unreadable(exc)
+        response = _unreadable(exc, _secrets(arrived, exchange))
         body = response.body
         linked = link(())
     if response.filters:
@@ -317,10 +320,15 @@ async def write_answer(
         await writer.send(head, b"")
         if not no_body:
             await _stream(writer, body, linked, chunked)
-    except (ClientGone, asyncio.CancelledError):
+    except ClientGone:
+        raise
+    except asyncio.CancelledError:
+        # Unless the client has left, the gateway ends this: the client is told.
+        stopped = ApiError(503, "the gateway is stopping and cut this answer off", code="shutting_down")
+        _break_off(writer, response, stopped, exchange, [], chunked=chunked, old=old)
         raise
     except Exception as exc:
-        _break_off(writer, response, exc, exchange, chunked=chunked, old=old)
+        _break_off(writer, response, exc, exchange, _secrets(arrived, exchange), chunked=chunked, old=old)
         return CLOSE
     finally:
         if (aclose := getattr(body, "aclose", None)) is not None:
@@ -335,7 +343,7 @@ def _note_end(exchange: Exchange, error: BaseException | None) -> None:
         exchange.ended_by = "complete"
         return
     exchange.ended_by = "upstream" if isinstance(error, UpstreamError) else "gateway"
-    exchange.error = (error.code if isinstance(error, ApiError) else None) or type(error).__name__
+    exchange.error = (error.code or error.type) if isinstance(error, ApiError) else type(error).__name__
 
 
 async def _stream(writer: _Writer, body: AsyncIterator[bytes], linked: Linked, chunked: bool) -> None:
@@ -387,7 +395,14 @@ class _Writer:
 
 
 def _break_off(
-    writer: _Writer, response: Response, exc: Exception, exchange: Exchange, *, chunked: bool, old: bool
+    writer: _Writer,
+    response: Response,
+    exc: Exception,
+    exchange: Exchange,
+    hidden: list[str],
+    *,
+    chunked: bool,
+    old: bool,
 ) -> None:
     """End a stream that cannot go on so that it is seen to be broken."""
     _note_end(exchange, exc)
@@ -395,7 +410,7 @@ def _break_off(
         error = exc
     else:
         error = ApiError(502, str(exc) if isinstance(exc, StreamBroken) else "the gateway failed on this stream")
-        get_logger().error("a filter or a stage's stream failed", **failure(exc))
+        get_logger().error("a filter or a stage's stream failed", **masked(failure(exc), hidden))
     transport = writer.connection.transport
     if transport is None or transport.is_closing():
         return
@@ -403,21 +418,32 @@ def _break_off(
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
         transport.write(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
         exchange.sent += len(event)
-    if old and transport.get_write_buffer_size() == 0:
+    if old:
         # Without chunks the end of the connection is the end of the body: only a reset says it is broken.
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family != socket.AF_UNIX:
+        if not _over_unix_socket(writer.connection):
+            sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         transport.abort()
     else:
         transport.close()
 
 
-def _unreadable(exc: Exception) -> Response:
-    """Return the answer in place of a body that the filters could not take."""
+def _secrets(arrived: Arrived, exchange: Exchange) -> list[str]:
+    return secrets(Headers(arrived.message.raw_headers), exchange.target)
+
+
+def _over_unix_socket(connection: Connection) -> bool:
+    sock = connection.transport.get_extra_info("socket") if connection.transport is not None else None
+    return sock is not None and sock.family == socket.AF_UNIX
+
+
+def _unreadable(exc: Exception, hidden: list[str]) -> Response:
+    """Return the answer in place of a body that could not be had, or that the filters could not take."""
+    if isinstance(exc, ApiError):
+        return Response.from_error(exc)
     if isinstance(exc, StreamBroken):
         return Response.from_error(ApiError(502, str(exc)))
-    get_logger().error("a filter failed", **failure(exc))
+    get_logger().error("a filter failed", **masked(failure(exc), hidden))
     return Response.from_error(ApiError(500, "the gateway failed on this answer"))
 
 

@@ -7,6 +7,7 @@ Azure. Copies of a request share their exchange.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,8 +93,11 @@ class Exchange:
         self._callbacks.append(callback)
 
     def own(self, upstream: Owned) -> None:
-        """Take charge of a connection; the one before it is closed."""
+        """Take charge of a connection; the one before it is closed, and this one if the exchange is over."""
         self.release()
+        if self._over:
+            upstream.abort()
+            return
         self._upstream = upstream
 
     def release(self) -> None:
@@ -124,12 +128,14 @@ class Exchange:
         self._task = None
 
     def deadline_hit(self) -> bool:
-        """Tell whether the cancellation just caught is the deadline's, and take it back if so."""
-        if not self._expired:
+        """Tell whether the cancellation just caught is the deadline's, and take it back if so.
+
+        Only in the task that the deadline cancelled: one that a stage made for its own call is cancelled with it.
+        """
+        if not self._expired or self._task is None or asyncio.current_task() is not self._task:
             return False
         self._expired = False
-        if self._task is not None:
-            self._task.uncancel()
+        self._task.uncancel()
         return True
 
     # -- the end ---------------------------------------------------------------------------------------
@@ -159,7 +165,11 @@ class Exchange:
             try:
                 callback(outcome)
             except Exception as exc:
-                get_logger().error("a deferred callback failed", callback=repr(callback), **failure(exc))
+                # By its name: the repr of a method shows its stage, settings and all. And whatever becomes of the
+                # log, the other callbacks give back what they hold.
+                name = getattr(callback, "__qualname__", type(callback).__name__)
+                with contextlib.suppress(Exception):
+                    get_logger().error("a deferred callback failed", callback=name, **failure(exc))
 
 
 def failure(exc: BaseException) -> dict[str, object]:

@@ -6,10 +6,11 @@ the kind of the error.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, TextIO, cast
 
 import msgspec
 import structlog
@@ -35,15 +36,12 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     ]
     if text:
         processors += [_printable, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
-        factory: Any = structlog.PrintLoggerFactory(stream)
     else:
         processors.append(structlog.processors.JSONRenderer(serializer=_to_json))
-        buffer = getattr(stream, "buffer", None)
-        factory = structlog.BytesLoggerFactory(cast(BinaryIO, buffer)) if buffer is not None else _TextBytes(stream)
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=factory,
+        logger_factory=_Sink(stream),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, stream=stream, format="%(levelname)s %(name)s: %(message)s")
@@ -51,24 +49,38 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-class _TextBytes:
-    """Makes loggers for a stream that takes text only, such as a test's."""
+class _Sink:
+    """Writes lines to a stream. A line that cannot be written is lost: requests matter more than their log."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._buffer = getattr(stream, "buffer", None)
 
     def __call__(self, *_: object) -> WrappedLogger:
         return self
 
-    def _write(self, line: bytes) -> None:
-        self._stream.write(line.decode() + "\n")
-        self._stream.flush()
+    def _write(self, line: bytes | str) -> None:
+        if isinstance(line, str):
+            line = line.encode("utf-8", "backslashreplace")
+        try:
+            if self._buffer is not None:
+                self._buffer.write(line + b"\n")
+                self._buffer.flush()
+            else:
+                self._stream.write(line.decode() + "\n")
+                self._stream.flush()
+        except (OSError, ValueError):
+            return
 
     debug = info = warning = error = critical = msg = _write
 
 
 def _to_json(event: EventDict, **_: object) -> bytes:
-    return msgspec.json.encode(event, enc_hook=repr)
+    try:
+        return msgspec.json.encode(event, enc_hook=repr)
+    except (ValueError, TypeError, RecursionError):
+        # A lone surrogate, a key that is no text: the slow way takes everything.
+        return json.dumps({str(key): value for key, value in event.items()}, default=repr).encode()
 
 
 def _printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:

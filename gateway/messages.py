@@ -485,6 +485,16 @@ def is_jwt(text: str) -> bool:
     return _JWT.fullmatch(text) is not None
 
 
+def secrets(headers: Headers, target: Target | None) -> list[str]:
+    """Return what must not be printed if some text holds it: every value of a request that may be a key."""
+    found = [value for name, value in headers if name.lower() in ("authorization", "api-key")]
+    found += [value.rpartition(" ")[2] for value in found]
+    if target is not None:
+        stored = target.resource.credential if target.resource is not None else None
+        found += [each.value for each in (target.credential, stored) if each is not None]
+    return [value for value in found if value]
+
+
 def _too_much(limit: int) -> ApiError:
     return ApiError(413, f"the body is larger than the {limit} bytes that may be kept", code="body_too_large")
 

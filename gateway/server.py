@@ -175,10 +175,12 @@ class Server:
             exchange.ended_by = "gateway"
             return CLOSE
         finally:
-            exchange.finish()
-            self._running.discard(task)
-            if not self._running:
-                self._all_done.set()
+            try:
+                exchange.finish()
+            finally:
+                self._running.discard(task)
+                if not self._running:
+                    self._all_done.set()
 
     async def _exchange(self, arrived: Arrived, exchange: Exchange) -> web.StreamResponse:
         message = arrived.message

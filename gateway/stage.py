@@ -15,7 +15,7 @@ from typing import TypeAlias
 from gateway.errors import ApiError, UpstreamTimeout
 from gateway.exchange import failure
 from gateway.logs import get_logger, masked
-from gateway.messages import Request, Response
+from gateway.messages import Request, Response, secrets
 from gateway.services import Services
 
 __all__ = ("Next", "Stage", "compile_pipeline")
@@ -104,19 +104,14 @@ def _too_late(name: str, request: Request) -> Response:
 
 
 def _broken(name: str, exc: Exception, request: Request) -> Response:
-    get_logger().error("a stage failed", stage=name, request_id=request.id, **masked(failure(exc), _secrets(request)))
+    hidden = secrets(request.headers, request.target)
+    get_logger().error(
+        "a stage failed",
+        stage=name,
+        request_id=request.id,
+        **masked(failure(exc), hidden),
+    )
     answer = ApiError(500, f"the gateway failed on this request; its operator finds it as {request.id}")
     response = Response.from_error(answer)
     response.error = exc.with_traceback(None)
     return response
-
-
-def _secrets(request: Request) -> list[str]:
-    """Return what must not be printed if an exception's text holds it: every value that may be a key."""
-    secrets = [value for name, value in request.headers if name.lower() in ("authorization", "api-key")]
-    secrets += [value.rpartition(" ")[2] for value in secrets]
-    target = request.target
-    for credential in (target.credential, target.resource.credential if target.resource else None):
-        if credential is not None:
-            secrets.append(credential.value)
-    return [secret for secret in secrets if secret]

@@ -178,17 +178,26 @@ class _Decoded(Filter):
 
     def __init__(self) -> None:
         self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+        self._begun = False
 
     def feed(self, data: bytes) -> bytes:
+        out = b""
         try:
-            return self._inflate.decompress(data)
+            while data:
+                if self._inflate.eof:
+                    # gzip may have several members (RFC 1952, 2.2).
+                    self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+                self._begun = True
+                out += self._inflate.decompress(data)
+                data = self._inflate.unused_data
         except zlib.error as exc:
             raise StreamBroken("the answer's content-encoding is broken") from exc
+        return out
 
     def close(self) -> bytes:
-        if not self._inflate.eof:
+        if self._begun and not self._inflate.eof:
             raise StreamBroken("the answer's content-encoding ends too early")
-        return self._inflate.flush()
+        return b""
 
 
 class Linked:
@@ -245,4 +254,5 @@ def unfinished_event(tail: bytes) -> bytes:
     """Return what ends the event that a broken stream left open, given the last bytes sent."""
     if not tail or tail.endswith((b"\n\n", b"\r\r", b"\n\r\n", b"\n\r")):
         return b""
-    return b"\n" if tail.endswith((b"\n", b"\r")) else b"\n\n"
+    # (A LF alone behind a CR would be half of a CRLF, and end no event.)
+    return b"\n" if tail.endswith(b"\n") else b"\n\n"

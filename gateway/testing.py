@@ -162,25 +162,28 @@ async def running(
     answer: Answer | None = None,
     clock: Callable[[], float] = time.monotonic,
     resources: Mapping[str, Resource] | None = None,
+    resource: str | None = None,
     shared: Shared | None = None,
 ) -> AsyncIterator[Running]:
     """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
 
-    Raises AssertionError with what the stages find wrong in their settings.
+    `resource` names the team's own where there are several `resources`. The team is `test`. Raises
+    AssertionError with what the stages find wrong in their settings.
     """
     resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
-    resource = next(iter(resources.values())) if len(resources) == 1 else None
+    only = next(iter(resources.values())) if len(resources) == 1 else None
+    chosen = resources[resource] if resource is not None else only
     shared = shared or Shared()
     started: list[Stage] = []
     services: dict[int, Services] = {}
     for stage in stages:
         stage.id = stage.id or type(stage).__name__
-        made = Services("test", stage.id, resources, resource, clock, shared)
+        made = Services("test", stage.id, resources, chosen, clock, shared)
         services[id(stage)] = made
         found = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(made)]
         assert not found, f"stage {stage.id}: {found}"
     holder: list[Answer] = [answer if answer is not None else Response.json({"object": "chat.completion"})]
-    target = Target(resource=resource)
+    target = Target(resource=chosen)
     run = Running(_unset, holder, target)
     try:
         for stage in stages:
@@ -200,7 +203,7 @@ async def _unset(_: Request) -> Response:
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    around = {name: more.pop(name) for name in ("answer", "clock", "resources", "shared") if name in more}
+    around = {name: more.pop(name) for name in ("answer", "clock", "resources", "resource", "shared") if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)
 

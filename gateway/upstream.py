@@ -128,10 +128,15 @@ class _Wire(ResponseHandler):
             # A body that lasts until the connection closes must not look whole after a reset.
             payload.set_exception(aiohttp.ClientPayloadError("connection reset"))
         super().connection_lost(exc)
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            # The parser gave up on what came (and closed the connection): whoever reads must not wait for more.
+            payload.set_exception(aiohttp.ClientPayloadError("not a whole answer"))
 
-    async def drain(self) -> None:
-        """Wait until what was written has left, as far as flow control asks for it."""
-        await self._drain_helper()
+    async def drain(self, patience: float) -> None:
+        """Wait until what was written has left, as flow control asks; TimeoutError after `patience` seconds."""
+        if self._paused:
+            async with asyncio.timeout(patience):
+                await self._drain_helper()
 
 
 class _Destination:
@@ -328,7 +333,7 @@ class Upstream:
 
     async def _upload(self, exchange: _Exchange, body: Body) -> tuple[RawResponseMessage, StreamReader]:
         """Stream the body up while waiting for the answer, whichever comes first."""
-        exchange.upload = asyncio.create_task(_send(exchange.wire, body))
+        exchange.upload = asyncio.create_task(_send(exchange.wire, body, self._timeouts.idle))
         answer = asyncio.create_task(_final(exchange.wire))
         try:
             await asyncio.wait((exchange.upload, answer), return_when=asyncio.FIRST_COMPLETED)
@@ -416,13 +421,13 @@ async def _final(wire: _Wire) -> tuple[RawResponseMessage, StreamReader]:
     raise UpstreamError("Azure sent interim answers without end")
 
 
-async def _send(wire: _Wire, body: Body) -> None:
+async def _send(wire: _Wire, body: Body, patience: float) -> None:
     chunked = body.length is None
     async for chunk in body.stream():
         if wire.transport is None:
             return
         wire.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
-        await wire.drain()
+        await wire.drain(patience)
     if chunked and wire.transport is not None:
         wire.transport.write(b"0\r\n\r\n")
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from gateway import Next, Outcome, Request, Response, Services, Stage
 
+RESERVED = ("event", "level", "timestamp", "team", "stage")
+
 
 @dataclass
 class AccessLog(Stage):
@@ -18,21 +20,22 @@ class AccessLog(Stage):
     async def __call__(self, request: Request, call_next: Next) -> Response:
         def log(outcome: Outcome) -> None:
             target = outcome.target
-            self._logger.info(
-                "exchange",
-                request_id=request.id,
-                operation=request.operation,
-                caller=request.caller,
-                resource=target.resource.name if target is not None and target.resource is not None else None,
-                deployment=target.deployment if target is not None else None,
-                status=outcome.status,
-                ended_by=outcome.ended_by,
-                error=outcome.error,
-                first_byte_ms=None if outcome.first_byte is None else round(outcome.first_byte * 1000, 1),
-                total_ms=round(outcome.total * 1000, 1),
-                bytes=outcome.sent,
-                **request.notes,
-            )
+            facts = {
+                "request_id": request.id,
+                "operation": request.operation,
+                "caller": request.caller,
+                "resource": target.resource.name if target is not None and target.resource is not None else None,
+                "deployment": target.deployment if target is not None else None,
+                "status": outcome.status,
+                "ended_by": outcome.ended_by,
+                "error": outcome.error,
+                "first_byte_ms": None if outcome.first_byte is None else round(outcome.first_byte * 1000, 1),
+                "total_ms": round(outcome.total * 1000, 1),
+                "bytes": outcome.sent,
+            }
+            # Another stage's note never stands in for a fact.
+            notes = {name: value for name, value in request.notes.items() if name not in RESERVED}
+            self._logger.info("exchange", **{**notes, **facts})
 
         request.defer(log)
         return await call_next(request)

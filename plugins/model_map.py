@@ -46,14 +46,16 @@ class ModelMap(Stage):
 
     def __post_init__(self) -> None:
         self._exact: dict[str, Target] = {}
-        self._patterns: list[tuple[re.Pattern[str], str]] = []
+        self._patterns: list[tuple[re.Pattern[str], Target, str]] = []
         self._default: Target | None = None
         self._services = Services(team="", stage="")
+        self._own = Target()
         self._listed: tuple[str, ...] = ()
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
         """Read the map; what is wrong in it is found here, with its place."""
         self._services = services
+        self._own = Target(resource=services.resource)
         seen: set[str] = set()
         for place, written, deployment in self._written():
             name = written.strip()
@@ -72,6 +74,8 @@ class ModelMap(Stage):
             self._default = target
             if problem:
                 yield ("default",), problem
+        if self.default is None and self.unmapped != "refuse" and services.resource is None and services.resources:
+            yield (), "a model without a mapping has no resource; set the team's `resource:`, or `unmapped: refuse`"
         exact = [name for name in self._exact if "=" not in name]
         self._listed = tuple(dict.fromkeys([*exact, *(name.strip() for name in self.list)]))
 
@@ -110,17 +114,18 @@ class ModelMap(Stage):
         except re.error as exc:
             yield f"the expression {pattern!r} is wrong: {exc}"
             return
-        # What the groups will be is not known yet; everything around them is.
-        _, problem = self._target(re.sub(r"\\(\d|g<\w+>)", "x", deployment))
-        if problem:
-            yield problem
+        # Only what the configuration says may choose the resource; the groups are a client's text.
+        resource, _, name_template = deployment.rpartition("/")
+        target, problem = self._target(f"{resource}/x" if resource else "x")
+        if target is None or not DEPLOYMENT.fullmatch(re.sub(r"\\(\d|g<\w+>)", "x", name_template)):
+            yield problem or f"{name_template!r} cannot be a deployment's name: letters, digits, . _ and -, at most 64"
             return
         try:
-            compiled.sub(deployment, "")  # reads the groups it names, also where nothing matches
+            compiled.sub(name_template, "")  # reads the groups it names, also where nothing matches
         except (re.error, IndexError) as exc:
             yield f"the deployment {deployment!r} uses a group that {name!r} does not have: {exc}"
             return
-        self._patterns.append((compiled, deployment))
+        self._patterns.append((compiled, target, name_template))
 
     def _target(self, text: str) -> tuple[Target | None, str | None]:
         """Return the target of `NAME` or `RESOURCE/NAME`, or what is wrong with it."""
@@ -155,14 +160,14 @@ class ModelMap(Stage):
         """Return the target of a model, or None where it is refused."""
         if (target := self._exact.get(name)) is not None:
             return target
-        for pattern, deployment in self._patterns:
+        for pattern, target, template in self._patterns:
             if (found := pattern.fullmatch(name)) is not None:
-                return self._target(found.expand(deployment))[0]
+                return _named(target, found.expand(template))
         if self._default is not None:
             return self._default
         if self.unmapped == "refuse":
             return None
-        return self._target(name.replace(".", "") if self.unmapped == "own_name_without_dots" else name)[0]
+        return _named(self._own, name.replace(".", "") if self.unmapped == "own_name_without_dots" else name)
 
     def _refusal(self, name: str) -> ApiError:
         mapped = [*self._exact, *(written for _, written, _ in self._written() if written.strip() not in self._exact)]
@@ -176,3 +181,8 @@ class ModelMap(Stage):
 
     def _model(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "azure-openai"}
+
+
+def _named(target: Target, name: str) -> Target | None:
+    """Return a target with this deployment, or None where that is no deployment's name."""
+    return replace(target, deployment=name) if DEPLOYMENT.fullmatch(name) else None

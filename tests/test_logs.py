@@ -41,3 +41,19 @@ def test_aiohttp_s_logger_says_nothing(capfd: object) -> None:
     logger = logs.quiet_logger()
     assert logger.disabled
     assert not logger.isEnabledFor(logging.CRITICAL)
+
+
+def test_a_log_that_cannot_be_written_harms_nothing() -> None:
+    """A closed pipe, a full disk or text that no encoding has: the event is lost or escaped, nothing is raised."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    for form in ("json", "text"):
+        logs.configure("info", form, Full())
+        logs.get_logger().info("lost")
+        stream = io.StringIO()
+        logs.configure("info", form, stream)
+        logs.get_logger().info("odd", model="\udcff", thing=object())
+        assert "odd" in stream.getvalue()

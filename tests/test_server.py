@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import aiohttp
 
+from gateway.settings import Listen
 from gateway.testing import FakeAzure
-from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, until
+from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, raw_upstream, until
 
 
 async def test_chat_completion_reaches_the_deployment(start_gateway: StartGateway, azure: FakeAzure) -> None:
@@ -443,3 +445,58 @@ async def test_log_event_of_an_exchange(start_gateway: StartGateway, azure: Fake
     text = json.dumps(gateway.events, default=str)
     assert KEY not in text
     assert "messages" not in text
+
+
+async def test_grace_cuts_http_1_0_streams_visibly(start_gateway: StartGateway) -> None:
+    """A stream that the gateway ends says so: an error event, and for HTTP/1.0 a reset."""
+    for version in (b"1.0", b"1.1"):
+        async with FakeAzure(words=["x"] * 10_000, delay=0.02) as azure:
+            gateway = await start_gateway(azure.endpoint, timeouts={"grace": 0.1})
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(chat_request(stream=True).replace(b"HTTP/1.1", b"HTTP/" + version))
+            received = await reader.readuntil(b'"x"')
+            stopping = asyncio.create_task(gateway.server.stop())
+            reset = False
+            try:
+                while data := await reader.read(65536):
+                    received += data
+            except ConnectionResetError:
+                reset = True
+            await stopping
+            writer.close()
+        assert b"shutting_down" in received
+        assert reset == (version == b"1.0")
+        assert not received.endswith(b"0\r\n\r\n")
+
+
+async def test_broken_json_is_a_reset_for_http_1_0_even_with_output_unsent(start_gateway: StartGateway) -> None:
+    """However much is still on its way, a cut answer does not end like a whole one."""
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n" % (9_000_000, b"x" * 9_000_000)
+    async with raw_upstream(raw) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(chat_request().replace(b"HTTP/1.1", b"HTTP/1.0"))
+        await asyncio.sleep(0.3)
+        reset = False
+        try:
+            while await reader.read(65536):
+                pass
+        except ConnectionResetError:
+            reset = True
+        assert reset
+        writer.close()
+
+
+async def test_http_1_0_over_a_unix_socket_gets_whole_json_or_an_error(
+    start_gateway: StartGateway, tmp_path: Path
+) -> None:
+    """There no reset can be told from an end, so an answer without a length is kept until it is whole."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
+    for raw, status in ((head + b"0\r\n\r\n", b"200"), (head, b"502")):
+        async with raw_upstream(raw) as upstream:
+            gateway = await start_gateway(upstream.endpoint, listen=Listen(unix=str(tmp_path / "s")))
+            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "s"))
+            writer.write(chat_request().replace(b"HTTP/1.1", b"HTTP/1.0"))
+            assert (await reader.read()).startswith(b"HTTP/1.1 " + status)
+            writer.close()
+            await gateway.server.stop()

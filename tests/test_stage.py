@@ -207,6 +207,12 @@ class Hang(Stage):
     async def __call__(self, request: Request, call_next: Next) -> Response:
         if self.where == "down":
             await asyncio.sleep(3600)
+        if self.where == "child":
+            return await asyncio.wait_for(call_next(request), 60)
+        if self.where == "group":
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(call_next(request))
+            return task.result()
         response = await call_next(request)
         if self.where == "up":
             await asyncio.sleep(3600)
@@ -236,6 +242,28 @@ pipeline: [access_log, hang as stuck: {where}, auth_passthrough, model_map, api_
     assert (event["status"], event["error"]) == (504, "deadline_exceeded")
     async with gateway.get("/healthz") as answer:
         assert answer.status == 200
+
+
+@pytest.mark.parametrize("where", ["child", "group"])
+async def test_deadline_also_where_a_stage_calls_on_in_a_task_of_its_own(
+    where: str, start_gateway: StartGateway
+) -> None:
+    """`wait_for`, groups and the like: the client still gets its 504."""
+
+    async def silent(seen: Seen, request: web.BaseRequest) -> None:
+        await asyncio.sleep(3600)
+
+    yaml = f"""
+plugins_path: mine
+resources: {{azure: {{endpoint: "${{ENDPOINT}}"}}}}
+pipeline: [access_log, hang: {where}, auth_passthrough, model_map, api_version]
+"""
+    async with FakeAzure(respond=silent) as azure:
+        gateway = await start_gateway(azure.endpoint, yaml, {"mine/hang.py": HANG}, timeouts={"first_byte": 0.3})
+        async with gateway.post() as answer:
+            assert answer.status == 504
+        await gateway.idle()
+        await until(lambda: azure.connections == 0)
 
 
 async def test_a_stage_that_swallows_cancellation_does_no_harm(start_gateway: StartGateway, azure: FakeAzure) -> None:
@@ -481,3 +509,85 @@ pipeline: [order, auth_passthrough, model_map, api_version]
             await answer.read()
         await gateway.idle()
     assert order == ["after call_next", "deferred"]
+
+
+async def test_what_outlives_its_exchange_cannot_open_a_connection() -> None:
+    """A task that goes on after the end has its connection closed at once."""
+    from gateway.exchange import Exchange
+
+    class Connection:
+        closed = 0
+
+        def abort(self) -> None:
+            self.closed += 1
+
+    exchange = Exchange()
+    exchange.finish()
+    late = Connection()
+    exchange.own(late)
+    assert late.closed == 1
+
+
+async def test_a_log_that_cannot_be_written_stops_no_callback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots are given back whatever happens to the log."""
+
+    class Broken:
+        def error(self, *args: object, **kwargs: object) -> None:
+            raise OSError("no space left")
+
+    monkeypatch.setattr("gateway.exchange.get_logger", Broken)
+    done: list[int] = []
+
+    class Register(Stage):
+        async def __call__(self, request: Request, call_next: Next) -> Response:
+            def fail(outcome: Outcome) -> None:
+                raise ValueError("\udcff")
+
+            request.defer(lambda outcome: done.append(1))
+            request.defer(fail)
+            return await call_next(request)
+
+    assert (await post(Register())).status == 200
+    assert done == [1]
+
+
+async def test_secrets_of_stages_and_clients_stay_out_of_the_log(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A failing callback is named without its stage's settings; a failing filter's text without the key."""
+    stage = """
+from dataclasses import dataclass
+from typing import Annotated
+from gateway import Filter, Meta, Next, Outcome, Request, Response, Stage
+
+@dataclass
+class Leaky(Stage):
+    "Fail with secrets at hand."
+    token: Annotated[str, Meta(description="x", extra={"secret": True})]
+    def done(self, outcome: Outcome) -> None:
+        raise ValueError("no")
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        request.defer(self.done)
+        response = await call_next(request)
+        key = request.headers.get("authorization")
+        class Broken(Filter):
+            def feed(self, data: bytes) -> bytes:
+                raise ValueError(key)
+        response.pipe(Broken())
+        return response
+"""
+    yaml = """
+plugins_path: mine
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [leaky: STAGESECRET, auth_passthrough, model_map, api_version]
+"""
+    gateway = await start_gateway(azure.endpoint, yaml, {"mine/leaky.py": stage})
+    for stream in (False, True):
+        try:
+            async with gateway.post(json={**CHAT, "stream": stream}) as answer:
+                await answer.read()
+        except Exception:
+            assert stream
+    await gateway.idle()
+    logged = str(gateway.events)
+    assert "Leaky" in logged
+    assert "STAGESECRET" not in logged
+    assert "azure-key" not in logged

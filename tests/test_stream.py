@@ -187,9 +187,21 @@ def test_filters_see_text_where_azure_compresses(encoding: str) -> None:
         (b"\r\n\r", b""),
         (b"a\n", b"\n"),
         (b"a\r\n", b"\n"),
+        (b"a\r", b"\n\n"),
         (b"a", b"\n\n"),
     ],
 )
 def test_what_ends_an_open_event(tail: bytes, ending: bytes) -> None:
     """A broken stream's open event is ended, so that the error event after it stands for itself."""
     assert ending == unfinished_event(tail)
+
+
+def test_gzip_of_several_members_is_read_whole() -> None:
+    """As RFC 1952 allows; what follows the last member is an error, and nothing at all is no text."""
+    packed = gzip.compress(b"one ") + gzip.compress(b"two")
+    for size in (1, 5, len(packed)):
+        pieces = [packed[place : place + size] for place in range(0, len(packed), size)]
+        assert fed([Upper()], pieces, "gzip") == b"ONE TWO!"
+    with pytest.raises(StreamBroken):
+        fed([Upper()], [packed + b"garbage"], "gzip")
+    assert fed([Filter()], [], "gzip") == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import ssl
@@ -478,3 +479,48 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
     ):
         assert hasattr(wire, name), f"ResponseHandler.{name} moved: upstream._Wire uses it"
     await upstream.close()
+
+
+@pytest.mark.parametrize(
+    "junk", [b"zz\r\n", b"3\r\nabcXX\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"0\r\nbad trailer\r\n\r\n"]
+)
+async def test_junk_inside_a_stream_ends_it_at_once(junk: bytes, start_gateway: StartGateway) -> None:
+    """Bytes that are no chunk, after the answer has begun: an error event now, not when a timer runs out."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        writer.write(SSE + chunk(b"data: a\n\n"))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(junk)
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        received = b""
+        cut = False
+        async with asyncio.timeout(3):
+            async with gateway.post(json=STREAM) as answer:
+                try:
+                    while data := await answer.content.readany():
+                        received += data
+                except aiohttp.ClientPayloadError:
+                    cut = True
+        assert cut
+        assert b"upstream_error" in received
+        await gateway.idle()
+
+
+async def test_an_upstream_that_takes_no_upload_is_given_up(start_gateway: StartGateway) -> None:
+    """An upload that Azure does not read does not wait for ever, nor after its client has left."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(
+            upstream.endpoint, UPLOAD_YAML, {"mine/fixed_deployment.py": UPLOAD_STAGE}, timeouts={"idle": 0.5}
+        )
+        async with gateway.post(json=None, data=io.BytesIO(b"x" * 50_000_000)) as answer:
+            assert answer.status == 504
+        await gateway.idle()

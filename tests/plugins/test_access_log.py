@@ -19,7 +19,7 @@ async def test_one_event_with_the_facts_and_no_secret() -> None:
 
     class Note(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
-            request.notes["colour"] = "red"
+            request.notes.update(colour="red", status=1, event="x", team="y")
             return await call_next(request)
 
     with capture_logs() as events:

@@ -126,7 +126,7 @@ def test_mistakes_are_found_at_load(stage: ModelMap, words: str) -> None:
 def test_a_bare_deployment_needs_a_resource_where_there_are_several() -> None:
     """Nothing is guessed."""
     services = Services("t", "model_map", RESOURCES, None)
-    assert "names no resource" in findings(ModelMap({"a": "b"}), services=services)[0]
+    assert "names no resource" in findings(ModelMap({"a": "b"}, unmapped="refuse"), services=services)[0]
 
 
 async def test_models_are_listed_from_the_map() -> None:
@@ -156,3 +156,18 @@ async def test_bodies_without_a_model_are_400s(body: bytes) -> None:
     sent = await post(ModelMap(), body=body)
     assert sent.status == 400
     assert sent.reached is None
+
+
+@pytest.mark.parametrize("model", ["west/gpt-4", "team-west/gpt-4", "/gpt-4"])
+async def test_a_client_never_chooses_the_resource(model: str) -> None:
+    """A rule: `RESOURCE/` counts where the configuration says it, never in what a client sends."""
+    for stage in (ModelMap(), ModelMap(unmapped="own_name"), ModelMap({"~team-(.+)": r"\1", "*": "east/x"})):
+        found = await deployment(stage, model, resources=RESOURCES, resource="east")
+        assert found in ("404", "east/x")
+
+
+def test_unmapped_models_need_a_resource_too() -> None:
+    """Where there are several and none is the team's, a model of its own name would go nowhere."""
+    services = Services("t", "model_map", RESOURCES, None)
+    assert "has no resource" in findings(ModelMap({"a": "east/b"}), services=services)[0]
+    assert not findings(ModelMap({"a": "east/b"}, unmapped="refuse"), services=services)
