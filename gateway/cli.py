@@ -12,12 +12,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, StartError
 from gateway.version import __version__
 
 __all__ = ("main",)
 
-DEFAULT = Path(__file__).parent / "gateway.yaml"
+# In a checkout this is a link to config/gateway.yaml.
+DEFAULT = (Path(__file__).parent / "gateway.yaml").resolve()
 
 NOTHING_CONFIGURED = """\
 gateway: nothing is configured. Do one of these:
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(map(str, exc.mistakes)), file=sys.stderr)
         count = len(exc.mistakes)
         print(f"gateway: {count} mistake{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+        return 1
+    except StartError as exc:
+        print(f"gateway: {exc}", file=sys.stderr)
         return 1
     except NothingConfiguredError:
         print(NOTHING_CONFIGURED, file=sys.stderr, end="")
@@ -119,20 +123,24 @@ def _config_path(given: Path | None) -> Path:
 def _serve(options: argparse.Namespace) -> int:
     from gateway import logs  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
     from gateway.config import load  # noqa: PLC0415
-    from gateway.errors import Mistake  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
-    from gateway.settings import Listen  # noqa: PLC0415
 
     loaded = load(_config_path(options.config))
     settings = loaded.settings
     if options.listen is not None:
-        try:
-            settings = dataclasses.replace(settings, listen=Listen.parse(options.listen))
-        except ValueError as exc:
-            raise ConfigError([Mistake("--listen", 0, 0, str(exc))]) from None
+        settings = dataclasses.replace(settings, listen=_listen(options.listen))
     logs.configure(loaded.log.level, loaded.log.format)
     run(lambda: serve(Server(loaded.teams, settings)))
     return 0
+
+
+def _listen(text: str) -> Any:
+    from gateway.settings import Listen  # noqa: PLC0415
+
+    try:
+        return Listen.parse(text)
+    except ValueError as exc:
+        raise StartError(f"--listen: {exc}") from None
 
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -186,14 +194,9 @@ def _registry(config: Path | None) -> Any:
 
 def _demo(options: argparse.Namespace) -> int:
     from gateway import logs  # noqa: PLC0415
-    from gateway.errors import Mistake  # noqa: PLC0415
-    from gateway.settings import Listen  # noqa: PLC0415
     from gateway.testing import demonstrate  # noqa: PLC0415
 
-    try:
-        listen = Listen.parse(options.listen)
-    except ValueError as exc:
-        raise ConfigError([Mistake("--listen", 0, 0, str(exc))]) from None
+    listen = _listen(options.listen)
     logs.configure()
     run(lambda: demonstrate(listen, DEFAULT))
     return 0

@@ -2,6 +2,7 @@
 
 GatewayError
 +-- ConfigError          the operator: every mistake in the configuration, each with file:line:column
++-- StartError           the operator: a sound configuration that cannot be started here and now
 +-- ApiError             the client: becomes an OpenAI-shaped answer
 |   +-- UpstreamError    Azure broke or could not be reached (502)
 |       +-- UpstreamTimeout  Azure was too slow (504)
@@ -23,6 +24,7 @@ __all__ = (
     "ConfigError",
     "GatewayError",
     "Mistake",
+    "StartError",
     "StreamBroken",
     "UpstreamError",
     "UpstreamTimeout",
@@ -56,6 +58,10 @@ class ConfigError(GatewayError):
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(sorted(set(mistakes)))
         super().__init__("\n".join(map(str, self.mistakes)))
+
+
+class StartError(GatewayError):
+    """The gateway cannot start: an address that is taken, a stage that fails to get ready."""
 
 
 class ApiError(GatewayError):

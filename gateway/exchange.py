@@ -132,10 +132,14 @@ class Exchange:
 
         Only in the task that the deadline cancelled: one that a stage made for its own call is cancelled with it.
         """
-        if not self._expired or self._task is None or asyncio.current_task() is not self._task:
+        task = self._task
+        if not self._expired or task is None:
+            return False
+        current = asyncio.current_task()
+        if current is None or current != task:
             return False
         self._expired = False
-        self._task.uncancel()
+        current.uncancel()
         return True
 
     # -- the end ---------------------------------------------------------------------------------------

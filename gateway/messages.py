@@ -475,9 +475,14 @@ def _key_text(raw: bytes) -> str:
     text = raw.strip().decode("latin-1")
     if not text:
         raise _bad_key("the key is empty; send `Authorization: Bearer YOUR_KEY`")
-    if not _KEY.fullmatch(text) or len(text) > (_MAX_TOKEN if is_jwt(text) else _MAX_KEY):
+    if not is_key(text):
         raise _bad_key("what was presented as a key cannot be one")
     return text
+
+
+def is_key(text: str) -> bool:
+    """Whether a text can be a key or a token: nothing else may become a header to Azure."""
+    return _KEY.fullmatch(text) is not None and len(text) <= (_MAX_TOKEN if is_jwt(text) else _MAX_KEY)
 
 
 def is_jwt(text: str) -> bool:

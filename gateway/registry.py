@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 import gateway
+from gateway.fields import check_settings
 from gateway.stage import Stage
 
 __all__ = ("ENTRY_POINTS", "Registry", "UnknownStage")
@@ -28,7 +29,7 @@ __all__ = ("ENTRY_POINTS", "Registry", "UnknownStage")
 ENTRY_POINTS = "gateway.stages"
 BUILT_IN = Path(gateway.__file__).resolve().parent.parent / "plugins"
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 class UnknownStage(LookupError):
@@ -76,7 +77,12 @@ class Registry:
 
     def _bare(self, name: str) -> type[Stage]:
         if not _NAME.fullmatch(name):
-            raise UnknownStage(f"{name!r} is no stage's name: small letters, digits and _, or package.module:Class")
+            close = difflib.get_close_matches(name.lower().replace("-", "_"), self.names(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            shown = name if len(name) < 80 else name[:80] + "..."
+            raise UnknownStage(
+                f"{shown!r} is no stage's name: small letters, digits and _, or package.module:Class{hint}"
+            )
         files = [folder / f"{name}.py" for folder in self._folders if (folder / f"{name}.py").is_file()]
         points = self._entry_points.get(name, [])
         places = [_place(file) for file in files] + [f"the entry point {point.value}" for point in points]
@@ -97,7 +103,11 @@ def _import(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except ModuleNotFoundError as exc:
         raise UnknownStage(f"the stage {name!r} cannot be imported: {exc}") from exc
-    except Exception as exc:
+    except SyntaxError as exc:
+        raise UnknownStage(
+            f"the stage {name!r} cannot be imported: {exc.msg} ({exc.filename}:{exc.lineno}:{exc.offset})"
+        ) from exc
+    except (Exception, SystemExit) as exc:
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         raise UnknownStage(
             f"the stage {name!r} cannot be imported: {type(exc).__name__}: {exc} ({frame.filename}:{frame.lineno})"
@@ -146,4 +156,8 @@ def _checked(found: object, name: str) -> type[Stage]:
         raise UnknownStage(f"{name!r} is not a subclass of gateway.Stage")
     if "__dataclass_fields__" not in vars(found) and getattr(found, "__annotations__", {}):
         raise UnknownStage(f"{name!r} has settings but is no dataclass; put @dataclass above its class")
+    try:
+        check_settings(found)
+    except TypeError as exc:
+        raise UnknownStage(f"the stage {name!r} cannot be used: {exc}") from None
     return found

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import re
 import signal
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from gateway.azure import find_operation
 from gateway.connection import CLOSE, Arrived, ClientBody, ClientGone, Connection, too_large, write_answer
-from gateway.errors import ApiError, ConfigError, Mistake
+from gateway.errors import ApiError, StartError
 from gateway.exchange import Exchange
 from gateway.logs import get_logger, quiet_logger
 from gateway.messages import Body, Headers, Request, Response
@@ -68,13 +69,14 @@ class Server:
         self._running: set[asyncio.Task[Any]] = set()
         self._all_done = asyncio.Event()
         self._stopped = False
+        self._socket: tuple[int, int] | None = None
         self.address = self.settings.listen
         """Where the server listens: the true port, once it does, where 0 was asked for."""
 
     # -- life ------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Start the stages and listen. Raises OSError where the address cannot be had."""
+        """Start the stages and listen. Raises StartError where one of them or the address cannot be had."""
         timeouts, limits = self.settings.timeouts, self.settings.limits
         await self.upstream.start()
         try:
@@ -95,31 +97,37 @@ class Server:
         try:
             await self._listen()
         except BaseException:
+            self._http = None  # there is nothing left to stop
             await self.teams.stop()
             await self.upstream.close()
             raise
         self.ready = True
 
     async def _listen(self) -> None:
+        """Listen. Raises StartError where the address cannot be had."""
         loop = asyncio.get_running_loop()
         listen = self.settings.listen
         http = cast(Any, self._http)
-        if listen.unix is None:
-            self._listener = await loop.create_server(http, listen.host, listen.port, backlog=1024)
-            self.address = Listen(listen.host, self._listener.sockets[0].getsockname()[1])
-            return
-        _remove_socket(listen.unix)
-        self._listener = await loop.create_unix_server(http, listen.unix, backlog=1024)
-        # nginx runs as another user; who may reach the socket is the directory's to say.
-        os.chmod(listen.unix, 0o666)  # noqa: S103
+        try:
+            if listen.unix is None:
+                self._listener = await loop.create_server(http, listen.host, listen.port, backlog=1024)
+                self.address = Listen(listen.host, self._listener.sockets[0].getsockname()[1])
+                return
+            await _clear_socket(listen.unix)
+            self._listener = await loop.create_unix_server(http, listen.unix, backlog=1024)
+            # nginx runs as another user; who may reach the socket is the directory's to say.
+            os.chmod(listen.unix, 0o666)  # noqa: S103
+            self._socket = _identity(listen.unix)
+        except OSError as exc:
+            raise StartError(f"cannot listen on {listen}: {exc.strerror or exc}") from None
 
     async def stop(self, *, now: asyncio.Event | None = None) -> None:
         """Stop: not ready at once, no new clients after `drain_delay`, running exchanges end within `grace`.
 
         Setting `now` ends the waiting at once.
         """
-        if self._stopped:
-            return
+        if self._stopped or self._http is None:
+            return  # stopped already, or never started
         self._stopped = True
         timeouts = self.settings.timeouts
         now = now or asyncio.Event()
@@ -147,8 +155,9 @@ class Server:
             await asyncio.wait(list(self._running), timeout=5)
         if http is not None:
             await http.shutdown(timeout=1)
-        if self._listener is not None and self.settings.listen.unix is not None:
-            _remove_socket(self.settings.listen.unix)
+        unix = self.settings.listen.unix
+        if unix is not None and self._socket is not None and _identity(unix) == self._socket:
+            Path(unix).unlink()  # noqa: ASYNC240 -- nothing is served any more
         await self.teams.stop()
         await self.upstream.close()
 
@@ -353,12 +362,26 @@ def _trusted(address: str, networks: Sequence[Network]) -> bool:
     return any(ip in network for network in networks)
 
 
-def _remove_socket(name: str) -> None:
-    """Remove a unix socket that an earlier run may have left; anything else at that path stays."""
-    path = Path(name)
-    with contextlib.suppress(FileNotFoundError):
-        if stat.S_ISSOCK(path.stat().st_mode):
-            path.unlink()
+def _identity(name: str) -> tuple[int, int] | None:
+    """Return what tells a socket's file from another of the same name; None where there is none."""
+    try:
+        status = os.stat(name)
+    except FileNotFoundError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+async def _clear_socket(name: str) -> None:
+    """Remove a socket that an earlier run left behind. Raises OSError where somebody still answers on it."""
+    if _identity(name) is None:
+        return
+    try:
+        _, writer = await asyncio.open_unix_connection(name)
+    except (ConnectionError, FileNotFoundError):
+        Path(name).unlink(missing_ok=True)  # noqa: ASYNC240 -- once, before anything is served
+        return
+    writer.close()
+    raise OSError(errno.EADDRINUSE, "another process answers on this socket")
 
 
 async def _wait_either(event: asyncio.Event, seconds: float) -> None:
@@ -367,8 +390,11 @@ async def _wait_either(event: asyncio.Event, seconds: float) -> None:
             await asyncio.wait_for(event.wait(), seconds)
 
 
-async def serve(server: Server) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once."""
+async def serve(server: Server, ready: Callable[[], None] | None = None) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once.
+
+    `ready` is called when it listens. Raises StartError where it cannot be started.
+    """
     stop, now = asyncio.Event(), asyncio.Event()
 
     def signalled() -> None:
@@ -377,15 +403,22 @@ async def serve(server: Server) -> None:
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, signalled)
-    listen = server.settings.listen
+    starting = asyncio.create_task(server.start())
+    stopping = asyncio.create_task(stop.wait())
     try:
-        await server.start()
-    except OSError as exc:
-        raise ConfigError([Mistake("listen", 0, 0, f"cannot listen on {listen}: {exc.strerror or exc}")]) from None
-    get_logger().info("listening", address=str(server.address), teams=len(server.teams.all), pid=os.getpid())
-    try:
-        await stop.wait()
-    finally:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            # A stage that hangs while it starts must not keep the gateway from being stopped.
+            starting.cancel()
+            await asyncio.wait((starting,), timeout=5)
+            return
+        await starting
+        get_logger().info("listening", address=str(server.address), teams=len(server.teams.all), pid=os.getpid())
+        if ready is not None:
+            ready()
+        await stopping
         get_logger().info("stopping")
+    finally:
+        stopping.cancel()
         await server.stop(now=now)
-        get_logger().info("stopped")
+    get_logger().info("stopped")

@@ -6,7 +6,7 @@ import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gateway.errors import ApiError
+from gateway.errors import ApiError, StartError
 from gateway.logs import get_logger
 from gateway.messages import Headers, Target, key_digest, presented_key
 from gateway.services import Services, Shared
@@ -41,7 +41,12 @@ class Team:
         try:
             for stage in self.stages:
                 started.append(stage)
-                await stage.start(self.services[stage.id])
+                try:
+                    await stage.start(self.services[stage.id])
+                except Exception as exc:
+                    raise StartError(
+                        f"the stage {stage.id!r} of team {self.name!r} cannot start: {type(exc).__name__}: {exc}"
+                    ) from exc
         except BaseException:
             await self._stop(started)
             raise

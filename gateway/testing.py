@@ -500,12 +500,15 @@ async def demonstrate(listen: Listen, default: Path) -> None:
             },
         )
         server = Server(loaded.teams, loaded.settings)
-        print(
-            "AZURE_OPENAI_ENDPOINT is not set, so this gateway stands in front of a FAKE Azure OpenAI: no model\n"
-            "answers, and nothing leaves this machine. Stream an answer from another terminal:\n\n"
-            f"  curl -N http://{listen}/v1/chat/completions -H 'Authorization: Bearer demo-key' \\\n"
-            "    -H 'Content-Type: application/json' \\\n"
-            '    -d \'{"model": "gpt-4o", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'\n',
-            flush=True,
-        )
-        await serve(server)
+
+        def tell() -> None:
+            print(
+                "AZURE_OPENAI_ENDPOINT is not set, so this gateway stands in front of a FAKE Azure OpenAI: no model\n"
+                "answers, and nothing leaves this machine. Stream an answer from another terminal:\n\n"
+                f"  curl -N http://{listen}/v1/chat/completions -H 'Authorization: Bearer demo-key' \\\n"
+                "    -H 'Content-Type: application/json' \\\n"
+                '    -d \'{"model": "gpt-4o", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'\n',
+                flush=True,
+            )
+
+        await serve(server, tell)

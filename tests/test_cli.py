@@ -189,12 +189,65 @@ async def test_unix_socket(azure: FakeAzure, tmp_path: Path) -> None:
         assert path.exists() == kill
 
 
-async def test_an_address_in_use_is_a_clear_error(azure: FakeAzure) -> None:
-    """Status 1 and the address, not a traceback."""
-    done = run("serve", "--listen", f"127.0.0.1:{azure.port}", AZURE_OPENAI_ENDPOINT=azure.endpoint)
+async def test_an_address_in_use_is_a_clear_error(azure: FakeAzure, tmp_path: Path) -> None:
+    """Status 1 and the address, not a traceback; a socket that somebody answers on is not taken from them."""
+    path = tmp_path / "gateway.sock"
+    async with serving("--listen", f"unix:{path}", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, _):
+        for address in (f"127.0.0.1:{azure.port}", f"unix:{path}", "unix:/no/such/folder/x.sock", "here"):
+            done = await asyncio.to_thread(run, "serve", "--listen", address, AZURE_OPENAI_ENDPOINT=azure.endpoint)
+            assert done.returncode == 1
+            assert address in done.stderr
+            assert done.stderr.startswith("gateway: ")
+            assert len(done.stderr.splitlines()) == 1
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session,
+            session.get("http://x/healthz") as answer,
+        ):
+            assert answer.status == 200
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+    assert not path.exists()
+
+
+STARTS = """
+import asyncio
+from gateway import Services, Stage
+
+class Starts(Stage):
+    "Fail or hang while it starts."
+    async def start(self, services: Services) -> None:
+        print("starting", flush=True)
+        {what}
+"""
+OWN = """
+plugins_path: p
+resources: {a: https://x.openai.azure.com}
+pipeline: [starts, auth_passthrough, model_map, api_version]
+"""
+
+
+@pytest.mark.parametrize("what", ["raise KeyError('x')", "raise OSError('redis is not there')"])
+def test_a_stage_that_cannot_start_is_named(what: str, tmp_path: Path) -> None:
+    """With its team and its error, on one line."""
+    write_files(tmp_path, {"gateway.yaml": OWN, "p/starts.py": STARTS.format(what=what)})
+    done = run("serve", "--config", "gateway.yaml", cwd=tmp_path)
     assert done.returncode == 1
-    assert f"cannot listen on 127.0.0.1:{azure.port}" in done.stderr
+    assert done.stderr.startswith("gateway: the stage 'starts' of team 'default' cannot start: ")
     assert "Traceback" not in done.stderr
+
+
+async def test_a_stage_that_hangs_while_it_starts_can_be_stopped(tmp_path: Path) -> None:
+    """SIGTERM ends a gateway that is not up yet."""
+    write_files(tmp_path, {"gateway.yaml": OWN, "p/starts.py": STARTS.format(what="await asyncio.sleep(3600)")})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", "serve", "--config", "gateway.yaml", "--listen", "127.0.0.1:0",
+        cwd=tmp_path, env=CLEAN, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"starting\n"
+    process.send_signal(signal.SIGTERM)
+    async with asyncio.timeout(5):
+        assert await process.wait() == 0
 
 
 async def test_demo_says_that_azure_is_fake_and_its_curl_line_works() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gateway.config import GatewayFile, TeamFile, load
-from gateway.config.convert import settings_of
 from gateway.config.show import show
+from gateway.fields import settings_of
 from gateway.registry import Registry
 from gateway.settings import Limits, Timeouts
 from gateway.testing import FakeAzure, post, running

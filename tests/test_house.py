@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import gateway
-from gateway.config.convert import settings_of, unwrap
+from gateway.fields import settings_of, unwrap
 from gateway.registry import BUILT_IN, Registry
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,7 @@ TESTED_ELSEWHERE = {
     "__main__": "one line, run by test_cli",
     "version": "one line, read by test_cli",
     "errors": "raised and seen everywhere; shapes in test_stage and test_server",
+    "fields": "a part of test_config",
     "exchange": "its life is the contract of test_stage",
     "connection": "one side of test_server and test_hostile",
     "services": "used by stages in test_stage",

@@ -11,6 +11,7 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from gateway import ApiError, Filter, Next, Outcome, Request, Response, Services, Stage
+from gateway.errors import StartError
 from gateway.messages import Target
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure, Seen, post, running, send
@@ -416,7 +417,7 @@ async def test_stop_also_when_start_failed_half_way() -> None:
         team("default", Life("a", trace)),
         [team("x", Life("b", trace), Life("c", trace, fails="start"), Life("d", trace))],
     )
-    with pytest.raises(RuntimeError, match="cannot start"):
+    with pytest.raises(StartError, match="stage 'c' of team 'x' cannot start: RuntimeError: cannot start"):
         await teams.start(nowhere)
     assert trace == ["start a", "start b", "start c", "stop c", "stop b", "stop a"]
 

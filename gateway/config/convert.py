@@ -13,16 +13,17 @@ import operator
 import re
 import types
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from msgspec import Meta
 
 from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
+from gateway.fields import is_secret, settings_of, unwrap
 
-__all__ = ("FAILED", "RawNode", "convert", "did_you_mean", "fill", "settings_of")
+__all__ = ("FAILED", "RawNode", "convert", "did_you_mean", "fill", "fill_from")
 
-_INT = re.compile(r"-?(0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
+_INT = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]{1,17})?")
 _NULL = ("", "~", "null")
 
 
@@ -46,73 +47,56 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; there is {', '.join(names)}" if names else ""
 
 
-def settings_of(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
-    """Return a dataclass's settings: name -> (type, field), in order."""
-    if not dataclasses.is_dataclass(cls):
-        return {}
-    hints = get_type_hints(cls, include_extras=True)
-    return {each.name: (hints[each.name], each) for each in dataclasses.fields(cls) if each.init}
+def convert(reader: Reader, node: Node, kind: Any, what: str, *, secret: bool = False) -> Any:
+    """Return a node's value as `kind`, or FAILED; `what` names the setting in messages.
 
-
-def unwrap(kind: Any) -> tuple[Any, Meta | None]:
-    """Return a type without its `Annotated`, and its Meta."""
-    if get_origin(kind) is Annotated:
-        base, *extras = get_args(kind)
-        return base, next((each for each in extras if isinstance(each, Meta)), None)
-    return kind, None
-
-
-def convert(reader: Reader, node: Node, kind: Any, what: str) -> Any:
-    """Return a node's value as `kind`, or FAILED; `what` names the setting in messages."""
+    The value of a `secret` is never shown.
+    """
     base, meta = unwrap(kind)
-    value = _convert(reader, node, base, what)
+    secret = secret or is_secret(kind)
+    value = _convert(reader, node, base, what, secret)
     if value is not FAILED and meta is not None:
         problem = _out_of_bounds(value, meta)
         if problem:
-            reader.mistake(node, f"{what} must be {problem}{_given(node, is_secret(kind))}")
+            reader.mistake(node, f"{what} must be {problem}{_given(node, secret)}")
             return FAILED
     return value
 
 
-def is_secret(kind: Any) -> bool:
-    """Whether a setting's value must never be shown: `Meta(extra={"secret": True})`."""
-    _, meta = unwrap(kind)
-    return bool(meta is not None and (meta.extra or {}).get("secret"))
-
-
-def _convert(reader: Reader, node: Node, kind: Any, what: str) -> Any:
+def _convert(reader: Reader, node: Node, kind: Any, what: str, secret: bool) -> Any:
     if kind is RawNode:
         return node
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _one_of(reader, node, args, what)
+        return _one_of(reader, node, args, what, secret)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return fill(reader, node, kind, what)
     if origin in (list, tuple):
-        return _items(reader, node, origin, args[0], what)
+        return _items(reader, node, origin, args[0], what, secret)
     if origin in (dict, Mapping):
-        return _mapping(reader, node, args[1], what)
+        return _mapping(reader, node, args[1], what, secret)
+    if reader.blank(node) and kind is not type(None):
+        reader.mistake(node, f"{what} has no value")
+        return FAILED
     if not isinstance(node, ScalarNode):
         reader.mistake(node, f"{what} must be {_kind_name(kind)}, not {_shape(node)}")
         return FAILED
     text = reader.text(node)
     if text is None:
         return FAILED
-    if text in _NULL and node.style is None and kind is not type(None) and text == node.value:
-        reader.mistake(node, f"{what} has no value")
-        return FAILED
-    return _scalar(reader, node, kind, args if origin is Literal else (), text, what)
+    value = _scalar(kind, args if origin is Literal else (), text)
+    if value is FAILED:
+        hint = did_you_mean(text, map(str, args)) if origin is Literal else ""
+        hint = hint if "mean" in hint and not secret else ""
+        reader.mistake(node, f"{what} must be {_kind_name(kind)}{_given(node, secret)}{hint}")
+    return value
 
 
-def _scalar(reader: Reader, node: ScalarNode, kind: Any, choices: tuple[Any, ...], text: str, what: str) -> Any:
+def _scalar(kind: Any, choices: tuple[Any, ...], text: str) -> Any:
+    for choice in choices:
+        if text == (str(choice).lower() if isinstance(choice, bool) else str(choice)):
+            return choice
     if choices:
-        if text in choices:
-            return text
-        hint = did_you_mean(text, map(str, choices))
-        reader.mistake(
-            node,
-            f"{what} must be one of {', '.join(map(str, choices))}{_given(node)}{hint if 'mean' in hint else ''}",
-        )
         return FAILED
     if kind is str:
         return text
@@ -124,44 +108,51 @@ def _scalar(reader: Reader, node: ScalarNode, kind: Any, choices: tuple[Any, ...
         return float(text)
     if kind is type(None) and text in _NULL:
         return None
-    reader.mistake(node, f"{what} must be {_kind_name(kind)}{_given(node)}")
     return FAILED
 
 
-def _one_of(reader: Reader, node: Node, kinds: tuple[Any, ...], what: str) -> Any:
-    """Choose among the kinds of a union by the node's shape; None is a plain `null`."""
-    if type(None) in kinds and isinstance(node, ScalarNode) and node.value in _NULL and node.style is None:
+def _one_of(reader: Reader, node: Node, kinds: tuple[Any, ...], what: str, secret: bool) -> Any:
+    """Return what the first kind of a union makes of a node; None is a plain `null`."""
+    if type(None) in kinds and reader.blank(node):
         return None
     others = [each for each in kinds if each is not type(None)]
-    for each in others:
-        base, _ = unwrap(each)
-        origin = get_origin(base)
-        if isinstance(node, MappingNode):
-            fits = origin in (dict, Mapping) or dataclasses.is_dataclass(base)
-        elif isinstance(node, SequenceNode):
-            fits = origin in (list, tuple)
-        else:
-            fits = origin not in (dict, Mapping, list, tuple)
-        if fits or base is RawNode:
-            return convert(reader, node, each, what)
+    fitting = [each for each in others if _fits(node, unwrap(each)[0])]
+    before = len(reader.mistakes)
+    for each in fitting:
+        value = convert(reader, node, each, what, secret=secret)
+        if value is not FAILED or each is fitting[-1]:
+            return value
+        del reader.mistakes[before:]  # another kind may take it
     names = " or ".join(_kind_name(unwrap(each)[0]) for each in others)
     reader.mistake(node, f"{what} must be {names}, not {_shape(node)}")
     return FAILED
 
 
-def _items(reader: Reader, node: Node, origin: Any, kind: Any, what: str) -> Any:
+def _fits(node: Node, kind: Any) -> bool:
+    """Whether a node has the shape of a kind."""
+    origin = get_origin(kind)
+    if kind is RawNode or origin in (Union, types.UnionType):
+        return True
+    if isinstance(node, MappingNode):
+        return origin in (dict, Mapping) or dataclasses.is_dataclass(kind)
+    if isinstance(node, SequenceNode):
+        return origin in (list, tuple)
+    return origin not in (dict, Mapping, list, tuple)
+
+
+def _items(reader: Reader, node: Node, origin: Any, kind: Any, what: str, secret: bool) -> Any:
     if not isinstance(node, SequenceNode):
         reader.mistake(node, f"{what} must be a list, not {_shape(node)}")
         return FAILED
-    values = [convert(reader, each, kind, f"{what}[{place}]") for place, each in enumerate(node.value)]
+    values = [convert(reader, each, kind, f"{what}[{place}]", secret=secret) for place, each in enumerate(node.value)]
     return FAILED if FAILED in values else origin(values)
 
 
-def _mapping(reader: Reader, node: Node, kind: Any, what: str) -> Any:
+def _mapping(reader: Reader, node: Node, kind: Any, what: str, secret: bool) -> Any:
     if not isinstance(node, MappingNode):
         reader.mistake(node, f"{what} must be a mapping, not {_shape(node)}")
         return FAILED
-    values = {key: convert(reader, value, kind, f"{what}.{key}") for key, _, value in reader.pairs(node)}
+    values = {key: convert(reader, value, kind, f"{what}.{key}", secret=secret) for key, _, value in reader.pairs(node)}
     return FAILED if FAILED in values.values() else values
 
 
@@ -170,7 +161,7 @@ def fill(reader: Reader, node: Node, cls: type, what: str, *, lenient: bool = Fa
     known = settings_of(cls)
     if isinstance(node, MappingNode):
         given: dict[str, tuple[Node, Node]] = {key: (place, value) for key, place, value in reader.pairs(node)}
-    elif known and not (isinstance(node, ScalarNode) and node.value in _NULL and node.style is None):
+    elif known and not reader.blank(node):
         given = {next(iter(known)): (node, node)}
     elif known:
         given = {}
@@ -212,8 +203,10 @@ def fill_from(
         values = {name: value for name, value in values.items() if value is not FAILED}
     try:
         return cls(**values)
-    except (ValueError, TypeError) as exc:
-        reader.mistake(node, f"{what}: {exc}")
+    except Exception as exc:  # whatever a stage's own code finds wrong with its settings
+        reader.mistake(
+            node, f"{what}: {exc}" if isinstance(exc, ValueError) else f"{what}: {type(exc).__name__}: {exc}"
+        )
         return FAILED
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import ipaddress
 import os
 import re
@@ -17,7 +18,7 @@ from gateway.config.convert import FAILED, RawNode, convert, did_you_mean, fill
 from gateway.config.nodes import MappingNode, Node, Reader
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, read_pipeline
 from gateway.errors import ConfigError
-from gateway.messages import Credential, Resource, Target
+from gateway.messages import Credential, Resource, Target, is_key
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Limits, Listen, Network, Settings, Timeouts
@@ -28,6 +29,7 @@ __all__ = ("GatewayFile", "Loaded", "LogFile", "MatchFile", "ResourceFile", "Tea
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f:.]+")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 Pipeline = Annotated[
@@ -38,6 +40,10 @@ Auth = Annotated[
     Literal["none", "required"],
     Meta(description="`none` lets clients without a key spend a resource's own credential"),
 ]
+
+
+# Stands for a resource that is named but cannot be used, so that its users are not reported as well.
+UNKNOWN = Resource("unknown", "https://unknown.invalid")
 
 
 @dataclass(frozen=True)
@@ -194,8 +200,12 @@ class _Loader:
             return Listen()
 
     def _plugins(self, folder: str, root: MappingNode) -> Path:
-        path = (self.folder / folder).resolve()
-        if not path.is_dir():
+        try:
+            path = (self.folder / folder).resolve()
+            found = path.is_dir()
+        except (OSError, ValueError):
+            path, found = self.folder, False
+        if not found:
             self.reader.mistake(_value(root, "plugins_path"), f"plugins_path: there is no folder {folder}")
         return path
 
@@ -215,6 +225,7 @@ class _Loader:
             return
         if not isinstance(node, MappingNode):
             self.reader.mistake(node, "resources must be a mapping: name: {endpoint: https://...}")
+            self.resources["unknown"] = UNKNOWN
             return
         for name, key, value in self.reader.pairs(node):
             what = f"resource {name!r}"
@@ -224,28 +235,33 @@ class _Loader:
             made = fill(self.reader, value, ResourceFile, what)
             if made is FAILED:
                 # Known all the same: whoever uses it has not made a second mistake.
-                self.resources[name] = Resource(name, "https://unknown.invalid")
+                self.resources[name] = UNKNOWN
                 continue
-            problem = _endpoint_problem(made.endpoint)
+            endpoint = made.endpoint.strip()
+            problem = _endpoint_problem(endpoint)
             if problem:
                 self.reader.mistake(_value(value, "endpoint"), f"{what}: {problem}")
-            if made.api_key == "":
-                self.reader.mistake(_value(value, "api_key"), f"{what}: api_key is empty; leave it out, or set it")
+            if made.api_key is not None and not is_key(made.api_key):
+                self.reader.mistake(_value(value, "api_key"), f"{what}: api_key is empty or cannot be a key")
             credential = Credential(made.api_key) if made.api_key else None
-            self.resources[name] = Resource(name, made.endpoint.rstrip("/"), credential)
+            self.resources[name] = Resource(name, endpoint.rstrip("/"), credential)
 
     # -- teams -----------------------------------------------------------------------------------------
 
     def _team_files(self, patterns: str | list[str], root: MappingNode) -> list[Path]:
         files: list[Path] = []
         for pattern in _listed(patterns):
-            if any(sign in pattern for sign in "*?["):
-                files += sorted(self.folder.glob(pattern))
-            elif (self.folder / pattern).is_file():
-                files.append(self.folder / pattern)
-            else:
+            path = self.folder / pattern
+            try:
+                found = sorted(map(Path, glob.glob(str(path))))
+            except (OSError, ValueError, re.error):
+                found = []
+            files += found
+            if not found and not any(sign in pattern for sign in "*?["):
                 self.reader.mistake(_value(root, "teams"), f"teams: there is no file {pattern}")
-        return list(dict.fromkeys(files))
+            elif not found and (problem := _nothing_found(path)):
+                self.reader.mistake(_value(root, "teams"), f"teams: {pattern} finds nothing; {problem}")
+        return [file for file in dict.fromkeys(files) if file.resolve() != self.path.resolve()]
 
     def _team_file(
         self, file: Path, main: GatewayFile, inherited: Sequence[Entry], registry: Registry
@@ -263,7 +279,7 @@ class _Loader:
         if team.pipeline is not None:
             entries = read_pipeline(reader, team.pipeline, registry, inherited)
         if team.change is not None:
-            entries = changed(reader, team.change, entries)
+            entries = changed(reader, team.change, entries, whole=self.whole and len(reader.mistakes) == before)
         whole = self.whole and len(reader.mistakes) == before
         match = self._match(team.match, root)
         if match == Match() and (team.match is not None or _value(root, "match") is root):
@@ -306,7 +322,7 @@ class _Loader:
     ) -> Team:
         reader = self.reader
         chosen = team.resource or main.resource
-        resource = self._resource(chosen, _value(root, "resource"))
+        resource = self._resource(chosen, _value(root, "resource"), own=team.resource is not None)
         place = _value(root, "pipeline")
         services = {
             entry.id: Services(
@@ -317,7 +333,7 @@ class _Loader:
         made = build(reader, entries)
         for entry, stage in made:
             check_stage(reader, entry, stage, services[entry.id])
-        if whole and len(made) == len(entries) and not (chosen is not None and resource is None):
+        if whole and len(made) == len(entries):
             self._check_order(made, place, resource, (team.auth or main.auth) == "none", name)
         return Team(
             name=name,
@@ -327,12 +343,13 @@ class _Loader:
             services=services,
         )
 
-    def _resource(self, name: str | None, place: Node) -> Resource | None:
+    def _resource(self, name: str | None, place: Node, *, own: bool) -> Resource | None:
+        """Return a team's resource; one that is not there is reported where it was named."""
         if name is None:
             return next(iter(self.resources.values())) if len(self.resources) == 1 else None
-        if name not in self.resources:
+        if name not in self.resources and own:
             self.reader.mistake(place, f"there is no resource {name!r}{did_you_mean(name, self.resources)}")
-        return self.resources.get(name)
+        return self.resources.get(name, UNKNOWN)
 
     def _check_order(self, made: Any, place: Node, resource: Resource | None, open_to_all: bool, name: str) -> None:
         if not self.resources:
@@ -382,6 +399,18 @@ def _value(node: Node, name: str) -> Node:
     return node
 
 
+def _nothing_found(pattern: Path) -> str | None:
+    """Return why a pattern of teams' files may find nothing, or None where its folder is simply empty."""
+    folder = pattern.parent
+    if any(sign in str(folder) for sign in "*?["):
+        return None
+    try:
+        there = sorted(each.name for each in folder.iterdir() if each.suffix in (".yaml", ".yml"))
+    except OSError:
+        return f"there is no folder {folder.name}"
+    return f"there is {', '.join(there)}" if there else None
+
+
 def _listed(value: str | Sequence[str] | None) -> list[str]:
     if value is None:
         return []
@@ -394,11 +423,14 @@ def _endpoint_problem(endpoint: str) -> str | None:
         url = URL(endpoint)
         host, port = url.host, url.port
     except ValueError:
-        return f"endpoint {endpoint!r} is not a URL"
-    if url.scheme not in ("https", "http") or not host or port is None:
-        return f"endpoint {endpoint!r} must be a URL, such as https://NAME.openai.azure.com"
+        return "endpoint must be a URL, such as https://NAME.openai.azure.com"
+    # (What it is instead is not repeated: it may be a key that went into the wrong variable.)
+    if url.scheme not in ("https", "http") or not host or not port or not _HOST_NAME.fullmatch(host):
+        return "endpoint must be a URL, such as https://NAME.openai.azure.com"
     if url.user is not None or url.password is not None:
         return "endpoint must not hold a user name or a password"
+    if host.endswith(".azure.com") and url.path.rstrip("/").endswith("/openai"):
+        return "endpoint must end before /openai; the gateway adds it"
     if url.query_string or url.fragment:
         return "endpoint must not have a query; the api-version is a stage's setting"
     if re.search(r"/openai/(v1|deployments)(/|$)", url.path):

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -63,11 +64,14 @@ class Reader:
             return None
         loader = _Loader(_Named(text, name))
         try:
+            self._check_depth(text, name)
             node = loader.get_single_node()
         except yaml.MarkedYAMLError as exc:
             mark = exc.problem_mark or exc.context_mark
             line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
             problem = exc.problem or exc.context or "this is not YAML"
+            if "cannot start any token" in problem:
+                problem += " (a tab? indent with spaces)"
             self.mistakes.append(Mistake(name, line, column, f"not valid YAML: {problem}"))
             return None
         except (yaml.YAMLError, RecursionError) as exc:
@@ -82,6 +86,19 @@ class Reader:
             self.mistake(node, "a configuration file is a mapping of settings")
             return None
         return node if self._sound(node, set()) else None
+
+    @staticmethod
+    def _check_depth(text: str, name: str) -> None:
+        """Refuse depth without end before nodes are made of it: making them is recursive, in C as well."""
+        depth = 0
+        for event in yaml.parse(_Named(text, name), Loader=_Loader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+            if depth > _MAX_DEPTH:
+                mark: Any = event.start_mark
+                raise yaml.MarkedYAMLError(problem="this is nested too deeply", problem_mark=mark)
 
     def _sound(self, node: Node, known: set[int], above: tuple[int, ...] = ()) -> bool:
         """Refuse what no setting can be: tags, anchors that hold themselves, depth without end.
@@ -144,8 +161,8 @@ class Reader:
             path = self.folder(node) / inside[5:]
             try:
                 return path.read_text(encoding="utf-8").rstrip("\r\n")
-            except (OSError, UnicodeDecodeError) as exc:
-                reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
+            except (OSError, ValueError) as exc:
+                reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8, or its name is no name"
                 self.mistake(node, f"cannot read {inside[5:]}: {reason}")
                 return None
         name, default, otherwise = inside.partition(":-")
@@ -162,6 +179,11 @@ class Reader:
             f"the environment variable {name} is not set; set it, or write ${{{name}:-...}} for a default",
         )
         return None
+
+    @staticmethod
+    def blank(node: Node) -> bool:
+        """Whether a node is no value at all: nothing, `~` or `null`, unquoted."""
+        return isinstance(node, ScalarNode) and not node.style and node.value in ("", "~", "null")
 
     def folder(self, node: Node) -> Path:
         """Return the folder of the file in which a node stands; relative paths start there."""

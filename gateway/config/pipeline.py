@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gateway.config.convert import FAILED, did_you_mean, fill_from, settings_of
+from gateway.config.convert import FAILED, did_you_mean, fill_from
 from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
+from gateway.fields import settings_of
 from gateway.registry import Registry, UnknownStage
 from gateway.services import Services
 from gateway.stage import Stage
@@ -41,12 +42,16 @@ def read_pipeline(reader: Reader, node: Node, registry: Registry, inherited: Seq
         reader.mistake(node, "pipeline must be a list of stages")
         return []
     entries: list[Entry] = []
+    taken = False
     for item in node.value:
         if isinstance(item, ScalarNode) and item.value == INHERIT:
             if inherited is None:
                 reader.mistake(item, "there is nothing to inherit here; `inherit` is for a team's file")
+            elif taken:
+                reader.mistake(item, "`inherit` stands here twice")
             else:
                 entries.extend(inherited)
+            taken = True
             continue
         entry = _read_entry(reader, item, registry)
         if entry is not None:
@@ -54,10 +59,12 @@ def read_pipeline(reader: Reader, node: Node, registry: Registry, inherited: Seq
     seen: dict[str, Entry] = {}
     for entry in entries:
         if entry.id in seen:
+            of_parent = inherited is not None and seen[entry.id] in inherited
             reader.mistake(
                 entry.node,
-                f"the pipeline has a stage {entry.id!r} already; give this one an id of its own: "
-                f"{entry.name} as another_id",
+                f"the pipeline has a stage {entry.id!r} already; "
+                + (f"to change that one, write change: {{{entry.id}: ...}}; " if of_parent else "")
+                + f"to have a second one, give it an id of its own: {entry.name} as another_id",
             )
         seen.setdefault(entry.id, entry)
     return list(seen.values())
@@ -76,6 +83,9 @@ def _read_entry(reader: Reader, item: Node, registry: Registry) -> Entry | None:
         reader.mistake(item, "an entry of the pipeline is a stage's name, or `name: {settings}`")
         return None
     name, given_id = _split_id(key.value)
+    if isinstance(value, ScalarNode) and value.value == OFF:
+        reader.mistake(value, "`off` belongs in a team's `change:`; here, leave the line out")
+        return None
     try:
         cls = registry.find(name)
     except UnknownStage as exc:
@@ -108,7 +118,7 @@ def _settings(reader: Reader, node: Node, cls: type[Stage], stage_id: str) -> di
             else:
                 reader.mistake(key, f"stage {stage_id!r} has no settings, so no {name!r}")
         return given
-    if isinstance(node, ScalarNode) and node.style is None and node.value in ("", "~", "null"):
+    if reader.blank(node):
         return {}
     if not known:
         reader.mistake(node, f"stage {stage_id!r} has no settings")
@@ -116,8 +126,11 @@ def _settings(reader: Reader, node: Node, cls: type[Stage], stage_id: str) -> di
     return {next(iter(known)): (node, node)}
 
 
-def changed(reader: Reader, node: Node, entries: Sequence[Entry]) -> list[Entry]:
-    """Apply a team's `change:` mapping: settings replaced one by one, or a stage removed with `off`."""
+def changed(reader: Reader, node: Node, entries: Sequence[Entry], *, whole: bool) -> list[Entry]:
+    """Apply a team's `change:` mapping: settings replaced one by one, or a stage removed with `off`.
+
+    Only of a `whole` pipeline can it be said that it lacks a stage.
+    """
     if not isinstance(node, MappingNode):
         reader.mistake(node, "change must be a mapping: stage: {settings}, or stage: off")
         return list(entries)
@@ -125,9 +138,14 @@ def changed(reader: Reader, node: Node, entries: Sequence[Entry]) -> list[Entry]
     for stage_id, key, value in reader.pairs(node):
         entry = result.get(stage_id)
         if entry is None:
-            reader.mistake(key, f"this pipeline has no stage {stage_id!r} to change{did_you_mean(stage_id, result)}")
+            if whole:
+                reader.mistake(
+                    key, f"this pipeline has no stage {stage_id!r} to change{did_you_mean(stage_id, result)}"
+                )
         elif isinstance(value, ScalarNode) and value.value == OFF:
             del result[stage_id]
+        elif isinstance(value, ScalarNode) and value.value in ("false", "no", "none", "null", "~", "", "disabled"):
+            reader.mistake(value, f"to remove the stage {stage_id!r}, write `off`")
         else:
             before = len(reader.mistakes)
             settings = {**entry.settings, **_settings(reader, value, entry.cls, stage_id)}
@@ -140,13 +158,10 @@ def build(reader: Reader, entries: Sequence[Entry]) -> list[tuple[Entry, Stage]]
     """Make the stages; those whose settings are wrong are left out, the mistakes noted."""
     made: list[tuple[Entry, Stage]] = []
     for entry in entries:
-        stage = (
-            fill_from(reader, entry.node, entry.cls, entry.settings, f"stage {entry.id!r}")
-            if (settings_of(entry.cls))
-            else entry.cls()
-        )
+        stage = fill_from(reader, entry.node, entry.cls, entry.settings, f"stage {entry.id!r}")
         if stage is not FAILED:
-            stage.id = entry.id
+            # Past a frozen dataclass's own guard: the id is the core's.
+            object.__setattr__(stage, "id", entry.id)
             made.append((entry, stage))
     return made
 
@@ -155,8 +170,21 @@ def check_stage(reader: Reader, entry: Entry, stage: Stage, services: Services) 
     """Let a stage check its own settings; its findings are placed at the settings that they name."""
     if not entry.sound:
         return  # what it would find may follow from what was found already
-    for path, message in stage.check(services):
-        reader.mistake(_place(entry, path), f"stage {entry.id!r}: {message}")
+    try:
+        for path, message in stage.check(services):
+            reader.mistake(_place(entry, path), f"stage {entry.id!r}: {message}")
+    except Exception as exc:
+        reader.mistake(entry.node, f"stage {entry.id!r} failed to check itself: {type(exc).__name__}: {exc}")
+
+
+def names_of(reader: Reader, entry: Entry, stage: Stage, which: str) -> tuple[str, ...]:
+    """Return what a stage needs or provides, as it says itself."""
+    try:
+        names = getattr(stage, which)
+        return (names,) if isinstance(names, str) else tuple(names)
+    except Exception as exc:
+        reader.mistake(entry.node, f"stage {entry.id!r} cannot tell what it {which}: {type(exc).__name__}: {exc}")
+        return ()
 
 
 def _place(entry: Entry, path: Sequence[str | int]) -> Node:
@@ -166,7 +194,7 @@ def _place(entry: Entry, path: Sequence[str | int]) -> Node:
     for step in path[1:]:
         if isinstance(node, MappingNode):
             node = next((value for key, value in node.value if key.value == step), node)
-        elif isinstance(node, SequenceNode) and isinstance(step, int) and step < len(node.value):
+        elif isinstance(node, SequenceNode) and isinstance(step, int) and 0 <= step < len(node.value):
             node = node.value[step]
     return node
 
@@ -180,12 +208,12 @@ def check_order(
 ) -> None:
     """Note each stage that needs what no stage above it provides; `end` stands for what Azure needs."""
     provided = set(have)
-    providers = {name: entry.id for entry, stage in made for name in stage.provides}
+    providers = {name: entry.id for entry, stage in made for name in names_of(reader, entry, stage, "provides")}
     for entry, stage in made:
-        for name in stage.needs:
+        for name in names_of(reader, entry, stage, "needs"):
             if name not in provided:
                 reader.mistake(entry.node, f"stage {entry.id!r} needs {name!r}, {_advice(name, providers)}")
-        provided.update(stage.provides)
+        provided.update(names_of(reader, entry, stage, "provides"))
     for name in end_needs:
         if name not in provided:
             reader.mistake(end, f"a request to Azure needs {name!r}, {_advice(name, providers)}")

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from msgspec import Meta
 
-from gateway.config.convert import RawNode, settings_of, unwrap
+from gateway.config.convert import RawNode
 from gateway.config.files import GatewayFile, MatchFile, ResourceFile, TeamFile
+from gateway.fields import settings_of, unwrap
 from gateway.registry import Registry, UnknownStage
 from gateway.stage import Stage
 

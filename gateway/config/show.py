@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+import types
+from collections.abc import Sequence
+from typing import Any, Union, get_args, get_origin
 
-from gateway.config.convert import is_secret, settings_of, unwrap
 from gateway.config.files import Loaded
 from gateway.config.schema import type_name
+from gateway.fields import is_secret, settings_of, unwrap
 from gateway.registry import Registry, UnknownStage
 from gateway.stage import Stage
 from gateway.teams import Team
@@ -24,6 +26,8 @@ def show(loaded: Loaded) -> str:
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}")
     for team in loaded.teams.all:
         lines.append(f"team {team.name}: {_whose(team, loaded)}")
+        if team.target.resource is not None and len(loaded.resources) > 1:
+            lines.append(f"  (resource {team.target.resource.name})")
         lines += [f"  {line}" for stage in team.stages for line in _stage_lines(stage)]
     return "\n".join(lines) + "\n"
 
@@ -47,16 +51,36 @@ def _stage_lines(stage: Stage) -> list[str]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if value != default:
-            given.append(f"{name}={'***' if is_secret(kind) else _shown(value)}")
+            given.append(f"{name}={_shown(value, kind)}")
     return [f"{stage.id}{': ' if given else ''}{' '.join(given)}"]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, kind: Any) -> str:
+    """Return a value as text, with `***` for each part of it whose type is a secret's."""
+    if is_secret(kind):
+        return "***"
+    base, _ = unwrap(kind)
+    args = get_args(base)
+    if get_origin(base) in (Union, types.UnionType):
+        return "***" if any(map(is_secret, args)) else _shown(value, _kind_of(value, args))
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_shown(each)}" for key, each in value.items()) + "}"
+        inside = args[1] if len(args) > 1 else str
+        return "{" + ", ".join(f"{key}: {_shown(each, inside)}" for key, each in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_shown, value)) + "]"
+        return "[" + ", ".join(_shown(each, args[0] if args else str) for each in value) + "]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        known = settings_of(type(value))
+        return "{" + ", ".join(f"{name}: {_shown(getattr(value, name), known[name][0])}" for name in known) + "}"
     return str(value)
+
+
+def _kind_of(value: Any, kinds: Sequence[Any]) -> Any:
+    """Return the kind of a union that a value is of, as far as it matters for what may be shown."""
+    for kind in kinds:
+        base, _ = unwrap(kind)
+        if isinstance(value, get_origin(base) or base if isinstance(get_origin(base) or base, type) else ()):
+            return kind
+    return str
 
 
 def show_stages(registry: Registry) -> str:
@@ -71,13 +95,18 @@ def show_stages(registry: Registry) -> str:
     return "\n".join(f"{name:<{width}}  {summary}" for name, summary in lines) + "\n"
 
 
+def _doc(cls: type[Stage]) -> str:
+    """Return a stage's own docstring; the base class's says nothing of it."""
+    return inspect.cleandoc(cls.__doc__ or "")
+
+
 def _summary(cls: type[Stage]) -> str:
-    return (inspect.getdoc(cls) or "").split("\n", 1)[0]
+    return _doc(cls).split("\n", 1)[0]
 
 
 def show_stage(name: str, cls: type[Stage]) -> str:
     """Return a stage's documentation and its settings."""
-    lines = [name, "", *(inspect.getdoc(cls) or "").splitlines(), ""]
+    lines = [name, "", *_doc(cls).splitlines(), ""]
     settings = settings_of(cls)
     if not settings:
         return "\n".join([*lines, "It has no settings.", ""])
@@ -92,7 +121,7 @@ def show_stage(name: str, cls: type[Stage]) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return "" if field.default is None else f" (default: {_shown(field.default)})"
+        return "" if field.default is None else f" (default: {_shown(field.default, str)})"
     if field.default_factory is not dataclasses.MISSING:
         return ""
     return " (must be given)"

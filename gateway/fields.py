@@ -1,0 +1,70 @@
+"""What a stage's fields may be: a dataclass's settings, their types, and which of them are secret."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from msgspec import Meta
+
+__all__ = ("check_settings", "is_secret", "settings_of", "unwrap")
+
+
+def settings_of(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Return a dataclass's settings: name -> (type, field), in order."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    hints = get_type_hints(cls, include_extras=True)
+    return {each.name: (hints[each.name], each) for each in dataclasses.fields(cls) if each.init}
+
+
+def unwrap(kind: Any) -> tuple[Any, Meta | None]:
+    """Return a type without its `Annotated`, and its Meta."""
+    if get_origin(kind) is Annotated:
+        base, *extras = get_args(kind)
+        return base, next((each for each in extras if isinstance(each, Meta)), None)
+    return kind, None
+
+
+def is_secret(kind: Any) -> bool:
+    """Whether a setting's value must never be shown: `Meta(extra={"secret": True})`."""
+    _, meta = unwrap(kind)
+    return bool(meta is not None and (meta.extra or {}).get("secret"))
+
+
+def check_settings(cls: type) -> None:
+    """Make sure that a dataclass's settings can be read from YAML. Raises TypeError, naming the one that cannot."""
+    try:
+        known = settings_of(cls)
+    except Exception as exc:
+        raise TypeError(f"the types of its settings cannot be read: {type(exc).__name__}: {exc}") from exc
+    for name, (kind, _) in known.items():
+        if name in ("id", "needs", "provides", "check", "start", "stop"):
+            raise TypeError(f"its setting {name!r} would hide what every stage has; give it another name")
+        if not _readable(kind, (cls,)):
+            raise TypeError(
+                f"its setting {name!r} has a type that YAML cannot give; there are str, int, float, bool, Literal, "
+                "list[...], dict[str, ...], dataclasses, and X | None of these"
+            )
+
+
+def _readable(kind: Any, above: tuple[Any, ...]) -> bool:
+    base, _ = unwrap(kind)
+    origin, args = get_origin(base), get_args(base)
+    if origin is Literal:
+        return True
+    if origin in (Union, types.UnionType):
+        return all(_readable(each, above) for each in args)
+    if origin in (list, tuple):
+        return (
+            len(args) == (1 if origin is list else 2)
+            and (origin is list or args[1] is ...)
+            and (_readable(args[0], above))
+        )
+    if origin in (dict, Mapping):
+        return unwrap(args[0])[0] is str and _readable(args[1], above)
+    if isinstance(base, type) and dataclasses.is_dataclass(base):
+        return base not in above and all(_readable(each, (*above, base)) for each, _ in settings_of(base).values())
+    return base in (str, int, float, bool, type(None))
