@@ -18,7 +18,7 @@ help: ## print this
 
 .venv/run: .venv/created requirements/run.txt setup.cfg
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --config-settings editable_mode=compat -e .
 	@touch $@
 
 .venv/dev: .venv/run requirements/dev.txt

@@ -134,6 +134,121 @@ def test_json_schema_refuses_what_the_gateway_refuses(content: Any) -> None:
     assert json.dumps(schema(Registry()))
 
 
+GOOD = "resources: {a: https://x.openai.azure.com}\n"
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "x: " + "[" * 200_000,
+        "limits: {body: " + "9" * 5000 + "}",
+        "teams: /no/such/folder/*.yaml",
+        'teams: "a**b.yaml"',
+        "teams: " + "a" * 300,
+        "plugins_path: " + "a" * 300,
+        'plugins_path: "\\0"',
+        'listen: "${file:\\0}"',
+        "pipeline: [" + "a" * 300 + "]",
+        "timeouts:\nlimits: []\nlog: x\nteams:\nplugins_path: null\nresources:\n",
+        "resources: []\npipeline: {a: b}\n",
+        "\tlisten: x",
+        "? [a]\n: b\n",
+        "a: &a {<<: *a}\n",
+    ],
+)
+def test_no_yaml_ends_in_a_traceback(yaml: str, tmp_path: Path) -> None:
+    """Whatever stands there, each mistake has a place."""
+    text = outcome({"gateway.yaml": yaml}, {}, tmp_path)
+    assert text
+    for line in text.splitlines():
+        assert line.startswith("gateway.yaml:"), line
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("1 +", "invalid syntax"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("class S(Stage):\n    def __post_init__(self): raise KeyError('x')\n    limit: int = 1", "put @dataclass"),
+        ("@dataclass\nclass S(Stage):\n    a: int = 1\n    def __post_init__(self): raise KeyError('x')", "KeyError"),
+        ("@dataclass\nclass S(Stage):\n    a: int = 1\n    def __post_init__(self): raise ValueError('bad')", "bad"),
+        ("@dataclass\nclass S(Stage):\n    a: 'Nowhere' = 1", "types of its settings cannot be read"),
+        ("@dataclass\nclass S(Stage):\n    a: Any = 1", "a type that YAML cannot give"),
+        ("@dataclass\nclass S(Stage):\n    a: tuple[int, str] = (1, 'a')", "a type that YAML cannot give"),
+        ("@dataclass\nclass S(Stage):\n    id: str = 'x'", "would hide"),
+        ("class S(Stage):\n    def __init__(self, x): pass", "TypeError"),
+        ("class S(Stage):\n    def check(self, services): raise KeyError('x')", "failed to check itself"),
+        ("class S(Stage):\n    def check(self, services): return None", "failed to check itself"),
+        ("class S(Stage):\n    def check(self, services): yield 1", "failed to check itself"),
+        ("class S(Stage):\n    needs = None", "cannot tell what it needs"),
+        ("class S(Stage):\n    needs = 'caller'", "needs 'caller'"),
+    ],
+)
+def test_a_stranger_s_stage_cannot_break_the_check(stage: str, words: str, tmp_path: Path) -> None:
+    """Its mistake is reported where it is listed."""
+    head = "from dataclasses import dataclass\nfrom typing import Any\nfrom gateway import Stage\n"
+    yaml = GOOD + "plugins_path: p\npipeline: [odd, auth_passthrough, model_map, api_version]\n"
+    text = outcome({"gateway.yaml": yaml, "p/odd.py": head + stage + "\n"}, {}, tmp_path)
+    assert "gateway.yaml:3:12: " in text
+    assert words in text
+
+
+def test_types_of_settings(tmp_path: Path) -> None:
+    """Unions take the first kind that fits, choices may be numbers, frozen classes and nested ones will do."""
+    stage = """
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+from gateway import Meta, Stage
+
+@dataclass(frozen=True)
+class Inner:
+    a: int = 1
+    token: Annotated[str, Meta(extra={"secret": True})] = ""
+
+@dataclass(frozen=True)
+class Odd(Stage):
+    one: int | str = 0
+    two: int | str = 0
+    three: Literal[1, 2, "auto"] = 1
+    four: list[Inner] = field(default_factory=list)
+    five: Annotated[str, Meta(extra={"secret": True})] | None = None
+    six: dict[str, float] = field(default_factory=dict)
+    seven: bool | Literal["maybe"] = False
+    eight: list[Annotated[str, Meta(extra={"secret": True})]] = field(default_factory=list)
+"""
+    settings = "{one: 5, two: five, three: 2, four: [{a: 3, token: TOPSECRET}, 4], five: TOPSECRET, six: {x: 0.5}, "
+    settings += "seven: maybe, eight: [TOPSECRET]}"
+    yaml = GOOD + f"plugins_path: p\npipeline: [odd: {settings}, auth_passthrough, model_map, api_version]\n"
+    text = outcome({"gateway.yaml": yaml, "p/odd.py": stage}, {}, tmp_path)
+    resolved = "odd: one=5 two=five three=2 four=[{a: 3, token: ***}, {a: 4, token: ***}] five=*** six={x: 0.5} "
+    assert resolved + "seven=maybe eight=[***]" in text
+    assert "TOPSECRET" not in text
+    wrong = settings.replace("three: 2", "three: 3").replace("five: TOPSECRET", "five: [TOPSECRET]")
+    text = outcome({"gateway.yaml": yaml.replace(settings, wrong), "p/odd.py": stage}, {}, tmp_path)
+    assert "three must be one of 1, 2, auto, not '3'" in text
+    assert "TOPSECRET" not in text
+
+
+@pytest.mark.parametrize("key", ["abc\\r\\nX-Evil: 1", " a b ", "k\u00e9y", ""])
+def test_a_stored_key_must_be_able_to_be_one(key: str, tmp_path: Path) -> None:
+    """It becomes a header: a line break in it would become another."""
+    yaml = f'resources: {{a: {{endpoint: "https://x.openai.azure.com", api_key: "{key}"}}}}\nauth: none\n'
+    text = outcome({"gateway.yaml": yaml + "pipeline: [model_map, api_version]\n"}, {}, tmp_path)
+    assert "api_key is empty or cannot be a key" in text
+    assert "Evil" not in text
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["https://a b", "https://*", "https://%00", "https://.", "http://a:0", "https://x.openai.azure.com/openai", "x"],
+)
+def test_endpoints_that_cannot_work_are_refused(endpoint: str, tmp_path: Path) -> None:
+    """And not repeated, for they may be a key in the wrong variable."""
+    yaml = f'resources: {{a: {{endpoint: "{endpoint}"}}}}\npipeline: [auth_passthrough, model_map, api_version]\n'
+    text = outcome({"gateway.yaml": yaml}, {}, tmp_path)
+    assert text.startswith("gateway.yaml:1:27: resource 'a': endpoint must")
+
+
 def main() -> None:
     for path in sorted(CASES.glob("*.txt")):
         files, env, expected = parts(path.read_text())

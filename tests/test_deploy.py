@@ -34,7 +34,7 @@ def test_compose_gives_the_variables_that_the_shipped_configuration_reads() -> N
 def test_image_listens_on_every_interface_as_theirs_did() -> None:
     """Port 8080 of all interfaces, as an unprivileged user, with the hashed lock file."""
     text = (ROOT / "deploy" / "Dockerfile").read_text()
-    for words in ("GATEWAY_LISTEN=0.0.0.0:8080", "EXPOSE 8080", "--require-hashes", "USER 65532"):
+    for words in ('"serve", "--listen", "0.0.0.0:8080"', "EXPOSE 8080", "--require-hashes", "USER 65532"):
         assert words in text
     for line in text.splitlines():
         if line.startswith("COPY ") and "--from" not in line:

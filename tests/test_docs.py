@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from gateway import Response
 from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.show import show
 from gateway.fields import settings_of
+from gateway.messages import Resource
 from gateway.registry import Registry
 from gateway.settings import Limits, Timeouts
 from gateway.testing import FakeAzure, post, running
@@ -58,19 +60,26 @@ async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.Monkey
         if named:
             write_files(tmp_path, {f"my_stages/{named.group(1)}.py": code})
     registry = Registry([tmp_path / "my_stages"])
-    for name in ("powered_by", "token_ceiling", "shout"):
+    for name in ("powered_by", "token_ceiling", "shout", "second_try"):
         assert registry.find(name)
     monkeypatch.syspath_prepend(tmp_path)
     scope: dict[str, object] = {}
     exec(blocks(STAGES_GUIDE, "python")[-1], scope)  # noqa: S102 -- our own documentation
     await scope["test_it_lowers_what_is_above"]()  # type: ignore[operator]
     async with running(registry.find("shout")()) as run:
-        from gateway import Response
-
         run.answers(
             Response(200, b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\n', {"content-type": "text/event-stream"})
         )
         assert b'"HI"' in (await run.post()).body
+    resources = {name: Resource(name, f"https://{name}.invalid") for name in ("east", "west")}
+    answers = iter((Response(429), Response(200, b"ok")))
+    sent = await post(
+        registry.find("second_try")("west"),  # type: ignore[call-arg]
+        json=CHAT, resources=resources, resource="east", answer=lambda request: next(answers),
+    )  # fmt: skip
+    assert sent.body == b"ok"
+    assert sent.reached is not None
+    assert sent.reached.target.resource == resources["west"]
     refused = await post(
         registry.find("token_ceiling")(limit=1, over="refuse"),  # type: ignore[call-arg]
         json={**CHAT, "max_tokens": 2},

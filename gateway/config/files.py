@@ -29,7 +29,7 @@ __all__ = ("GatewayFile", "Loaded", "LogFile", "MatchFile", "ResourceFile", "Tea
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f:.]+")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 
 Pipeline = Annotated[
