@@ -8,7 +8,9 @@ from msgspec import Meta
 
 from gateway.errors import ApiError
 from gateway.exchange import Outcome
-from gateway.messages import Credential, Headers, Request, Response, Target
+from gateway.headers import Headers
+from gateway.keys import Credential
+from gateway.messages import Request, Response, Target
 from gateway.services import Services
 from gateway.stage import Next, Stage
 from gateway.stream import Event, EventFilter, Filter

@@ -186,7 +186,7 @@ def _schema(options: argparse.Namespace) -> int:
 
 
 def _registry(config: Path | None) -> Any:
-    from gateway.config.files import plugin_folders  # noqa: PLC0415
+    from gateway.config.load import plugin_folders  # noqa: PLC0415
     from gateway.registry import Registry  # noqa: PLC0415
 
     return Registry(plugin_folders(config) if config is not None else ())
@@ -194,7 +194,7 @@ def _registry(config: Path | None) -> Any:
 
 def _demo(options: argparse.Namespace) -> int:
     from gateway import logs  # noqa: PLC0415
-    from gateway.testing import demonstrate  # noqa: PLC0415
+    from gateway.testing.demo import demonstrate  # noqa: PLC0415
 
     listen = _listen(options.listen)
     logs.configure()

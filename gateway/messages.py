@@ -1,111 +1,26 @@
 """The two messages of an exchange: what the client asked, and what it will be answered.
 
-Both are plain objects that stages read and change. Nothing here does I/O but `Body`, which reads what the
-client still has to send.
+Both are plain objects that stages read and change.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import msgspec
 
-from gateway.errors import ApiError, BodyConsumed
+from gateway.body import Body
+from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
+from gateway.headers import Headers
+from gateway.keys import Credential, presented_key
 from gateway.stream import EventFilter, Filter, link
 
-__all__ = ("Body", "Credential", "Headers", "Request", "Resource", "Response", "Target")
+__all__ = ("Request", "Resource", "Response", "Target", "replace_model")
 
-# What a header value may never hold: it would end the line, or the string (RFC 9110, 5.5).
-_UNSAFE = re.compile(rb"[\r\n\0]")
-# A bearer token's alphabet (RFC 6750, 2.1), which Azure's and OpenAI's keys keep to.
-_KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-_JWT = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
-_MAX_KEY = 512
-_MAX_TOKEN = 16_384
 _MAX_MODEL = 256
-
-
-class Headers:
-    """Header fields as a list of (name, value) pairs, in order, found without regard to case.
-
-    `raw` holds the bytes as they stand on the wire. Text is latin-1, as HTTP has it.
-    """
-
-    __slots__ = ("raw",)
-
-    def __init__(self, pairs: Iterable[tuple[bytes, bytes]] | Mapping[str, str] = ()) -> None:
-        self.raw: list[tuple[bytes, bytes]] = []
-        if isinstance(pairs, Mapping):
-            for name, value in pairs.items():
-                self.add(name, value)
-        else:
-            self.raw.extend(pairs)
-
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """Return the first value of `name`, or `default`."""
-        wanted = name.lower().encode("latin-1")
-        for key, value in self.raw:
-            if key.lower() == wanted:
-                return value.decode("latin-1")
-        return default
-
-    def getall(self, name: str) -> list[str]:
-        """Return every value of `name`, in order."""
-        wanted = name.lower().encode("latin-1")
-        return [value.decode("latin-1") for key, value in self.raw if key.lower() == wanted]
-
-    def set(self, name: str, value: str) -> None:
-        """Give `name` this one value. Raises ValueError where a value would break out of its line."""
-        self.remove(name)
-        self.add(name, value)
-
-    def add(self, name: str, value: str) -> None:
-        """Add a field, beside others of its name. Raises ValueError as `set` does."""
-        raw_name, raw_value = name.encode("latin-1"), value.encode("latin-1")
-        if _UNSAFE.search(raw_name) or _UNSAFE.search(raw_value) or not raw_name:
-            raise ValueError(f"header {name!r} has a line break or a NUL in it")
-        self.raw.append((raw_name, raw_value))
-
-    def remove(self, name: str) -> None:
-        """Remove every field of this name; do nothing if there is none."""
-        wanted = name.lower().encode("latin-1")
-        self.raw = [pair for pair in self.raw if pair[0].lower() != wanted]
-
-    def copy(self) -> Headers:
-        """Return a copy that can be changed apart."""
-        return Headers(self.raw)
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.get(name) is not None
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        for key, value in self.raw:
-            yield key.decode("latin-1"), value.decode("latin-1")
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    def __repr__(self) -> str:
-        # Names only: values may be keys.
-        return f"<Headers {', '.join(name for name, _ in self)}>"
-
-
-@dataclass(frozen=True, slots=True)
-class Credential:
-    """What Azure is shown: an `api-key`, or an Entra token as `Authorization: Bearer`."""
-
-    value: str = field(repr=False)
-    bearer: bool = False
-
-    @property
-    def digest(self) -> str:
-        """`sha256:` and 64 hexadecimal digits: how logs and counters name a key."""
-        return key_digest(self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,72 +43,6 @@ class Target:
     deployment: str | None = None
     api_version: str | None = None
     credential: Credential | None = None
-
-
-class Incoming(Protocol):
-    """Where a body comes from: the server's connection to the client."""
-
-    length: int | None
-
-    async def read(self) -> bytes:
-        """Return the next bytes, or b"" at the end. Raises ApiError where the client is slow or too big."""
-
-
-class Body:
-    """A client's body: a stream until somebody asks for its bytes. Copies of a request share it."""
-
-    __slots__ = ("_data", "_source", "_streamed")
-
-    def __init__(self, source: Incoming | bytes) -> None:
-        self._data = source if isinstance(source, bytes) else None
-        self._source = None if isinstance(source, bytes) else source
-        self._streamed = False
-
-    @property
-    def length(self) -> int | None:
-        """The number of bytes, where it is known before they are read."""
-        if self._data is not None:
-            return len(self._data)
-        return self._source.length if self._source is not None else None
-
-    @property
-    def buffered(self) -> bool:
-        """Whether the bytes are at hand and can be sent more than once."""
-        return self._data is not None
-
-    async def read(self, limit: int | None = None) -> bytes:
-        """Read it whole and keep it.
-
-        Raises ApiError 413 above `limit` bytes, BodyConsumed where it was streamed away already.
-        """
-        if self._data is None:
-            if self._streamed or self._source is None:
-                raise BodyConsumed(BodyConsumed.__doc__)
-            self._streamed = True
-            chunks: list[bytes] = []
-            size = 0
-            while chunk := await self._source.read():
-                size += len(chunk)
-                if limit is not None and size > limit:
-                    raise _too_much(limit)
-                chunks.append(chunk)
-            self._data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            self._source = None
-        elif limit is not None and len(self._data) > limit:
-            raise _too_much(limit)
-        return self._data
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """Yield it as it comes, once; BodyConsumed the second time, unless it was read before."""
-        if self._data is not None:
-            if self._data:
-                yield self._data
-            return
-        if self._streamed or self._source is None:
-            raise BodyConsumed(BodyConsumed.__doc__)
-        self._streamed = True
-        while chunk := await self._source.read():
-            yield chunk
 
 
 class _Peek(msgspec.Struct):
@@ -449,68 +298,6 @@ async def _each(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     else:
         async for chunk in body:
             yield chunk
-
-
-def presented_key(headers: Headers) -> Credential | None:
-    """Return the key that these headers present; see `Request.key`."""
-    found: list[tuple[str, bool]] = []
-    for name, value in headers.raw:
-        lowered = name.lower()
-        if lowered == b"authorization":
-            scheme, _, token = value.partition(b" ")
-            if scheme.lower() != b"bearer":
-                raise _bad_key("the Authorization header must be `Bearer YOUR_KEY`")
-            found.append((_key_text(token), True))
-        elif lowered == b"api-key":
-            found.append((_key_text(value), False))
-    if not found:
-        return None
-    if len({text for text, _ in found}) > 1:
-        raise _bad_key("two different keys were presented; send one, as `Authorization: Bearer` or as `api-key`")
-    text = found[0][0]
-    return Credential(text, bearer=any(bearer for _, bearer in found) and is_jwt(text))
-
-
-def _key_text(raw: bytes) -> str:
-    text = raw.strip().decode("latin-1")
-    if not text:
-        raise _bad_key("the key is empty; send `Authorization: Bearer YOUR_KEY`")
-    if not is_key(text):
-        raise _bad_key("what was presented as a key cannot be one")
-    return text
-
-
-def is_key(text: str) -> bool:
-    """Whether a text can be a key or a token: nothing else may become a header to Azure."""
-    return _KEY.fullmatch(text) is not None and len(text) <= (_MAX_TOKEN if is_jwt(text) else _MAX_KEY)
-
-
-def is_jwt(text: str) -> bool:
-    """Whether a key looks like a JSON Web Token, as Entra's tokens do."""
-    return _JWT.fullmatch(text) is not None
-
-
-def secrets(headers: Headers, target: Target | None) -> list[str]:
-    """Return what must not be printed if some text holds it: every value of a request that may be a key."""
-    found = [value for name, value in headers if name.lower() in ("authorization", "api-key")]
-    found += [value.rpartition(" ")[2] for value in found]
-    if target is not None:
-        stored = target.resource.credential if target.resource is not None else None
-        found += [each.value for each in (target.credential, stored) if each is not None]
-    return [value for value in found if value]
-
-
-def _too_much(limit: int) -> ApiError:
-    return ApiError(413, f"the body is larger than the {limit} bytes that may be kept", code="body_too_large")
-
-
-def _bad_key(message: str) -> ApiError:
-    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-
-
-def key_digest(key: str) -> str:
-    """Return `sha256:` and the hexadecimal SHA-256 of a key: how the configuration and counters name it."""
-    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
 def _bad_json(exc: Exception) -> ApiError:

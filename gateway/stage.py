@@ -14,8 +14,9 @@ from typing import TypeAlias
 
 from gateway.errors import ApiError, UpstreamTimeout
 from gateway.exchange import failure
+from gateway.keys import secrets
 from gateway.logs import get_logger, masked
-from gateway.messages import Request, Response, secrets
+from gateway.messages import Request, Response
 from gateway.services import Services
 
 __all__ = ("Next", "Stage", "compile_pipeline")

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.errors import ApiError, StartError
+from gateway.headers import Headers
+from gateway.keys import key_digest, presented_key
 from gateway.logs import get_logger
-from gateway.messages import Headers, Target, key_digest, presented_key
+from gateway.messages import Target
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gateway import ApiError, Headers, Request, Response
+from gateway.body import Body
 from gateway.exchange import Exchange
-from gateway.messages import Body, Target, key_digest, replace_model
+from gateway.keys import key_digest
+from gateway.messages import Target, replace_model
 
 
 def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request:

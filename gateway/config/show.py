@@ -8,7 +8,7 @@ import types
 from collections.abc import Sequence
 from typing import Any, Union, get_args, get_origin
 
-from gateway.config.files import Loaded
+from gateway.config.load import Loaded
 from gateway.config.schema import type_name
 from gateway.fields import is_secret, settings_of, unwrap
 from gateway.registry import Registry, UnknownStage

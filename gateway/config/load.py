@@ -1,0 +1,376 @@
+"""Loading a configuration: the two kinds of file become resources and teams, or a list of mistakes."""
+
+from __future__ import annotations
+
+import glob
+import ipaddress
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yarl import URL
+
+from gateway.config.convert import FAILED, convert, did_you_mean, fill
+from gateway.config.files import GatewayFile, LogFile, MatchFile, ResourceFile, TeamFile
+from gateway.config.nodes import MappingNode, Node, Reader
+from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, read_pipeline
+from gateway.errors import ConfigError
+from gateway.keys import Credential, is_key
+from gateway.messages import Resource, Target
+from gateway.registry import Registry
+from gateway.services import Services, Shared
+from gateway.settings import Listen, Network, Settings
+from gateway.teams import Match, Team, Teams
+
+__all__ = (
+    "Loaded",
+    "load",
+    "plugin_folders",
+)
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
+
+
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+
+
+# Stands for a resource that is named but cannot be used, so that its users are not reported as well.
+UNKNOWN = Resource("unknown", "https://unknown.invalid")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration that is ready to be served."""
+
+    path: Path
+    settings: Settings
+    teams: Teams
+    resources: Mapping[str, Resource]
+    log: LogFile
+
+
+def load(path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None) -> Loaded:
+    """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is."""
+    return _Loader(Reader(env=os.environ if env is None else env), path, shared or Shared()).load()
+
+
+def plugin_folders(path: Path) -> list[Path]:
+    """Return the `plugins_path` of a configuration, whatever else may be wrong with it."""
+    reader = Reader()
+    root = reader.read(path / "gateway.yaml" if path.is_dir() else path)
+    node = _value(root, "plugins_path") if root is not None else None
+    if root is None or node is root:
+        return []
+    folders = convert(reader, node, str | list[str], "plugins_path") if node is not None else []
+    return [(root_folder(path) / folder).resolve() for folder in _listed(folders if folders is not FAILED else [])]
+
+
+def root_folder(path: Path) -> Path:
+    """Return the folder that relative paths in a configuration start from."""
+    return path if path.is_dir() else path.parent
+
+
+class _Loader:
+    """One configuration while it is being read."""
+
+    def __init__(self, reader: Reader, path: Path, shared: Shared) -> None:
+        self.reader = reader
+        self.path = path
+        self.shared = shared
+        self.folder = path.parent
+        self.resources: dict[str, Resource] = {}
+        self.whole = True
+
+    def load(self) -> Loaded:
+        reader = self.reader
+        root = reader.read(self.path)
+        if root is None:
+            raise ConfigError(reader.mistakes)
+        main = fill(reader, root, GatewayFile, "", lenient=True)
+        listen = self._listen(main.listen, root)
+        registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
+        self._read_resources(main.resources)
+        proxies = self._proxies(main.trusted_proxies, root)
+        before = len(reader.mistakes)
+        if main.pipeline is None:
+            reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
+            entries: list[Entry] = []
+        else:
+            entries = read_pipeline(reader, main.pipeline, registry, None)
+        # The order says something only of a pipeline whose stages are all known.
+        self.whole = len(reader.mistakes) == before
+        default = self._team("default", main, entries, root, main, Match(), self.whole)
+        files = self._team_files(main.teams, root)
+        teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
+        self._check_matches(teams)
+        if reader.mistakes:
+            raise ConfigError(reader.mistakes)
+        return Loaded(
+            path=self.path,
+            settings=Settings(listen, main.timeouts, main.limits, proxies),
+            teams=Teams(default, [team for team, _ in teams], self.shared),
+            resources=self.resources,
+            log=main.log,
+        )
+
+    # -- the parts of gateway.yaml ---------------------------------------------------------------------
+
+    def _listen(self, text: str, root: MappingNode) -> Listen:
+        try:
+            return Listen.parse(text)
+        except ValueError as exc:
+            self.reader.mistake(_value(root, "listen"), f"listen: {exc}")
+            return Listen()
+
+    def _plugins(self, folder: str, root: MappingNode) -> Path:
+        try:
+            path = (self.folder / folder).resolve()
+            found = path.is_dir()
+        except (OSError, ValueError):
+            path, found = self.folder, False
+        if not found:
+            self.reader.mistake(_value(root, "plugins_path"), f"plugins_path: there is no folder {folder}")
+        return path
+
+    def _proxies(self, given: str | list[str], root: MappingNode) -> tuple[Network, ...]:
+        networks: list[Network] = []
+        for text in _listed(given):
+            try:
+                networks.append(ipaddress.ip_network(text, strict=False))
+            except ValueError:
+                self.reader.mistake(
+                    _value(root, "trusted_proxies"), f"trusted_proxies: {text!r} is no address and no network"
+                )
+        return tuple(networks)
+
+    def _read_resources(self, node: Any) -> None:
+        if node is None:
+            return
+        if not isinstance(node, MappingNode):
+            self.reader.mistake(node, "resources must be a mapping: name: {endpoint: https://...}")
+            self.resources["unknown"] = UNKNOWN
+            return
+        for name, key, value in self.reader.pairs(node):
+            what = f"resource {name!r}"
+            if not _NAME.fullmatch(name):
+                self.reader.mistake(key, f"{name!r} cannot be a resource's name: letters, digits, _ . -")
+                continue
+            made = fill(self.reader, value, ResourceFile, what)
+            if made is FAILED:
+                # Known all the same: whoever uses it has not made a second mistake.
+                self.resources[name] = UNKNOWN
+                continue
+            endpoint = made.endpoint.strip()
+            problem = _endpoint_problem(endpoint)
+            if problem:
+                self.reader.mistake(_value(value, "endpoint"), f"{what}: {problem}")
+            if made.api_key is not None and not is_key(made.api_key):
+                self.reader.mistake(_value(value, "api_key"), f"{what}: api_key is empty or cannot be a key")
+            credential = Credential(made.api_key) if made.api_key else None
+            self.resources[name] = Resource(name, endpoint.rstrip("/"), credential)
+
+    # -- teams -----------------------------------------------------------------------------------------
+
+    def _team_files(self, patterns: str | list[str], root: MappingNode) -> list[Path]:
+        files: list[Path] = []
+        for pattern in _listed(patterns):
+            path = self.folder / pattern
+            try:
+                found = sorted(map(Path, glob.glob(str(path))))
+            except (OSError, ValueError, re.error):
+                found = []
+            files += found
+            if not found and not any(sign in pattern for sign in "*?["):
+                self.reader.mistake(_value(root, "teams"), f"teams: there is no file {pattern}")
+            elif not found and (problem := _nothing_found(path)):
+                self.reader.mistake(_value(root, "teams"), f"teams: {pattern} finds nothing; {problem}")
+        return [file for file in dict.fromkeys(files) if file.resolve() != self.path.resolve()]
+
+    def _team_file(
+        self, file: Path, main: GatewayFile, inherited: Sequence[Entry], registry: Registry
+    ) -> tuple[Team, MappingNode] | None:
+        reader = self.reader
+        root = reader.read(file)
+        if root is None:
+            return None
+        name = file.stem
+        if not _NAME.fullmatch(name) or name == "default":
+            reader.mistake(root, f"{name!r} cannot be a team's name; rename the file")
+        team = fill(reader, root, TeamFile, "", lenient=True)
+        entries = list(inherited)
+        before = len(reader.mistakes)
+        if team.pipeline is not None:
+            entries = read_pipeline(reader, team.pipeline, registry, inherited)
+        if team.change is not None:
+            entries = changed(reader, team.change, entries, whole=self.whole and len(reader.mistakes) == before)
+        whole = self.whole and len(reader.mistakes) == before
+        match = self._match(team.match, root)
+        if match == Match() and (team.match is not None or _value(root, "match") is root):
+            reader.mistake(root, f"team {name!r} has no `match:`, so no request would be its own")
+        return self._team(name, team, entries, root, main, match, whole), root
+
+    def _match(self, match: MatchFile | None, root: MappingNode) -> Match:
+        if match is None:
+            return Match()
+        node = _value(root, "match")
+        prefixes = [text.rstrip("/") for text in _listed(match.path_prefix)]
+        hosts = [text.lower() for text in _listed(match.host)]
+        keys = [text.lower() for text in _listed(match.keys)]
+        for prefix in prefixes:
+            if not _PREFIX.fullmatch(prefix) or {"v1", ".", ".."} & set(prefix.split("/")):
+                self.reader.mistake(
+                    _value(node, "path_prefix"),
+                    f"path_prefix {prefix!r} must be a plain path without /v1, such as /research",
+                )
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                self.reader.mistake(_value(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
+        for key in keys:
+            if not _DIGEST.fullmatch(key):
+                self.reader.mistake(
+                    _value(node, "keys"),
+                    "a key is written as its digest, sha256: and 64 hexadecimal digits; never as itself",
+                )
+        return Match(tuple(prefixes), tuple(hosts), tuple(keys))
+
+    def _team(
+        self,
+        name: str,
+        team: GatewayFile | TeamFile,
+        entries: Sequence[Entry],
+        root: MappingNode,
+        main: GatewayFile,
+        match: Match,
+        whole: bool,
+    ) -> Team:
+        reader = self.reader
+        chosen = team.resource or main.resource
+        resource = self._resource(chosen, _value(root, "resource"), own=team.resource is not None)
+        place = _value(root, "pipeline")
+        services = {
+            entry.id: Services(
+                team=name, stage=entry.id, resources=self.resources, resource=resource, shared=self.shared
+            )
+            for entry in entries
+        }
+        made = build(reader, entries)
+        for entry, stage in made:
+            check_stage(reader, entry, stage, services[entry.id])
+        if whole and len(made) == len(entries):
+            self._check_order(made, place, resource, (team.auth or main.auth) == "none", name)
+        return Team(
+            name=name,
+            stages=[stage for _, stage in made],
+            target=Target(resource=resource),
+            match=match,
+            services=services,
+        )
+
+    def _resource(self, name: str | None, place: Node, *, own: bool) -> Resource | None:
+        """Return a team's resource; one that is not there is reported where it was named."""
+        if name is None:
+            return next(iter(self.resources.values())) if len(self.resources) == 1 else None
+        if name not in self.resources and own:
+            self.reader.mistake(place, f"there is no resource {name!r}{did_you_mean(name, self.resources)}")
+        return self.resources.get(name, UNKNOWN)
+
+    def _check_order(self, made: Any, place: Node, resource: Resource | None, open_to_all: bool, name: str) -> None:
+        if not self.resources:
+            self.reader.mistake(place, "there are no `resources:`; name at least one Azure endpoint")
+            return
+        stored = [each for each in self.resources.values() if each.credential is not None]
+        check_order(
+            self.reader,
+            made,
+            ("credential", "deployment", "api_version"),
+            place,
+            have=("credential",) if stored and len(stored) == len(self.resources) else (),
+        )
+        has_caller = any("caller" in stage.provides for _, stage in made)
+        if stored and not has_caller and not open_to_all:
+            self.reader.mistake(
+                place,
+                f"team {name!r} would let anyone spend the stored key of {stored[0].name!r}: list a stage that "
+                "authenticates, or write `auth: none` if that is meant",
+            )
+
+    def _check_matches(self, teams: Sequence[tuple[Team, MappingNode]]) -> None:
+        for what in ("path_prefix", "host", "keys"):
+            seen: dict[str, str] = {}
+            for team, root in teams:
+                for value in getattr(team.match, what):
+                    if value in seen:
+                        shown = "a key" if what == "keys" else f"{what} {value!r}"
+                        self.reader.mistake(
+                            _value(_value(root, "match"), what),
+                            f"{shown} belongs to team {seen[value]!r} already",
+                        )
+                    seen.setdefault(value, team.name)
+        names: dict[str, str] = {}
+        for team, root in teams:
+            if team.name in names:
+                self.reader.mistake(root, f"there is a team {team.name!r} already, in {names[team.name]}")
+            names.setdefault(team.name, root.start_mark.name)
+
+
+def _value(node: Node, name: str) -> Node:
+    """Return the node of a mapping's value, or the node itself where there is none."""
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            if key.value == name:
+                return value  # type: ignore[no-any-return] # PyYAML's nodes are untyped inside
+    return node
+
+
+def _nothing_found(pattern: Path) -> str | None:
+    """Return why a pattern of teams' files may find nothing, or None where its folder is simply empty."""
+    folder = pattern.parent
+    if any(sign in str(folder) for sign in "*?["):
+        return None
+    try:
+        there = sorted(each.name for each in folder.iterdir() if each.suffix in (".yaml", ".yml"))
+    except OSError:
+        return f"there is no folder {folder.name}"
+    return f"there is {', '.join(there)}" if there else None
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _endpoint_problem(endpoint: str) -> str | None:
+    """Return what is wrong with an endpoint's URL, or None."""
+    try:
+        url = URL(endpoint)
+        host, port = url.host, url.port
+    except ValueError:
+        return "endpoint must be a URL, such as https://NAME.openai.azure.com"
+    # (What it is instead is not repeated: it may be a key that went into the wrong variable.)
+    if url.scheme not in ("https", "http") or not host or not port or not _HOST_NAME.fullmatch(host):
+        return "endpoint must be a URL, such as https://NAME.openai.azure.com"
+    if url.user is not None or url.password is not None:
+        return "endpoint must not hold a user name or a password"
+    if host.endswith(".azure.com") and url.path.rstrip("/").endswith("/openai"):
+        return "endpoint must end before /openai; the gateway adds it"
+    if url.query_string or url.fragment:
+        return "endpoint must not have a query; the api-version is a stage's setting"
+    if re.search(r"/openai/(v1|deployments)(/|$)", url.path):
+        return "endpoint must end before /openai; the gateway adds the rest"
+    if any(segment in (".", "..") for segment in url.raw_path.split("/")):
+        return "endpoint must not have dot segments"
+    return None

@@ -1,0 +1,107 @@
+"""Keys: what a client presents, what Azure is shown, and what must never be printed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gateway.errors import ApiError
+from gateway.headers import Headers
+
+if TYPE_CHECKING:
+    from gateway.messages import Target
+
+
+__all__ = (
+    "Credential",
+    "is_key",
+    "key_digest",
+    "presented_key",
+    "secrets",
+)
+
+
+# A bearer token's alphabet (RFC 6750, 2.1), which Azure's and OpenAI's keys keep to.
+_KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+
+
+_JWT = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+
+
+_MAX_KEY = 512
+
+
+_MAX_TOKEN = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What Azure is shown: an `api-key`, or an Entra token as `Authorization: Bearer`."""
+
+    value: str = field(repr=False)
+    bearer: bool = False
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` and 64 hexadecimal digits: how logs and counters name a key."""
+        return key_digest(self.value)
+
+
+def presented_key(headers: Headers) -> Credential | None:
+    """Return the key that these headers present; see `Request.key`."""
+    found: list[tuple[str, bool]] = []
+    for name, value in headers.raw:
+        lowered = name.lower()
+        if lowered == b"authorization":
+            scheme, _, token = value.partition(b" ")
+            if scheme.lower() != b"bearer":
+                raise _bad_key("the Authorization header must be `Bearer YOUR_KEY`")
+            found.append((_key_text(token), True))
+        elif lowered == b"api-key":
+            found.append((_key_text(value), False))
+    if not found:
+        return None
+    if len({text for text, _ in found}) > 1:
+        raise _bad_key("two different keys were presented; send one, as `Authorization: Bearer` or as `api-key`")
+    text = found[0][0]
+    return Credential(text, bearer=any(bearer for _, bearer in found) and is_jwt(text))
+
+
+def _key_text(raw: bytes) -> str:
+    text = raw.strip().decode("latin-1")
+    if not text:
+        raise _bad_key("the key is empty; send `Authorization: Bearer YOUR_KEY`")
+    if not is_key(text):
+        raise _bad_key("what was presented as a key cannot be one")
+    return text
+
+
+def is_key(text: str) -> bool:
+    """Whether a text can be a key or a token: nothing else may become a header to Azure."""
+    return _KEY.fullmatch(text) is not None and len(text) <= (_MAX_TOKEN if is_jwt(text) else _MAX_KEY)
+
+
+def is_jwt(text: str) -> bool:
+    """Whether a key looks like a JSON Web Token, as Entra's tokens do."""
+    return _JWT.fullmatch(text) is not None
+
+
+def secrets(headers: Headers, target: Target | None) -> list[str]:
+    """Return what must not be printed if some text holds it: every value of a request that may be a key."""
+    found = [value for name, value in headers if name.lower() in ("authorization", "api-key")]
+    found += [value.rpartition(" ")[2] for value in found]
+    if target is not None:
+        stored = target.resource.credential if target.resource is not None else None
+        found += [each.value for each in (target.credential, stored) if each is not None]
+    return [value for value in found if value]
+
+
+def _bad_key(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def key_digest(key: str) -> str:
+    """Return `sha256:` and the hexadecimal SHA-256 of a key: how the configuration and counters name it."""
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()

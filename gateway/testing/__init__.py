@@ -1,0 +1,12 @@
+"""What tests of stages and gateways need: a pipeline without sockets, and a fake Azure with one.
+
+* `send` and `post` put one request through stages and return what came of it; `running` keeps the stages
+  started between requests.
+* `every_split` feeds a filter the same bytes cut at every place.
+* `FakeAzure` is a real server on loopback that answers as Azure does, and records what it saw.
+"""
+
+from gateway.testing.azure import FakeAzure, Seen
+from gateway.testing.stages import Running, Sent, every_split, post, running, send
+
+__all__ = ("FakeAzure", "Running", "Seen", "Sent", "every_split", "post", "running", "send")

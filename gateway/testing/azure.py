@@ -1,0 +1,282 @@
+"""A fake Azure with a socket: it answers as Azure does, and records what it saw."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import struct
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import parse_qsl
+
+import msgspec
+from aiohttp import web
+
+from gateway.headers import Headers
+from gateway.messages import Resource
+
+__all__ = (
+    "FakeAzure",
+    "Seen",
+)
+
+
+_CLASSIC = re.compile(r"/openai/deployments/([^/]+)/(chat/completions|completions|embeddings)")
+
+
+_V1 = re.compile(r"/openai/v1/(chat/completions|embeddings)")
+
+
+_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?")
+
+
+_SAFE = {kind: {"filtered": False, "severity": "safe"} for kind in ("hate", "self_harm", "sexual", "violence")}
+
+
+_CREATED = 1_769_122_116
+
+
+@dataclass
+class Seen:
+    """One request that the fake Azure saw. `left` tells that its client hung up before the answer's end."""
+
+    method: str
+    path: str
+    query: list[tuple[str, str]]
+    headers: Headers
+    body: bytes
+    left: bool = False
+
+    def json(self) -> Any:
+        """Return the body as JSON."""
+        return msgspec.json.decode(self.body)
+
+
+@dataclass
+class FakeAzure:
+    r"""A server on loopback that answers chat completions, completions and embeddings as Azure does.
+
+    It checks the key and the api-version, knows its deployments (unknown ones are a 404 without a content
+    type, as recorded in 2026), and streams `words`, one chunk each, `delay` seconds apart, after Azure's
+    first chunk without choices. `ending` is how a stream ends: Azure has sent all of `[DONE]\n\n`,
+    `[DONE]\n` and `[DONE]`. `respond`, where set, answers in its place.
+
+        async with FakeAzure(ending=b"data: [DONE]") as azure:
+            ...  # azure.endpoint, azure.requests
+    """
+
+    api_key: str = "azure-key"
+    deployments: Sequence[str] = ("gpt-4o", "gpt-35-turbo", "text-embedding-3-small")
+    words: Sequence[str] = ("Hello", " there", "!")
+    delay: float = 0.0
+    ending: bytes = b"data: [DONE]\n\n"
+    newline: bytes = b"\n"
+    content_type: str = "text/event-stream; charset=utf-8"
+    base_path: str = ""
+    port: int = 0
+    respond: Callable[[Seen, web.BaseRequest], Awaitable[web.StreamResponse | None]] | None = None
+    requests: list[Seen] = field(default_factory=list)
+    streaming: int = 0
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Listen on a port of loopback."""
+        self._server = web.Server(self._handle, handler_cancellation=True)
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(self._server, "127.0.0.1", self.port, backlog=2048)
+        self.port = self._listener.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop listening and close every connection."""
+        self._listener.close()
+        await self._server.shutdown(timeout=0.1)
+
+    @property
+    def endpoint(self) -> str:
+        """The URL of the resource."""
+        return f"http://127.0.0.1:{self.port}{self.base_path}"
+
+    @property
+    def resource(self) -> Resource:
+        """The resource, as a pipeline's target has it."""
+        return Resource("azure", self.endpoint)
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._server.connections)
+
+    @property
+    def text(self) -> str:
+        """What every answer says."""
+        return "".join(self.words)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        seen = Seen(
+            request.method,
+            request.raw_path.partition("?")[0],
+            parse_qsl(request.raw_path.partition("?")[2], keep_blank_values=True),
+            Headers(request.raw_headers),
+            b"",
+        )
+        self.requests.append(seen)
+        try:
+            seen.body = await request.read()
+            answer = await self.respond(seen, request) if self.respond is not None else None
+            return answer if answer is not None else await self._answer(seen, request)
+        except (asyncio.CancelledError, ConnectionError):
+            seen.left = True
+            raise
+
+    async def _answer(self, seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        path = seen.path.removeprefix(self.base_path)
+        versions = [value for name, value in seen.query if name == "api-version"]
+        classic, v1 = _CLASSIC.fullmatch(path), _V1.fullmatch(path)
+        # Azure answers a wrong path and a missing or unknown version with the same words.
+        if seen.method != "POST" or not (v1 or (classic and len(versions) == 1 and _VERSION.fullmatch(versions[0]))):
+            return _json({"error": {"code": "404", "message": "Resource not found"}}, 404)
+        if not self._authorized(seen.headers, bool(v1)):
+            message = (
+                "Access denied due to invalid subscription key or wrong API endpoint. Make sure to provide a valid "
+                "key for an active subscription and use a correct regional API endpoint for your resource."
+            )
+            return _json({"error": {"code": "401", "message": message}}, 401)
+        try:
+            body = seen.json()
+        except msgspec.DecodeError:
+            return _json({"error": {"code": "BadRequest", "message": "invalid JSON"}}, 400)
+        deployment = classic.group(1) if classic else body.get("model")
+        if deployment not in self.deployments:
+            message = (
+                "The API deployment for this resource does not exist. If you created the deployment within the last "
+                "5 minutes, please wait a moment and try again."
+            )
+            error = {"type": "invalid_request_error", "code": "DeploymentNotFound", "message": message}
+            return _json({"error": error}, 404, content_type="")
+        operation = classic.group(2) if classic else v1.group(1) if v1 else ""
+        if operation == "embeddings":
+            return _json(_embeddings(body))
+        if body.get("stream"):
+            return await self._stream(request, body, chat=operation != "completions")
+        return _json(_completion(self.text, chat=operation != "completions"))
+
+    def _authorized(self, headers: Headers, v1: bool) -> bool:
+        key, bearer = headers.get("api-key"), headers.get("authorization", "") or ""
+        token = bearer.removeprefix("Bearer ")
+        return key == self.api_key or token.startswith("eyJ") or (v1 and token == self.api_key)
+
+    async def _stream(self, request: web.BaseRequest, body: Any, *, chat: bool) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": self.content_type, "x-ms-region": "Fake", **_LIMITS})
+        response.enable_chunked_encoding()
+        self.streaming += 1
+        try:
+            await response.prepare(request)
+            for chunk in _chunks(self.words, body, chat=chat):
+                data = b"data: " + msgspec.json.encode(chunk) + self.newline * 2
+                await response.write(data)
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+            if self.ending:
+                await response.write(self.ending.replace(b"\n", self.newline))
+            await response.write_eof()
+        finally:
+            self.streaming -= 1
+        return response
+
+
+_LIMITS = {
+    "x-ratelimit-limit-requests": "120",
+    "x-ratelimit-remaining-requests": "119",
+    "x-ratelimit-reset-requests": "500",
+    "x-request-id": "cb65b8a6-2302-4e91-9a26-0b44ecfdd5e0",
+}
+
+
+def _json(content: object, status: int = 200, content_type: str = "application/json") -> web.Response:
+    response = web.Response(status=status, body=msgspec.json.encode(content), headers={**_LIMITS})
+    if content_type:
+        response.headers["content-type"] = content_type
+    else:
+        response.headers.popall("content-type", None)
+        response.headers["content-type"] = ""
+    return response
+
+
+def _completion(text: str, *, chat: bool) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "content_filter_results": _SAFE, "logprobs": None}
+    if chat:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        choice["text"] = text
+    return {
+        "choices": [choice],
+        "created": _CREATED,
+        "id": "chatcmpl-fake",
+        "model": "gpt-4o-2024-11-20",
+        "object": "chat.completion" if chat else "text_completion",
+        "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}],
+        "usage": _USAGE,
+    }
+
+
+_USAGE = {"completion_tokens": 3, "prompt_tokens": 9, "total_tokens": 12}
+
+
+def _chunks(words: Sequence[str], body: Any, *, chat: bool) -> Iterator[dict[str, Any]]:
+    """Yield a stream's chunks as Azure's: keys in order, an empty first one, usage if it was asked for."""
+    yield {
+        "choices": [],
+        "created": 0,
+        "id": "",
+        "model": "",
+        "object": "",
+        "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}],
+    }
+
+    def chunk(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        return {
+            "choices": choices,
+            "created": _CREATED,
+            "id": "chatcmpl-fake",
+            "model": "gpt-4o-2024-11-20",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "usage": usage,
+        }
+
+    def choice(content: str | None, finish: str | None) -> dict[str, Any]:
+        made: dict[str, Any] = {"content_filter_results": _SAFE, "finish_reason": finish, "index": 0}
+        if chat:
+            made["delta"] = {} if content is None else {"content": content}
+        else:
+            made["text"] = content or ""
+        return made
+
+    first = choice("", None)
+    if chat:
+        first["delta"]["role"] = "assistant"
+    yield chunk([first])
+    for word in words:
+        yield chunk([choice(word, None)])
+    yield chunk([choice(None, "stop")])
+    if (body.get("stream_options") or {}).get("include_usage"):
+        yield chunk([], _USAGE)
+
+
+def _embeddings(body: Any) -> dict[str, Any]:
+    given = body.get("input", "")
+    texts = given if isinstance(given, list) else [given]
+    vector = [0.25, -0.5, 0.125]
+    coded: object = vector
+    if body.get("encoding_format") == "base64":
+        coded = base64.b64encode(struct.pack("<3f", *vector)).decode()
+    data = [{"embedding": coded, "index": place, "object": "embedding"} for place, _ in enumerate(texts)]
+    usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+    return {"data": data, "model": "text-embedding-3-small", "object": "list", "usage": usage}

@@ -1,0 +1,208 @@
+"""A pipeline without sockets: one request through stages, and what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from gateway.azure import find_operation
+from gateway.body import Body
+from gateway.errors import ApiError
+from gateway.exchange import Exchange, Outcome
+from gateway.headers import Headers
+from gateway.messages import Request, Resource, Response, Target
+from gateway.services import Services, Shared
+from gateway.stage import Next, Stage, compile_pipeline
+from gateway.stream import EventFilter, Filter, link
+
+__all__ = ("Running", "Sent", "every_split", "post", "running", "send")
+
+Answer = Response | Exception | Callable[[Request], "Response | Awaitable[Response]"]
+
+
+@dataclass
+class Sent:
+    """What came of one request: what the client would get, how it ended, and what Azure would have seen.
+
+    `reached` is the request as the end of the pipeline got it, None where a stage answered by itself.
+    """
+
+    status: int
+    headers: Headers
+    body: bytes
+    outcome: Outcome
+    reached: Request | None
+    response: Response
+
+    def json(self) -> Any:
+        """Return the body as JSON."""
+        return msgspec.json.decode(self.body)
+
+
+class Running:
+    """Stages that are started; made by `running`."""
+
+    def __init__(self, pipeline: Next, answer: list[Answer], target: Target) -> None:
+        self._pipeline = pipeline
+        self._answer = answer
+        self._target = target
+        self._reached: Request | None = None
+
+    def answers(self, answer: Answer) -> None:
+        """Let the end of the pipeline answer this from now on."""
+        self._answer[0] = answer
+
+    async def _end(self, request: Request) -> Response:
+        self._reached = request
+        answer = self._answer[0]
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, Response):
+            return Response(answer.status, answer.body, answer.headers.copy())
+        made = answer(request)
+        return made if isinstance(made, Response) else await made
+
+    async def post(self, json: object = None, **more: Any) -> Sent:
+        """Send a chat completion, with `json` as its body; see `send`."""
+        return await self.send("POST", "/chat/completions", json=json, **more)
+
+    async def send(
+        self,
+        method: str = "POST",
+        path: str = "/chat/completions",
+        *,
+        json: object = None,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        query: str = "",
+        team: str = "test",
+        client: str = "127.0.0.1",
+        leave_after: int | None = None,
+    ) -> Sent:
+        """Send one request through the stages. `path` is what follows `/v1`.
+
+        The client leaves after `leave_after` bytes of the answer, if that is given.
+        """
+        if json is not None:
+            body = msgspec.json.encode(json)
+        operation = find_operation(method, path)
+        exchange = Exchange()
+        outcomes: list[Outcome] = []
+        exchange.defer(outcomes.append)
+        request = Request(
+            id="req_test",
+            operation=operation.name if operation else None,
+            has_model=operation is not None and operation.has_model,
+            method=method,
+            path=path,
+            query=query,
+            headers=Headers(headers or {}),
+            body=Body(body),
+            team=team,
+            target=self._target,
+            exchange=exchange,
+            address=lambda: client,
+        )
+        self._reached = None
+        try:
+            response = await self._pipeline(request)
+            received = await self._receive(response, exchange, leave_after)
+        finally:
+            exchange.finish()
+        return Sent(response.status, response.headers, received, outcomes[0], self._reached, response)
+
+    async def _receive(self, response: Response, exchange: Exchange, leave_after: int | None) -> bytes:
+        """Take the answer's bytes as the server would write them."""
+        linked = link(response.filters, response.headers.get("content-encoding"))
+        received = bytearray()
+        exchange.status = response.status
+        exchange.first_byte_at = time.monotonic()
+        try:
+            if isinstance(response.body, bytes):
+                received += linked.feed(response.body)
+            else:
+                async for chunk in response.body:
+                    received += linked.feed(chunk)
+                    if leave_after is not None and len(received) >= leave_after:
+                        return bytes(received[:leave_after])
+            received += linked.close()
+            exchange.ended_by = "complete" if response.error is None else "gateway"
+        except ApiError as exc:
+            exchange.ended_by = "upstream"
+            exchange.error = exc.code
+        finally:
+            exchange.sent = len(received)
+        return bytes(received)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    *stages: Stage,
+    answer: Answer | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    resources: Mapping[str, Resource] | None = None,
+    resource: str | None = None,
+    shared: Shared | None = None,
+) -> AsyncIterator[Running]:
+    """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
+
+    `resource` names the team's own where there are several `resources`. The team is `test`. Raises
+    AssertionError with what the stages find wrong in their settings.
+    """
+    resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
+    only = next(iter(resources.values())) if len(resources) == 1 else None
+    chosen = resources[resource] if resource is not None else only
+    shared = shared or Shared()
+    started: list[Stage] = []
+    services: dict[int, Services] = {}
+    for stage in stages:
+        stage.id = stage.id or type(stage).__name__
+        made = Services("test", stage.id, resources, chosen, clock, shared)
+        services[id(stage)] = made
+        found = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(made)]
+        assert not found, f"stage {stage.id}: {found}"
+    holder: list[Answer] = [answer if answer is not None else Response.json({"object": "chat.completion"})]
+    target = Target(resource=chosen)
+    run = Running(_unset, holder, target)
+    try:
+        for stage in stages:
+            started.append(stage)
+            await stage.start(services[id(stage)])
+        run._pipeline = compile_pipeline([(stage.id, stage) for stage in stages], run._end)
+        yield run
+    finally:
+        for stage in reversed(started):
+            await stage.stop()
+        await shared.close()
+
+
+async def _unset(_: Request) -> Response:
+    raise RuntimeError("the stages are not started")
+
+
+async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
+    """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
+    around = {name: more.pop(name) for name in ("answer", "clock", "resources", "resource", "shared") if name in more}
+    async with running(*stages, **around) as run:
+        return await run.send(method, path, **more)
+
+
+async def post(*stages: Stage, json: object = None, **more: Any) -> Sent:
+    """Start stages, send one chat completion through them, stop them; see `send`."""
+    return await send(stages, json=json, **more)
+
+
+def every_split(data: bytes, make: Callable[[], Filter | EventFilter]) -> Iterator[tuple[list[bytes], bytes]]:
+    """Yield (pieces, what came out) for `data` in one piece, cut in two at every place, and byte by byte."""
+    cuts = [[data]]
+    cuts += [[data[:place], data[place:]] for place in range(1, len(data))]
+    cuts.append([data[place : place + 1] for place in range(len(data))])
+    for pieces in cuts:
+        linked = link([make()])
+        out = b"".join([linked.feed(piece) for piece in pieces])
+        yield pieces, out + linked.close()
