@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 WIRE := $(addprefix tests/test_,server.py upstream.py stage.py teams.py concurrency.py hostile.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format lint types test-clients lock clean
+.PHONY: help run test check format test-clients bench lock clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, an
 tests/clients/node_modules/installed: tests/clients/package-lock.json
 	cd tests/clients && npm ci --silent --no-audit --no-fund
 	@touch $@
+
+bench: .venv/dev ## what takes time, measured: how soon Azure is hung up on when a client leaves
+	$(BIN)/python -m tests.bench.leaving
 
 format: .venv/dev ## format the code and mend what lint can mend
 	$(BIN)/ruff check -q --fix-only .

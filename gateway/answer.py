@@ -97,6 +97,7 @@ async def write_answer(
             await response.read()
         linked = link(response.filters, response.headers.get("content-encoding"))
         body = response.body
+        _check(response)
         if isinstance(body, bytes) and response.filters:
             body = linked.feed(body) + linked.close()
     except Exception as exc:
@@ -141,6 +142,14 @@ async def write_answer(
             await aclose()
     _note_end(exchange, response.error)
     return CLOSE if close else KEEP_ALIVE
+
+
+def _check(response: Any) -> None:
+    """Refuse what a stage without types may have made of a response."""
+    if not isinstance(response.status, int):
+        raise TypeError(f"a stage set the status {response.status!r}, which is no number")
+    if not isinstance(response.body, bytes) and not hasattr(response.body, "__aiter__"):
+        raise TypeError(f"a stage set a body that is a {type(response.body).__name__}")
 
 
 def _note_end(exchange: Exchange, error: BaseException | None) -> None:

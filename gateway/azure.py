@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 from gateway.errors import ApiError
 from gateway.messages import Target
@@ -93,8 +93,9 @@ def other_query(query: str) -> str:
     """Return a client's query without the parameters that the gateway sets itself."""
     if not query:
         return ""
+    # Wherever one of them stands in a part: servers differ in what else they take for a separator.
     return "&".join(
-        part for part in query.split("&") if part and unquote(part.partition("=")[0]).strip().lower() not in _OURS
+        part for part in query.split("&") if part and not any(name in unquote_plus(part).lower() for name in _OURS)
     )
 
 

@@ -143,7 +143,8 @@ class Connection(RequestHandler):
             self._refuse(408, "the request's head took too long to arrive", "request_timeout")
 
     def _refuse(self, status: int, message: str, code: str) -> None:
-        if self.transport is not None:
+        # Where an answer is on its way already, a second head would be read as a part of it.
+        if self.transport is not None and self._current_request is None:
             self.transport.write(closing_answer(ApiError(status, message, code=code)))
         self.force_close()
 

@@ -5,6 +5,8 @@ Both are plain objects that stages read and change.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -135,7 +137,10 @@ class Request:
     async def body(self) -> bytes:
         """Return the body's bytes; they are kept, so that a second call is possible."""
         if self._json_set:
-            return msgspec.json.encode(self._json)
+            try:
+                return msgspec.json.encode(self._json)
+            except UnicodeEncodeError:  # half of a surrogate pair; see _decoded
+                return json.dumps(self._json).encode()
         return await self._body.read()
 
     async def buffer(self, limit: int) -> None:
@@ -145,10 +150,7 @@ class Request:
     async def json(self) -> dict[str, Any]:
         """Return the body as a JSON object, decoded once. Raises ApiError 400 where it is none."""
         if self._json is None:
-            try:
-                decoded = msgspec.json.decode(await self._body.read())
-            except (msgspec.DecodeError, RecursionError, ValueError) as exc:
-                raise _bad_json(exc) from None
+            decoded = _decoded(await self._body.read(), msgspec.json.decode)
             if not isinstance(decoded, dict):
                 raise ApiError(400, "the body must be a JSON object")
             self._json = decoded
@@ -170,10 +172,8 @@ class Request:
                 data = await self._body.read()
                 if not data.strip():
                     raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
-                try:
-                    value = _peek.decode(data).model
-                except (msgspec.DecodeError, RecursionError, ValueError) as exc:
-                    raise _bad_json(exc) from None
+                peeked = _decoded(data, _peek.decode)
+                value = peeked.model if isinstance(peeked, _Peek) else _field(peeked, "model")
             self._model = _model_name(value)
             self.notes["model"] = self._model
         return self._model
@@ -229,6 +229,8 @@ class Response:
         *,
         error: BaseException | None = None,
     ) -> None:
+        if not isinstance(body, bytes) and not hasattr(body, "__aiter__"):
+            raise TypeError(f"a response's body is bytes or an async iterator of bytes, not {type(body).__name__}")
         self.status = status
         self.body = body
         self.headers = headers if isinstance(headers, Headers) else Headers(headers or {})
@@ -300,6 +302,25 @@ async def _each(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             yield chunk
 
 
+def _decoded(data: bytes, decode: Callable[[bytes], Any]) -> Any:
+    r"""Return what `decode` makes of JSON. Raises ApiError 400 where it is none.
+
+    msgspec refuses half of a surrogate pair (`"\ud83d"`), which JSON allows (RFC 8259, 8.2) and JavaScript
+    sends where a program has cut a text in the wrong place: such a body is decoded the slow way.
+    """
+    try:
+        return decode(data)
+    except (msgspec.DecodeError, RecursionError, ValueError) as exc:
+        if b"\\ud" in data or b"\\uD" in data:
+            with contextlib.suppress(ValueError, RecursionError):
+                return json.loads(data)
+        raise _bad_json(exc) from None
+
+
+def _field(decoded: Any, name: str) -> Any:
+    return decoded.get(name) if isinstance(decoded, dict) else None
+
+
 def _bad_json(exc: Exception) -> ApiError:
     detail = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
     return ApiError(400, f"the body is not a JSON object: {detail}")
@@ -322,9 +343,8 @@ def _model_name(value: object) -> str:
 
 def replace_model(body: bytes, model: str) -> bytes:
     """Return a JSON object's bytes with another `model`; every other value keeps its bytes."""
-    try:
-        fields = _raw_fields.decode(body)
-    except (msgspec.DecodeError, RecursionError, ValueError) as exc:
-        raise _bad_json(exc) from None
+    fields = _decoded(body, _raw_fields.decode)
+    if not all(isinstance(value, msgspec.Raw) for value in fields.values()):
+        return json.dumps({**fields, "model": model}).encode()
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)

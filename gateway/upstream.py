@@ -2,7 +2,7 @@
 
 aiohttp gives the pool, DNS, TLS and the response parser; the head is written as bytes and the body read from
 the parser's stream, because `ClientSession` costs several times what a request is worth. What that goes
-round is redone here, and what aiohttp keeps private is used in `Wire` and `Destination` alone:
+round is redone here, and in `wire.py`:
 
 * interim answers (1xx) are skipped; an unasked 101 is an error; redirects are passed on, never followed;
 * a pooled connection is reused only if the answer before it ended exactly where its bytes ended, and is
@@ -51,7 +51,8 @@ _NOT_UP = frozenset(
     transfer-encoding upgrade http2-settings host content-length expect accept-encoding authorization api-key
     x-api-key ocp-apim-subscription-key x-ms-authorization-auxiliary cookie cookie2 forwarded via proxy
     max-forwards range x-real-ip true-client-ip cf-connecting-ip x-client-ip x-original-url x-original-host
-    x-rewrite-url x-host x-http-method-override x-method-override x-request-id""".split()
+    x-rewrite-url x-host x-http-method x-http-method-override x-method-override x-ms-client-principal
+    x-ms-client-principal-id x-ms-client-principal-name api-version x-request-id""".split()
 )
 _NOT_DOWN = frozenset(
     b"""connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer
@@ -73,8 +74,8 @@ def _goes_down(name: bytes) -> bool:
 class _Answer:
     """The body of an answer, as it comes; read by the server after the chain has returned."""
 
-    def __init__(self, exchange: Lease, message: RawResponseMessage, payload: StreamReader, idle: float) -> None:
-        self._exchange = exchange
+    def __init__(self, lease: Lease, message: RawResponseMessage, payload: StreamReader, idle: float) -> None:
+        self._lease = lease
         self._message = message
         self._payload = payload
         self._idle = idle
@@ -86,11 +87,11 @@ class _Answer:
         try:
             chunk = await self._payload.readany()
         except Exception as exc:
-            self._exchange.abort()
+            self._lease.abort()
             raise _broken(exc, f"sent nothing for {self._idle:g} s") from None
         if chunk:
             return chunk
-        self._exchange.hand_back(self._message, self._payload)
+        self._lease.hand_back(self._message, self._payload)
         raise StopAsyncIteration
 
 
@@ -146,10 +147,10 @@ class Upstream:
             destination = self._destinations[resource.endpoint] = Destination(resource, self._context)
         head = _head(request, destination, path, credential, body)
         while True:
-            exchange = await self._connect(destination, resource)
-            request._exchange.own(exchange)
+            lease = await self._connect(destination, resource)
+            request._exchange.own(lease)
             try:
-                message, payload = await self._ask(exchange, head, body)
+                message, payload = await self._ask(lease, head, body)
             except (
                 aiohttp.ClientError,
                 ConnectionError,
@@ -157,8 +158,8 @@ class Upstream:
                 TimeoutError,
                 GatewayError,
             ) as exc:
-                stale = exchange.wire.used and not exchange.wire.received
-                exchange.abort()
+                stale = lease.wire.used and not lease.wire.received
+                lease.abort()
                 if isinstance(exc, GatewayError):
                     raise
                 if (
@@ -169,7 +170,7 @@ class Upstream:
                 ):
                     continue
                 raise _broken(exc, f"did not begin to answer within {self._timeouts.first_byte:g} s") from None
-            return await self._answer(exchange, message, payload)
+            return await self._answer(lease, message, payload)
 
     async def _connect(self, destination: Destination, resource: Resource) -> Lease:
         assert self._connector is not None, "Upstream.start() was not awaited"  # noqa: S101 -- a bug of ours
@@ -189,8 +190,8 @@ class Upstream:
             raise UpstreamError(f"could not connect to the Azure resource {resource.name!r}") from None
         return Lease(connection)
 
-    async def _ask(self, exchange: Lease, head: bytes, body: bytes | Body) -> tuple[RawResponseMessage, StreamReader]:
-        wire = exchange.wire
+    async def _ask(self, lease: Lease, head: bytes, body: bytes | Body) -> tuple[RawResponseMessage, StreamReader]:
+        wire = lease.wire
         transport = wire.transport
         if transport is None:
             raise aiohttp.ServerDisconnectedError
@@ -202,7 +203,7 @@ class Upstream:
             message, payload = await final_answer(wire)
         else:
             transport.write(head)
-            message, payload = await self._upload(exchange, body)
+            message, payload = await self._upload(lease, body)
         wire.read_timeout = self._timeouts.idle
         if not payload.is_eof():
             # The timer that runs is still the one for the first byte.
@@ -211,22 +212,25 @@ class Upstream:
             raise UpstreamError(f"Azure answered with the status {message.code}, which is none")
         return message, payload
 
-    async def _upload(self, exchange: Lease, body: Body) -> tuple[RawResponseMessage, StreamReader]:
+    async def _upload(self, lease: Lease, body: Body) -> tuple[RawResponseMessage, StreamReader]:
         """Stream the body up while waiting for the answer, whichever comes first."""
-        exchange.upload = asyncio.create_task(send_body(exchange.wire, body, self._timeouts.idle))
-        answer = asyncio.create_task(final_answer(exchange.wire))
+        lease.upload = asyncio.create_task(send_body(lease.wire, body, self._timeouts.idle))
+        answer = asyncio.create_task(final_answer(lease.wire))
         try:
-            await asyncio.wait((exchange.upload, answer), return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done() and (failed := exchange.upload.exception()) is not None:
+            await asyncio.wait((lease.upload, answer), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() and (failed := lease.upload.exception()) is not None:
                 raise failed
             return await answer
         finally:
             answer.cancel()
-            if not exchange.upload.done():
+            if not lease.upload.done():
                 # It answered before the upload was over: the rest is not wanted.
-                exchange.upload.cancel()
+                lease.upload.cancel()
 
-    async def _answer(self, exchange: Lease, message: RawResponseMessage, payload: StreamReader) -> Response:
+    async def _answer(self, lease: Lease, message: RawResponseMessage, payload: StreamReader) -> Response:
+        if message.chunked and (message.headers.get("transfer-encoding") or "").strip().lower() != "chunked":
+            lease.abort()
+            raise UpstreamError("Azure answered with a transfer coding other than chunked")
         headers = Headers()
         length: int | None = None
         named = _connection_named(message.raw_headers)
@@ -234,14 +238,14 @@ class Upstream:
             if not _goes_down(name) or (named and name.lower() in named):
                 continue
             if _UNSAFE.search(value):
-                exchange.abort()
+                lease.abort()
                 raise UpstreamError("Azure answered with a header that has a line break in it")
             if name.lower() == b"content-length":
                 if message.chunked:
                     continue
                 length = int(value) if value.isdigit() else None
             headers.raw.append((name, value))
-        answer: AsyncIterator[bytes] = _Answer(exchange, message, payload, self._timeouts.idle)
+        answer: AsyncIterator[bytes] = _Answer(lease, message, payload, self._timeouts.idle)
         if (length is not None and length <= _WHOLE) or message.code in (204, 304):
             return Response(message.code, b"".join([chunk async for chunk in answer]), headers)
         return Response(message.code, answer, headers)
@@ -286,10 +290,11 @@ def _head(request: Request, destination: Destination, path: str, credential: Cre
 
 def _connection_named(raw: Any) -> frozenset[bytes]:
     """Return the fields that `Connection` names as ending at this hop."""
+    named: frozenset[bytes] = frozenset()
     for name, value in raw:
         if len(name) == 10 and name.lower() == b"connection":
-            return frozenset(token.strip().lower() for token in value.split(b",")) - {b"close", b"keep-alive"}
-    return frozenset()
+            named |= frozenset(token.strip().lower() for token in value.split(b","))
+    return named - {b"close", b"keep-alive"} if named else named
 
 
 def _broken(exc: BaseException, too_slow: str) -> UpstreamError:

@@ -33,7 +33,11 @@ def test_every_row_is_found_by_its_method_and_path() -> None:
             "/openai/deployments/d/chat/completions?api-version=2024-10-21&a=b",
         ),
         ("v1", "", "/openai/v1/chat/completions"),
-        ("v1", "api%2dversion=preview&a=b&API-KEY=x", "/openai/v1/chat/completions?a=b"),
+        (
+            "v1",
+            "api%2dversion=preview&a=b&API-KEY=x&c;api-version=3&+api-version=4",
+            "/openai/v1/chat/completions?a=b",
+        ),
     ],
 )
 def test_classic_and_v1_urls(version: str, query: str, path: str) -> None:

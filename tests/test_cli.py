@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, KEY, write_files
+
+pytestmark = pytest.mark.slow
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("AZURE_", "GATEWAY_", "OPENAI_"))}
 
@@ -250,10 +253,10 @@ async def test_a_stage_that_hangs_while_it_starts_can_be_stopped(tmp_path: Path)
         assert await process.wait() == 0
 
 
-async def test_demo_says_that_azure_is_fake_and_its_curl_line_works() -> None:
-    """What `make run` starts without an endpoint."""
+async def test_demo_says_that_azure_is_fake_and_its_curl_line_works(unused_tcp_port: int) -> None:
+    """What `make run` starts without an endpoint; the line that it prints streams an answer."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gateway", "demo", "--listen", "127.0.0.1:8123", env=CLEAN,
+        sys.executable, "-m", "gateway", "demo", "--listen", f"127.0.0.1:{unused_tcp_port}", env=CLEAN,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -265,11 +268,21 @@ async def test_demo_says_that_azure_is_fake_and_its_curl_line_works() -> None:
             while b"curl" not in text or b"}'" not in text:
                 text += await process.stdout.readline()
         assert b"FAKE Azure" in text
-        command = text[text.index(b"curl") :].decode().replace("\\\n", " ").strip()
-        curl = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
-        out, _ = await asyncio.wait_for(curl.communicate(), 20)
+        words = shlex.split(text[text.index(b"curl") :].decode().replace("\\\n", " "))
+        assert words[:2] == ["curl", "-N"]
+        headers = dict(words[place + 1].split(": ", 1) for place, word in enumerate(words) if word == "-H")
+        data = words[words.index("-d") + 1]
+        async with aiohttp.ClientSession() as session, session.post(words[2], data=data, headers=headers) as answer:
+            out = await answer.read()
         assert out.endswith(b"data: [DONE]\n\n")
         assert out.count(b"data: {") > 10
     finally:
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
+
+
+async def test_demo_on_a_taken_port_prints_no_banner(azure: FakeAzure) -> None:
+    """Only the reason why there is nothing to try."""
+    done = await asyncio.to_thread(run, "demo", "--listen", f"127.0.0.1:{azure.port}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot listen" in done.stderr

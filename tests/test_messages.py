@@ -102,3 +102,25 @@ async def test_reading_an_answer_is_bounded() -> None:
     with pytest.raises(ApiError) as caught:
         await response.read(limit=99)
     assert caught.value.status == 502
+
+
+async def test_half_a_surrogate_pair_is_json_too() -> None:
+    """JavaScript sends it where a text was cut in the wrong place; the body passes as it is."""
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}'
+    one = request(body)
+    assert (await one.model(), await one.body()) == ("m", body)
+    content = await one.json()
+    assert content["messages"][0]["content"] == "\ud83d"
+    one.set_json({**content, "a": 1})
+    assert b"\\ud83d" in await one.body()
+    assert b'"model": "d"' in replace_model(body, "d")
+    with pytest.raises(ApiError):
+        await request(b'{"a": "\\ud83d", }').json()
+    with pytest.raises(ApiError):
+        await request(b'["\\ud83d"]').model()
+
+
+def test_a_response_is_bytes_or_a_stream() -> None:
+    """A body of another kind is the author's mistake, said where it was made."""
+    with pytest.raises(TypeError, match="bytes or an async iterator"):
+        Response(200, "text")  # type: ignore[arg-type]

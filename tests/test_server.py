@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from gateway.settings import Listen
 from gateway.testing import FakeAzure
@@ -329,6 +330,9 @@ async def test_nothing_of_the_client_s_hop_reaches_azure(start_gateway: StartGat
     gateway = await start_gateway(azure.endpoint)
     headers = {
         "Connection": "keep-alive, X-Named",
+        "X-HTTP-Method": "DELETE",
+        "X-Ms-Client-Principal": "admin",
+        "Api-Version": "1999-01-01",
         "X-Named": "1",
         "X-Forwarded-For": "10.0.0.1",
         "X-Forwarded-Host": "evil",
@@ -500,3 +504,51 @@ async def test_http_1_0_over_a_unix_socket_gets_whole_json_or_an_error(
             assert (await reader.read()).startswith(b"HTTP/1.1 " + status)
             writer.close()
             await gateway.server.stop()
+
+
+async def test_every_connection_header_counts(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Fields that any of several `Connection` lines names end at this hop."""
+    gateway = await start_gateway(azure.endpoint)
+    raw = chat_request(extra="X-One: 1\r\nX-Two: 2\r\nConnection: X-One\r\nConnection: X-Two\r\n")
+    assert (await raw_request(gateway.port, raw)).startswith(b"HTTP/1.1 200")
+    assert not {"x-one", "x-two"} & {name.lower() for name, _ in azure.requests[0].headers}
+
+
+@pytest.mark.parametrize("line", ["response.body = 'text'", "response.body = None", "response.status = '200'"])
+async def test_a_stage_that_spoils_a_response_is_a_500(
+    line: str, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """A whole answer that says so, not half of one."""
+    stage = f"""
+from gateway import Stage
+
+class Spoils(Stage):
+    "Make a response that is none."
+    async def __call__(self, request, call_next):
+        response = await call_next(request)
+        {line}
+        return response
+"""
+    yaml = """
+plugins_path: mine
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [access_log, spoils, auth_passthrough, model_map, api_version]
+"""
+    gateway = await start_gateway(azure.endpoint, yaml, {"mine/spoils.py": stage})
+    async with gateway.post() as answer:
+        assert answer.status == 500
+        assert "error" in await answer.json()
+
+
+async def test_aiohttp_still_has_what_the_server_uses(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """What aiohttp keeps private and connection.py relies on; an upgrade that moves it must fail here first."""
+    gateway = await start_gateway(azure.endpoint)
+    _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    await until(lambda: gateway.server._http.connections)  # type: ignore[union-attr]
+    [connection] = gateway.server._http.connections  # type: ignore[union-attr]
+    for name in ("_waiter", "_messages", "_current_request", "_force_close", "_manager", "_loop", "_drain_helper"):
+        assert hasattr(connection, name), f"RequestHandler.{name} moved: connection.py uses it"
+    from aiohttp.web_protocol import _ErrInfo
+
+    assert _ErrInfo.__name__
+    writer.close()

@@ -45,6 +45,8 @@ def answers() -> list[dict[str, Any]]:
             "raw": "HTTP/1.1 200 OK\r\n" + "".join(f"X-{n}: y\r\n" for n in range(9999)),
         }
     )
+    coded = "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+    rows.append({"id": "te-gzip", "expect": "reject", "raw": coded})
     rows.append({"id": "interim-flood", "expect": "reject", "raw": "HTTP/1.1 103 Early\r\n\r\n" * 100 + OK.decode()})
     rows.append({"id": "http09", "expect": "reject", "raw": "<html>hello</html>"})
     rows.append({"id": "ssh", "expect": "reject", "raw": "SSH-2.0-OpenSSH_9.2\r\n"})
