@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from gateway.connection import Arrived, Connection
     from gateway.exchange import Exchange
 
-
 __all__ = (
     "CLOSE",
     "KEEP_ALIVE",
@@ -38,10 +37,7 @@ __all__ = (
     "write_answer",
 )
 
-
 _LAST_CHUNK = b"0\r\n\r\n"
-
-
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 

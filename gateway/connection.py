@@ -7,7 +7,7 @@ end, bodies that stop, malformed requests (whose text may hold keys and is never
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
@@ -20,9 +20,6 @@ from gateway.errors import ApiError
 from gateway.exchange import failure
 from gateway.logs import get_logger
 from gateway.settings import Limits, Timeouts
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ("Arrived", "ClientBody", "Connection", "too_large")
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = ("Headers",)
 
-
 # What a header value may never hold: it would end the line, or the string (RFC 9110, 5.5).
 _UNSAFE = re.compile(rb"[\r\n\0]")
 

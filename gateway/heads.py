@@ -19,26 +19,13 @@ __all__ = (
     "request_id",
 )
 
-
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(:[0-9]{1,5})?")
-
-
 _PATH = re.compile(r"/[!$&-;=@-Z_a-z~%]*")
-
-
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%(0[0-9A-F]|1[0-9A-F]|2E|2F|5C|7F)", re.IGNORECASE)
-
-
 _QUERY = re.compile(r"[!-\"$-~]*")
-
-
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
-
 # Above this many fields, their total size is looked at; aiohttp bounds each of them, and their number.
 _MANY_FIELDS = 48
-
-
 _HEAD_TOTAL = 24 * 1024
 
 

@@ -13,7 +13,6 @@ from gateway.headers import Headers
 if TYPE_CHECKING:
     from gateway.messages import Target
 
-
 __all__ = (
     "Credential",
     "is_key",
@@ -22,17 +21,10 @@ __all__ = (
     "secrets",
 )
 
-
 # A bearer token's alphabet (RFC 6750, 2.1), which Azure's and OpenAI's keys keep to.
 _KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")
-
-
 _JWT = re.compile(r"eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
-
-
 _MAX_KEY = 512
-
-
 _MAX_TOKEN = 16_384
 
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from gateway.answer import CLOSE, ClientGone, write_answer
+from gateway.answer import CLOSE, ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
 from gateway.body import Body
 from gateway.connection import Arrived, ClientBody, Connection
@@ -169,7 +169,12 @@ class Server:
             return CLOSE
         except asyncio.CancelledError:
             # The client left, or the grace period is over.
-            exchange.ended_by = "client" if arrived.connection.transport is None else "gateway"
+            transport = arrived.connection.transport
+            exchange.ended_by = "client" if transport is None else "gateway"
+            if transport is not None and exchange.first_byte_at is None:
+                stopped = ApiError(503, "the gateway is stopping; try again", code="shutting_down")
+                exchange.status, exchange.error = stopped.status, stopped.code
+                transport.write(closing_answer(stopped))
             raise
         except Exception as exc:
             arrived.connection.log_exception(exc_info=exc)

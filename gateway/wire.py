@@ -29,10 +29,7 @@ __all__ = (
     "send_body",
 )
 
-
 READ_BUFFER = 64 * 1024
-
-
 _MAX_INTERIM = 16
 
 

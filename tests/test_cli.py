@@ -286,3 +286,16 @@ async def test_demo_on_a_taken_port_prints_no_banner(azure: FakeAzure) -> None:
     done = await asyncio.to_thread(run, "demo", "--listen", f"127.0.0.1:{azure.port}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cannot listen" in done.stderr
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_uvloop_is_used_where_it_is_installed(installed: bool) -> None:
+    """And asyncio's own loop where it is not."""
+    hide = "" if installed else "sys.modules['uvloop'] = None; "
+    code = (
+        f"import sys, asyncio; {hide}from gateway.cli import run\n"
+        "async def main(): print(type(asyncio.get_running_loop()).__module__)\n"
+        "run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("uvloop" if installed else "asyncio")

@@ -552,3 +552,21 @@ async def test_aiohttp_still_has_what_the_server_uses(start_gateway: StartGatewa
 
     assert _ErrInfo.__name__
     writer.close()
+
+
+async def test_grace_ends_requests_without_an_answer_with_a_503(start_gateway: StartGateway) -> None:
+    """A request that Azure has not answered yet is told why, so that its client can try elsewhere."""
+
+    async def think(seen: object, request: object) -> None:
+        await asyncio.sleep(3600)
+
+    async with FakeAzure(respond=think) as azure:
+        gateway = await start_gateway(azure.endpoint, timeouts={"grace": 0.1})
+        task = asyncio.create_task(gateway.post().__aenter__())
+        await until(lambda: azure.requests)
+        await gateway.server.stop()
+        answer = await task
+        assert answer.status == 503
+        assert (await answer.json())["error"]["code"] == "shutting_down"
+    [event] = gateway.exchanges()
+    assert (event["status"], event["ended_by"], event["error"]) == (503, "gateway", "shutting_down")

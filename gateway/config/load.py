@@ -31,22 +31,11 @@ __all__ = (
     "plugin_folders",
 )
 
-
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
-
-
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-
-
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
-
-
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
-
-
 # Stands for a resource that is named but cannot be used, so that its users are not reported as well.
 UNKNOWN = Resource("unknown", "https://unknown.invalid")
 

@@ -22,19 +22,10 @@ __all__ = (
     "Seen",
 )
 
-
 _CLASSIC = re.compile(r"/openai/deployments/([^/]+)/(chat/completions|completions|embeddings)")
-
-
 _V1 = re.compile(r"/openai/v1/(chat/completions|embeddings)")
-
-
 _VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?")
-
-
 _SAFE = {kind: {"filtered": False, "severity": "safe"} for kind in ("hate", "self_harm", "sexual", "violence")}
-
-
 _CREATED = 1_769_122_116
 
 

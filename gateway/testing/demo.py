@@ -11,7 +11,6 @@ from gateway.testing.azure import FakeAzure
 
 __all__ = ("demonstrate",)
 
-
 _SPEECH = (
     "Hello! This is a fake Azure OpenAI on your own machine; nothing left it. With AZURE_OPENAI_ENDPOINT set to "
     "your resource, the same gateway talks to the real one."
