@@ -570,3 +570,20 @@ async def test_grace_ends_requests_without_an_answer_with_a_503(start_gateway: S
         assert (await answer.json())["error"]["code"] == "shutting_down"
     [event] = gateway.exchanges()
     assert (event["status"], event["ended_by"], event["error"]) == (503, "gateway", "shutting_down")
+
+
+async def test_client_that_leaves_while_reading_is_paused(start_gateway: StartGateway) -> None:
+    """Very many pipelined requests keep the gateway from reading; it sees all the same that their client has left."""
+
+    async def think(seen: object, request: object) -> None:
+        await asyncio.sleep(3600)
+
+    async with FakeAzure(respond=think) as azure:
+        gateway = await start_gateway(azure.endpoint)
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        request = chat_request().replace(b"Connection: close\r\n", b"")
+        writer.write(request + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 500)
+        await until(lambda: azure.requests)
+        writer.close()
+        await gateway.idle()
+        await until(lambda: azure.connections == 0)

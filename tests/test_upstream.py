@@ -17,7 +17,7 @@ import trustme
 from gateway.settings import Timeouts
 from gateway.testing import FakeAzure
 from gateway.upstream import Upstream
-from tests.conftest import CHAT, RawUpstream, StartGateway, raw_upstream, until
+from tests.conftest import CHAT, RawUpstream, StartGateway, hard_close, raw_upstream, until
 
 DATA = Path(__file__).parent / "data"
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -526,3 +526,23 @@ async def test_an_upstream_that_takes_no_upload_is_given_up(start_gateway: Start
         async with gateway.post(json=None, data=io.BytesIO(b"x" * 50_000_000)) as answer:
             assert answer.status == 504
         await gateway.idle()
+
+
+async def test_client_that_leaves_an_upload_that_azure_does_not_take(start_gateway: StartGateway) -> None:
+    """Its connection to Azure is closed soon, though the gateway was not reading from it."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, UPLOAD_YAML, {"mine/fixed_deployment.py": UPLOAD_STAGE})
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n"
+        writer.write(head + b"Content-Length: 90000000\r\n\r\n")
+        for _ in range(20):
+            writer.write(b"x" * 1_000_000)
+        await until(lambda: upstream.connections)
+        await asyncio.sleep(0.5)
+        hard_close(writer)
+        await gateway.idle()
+        assert gateway.exchanges()[0]["ended_by"] == "client"
