@@ -12,6 +12,9 @@ from msgspec import Meta
 __all__ = ("check_settings", "is_secret", "settings_of", "unwrap")
 
 
+_META = ("gt", "ge", "lt", "le", "pattern", "min_length", "max_length", "description", "examples")
+
+
 def settings_of(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
     """Return a dataclass's settings: name -> (type, field), in order."""
     if not dataclasses.is_dataclass(cls):
@@ -21,11 +24,18 @@ def settings_of(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
 
 
 def unwrap(kind: Any) -> tuple[Any, Meta | None]:
-    """Return a type without its `Annotated`, and its Meta."""
-    if get_origin(kind) is Annotated:
-        base, *extras = get_args(kind)
-        return base, next((each for each in extras if isinstance(each, Meta)), None)
-    return kind, None
+    """Return a type without its `Annotated`, and its Meta; of several, what they say together."""
+    if get_origin(kind) is not Annotated:
+        return kind, None
+    base, *extras = get_args(kind)
+    metas = [each for each in extras if isinstance(each, Meta)]
+    if len(metas) < 2:
+        return base, metas[0] if metas else None
+    together: dict[str, Any] = {}
+    for meta in metas:
+        said = {name: getattr(meta, name) for name in _META if getattr(meta, name) is not None}
+        together = {**together, **said, "extra": {**(together.get("extra") or {}), **(meta.extra or {})}}
+    return base, Meta(**together)
 
 
 def is_secret(kind: Any) -> bool:

@@ -214,6 +214,7 @@ class Odd(Stage):
     five: Annotated[str, Meta(extra={"secret": True})] | None = None
     six: dict[str, float] = field(default_factory=dict)
     seven: bool | Literal["maybe"] = False
+    nine: Annotated[Annotated[str, Meta(min_length=3)], Meta(extra={"secret": True})] = "four"
     eight: list[Annotated[str, Meta(extra={"secret": True})]] = field(default_factory=list)
 """
     settings = "{one: 5, two: five, three: 2, four: [{a: 3, token: TOPSECRET}, 4], five: TOPSECRET, six: {x: 0.5}, "
@@ -226,6 +227,9 @@ class Odd(Stage):
     wrong = settings.replace("three: 2", "three: 3").replace("five: TOPSECRET", "five: [TOPSECRET]")
     text = outcome({"gateway.yaml": yaml.replace(settings, wrong), "p/odd.py": stage}, {}, tmp_path)
     assert "three must be one of 1, 2, auto, not '3'" in text
+    short = settings.replace("three: 2", "nine: TO")
+    text = outcome({"gateway.yaml": yaml.replace(settings, short), "p/odd.py": stage}, {}, tmp_path)
+    assert "nine must be at least 3 long, not ***" in text
     assert "TOPSECRET" not in text
 
 
