@@ -37,6 +37,7 @@ TESTED_ELSEWHERE = {
     "stages": "a part of test_testing and of every stage's tests",
     "demo": "run by test_cli",
     "load": "a part of test_config",
+    "resources": "a part of test_config",
     "convert": "a part of test_config",
     "files": "a part of test_config",
     "nodes": "a part of test_config",

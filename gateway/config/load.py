@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yarl import URL
-
 from gateway.config.convert import FAILED, convert, did_you_mean, fill
-from gateway.config.files import GatewayFile, LogFile, MatchFile, ResourceFile, TeamFile
-from gateway.config.nodes import MappingNode, Node, Reader
+from gateway.config.files import GatewayFile, LogFile, MatchFile, TeamFile
+from gateway.config.nodes import MappingNode, Node, Reader, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, read_pipeline
+from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError
-from gateway.keys import Credential, is_key
 from gateway.messages import Resource, Target
 from gateway.registry import Registry
 from gateway.services import Services, Shared
@@ -34,10 +32,7 @@ __all__ = (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
-# Stands for a resource that is named but cannot be used, so that its users are not reported as well.
-UNKNOWN = Resource("unknown", "https://unknown.invalid")
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ def plugin_folders(path: Path) -> list[Path]:
     """Return the `plugins_path` of a configuration, whatever else may be wrong with it."""
     reader = Reader()
     root = reader.read(path / "gateway.yaml" if path.is_dir() else path)
-    node = _value(root, "plugins_path") if root is not None else None
+    node = value_of(root, "plugins_path") if root is not None else None
     if root is None or node is root:
         return []
     folders = convert(reader, node, str | list[str], "plugins_path") if node is not None else []
@@ -91,7 +86,7 @@ class _Loader:
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
-        self._read_resources(main.resources)
+        self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         before = len(reader.mistakes)
         if main.pipeline is None:
@@ -121,7 +116,7 @@ class _Loader:
         try:
             return Listen.parse(text)
         except ValueError as exc:
-            self.reader.mistake(_value(root, "listen"), f"listen: {exc}")
+            self.reader.mistake(value_of(root, "listen"), f"listen: {exc}")
             return Listen()
 
     def _plugins(self, folder: str, root: MappingNode) -> Path:
@@ -131,7 +126,7 @@ class _Loader:
         except (OSError, ValueError):
             path, found = self.folder, False
         if not found:
-            self.reader.mistake(_value(root, "plugins_path"), f"plugins_path: there is no folder {folder}")
+            self.reader.mistake(value_of(root, "plugins_path"), f"plugins_path: there is no folder {folder}")
         return path
 
     def _proxies(self, given: str | list[str], root: MappingNode) -> tuple[Network, ...]:
@@ -141,35 +136,9 @@ class _Loader:
                 networks.append(ipaddress.ip_network(text, strict=False))
             except ValueError:
                 self.reader.mistake(
-                    _value(root, "trusted_proxies"), f"trusted_proxies: {text!r} is no address and no network"
+                    value_of(root, "trusted_proxies"), f"trusted_proxies: {text!r} is no address and no network"
                 )
         return tuple(networks)
-
-    def _read_resources(self, node: Any) -> None:
-        if node is None:
-            return
-        if not isinstance(node, MappingNode):
-            self.reader.mistake(node, "resources must be a mapping: name: {endpoint: https://...}")
-            self.resources["unknown"] = UNKNOWN
-            return
-        for name, key, value in self.reader.pairs(node):
-            what = f"resource {name!r}"
-            if not _NAME.fullmatch(name):
-                self.reader.mistake(key, f"{name!r} cannot be a resource's name: letters, digits, _ . -")
-                continue
-            made = fill(self.reader, value, ResourceFile, what)
-            if made is FAILED:
-                # Known all the same: whoever uses it has not made a second mistake.
-                self.resources[name] = UNKNOWN
-                continue
-            endpoint = made.endpoint.strip()
-            problem = _endpoint_problem(endpoint)
-            if problem:
-                self.reader.mistake(_value(value, "endpoint"), f"{what}: {problem}")
-            if made.api_key is not None and not is_key(made.api_key):
-                self.reader.mistake(_value(value, "api_key"), f"{what}: api_key is empty or cannot be a key")
-            credential = Credential(made.api_key) if made.api_key else None
-            self.resources[name] = Resource(name, endpoint.rstrip("/"), credential)
 
     # -- teams -----------------------------------------------------------------------------------------
 
@@ -183,9 +152,9 @@ class _Loader:
                 found = []
             files += found
             if not found and not any(sign in pattern for sign in "*?["):
-                self.reader.mistake(_value(root, "teams"), f"teams: there is no file {pattern}")
+                self.reader.mistake(value_of(root, "teams"), f"teams: there is no file {pattern}")
             elif not found and (problem := _nothing_found(path)):
-                self.reader.mistake(_value(root, "teams"), f"teams: {pattern} finds nothing; {problem}")
+                self.reader.mistake(value_of(root, "teams"), f"teams: {pattern} finds nothing; {problem}")
         return [file for file in dict.fromkeys(files) if file.resolve() != self.path.resolve()]
 
     def _team_file(
@@ -207,30 +176,30 @@ class _Loader:
             entries = changed(reader, team.change, entries, whole=self.whole and len(reader.mistakes) == before)
         whole = self.whole and len(reader.mistakes) == before
         match = self._match(team.match, root)
-        if match == Match() and (team.match is not None or _value(root, "match") is root):
+        if match == Match() and (team.match is not None or value_of(root, "match") is root):
             reader.mistake(root, f"team {name!r} has no `match:`, so no request would be its own")
         return self._team(name, team, entries, root, main, match, whole), root
 
     def _match(self, match: MatchFile | None, root: MappingNode) -> Match:
         if match is None:
             return Match()
-        node = _value(root, "match")
+        node = value_of(root, "match")
         prefixes = [text.rstrip("/") for text in _listed(match.path_prefix)]
         hosts = [text.lower() for text in _listed(match.host)]
         keys = [text.lower() for text in _listed(match.keys)]
         for prefix in prefixes:
             if not _PREFIX.fullmatch(prefix) or {"v1", ".", ".."} & set(prefix.split("/")):
                 self.reader.mistake(
-                    _value(node, "path_prefix"),
+                    value_of(node, "path_prefix"),
                     f"path_prefix {prefix!r} must be a plain path without /v1, such as /research",
                 )
         for host in hosts:
             if not _HOST.fullmatch(host):
-                self.reader.mistake(_value(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
+                self.reader.mistake(value_of(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
         for key in keys:
             if not _DIGEST.fullmatch(key):
                 self.reader.mistake(
-                    _value(node, "keys"),
+                    value_of(node, "keys"),
                     "a key is written as its digest, sha256: and 64 hexadecimal digits; never as itself",
                 )
         return Match(tuple(prefixes), tuple(hosts), tuple(keys))
@@ -247,8 +216,8 @@ class _Loader:
     ) -> Team:
         reader = self.reader
         chosen = team.resource or main.resource
-        resource = self._resource(chosen, _value(root, "resource"), own=team.resource is not None)
-        place = _value(root, "pipeline")
+        resource = self._resource(chosen, value_of(root, "resource"), own=team.resource is not None)
+        place = value_of(root, "pipeline")
         services = {
             entry.id: Services(
                 team=name, stage=entry.id, resources=self.resources, resource=resource, shared=self.shared
@@ -304,7 +273,7 @@ class _Loader:
                     if value in seen:
                         shown = "a key" if what == "keys" else f"{what} {value!r}"
                         self.reader.mistake(
-                            _value(_value(root, "match"), what),
+                            value_of(value_of(root, "match"), what),
                             f"{shown} belongs to team {seen[value]!r} already",
                         )
                     seen.setdefault(value, team.name)
@@ -313,15 +282,6 @@ class _Loader:
             if team.name in names:
                 self.reader.mistake(root, f"there is a team {team.name!r} already, in {names[team.name]}")
             names.setdefault(team.name, root.start_mark.name)
-
-
-def _value(node: Node, name: str) -> Node:
-    """Return the node of a mapping's value, or the node itself where there is none."""
-    if isinstance(node, MappingNode):
-        for key, value in node.value:
-            if key.value == name:
-                return value  # type: ignore[no-any-return] # PyYAML's nodes are untyped inside
-    return node
 
 
 def _nothing_found(pattern: Path) -> str | None:
@@ -340,26 +300,3 @@ def _listed(value: str | Sequence[str] | None) -> list[str]:
     if value is None:
         return []
     return [value] if isinstance(value, str) else list(value)
-
-
-def _endpoint_problem(endpoint: str) -> str | None:
-    """Return what is wrong with an endpoint's URL, or None."""
-    try:
-        url = URL(endpoint)
-        host, port = url.host, url.port
-    except ValueError:
-        return "endpoint must be a URL, such as https://NAME.openai.azure.com"
-    # (What it is instead is not repeated: it may be a key that went into the wrong variable.)
-    if url.scheme not in ("https", "http") or not host or not port or not _HOST_NAME.fullmatch(host):
-        return "endpoint must be a URL, such as https://NAME.openai.azure.com"
-    if url.user is not None or url.password is not None:
-        return "endpoint must not hold a user name or a password"
-    if host.endswith(".azure.com") and url.path.rstrip("/").endswith("/openai"):
-        return "endpoint must end before /openai; the gateway adds it"
-    if url.query_string or url.fragment:
-        return "endpoint must not have a query; the api-version is a stage's setting"
-    if re.search(r"/openai/(v1|deployments)(/|$)", url.path):
-        return "endpoint must end before /openai; the gateway adds the rest"
-    if any(segment in (".", "..") for segment in url.raw_path.split("/")):
-        return "endpoint must not have dot segments"
-    return None

@@ -20,7 +20,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from gateway.errors import Mistake
 
-__all__ = ("MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode")
+__all__ = ("MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode", "value_of")
 
 _VARIABLE = re.compile(r"\$(?:\$|\{(?P<inside>[^{}]*)\}|(?P<bare>\{))")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -196,3 +196,12 @@ def _shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def value_of(node: Node, name: str) -> Node:
+    """Return the node of a mapping's value, or the node itself where there is none."""
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            if key.value == name:
+                return value  # type: ignore[no-any-return] # PyYAML's nodes are untyped inside
+    return node
