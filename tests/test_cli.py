@@ -299,3 +299,35 @@ def test_uvloop_is_used_where_it_is_installed(installed: bool) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("uvloop" if installed else "asyncio")
+
+
+async def test_running_out_of_descriptors_passes(azure: FakeAzure, unused_tcp_port: int) -> None:
+    """More clients than descriptors: once some have left, the next request is answered."""
+    command = f"ulimit -n 60; exec {sys.executable} -m gateway serve --listen 127.0.0.1:{unused_tcp_port}"
+    process = await asyncio.create_subprocess_shell(
+        command, env={**CLEAN, "AZURE_OPENAI_ENDPOINT": azure.endpoint}, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        assert b"listening" in await process.stderr.readline()
+        clients = await asyncio.gather(
+            *(asyncio.open_connection("127.0.0.1", unused_tcp_port) for _ in range(120)), return_exceptions=True
+        )
+        await asyncio.sleep(0.3)
+        for client in clients:
+            if isinstance(client, tuple):
+                client[1].close()
+        url = f"http://127.0.0.1:{unused_tcp_port}/v1/chat/completions"
+        status = 0
+        async with asyncio.timeout(10), aiohttp.ClientSession() as session:
+            while status != 200:
+                # The first may still be turned away, while the gateway learns that descriptors are free again.
+                try:
+                    async with session.post(url, json=CHAT, headers={"api-key": KEY}) as answer:
+                        status = answer.status
+                except aiohttp.ClientError:
+                    await asyncio.sleep(0.1)
+        assert process.returncode is None
+    finally:
+        process.terminate()
+        await process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import socket
@@ -546,3 +547,25 @@ async def test_client_that_leaves_an_upload_that_azure_does_not_take(start_gatew
         hard_close(writer)
         await gateway.idle()
         assert gateway.exchanges()[0]["ended_by"] == "client"
+
+
+@pytest.mark.parametrize("raw_body", [b"1\r\n:\r\n" * 100_000, chunk(b"data: " + b"x" * 10_000_000 + b"\n\n")])
+async def test_streams_of_odd_shapes_arrive_whole(raw_body: bytes, start_gateway: StartGateway) -> None:
+    """A hundred thousand chunks of one byte; one event of ten megabytes."""
+    async with raw_upstream(SSE + raw_body + b"0\r\n\r\n") as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post(json=STREAM) as answer:
+            received = await answer.read()
+    assert len(received) in (100_000, 10_000_008)
+
+
+async def test_compressed_streams(start_gateway: StartGateway) -> None:
+    """Where Azure compresses events though it was asked not to, filters and clients get the text."""
+    text = b"data: 1\n\ndata: [DONE]\n"
+    packed = gzip.compress(text)
+    coded = SSE.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
+    async with raw_upstream(coded + chunk(packed[:9]) + chunk(packed[9:]) + b"0\r\n\r\n") as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post(json=STREAM) as answer:
+            assert await answer.read() == text + b"\n"
+            assert "content-encoding" not in answer.headers
