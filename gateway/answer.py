@@ -9,7 +9,7 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +22,7 @@ from gateway.exchange import failure
 from gateway.headers import Headers
 from gateway.keys import secrets
 from gateway.logs import get_logger, masked
-from gateway.messages import Response
+from gateway.messages import Response, check_body
 from gateway.stream import Linked, link, unfinished_event
 
 if TYPE_CHECKING:
@@ -106,8 +106,6 @@ async def write_answer(
     streaming = not isinstance(body, bytes)
     no_body = message.method == "HEAD" or response.status in (204, 304)
     chunked = streaming and not old and "content-length" not in response.headers
-    if streaming and old and "content-length" not in response.headers:
-        close = True
     head = _head(
         response,
         request_id,
@@ -144,8 +142,7 @@ def _check(response: Any) -> None:
     """Refuse what a stage without types may have made of a response."""
     if not isinstance(response.status, int):
         raise TypeError(f"a stage set the status {response.status!r}, which is no number")
-    if not isinstance(response.body, bytes) and not hasattr(response.body, "__aiter__"):
-        raise TypeError(f"a stage set a body that is a {type(response.body).__name__}")
+    check_body(response.body)
 
 
 def _note_end(exchange: Exchange, error: BaseException | None) -> None:
@@ -158,9 +155,8 @@ def _note_end(exchange: Exchange, error: BaseException | None) -> None:
 
 
 async def _stream(writer: _Writer, body: AsyncIterator[bytes], linked: Linked, chunked: bool) -> None:
-    feed: Callable[[bytes], bytes] | None = linked.feed
     async for chunk in body:
-        data = feed(chunk) if feed is not None else chunk
+        data = linked.feed(chunk)
         if data:
             await writer.send(b"%x\r\n" % len(data) if chunked else b"", data, b"\r\n" if chunked else b"")
     left = linked.close()

@@ -14,11 +14,10 @@ from urllib.parse import unquote_plus
 from gateway.errors import ApiError
 from gateway.messages import Target
 
-__all__ = ("API_VERSION", "DEPLOYMENT", "Operation", "find_operation", "upstream_path")
+__all__ = ("DEPLOYMENT", "Operation", "find_operation", "upstream_path")
 
 # A rule (no request may leave `/openai/deployments/`): Azure's own names, and nothing a path could misread.
 DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-API_VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?|v1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -189,7 +189,7 @@ def _registry(config: Path | None) -> Any:
     from gateway.config.load import plugin_folders  # noqa: PLC0415
     from gateway.registry import Registry  # noqa: PLC0415
 
-    return Registry(plugin_folders(config) if config is not None else ())
+    return Registry(plugin_folders(_config_path(config)) if config is not None else ())
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 __all__ = ("Headers",)
 
 # What a header value may never hold: it would end the line, or the string (RFC 9110, 5.5).
-_UNSAFE = re.compile(rb"[\r\n\0]")
+UNSAFE = re.compile(rb"[\r\n\0]")
 
 
 class Headers:
@@ -48,7 +48,7 @@ class Headers:
     def add(self, name: str, value: str) -> None:
         """Add a field, beside others of its name. Raises ValueError as `set` does."""
         raw_name, raw_value = name.encode("latin-1"), value.encode("latin-1")
-        if _UNSAFE.search(raw_name) or _UNSAFE.search(raw_value) or not raw_name:
+        if UNSAFE.search(raw_name) or UNSAFE.search(raw_value) or not raw_name:
             raise ValueError(f"header {name!r} has a line break or a NUL in it")
         self.raw.append((raw_name, raw_value))
 

@@ -18,8 +18,6 @@ from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
 __all__ = ("configure", "get_logger", "masked", "quiet_logger")
 
-LEVELS = ("debug", "info", "warning", "error")
-
 
 def get_logger() -> FilteringBoundLogger:
     """Return the gateway's logger."""

@@ -20,7 +20,7 @@ from gateway.headers import Headers
 from gateway.keys import Credential, presented_key
 from gateway.stream import EventFilter, Filter, link
 
-__all__ = ("Request", "Resource", "Response", "Target", "replace_model")
+__all__ = ("Request", "Resource", "Response", "Target", "check_body", "replace_model")
 
 _MAX_MODEL = 256
 
@@ -229,8 +229,7 @@ class Response:
         *,
         error: BaseException | None = None,
     ) -> None:
-        if not isinstance(body, bytes) and not hasattr(body, "__aiter__"):
-            raise TypeError(f"a response's body is bytes or an async iterator of bytes, not {type(body).__name__}")
+        check_body(body)
         self.status = status
         self.body = body
         self.headers = headers if isinstance(headers, Headers) else Headers(headers or {})
@@ -292,6 +291,12 @@ class Response:
 
     def __repr__(self) -> str:
         return f"<Response {self.status}>"
+
+
+def check_body(body: object) -> None:
+    """Raise TypeError for what can be no response's body."""
+    if not isinstance(body, bytes) and not hasattr(body, "__aiter__"):
+        raise TypeError(f"a response's body is bytes or an async iterator of bytes, not {type(body).__name__}")
 
 
 async def _each(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:

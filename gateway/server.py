@@ -120,7 +120,8 @@ class Server:
 
         Setting `now` ends the waiting at once.
         """
-        if self._stopped or self._http is None:
+        http = self._http
+        if self._stopped or http is None:
             return  # stopped already, or never started
         self._stopped = True
         timeouts = self.settings.timeouts
@@ -130,11 +131,9 @@ class Server:
         self.draining = True
         if self._listener is not None:
             self._listener.close()
-        http = self._http
-        if http is not None:
-            for connection in http.connections:
-                if cast(Connection, connection).idle:
-                    connection.force_close()
+        for connection in http.connections:
+            if cast(Connection, connection).idle:
+                connection.force_close()
         if self._running and not now.is_set():
             get_logger().info("draining", exchanges=len(self._running), grace=timeouts.grace)
             done = asyncio.create_task(self._all_done.wait())
@@ -147,8 +146,7 @@ class Server:
         if self._running:
             get_logger().warning("exchanges cut off", exchanges=len(self._running))
             await asyncio.wait(list(self._running), timeout=5)
-        if http is not None:
-            await http.shutdown(timeout=1)
+        await http.shutdown(timeout=1)
         unix = self.settings.listen.unix
         if unix is not None and self._socket is not None and _identity(unix) == self._socket:
             Path(unix).unlink()  # noqa: ASYNC240 -- nothing is served any more

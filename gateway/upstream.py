@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import re
 import ssl
 from collections.abc import AsyncIterator
 from functools import lru_cache
@@ -31,7 +30,7 @@ from aiohttp.streams import StreamReader
 from gateway.azure import BY_NAME, unknown_operation, upstream_path
 from gateway.body import Body
 from gateway.errors import ApiError, GatewayError, UpstreamError, UpstreamTimeout
-from gateway.headers import Headers
+from gateway.headers import UNSAFE, Headers
 from gateway.keys import Credential
 from gateway.messages import Request, Resource, Response, Target, replace_model
 from gateway.settings import Timeouts
@@ -42,7 +41,6 @@ __all__ = ("Upstream",)
 # An answer of known length up to this size is read whole before stages see it: a break then becomes a clean
 # 502, and the connection is free again sooner.
 _WHOLE = 1024 * 1024
-_UNSAFE = re.compile(rb"[\r\n\0]")
 
 # Fields that end at this hop (RFC 9110, 7.6.1), that the gateway writes itself, that carry credentials or
 # cookies, or that would tell Azure (or a gateway before it) who the client is or where to go instead.
@@ -237,7 +235,7 @@ class Upstream:
         for name, value in message.raw_headers:
             if not _goes_down(name) or (named and name.lower() in named):
                 continue
-            if _UNSAFE.search(value):
+            if UNSAFE.search(value):
                 lease.abort()
                 raise UpstreamError("Azure answered with a header that has a line break in it")
             if name.lower() == b"content-length":
@@ -273,7 +271,7 @@ def _head(request: Request, destination: Destination, path: str, credential: Cre
     named = _connection_named(raw)
     lines = [
         b"%b %b%b HTTP/1.1\r\nhost: %b"
-        % (request.method.encode(), destination.base.encode(), path.encode("ascii"), destination.host_header)
+        % (request.method.encode(), destination.base, path.encode("ascii"), destination.host_header)
     ]
     lines += [b"%b: %b" % pair for pair in raw if _goes_up(pair[0]) and not (named and pair[0].lower() in named)]
     # Filters read text, and Azure compresses nothing by itself: ask for it plain.

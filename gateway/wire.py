@@ -118,7 +118,7 @@ class Destination:
         self.port = self.url.port
         self.ssl = context
         self.connection_key = ConnectionKey(self.host, self.port, self.is_ssl(), context, None, None, None)
-        self.base = self.url.raw_path.rstrip("/")
+        self.base = self.url.raw_path.rstrip("/").encode()
         default = 443 if self.is_ssl() else 80
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.host_header = (host if self.port == default else f"{host}:{self.port}").encode()

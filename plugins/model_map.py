@@ -76,8 +76,7 @@ class ModelMap(Stage):
                 yield ("default",), problem
         if self.default is None and self.unmapped != "refuse" and services.resource is None and services.resources:
             yield (), "a model without a mapping has no resource; set the team's `resource:`, or `unmapped: refuse`"
-        exact = [name for name in self._exact if "=" not in name]
-        self._listed = tuple(dict.fromkeys([*exact, *(name.strip() for name in self.list)]))
+        self._listed = tuple(dict.fromkeys([*self._exact, *(name.strip() for name in self.list)]))
 
     def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         if isinstance(self.models, str):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gateway.config.convert import FAILED, convert, did_you_mean, fill
+from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, LogFile, MatchFile, TeamFile
-from gateway.config.nodes import MappingNode, Node, Reader, value_of
+from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, read_pipeline
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError
@@ -29,7 +29,6 @@ __all__ = (
     "plugin_folders",
 )
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
@@ -52,19 +51,13 @@ def load(path: Path, env: Mapping[str, str] | None = None, shared: Shared | None
 
 
 def plugin_folders(path: Path) -> list[Path]:
-    """Return the `plugins_path` of a configuration, whatever else may be wrong with it."""
+    """Return the folders of `plugins_path` in a `gateway.yaml`, whatever else may be wrong with it."""
     reader = Reader()
-    root = reader.read(path / "gateway.yaml" if path.is_dir() else path)
-    node = value_of(root, "plugins_path") if root is not None else None
-    if root is None or node is root:
+    root = reader.read(path)
+    if root is None:
         return []
-    folders = convert(reader, node, str | list[str], "plugins_path") if node is not None else []
-    return [(root_folder(path) / folder).resolve() for folder in _listed(folders if folders is not FAILED else [])]
-
-
-def root_folder(path: Path) -> Path:
-    """Return the folder that relative paths in a configuration start from."""
-    return path if path.is_dir() else path.parent
+    listed = _listed(fill(reader, root, GatewayFile, "", lenient=True).plugins_path)
+    return [folder for name in listed if (folder := _folder(path.parent, name)) is not None]
 
 
 class _Loader:
@@ -120,14 +113,10 @@ class _Loader:
             return Listen()
 
     def _plugins(self, folder: str, root: MappingNode) -> Path:
-        try:
-            path = (self.folder / folder).resolve()
-            found = path.is_dir()
-        except (OSError, ValueError):
-            path, found = self.folder, False
-        if not found:
+        path = _folder(self.folder, folder)
+        if path is None:
             self.reader.mistake(value_of(root, "plugins_path"), f"plugins_path: there is no folder {folder}")
-        return path
+        return path or self.folder
 
     def _proxies(self, given: str | list[str], root: MappingNode) -> tuple[Network, ...]:
         networks: list[Network] = []
@@ -165,7 +154,7 @@ class _Loader:
         if root is None:
             return None
         name = file.stem
-        if not _NAME.fullmatch(name) or name == "default":
+        if not NAME.fullmatch(name) or name == "default":
             reader.mistake(root, f"{name!r} cannot be a team's name; rename the file")
         team = fill(reader, root, TeamFile, "", lenient=True)
         entries = list(inherited)
@@ -250,15 +239,14 @@ class _Loader:
             self.reader.mistake(place, "there are no `resources:`; name at least one Azure endpoint")
             return
         stored = [each for each in self.resources.values() if each.credential is not None]
-        check_order(
+        provided = check_order(
             self.reader,
             made,
             ("credential", "deployment", "api_version"),
             place,
             have=("credential",) if stored and len(stored) == len(self.resources) else (),
         )
-        has_caller = any("caller" in stage.provides for _, stage in made)
-        if stored and not has_caller and not open_to_all:
+        if stored and "caller" not in provided and not open_to_all:
             self.reader.mistake(
                 place,
                 f"team {name!r} would let anyone spend the stored key of {stored[0].name!r}: list a stage that "
@@ -282,6 +270,15 @@ class _Loader:
             if team.name in names:
                 self.reader.mistake(root, f"there is a team {team.name!r} already, in {names[team.name]}")
             names.setdefault(team.name, root.start_mark.name)
+
+
+def _folder(base: Path, name: str) -> Path | None:
+    """Return a folder named from `base`; None where there is none, or where the name can be none's."""
+    try:
+        path = (base / name).resolve()
+        return path if path.is_dir() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _nothing_found(pattern: Path) -> str | None:

@@ -20,11 +20,13 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from gateway.errors import Mistake
 
-__all__ = ("MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode", "value_of")
+__all__ = ("NAME", "MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode", "value_of")
 
 _VARIABLE = re.compile(r"\$(?:\$|\{(?P<inside>[^{}]*)\}|(?P<bare>\{))")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_DEPTH = 50
+# What a team and a resource may be called.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

@@ -205,18 +205,26 @@ def check_order(
     end_needs: Sequence[str],
     end: Node,
     have: Sequence[str] = (),
-) -> None:
-    """Note each stage that needs what no stage above it provides; `end` stands for what Azure needs."""
+) -> set[str]:
+    """Note each stage that needs what no stage above it provides; `end` stands for what Azure needs.
+
+    Returns what the whole pipeline provides.
+    """
+    says = [
+        (entry, names_of(reader, entry, stage, "needs"), names_of(reader, entry, stage, "provides"))
+        for entry, stage in made
+    ]
+    providers = {name: entry.id for entry, _, provides in says for name in provides}
     provided = set(have)
-    providers = {name: entry.id for entry, stage in made for name in names_of(reader, entry, stage, "provides")}
-    for entry, stage in made:
-        for name in names_of(reader, entry, stage, "needs"):
+    for entry, needs, provides in says:
+        for name in needs:
             if name not in provided:
                 reader.mistake(entry.node, f"stage {entry.id!r} needs {name!r}, {_advice(name, providers)}")
-        provided.update(names_of(reader, entry, stage, "provides"))
+        provided.update(provides)
     for name in end_needs:
         if name not in provided:
             reader.mistake(end, f"a request to Azure needs {name!r}, {_advice(name, providers)}")
+    return provided
 
 
 def _advice(name: str, providers: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ from yarl import URL
 
 from gateway.config.convert import FAILED, fill
 from gateway.config.files import ResourceFile
-from gateway.config.nodes import MappingNode, Reader, value_of
+from gateway.config.nodes import NAME, MappingNode, Reader, value_of
 from gateway.keys import Credential, is_key
 from gateway.messages import Resource
 
@@ -17,7 +17,6 @@ __all__ = ("UNKNOWN", "read_resources")
 
 # Stands for a resource that is named but cannot be used, so that its users are not reported as well.
 UNKNOWN = Resource("unknown", "https://unknown.invalid")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
 
 
@@ -32,7 +31,7 @@ def read_resources(reader: Reader, node: Any) -> dict[str, Resource]:
         return resources
     for name, key, value in reader.pairs(node):
         what = f"resource {name!r}"
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             reader.mistake(key, f"{name!r} cannot be a resource's name: letters, digits, _ . -")
             continue
         made = fill(reader, value, ResourceFile, what)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from msgspec import Meta
 
@@ -179,8 +179,6 @@ def type_name(kind: Any) -> str:
     """Return a setting's type as the command line and the docs show it."""
     base, _ = unwrap(kind)
     origin, args = get_origin(base), get_args(base)
-    if origin is Annotated:
-        return type_name(base)
     if origin in (Union, types.UnionType):
         return " or ".join(type_name(each) for each in args if each is not type(None))
     if origin is Literal:

@@ -78,7 +78,8 @@ def _kind_of(value: Any, kinds: Sequence[Any]) -> Any:
     """Return the kind of a union that a value is of, as far as it matters for what may be shown."""
     for kind in kinds:
         base, _ = unwrap(kind)
-        if isinstance(value, get_origin(base) or base if isinstance(get_origin(base) or base, type) else ()):
+        shape = get_origin(base) or base
+        if isinstance(shape, type) and isinstance(value, shape):
             return kind
     return str
 
@@ -113,15 +114,15 @@ def show_stage(name: str, cls: type[Stage]) -> str:
     lines.append("Settings:")
     for setting, (kind, field) in settings.items():
         _, meta = unwrap(kind)
-        lines.append(f"  {setting}: {type_name(kind)}{_default(field)}")
+        lines.append(f"  {setting}: {type_name(kind)}{_default(kind, field)}")
         if meta is not None and meta.description:
             lines.append(f"      {meta.description}")
     return "\n".join([*lines, ""])
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def _default(kind: Any, field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return "" if field.default is None else f" (default: {_shown(field.default, str)})"
+        return "" if field.default is None else f" (default: {_shown(field.default, kind)})"
     if field.default_factory is not dataclasses.MISSING:
         return ""
     return " (must be given)"

@@ -131,11 +131,11 @@ def test_a_bare_deployment_needs_a_resource_where_there_are_several() -> None:
 
 async def test_models_are_listed_from_the_map() -> None:
     """Exact names and the names that `list:` adds; never a pattern."""
-    stage = ModelMap({"gpt-4": "a", "gpt-4o-*": "b", "~x": "c"}, list=["gpt-4o-mini", "gpt-4"])
+    stage = ModelMap({"gpt-4": "a", "gpt-4o-*": "b", "~x": "c", "a=b": "d"}, list=["gpt-4o-mini", "gpt-4"])
     sent = await send([stage], "GET", "/models")
     body = sent.json()
     assert body["object"] == "list"
-    assert [model["id"] for model in body["data"]] == ["gpt-4", "gpt-4o-mini"]
+    assert [model["id"] for model in body["data"]] == ["gpt-4", "a=b", "gpt-4o-mini"]
     assert {"id", "object", "created", "owned_by"} == set(body["data"][0])
 
 
