@@ -12,62 +12,39 @@ import time
 from collections.abc import AsyncIterator
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, cast
-
-from aiohttp import web
-from aiohttp.http_writer import HttpVersion10
+from typing import TYPE_CHECKING, Any
 
 from gateway.errors import ApiError, StreamBroken, UpstreamError
 from gateway.exchange import failure
-from gateway.headers import Headers
+from gateway.hops import WRITTEN
 from gateway.keys import secrets
 from gateway.logs import get_logger, masked
 from gateway.messages import Response, check_body
 from gateway.stream import Linked, link, unfinished_event
+from gateway.wire import Answer
 
 if TYPE_CHECKING:
     from gateway.connection import Arrived, Connection
     from gateway.exchange import Exchange
 
 __all__ = (
-    "CLOSE",
-    "KEEP_ALIVE",
     "ClientGone",
     "closing_answer",
     "write_answer",
 )
 
 _LAST_CHUNK = b"0\r\n\r\n"
-_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus}
 
 
 class ClientGone(Exception):
     """The client left, or did not take what was sent to it in time."""
 
 
-class Written(web.StreamResponse):
-    """Tells aiohttp that the answer is written already, and whether the connection may go on."""
-
-    def __init__(self, keep_alive: bool) -> None:
-        super().__init__()
-        self._stays_open = keep_alive
-
-    @property
-    def keep_alive(self) -> bool | None:
-        """Whether the connection goes on."""
-        return self._stays_open
-
-    async def prepare(self, request: web.BaseRequest) -> Any:
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        return None
-
-
 def closing_answer(error: ApiError) -> bytes:
     """Return the bytes of an error whose connection ends with it."""
     body = error.body()
-    return b"%bcontent-type: application/json\r\ncontent-length: %d\r\ndate: %b\r\nconnection: close\r\n\r\n%b" % (
+    return b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\nconnection: close\r\n\r\n%b" % (
         _status_line(error.status),
         len(body),
         _date(),
@@ -77,65 +54,61 @@ def closing_answer(error: ApiError) -> bytes:
 
 async def write_answer(
     arrived: Arrived, response: Response, exchange: Exchange, *, request_id: str, close: bool, patience: float
-) -> web.StreamResponse:
+) -> bool:
     """Write an answer and its whole body; returns whether the connection goes on.
 
     The bytes, the times and who ended it are noted on the exchange. A stream that breaks ends with an SSE
     `error` event, where it is one, and never with the last chunk, so that nobody takes it for whole.
     """
-    writer = _Writer(arrived.connection, exchange, patience)
-    message = arrived.message
-    old = message.version <= HttpVersion10
-    close = close or old or message.should_close
+    connection, request = arrived.connection, arrived.head
+    old = request.old
+    close = close or request.close
+    linked: Linked | None = None
     try:
-        if old and not response.event_stream and _over_unix_socket(arrived.connection):
+        if old and not response.event_stream and _over_unix_socket(connection):
             # There the end of the connection is all that ends a body, and it cannot be told from a break.
             await response.read()
-        linked = link(response.filters, response.headers.get("content-encoding"))
         body = response.body
         _check(response)
-        if isinstance(body, bytes) and response.filters:
-            body = linked.feed(body) + linked.close()
+        if response.filters:
+            linked = link(response.filters, response.headers.get("content-encoding"))
+            response.headers.remove("content-encoding")
+            if isinstance(body, bytes):
+                body = linked.feed(body) + linked.close()
     except Exception as exc:
         response = _unreadable(exc, _secrets(arrived, exchange))
         body = response.body
-        linked = link(())
-    if response.filters:
-        response.headers.remove("content-encoding")
     exchange.status = response.status
-    streaming = not isinstance(body, bytes)
-    no_body = message.method == "HEAD" or response.status in (204, 304)
-    chunked = streaming and not old and "content-length" not in response.headers
-    head = _head(
-        response,
-        request_id,
-        close=close,
-        chunked=chunked and not no_body,
-        length=None if streaming or no_body else len(cast(bytes, body)),
-    )
+    no_body = request.method == "HEAD" or response.status in (204, 304)
     if isinstance(body, bytes):
-        await writer.send(head, b"" if no_body else body)
+        head = _head(response, request_id, close=close, chunked=False, length=None if no_body else len(body))
+        _write(connection, exchange, head, b"" if no_body else body)
+        if connection.writing_paused:
+            await _drained(connection, exchange, patience)
         _note_end(exchange, response.error)
-        return CLOSE if close else KEEP_ALIVE
+        return not close
+    chunked = not old and not no_body and "content-length" not in response.headers
+    writer = _Writer(connection, exchange, patience, linked, chunked=chunked)
     try:
-        await writer.send(head, b"")
+        _write(connection, exchange, _head(response, request_id, close=close, chunked=chunked, length=None), b"")
         if not no_body:
-            await _stream(writer, body, linked, chunked)
+            await writer.stream(body)
     except ClientGone:
         raise
     except asyncio.CancelledError:
-        # Unless the client has left, the gateway ends this: the client is told.
-        stopped = ApiError(503, "the gateway is stopping and cut this answer off", code="shutting_down")
-        _break_off(writer, response, stopped, exchange, [], chunked=chunked, old=old)
+        if connection.transport is not None:
+            # The gateway ends this, not the client: it is told.
+            stopped = ApiError(503, "the gateway is stopping and cut this answer off", code="shutting_down")
+            _break_off(writer, response, stopped, exchange, [], old=old)
         raise
     except Exception as exc:
-        _break_off(writer, response, exc, exchange, _secrets(arrived, exchange), chunked=chunked, old=old)
-        return CLOSE
+        _break_off(writer, response, exc, exchange, _secrets(arrived, exchange), old=old)
+        return False
     finally:
         if (aclose := getattr(body, "aclose", None)) is not None:
             await aclose()
     _note_end(exchange, response.error)
-    return CLOSE if close else KEEP_ALIVE
+    return not close
 
 
 def _check(response: Any) -> None:
@@ -154,51 +127,128 @@ def _note_end(exchange: Exchange, error: BaseException | None) -> None:
     exchange.error = (error.code or error.type) if isinstance(error, ApiError) else type(error).__name__
 
 
-async def _stream(writer: _Writer, body: AsyncIterator[bytes], linked: Linked, chunked: bool) -> None:
-    async for chunk in body:
-        data = linked.feed(chunk)
-        if data:
-            await writer.send(b"%x\r\n" % len(data) if chunked else b"", data, b"\r\n" if chunked else b"")
-    left = linked.close()
-    if chunked:
-        await writer.send(b"%x\r\n" % len(left) if left else b"", left, b"\r\n" + _LAST_CHUNK if left else _LAST_CHUNK)
-    elif left:
-        await writer.send(b"", left)
+def _write(connection: Connection, exchange: Exchange, before: bytes, data: bytes) -> None:
+    """Write `data` of the body behind `before`. Raises ClientGone where the client has left."""
+    transport = connection.transport
+    if transport is None or transport.is_closing():
+        raise ClientGone
+    transport.write(before + data)
+    if exchange.first_byte_at is None:
+        exchange.first_byte_at = time.monotonic()
+    exchange.sent += len(data)
+
+
+async def _drained(connection: Connection, exchange: Exchange, patience: float) -> None:
+    """Wait until the client takes more. Raises ClientGone where it does not, or leaves."""
+    try:
+        async with asyncio.timeout(patience):
+            await connection._drain_helper()
+    except TimeoutError:
+        _give_up(connection, exchange)
+        raise ClientGone from None
+    except ConnectionError:
+        raise ClientGone from None
+
+
+def _give_up(connection: Connection, exchange: Exchange) -> None:
+    """Close on a client that does not read; the loss of its connection ends the rest."""
+    exchange.error = "client_not_reading"
+    if connection.transport is not None:
+        connection.transport.abort()
 
 
 class _Writer:
-    """Writes to one client, counting, and waiting where it does not read."""
+    """Writes one answer to one client, counting.
 
-    __slots__ = ("_exchange", "_patience", "connection", "tail")
+    A client that does not read is waited for: where the body is pumped from Azure, Azure is told to wait.
+    """
 
-    def __init__(self, connection: Connection, exchange: Exchange, patience: float) -> None:
+    __slots__ = ("_chunked", "_exchange", "_linked", "_patience", "_pumped", "_timer", "connection", "tail")
+
+    def __init__(
+        self,
+        connection: Connection,
+        exchange: Exchange,
+        patience: float,
+        linked: Linked | None = None,
+        *,
+        chunked: bool = False,
+    ) -> None:
         self.connection = connection
         self.tail = b""
         self._exchange = exchange
         self._patience = patience
+        self._linked = linked
+        self._chunked = chunked
+        self._pumped: Answer | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def send(self, before: bytes, data: bytes, after: bytes = b"") -> None:
-        """Write `data` of the body, framed. Raises ClientGone where the client left or does not read."""
+    @property
+    def chunked(self) -> bool:
+        """Whether the body goes in chunks."""
+        return self._chunked
+
+    def _put(self, data: bytes, after: bytes = b"") -> None:
+        """Write a piece of a stream, framed."""
         transport = self.connection.transport
         if transport is None or transport.is_closing():
             raise ClientGone
-        transport.write(before + data + after if before or after else data)
-        exchange = self._exchange
-        if exchange.first_byte_at is None:
-            exchange.first_byte_at = time.monotonic()
-        if data:
-            exchange.sent += len(data)
-            self.tail = data[-4:] if len(data) >= 4 else (self.tail + data)[-4:]
-        if self.connection.writing_paused:
+        self._exchange.sent += len(data)
+        transport.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self._chunked else data)
+        self.tail = data[-4:] if len(data) >= 4 else (self.tail + data)[-4:]
+
+    def _take(self, chunk: bytes) -> None:
+        """Pass a piece on: the one way of every streamed byte."""
+        if self._linked is not None:
+            chunk = self._linked.feed(chunk)
+        if chunk:
+            self._put(chunk)
+
+    async def stream(self, body: AsyncIterator[bytes]) -> None:
+        """Write a whole body, and its end. Raises what its source raises, and ClientGone."""
+        if isinstance(body, Answer):
+            self._pumped = body
+            self.connection.on_flow = self._flow
+            if self.connection.writing_paused:
+                self._flow(paused=True)
             try:
-                async with asyncio.timeout(self._patience):
-                    await self.connection._drain_helper()
-            except TimeoutError:
-                exchange.error = "client_not_reading"
-                transport.abort()
-                raise ClientGone from None
-            except ConnectionError:
-                raise ClientGone from None
+                await body.pump(self._take)
+            finally:
+                self.connection.on_flow = None
+                self._stop_timer()
+        else:
+            async for chunk in body:
+                self._take(chunk)
+                await self._drained()
+        left = self._linked.close() if self._linked is not None else b""
+        if left:
+            self._put(left, _LAST_CHUNK if self._chunked else b"")
+        elif self._chunked:
+            _write(self.connection, self._exchange, _LAST_CHUNK, b"")
+        await self._drained()
+
+    async def _drained(self) -> None:
+        if self.connection.writing_paused:
+            await _drained(self.connection, self._exchange, self._patience)
+
+    def _flow(self, paused: bool) -> None:
+        """Let Azure wait for a client that does not read fast enough, but not for ever."""
+        self._stop_timer()
+        if self._pumped is None:
+            return
+        if paused:
+            self._pumped.hold()
+            self._timer = asyncio.get_running_loop().call_later(self._patience, self._give_up)
+        else:
+            self._pumped.release()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        _give_up(self.connection, self._exchange)
 
 
 def _break_off(
@@ -208,7 +258,6 @@ def _break_off(
     exchange: Exchange,
     hidden: list[str],
     *,
-    chunked: bool,
     old: bool,
 ) -> None:
     """End a stream that cannot go on so that it is seen to be broken."""
@@ -223,7 +272,7 @@ def _break_off(
         return
     if response.event_stream:
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
-        transport.write(b"%x\r\n%b\r\n" % (len(event), event) if chunked else event)
+        transport.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
         exchange.sent += len(event)
     if old:
         # Without chunks the end of the connection is the end of the body: only a reset says it is broken.
@@ -236,7 +285,7 @@ def _break_off(
 
 
 def _secrets(arrived: Arrived, exchange: Exchange) -> list[str]:
-    return secrets(Headers(arrived.message.raw_headers), exchange.target)
+    return secrets(arrived.headers, exchange.target)
 
 
 def _over_unix_socket(connection: Connection) -> bool:
@@ -256,45 +305,46 @@ def _unreadable(exc: Exception, hidden: list[str]) -> Response:
 
 def _head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:
     lines = [_status_line(response.status)]
-    dated = False
-    for name, value in response.headers.raw:
-        lowered = name.lower()
-        if lowered == b"content-length" and length is not None:
-            continue
-        if lowered == b"x-request-id":
+    dated = events = buffering = False
+    for name, value, line, bits in response.headers.fields:
+        if not bits & WRITTEN:
+            lines.append(line)
+        elif name == b"content-length":
+            if length is None:
+                lines.append(line)
+        elif name == b"x-request-id":
             # Ours is the one that the log names; Azure's stays to be had.
-            name = b"x-azure-request-id"  # noqa: PLW2901
-        dated = dated or lowered == b"date"
-        lines.append(b"%b: %b\r\n" % (name, value))
+            lines.append(b"x-azure-request-id: " + value)
+        else:
+            lines.append(line)
+            dated = dated or name == b"date"
+            buffering = buffering or name == b"x-accel-buffering"
+            events = events or name == b"content-type"
     if length is not None:
-        lines.append(b"content-length: %d\r\n" % length)
-    if chunked:
-        lines.append(b"transfer-encoding: chunked\r\n")
-    if response.event_stream and "x-accel-buffering" not in response.headers:
+        lines.append(b"content-length: %d" % length)
+    elif chunked:
+        lines.append(b"transfer-encoding: chunked")
+    if events and not buffering and response.event_stream:
         # nginx sends events on at once when it sees this, whatever its own settings.
-        lines.append(b"x-accel-buffering: no\r\n")
+        lines.append(b"x-accel-buffering: no")
     if not dated:
-        lines.append(b"date: %b\r\n" % _date())
+        lines.append(_date())
     if close:
-        lines.append(b"connection: close\r\n")
+        lines.append(b"connection: close")
     lines.append(b"x-request-id: %b\r\n\r\n" % request_id.encode())
-    return b"".join(lines)
+    return b"\r\n".join(lines)
 
 
 def _status_line(status: int) -> bytes:
-    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d " % status
 
 
-_date_cache = (0, b"")
+_date_line = (0, b"")
 
 
 def _date() -> bytes:
-    global _date_cache  # noqa: PLW0603 -- one value for the process, made once a second
+    global _date_line  # noqa: PLW0603 -- one value for the process, made once a second
     now = int(time.time())
-    if _date_cache[0] != now:
-        _date_cache = (now, formatdate(now, usegmt=True).encode())
-    return _date_cache[1]
-
-
-KEEP_ALIVE = Written(keep_alive=True)
-CLOSE = Written(keep_alive=False)
+    if _date_line[0] != now:
+        _date_line = (now, b"date: " + formatdate(now, usegmt=True).encode())
+    return _date_line[1]

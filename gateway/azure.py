@@ -8,7 +8,7 @@ does not have it. Facts: Azure's own specifications (2025-03-01-preview classic,
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote_plus
 
 from gateway.errors import ApiError
@@ -31,10 +31,11 @@ class Operation:
     v1: str | None = None
     local: bool = False
 
-    @property
-    def has_model(self) -> bool:
-        """Whether the JSON body names a `model`."""
-        return not self.local
+    has_model: bool = field(init=False)
+    """Whether the JSON body names a `model`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "has_model", not self.local)
 
 
 OPERATIONS = (

@@ -1,33 +1,42 @@
-"""One client's connection: when it is closed on, and how a request's body is read from it.
+"""One client's connection: what arrives on it becomes requests, one at a time, each in a task of its own.
 
-aiohttp parses requests and keeps the connection; what it does not watch is watched here: heads that never
-end, bodies that stop, malformed requests (whose text may hold keys and is never logged or echoed).
+aiohttp's low-level server (`web.Server`) keeps the connections, and its protocol the flow control; heads
+and bodies are read by `http1.py`, which reads them in one way only and costs a third of aiohttp's parser.
+
+One timer watches a connection: `_due` is when it has waited too long for whatever it waits for. The timer is
+left alone when that moves back, as it does with each request, and looks again when it goes off.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
-from typing import Any, cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
-from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
-from aiohttp.http_parser import RawRequestMessage
-from aiohttp.streams import StreamReader
-from aiohttp.web_protocol import RequestHandler, _ErrInfo
+from aiohttp.base_protocol import BaseProtocol
 
-from gateway.answer import CLOSE, closing_answer
+from gateway.answer import closing_answer
+from gateway.arriving import ArrivingBody
+from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import failure
+from gateway.http1 import HEAD_END, MAX_HEAD, HeadReader, Malformed, RequestHead, begins_request, malformed_request
 from gateway.logs import get_logger
 from gateway.settings import Limits, Timeouts
 
-__all__ = ("Arrived", "ClientBody", "Connection", "too_large")
+if TYPE_CHECKING:
+    from aiohttp import web
+
+__all__ = ("Arrived", "Connection", "Handler")
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# A chunked body may take this many bytes on the wire, and this many for each byte of its own.
-_FRAMING = 4096
-_FRAMING_SHARE = 16
+# Bytes behind the request at hand (pipelined ones) that may wait before the client is asked to wait.
+_WAITING = 64 * 1024
+# How long, in seconds, what a client still sends is dropped before its connection is closed on: were it closed
+# at once, the reset might take the answer away.
+_LINGER = 5.0
 # How often, in seconds, a connection that is not read from is asked whether its client is still there.
 _LEAVE_CHECK = 0.5
 # States of a TCP connection that the other end has not closed (linux/tcp_states.h).
@@ -35,118 +44,339 @@ _ESTABLISHED, _SYN_RECEIVED = 1, 3
 
 
 class Arrived:
-    """A request as aiohttp hands it over: the parsed head, the body's stream, the connection.
+    """A request as it arrived: its head, its body, and the connection to answer on."""
 
-    It stands in for aiohttp's BaseRequest, of which the server protocol uses `_finish` and `_cancel` alone.
-    """
+    __slots__ = ("body", "connection", "head", "headers")
 
-    __slots__ = ("_task", "connection", "message", "payload")
+    def __init__(self, connection: Connection, head: RequestHead, body: Body) -> None:
+        self.connection = connection
+        self.head = head
+        self.headers = head.headers
+        self.body = body
+
+
+# Handles a request; returns whether the connection may go on.
+Handler = Callable[[Arrived], Awaitable[bool]]
+
+
+class Connection(BaseProtocol):
+    """The protocol of one client's connection."""
+
+    __slots__ = (
+        "_arriving",
+        "_buffer",
+        "_closing",
+        "_due",
+        "_handle",
+        "_head_begun",
+        "_heads",
+        "_held",
+        "_leave_timer",
+        "_limits",
+        "_manager",
+        "_on_due",
+        "_task_handler",
+        "_timeouts",
+        "_timer",
+        "on_flow",
+    )
 
     def __init__(
         self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        connection: RequestHandler,
-        _writer: object,
-        _task: object,
-    ) -> None:
-        self.message = message
-        self.payload = payload
-        self.connection = cast(Connection, connection)
-        self._task = None
-
-    def _finish(self) -> None:
-        pass
-
-    def _cancel(self, exc: BaseException) -> None:
-        if not self.payload.is_eof():
-            self.payload.set_exception(exc)
-
-
-class Connection(RequestHandler):
-    """aiohttp's server protocol, with the deadlines and the manners that it lacks."""
-
-    __slots__ = ("_chunked", "_framing", "_head_timer", "_leave_timer", "_limits", "_timeouts")
-
-    def __init__(
-        self,
-        manager: Any,
-        *,
+        manager: web.Server,
+        handle: Handler,
         loop: asyncio.AbstractEventLoop,
         limits: Limits,
         timeouts: Timeouts,
-        **settings: Any,
     ) -> None:
-        super().__init__(manager, loop=loop, **settings)
+        super().__init__(loop)
+        self._manager = manager
+        self._handle = handle
         self._limits = limits
         self._timeouts = timeouts
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._buffer = b""  # a head that has not ended, or what follows the request at hand
+        self._arriving: ArrivingBody | None = None  # the body that has not arrived whole
+        self._task_handler: asyncio.Task[None] | None = None  # the request at hand; aiohttp's server asks
+        self._closing = False  # nothing more is taken from this client
+        self._heads = HeadReader()
+        self._held = False
+        self._head_begun = True  # the time for a head runs
+        self._due = math.inf
+        self._on_due: Callable[[], None] = self._too_slow
+        self._timer: asyncio.TimerHandle | None = None
         self._leave_timer: asyncio.TimerHandle | None = None
-        self._chunked: StreamReader | None = None  # a chunked body that is arriving
-        self._framing = 0  # the bytes it took on the wire
+        self.on_flow: Callable[[bool], None] | None = None
+        """Called with True when the client takes no more for now, and with False when it does again."""
+
+    # -- life ------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a first request, unless there are too many connections."""
         super().connection_made(transport)
-        manager = self._manager
-        if manager is not None and len(manager.connections) > self._limits.connections:
-            self._refuse(503, "the gateway has as many connections as it may; try again", "overloaded")
-            return
-        self._head_timer = self._loop.call_later(self._timeouts.head, self._head_too_slow)
+        self._manager.connection_made(self, self.transport)  # type: ignore[arg-type] # aiohttp names its own class
+        if len(self._manager.connections) > self._limits.connections:
+            busy = "the gateway has as many connections as it may; try again"
+            self._refuse(ApiError(503, busy, code="overloaded"))
+        else:
+            self._expect_in(self._timeouts.head)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Let go of what waits."""
-        self._stop_head_timer()
-        self._stop_leave_timer()
+        """Let go of what waits: the client has left."""
+        self._manager.connection_lost(self, exc)  # type: ignore[arg-type] # aiohttp names its own class
         super().connection_lost(exc)
+        self._closing = True
+        for timer in (self._timer, self._leave_timer):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._leave_timer = None
+        if self._arriving is not None:
+            self._arriving.fail(ApiError(400, "the body broke off", code="malformed_request"))
+        if self._task_handler is not None:
+            self._task_handler.cancel()
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The task of the request at hand."""
+        return self._task_handler
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being handled."""
+        return self._task_handler is None
+
+    def force_close(self) -> None:
+        """Close; what was written still leaves."""
+        self._closing = True
+        if self.transport is not None:
+            self.transport.close()
+
+    async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- aiohttp's server calls it
+        """Close, as aiohttp's server asks of its connections."""
+        if self._task_handler is not None:
+            self._task_handler.cancel()
+        self.force_close()
+
+    # -- what arrives ----------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and keep the head's deadline in step with it."""
-        super().data_received(data)
-        if self._messages:
-            self._stop_head_timer()
-            message, payload = self._messages[-1]
-            current = self._current_request
-            if isinstance(message, _ErrInfo):
-                if current is not None:
-                    # What follows the head is no body: whoever is reading it must not wait for the rest.
-                    current._cancel(HttpProcessingError(message="malformed body"))
+        """Take what came: more of a body, or the next request."""
+        if self._arriving is not None:
+            data = self._feed(self._arriving, data)
+        if not data or self._closing:
+            return
+        if self._buffer:
+            data = self._buffer + data
+        if self._task_handler is None:
+            self._next(data)
+            return
+        self._buffer = data
+        if len(data) > _WAITING:
+            self.hold()
+
+    def _feed(self, arriving: ArrivingBody, data: bytes) -> bytes:
+        try:
+            extra = arriving.feed(data)
+        except Malformed:
+            arriving.fail(malformed_request())
+            extra = b""
+        if arriving.error is not None:
+            # What follows might be anything.
+            self._closing = True
+        if arriving.done or self._closing:
+            self._arriving = None
+            if arriving.discarded:
+                # Its answer is out already.
+                self._after(keep=not self._closing)
+        return extra
+
+    def _next(self, data: bytes) -> None:
+        """Begin the next request, if its head is there."""
+        if data[:2] == b"\r\n":
+            data = data[2:]  # RFC 9112, 2.2: an empty line before a request is ignored
+        end = data.find(HEAD_END)
+        if end < 0 or end > MAX_HEAD:
+            self._buffer = data
+            if len(data) > MAX_HEAD:
+                self._refuse(ApiError(431, "the request's head is too large", code="head_too_large"))
+            elif not begins_request(data):
+                self._refuse(malformed_request())
+            elif data and not self._head_begun:
+                self._head_begun = True
+                self._expect_in(self._timeouts.head)
+            return
+        try:
+            head = self._heads.read(data[:end], self._limits.body)
+        except ApiError as exc:
+            self._refuse(exc)
+            return
+        end += 4
+        length = head.length
+        have = len(data) - end
+        body: Body
+        if length is not None and length <= have:
+            body = Body(data[end : end + length], kept=False)
+            self._buffer = data[end + length :]
+        else:
+            arriving = ArrivingBody(
+                self,
+                self._loop,
+                length=length,
+                expects=head.expects,
+                limit=self._limits.body,
+                patience=self._timeouts.client,
+            )
+            body = Body(arriving)
+            self._buffer = b""
+            self._arriving = arriving
+            if have:
+                self._buffer = self._feed(arriving, data[end:])
+            if arriving.error is not None:
+                self._refuse(arriving.error)
                 return
-            if message.chunked:
-                self._chunked = payload
-                self._framing = len(data) - _head_size(message)
-        elif self._chunked is not None:
-            self._framing += len(data)
-        elif self._head_timer is None and self.idle and not self._force_close:
-            self._head_timer = self._loop.call_later(self._timeouts.head, self._head_too_slow)
-        if self._chunked is not None:
-            self._watch_framing(self._chunked)
+        self._head_begun = False
+        self._due = math.inf
+        self._task_handler = self._loop.create_task(self._run(Arrived(self, head, body)))
 
-    def _watch_framing(self, payload: StreamReader) -> None:
-        """Refuse a chunked body that is nearly all chunk extensions, zeros and trailers."""
-        if self._framing > _FRAMING + _FRAMING_SHARE * payload.total_bytes:
-            self._chunked = None
-            payload.set_exception(HttpProcessingError(message="more framing than body"))
-            self._refuse(400, "the body's chunks are nearly all framing", "malformed_request")
-        elif payload.is_eof():
-            self._chunked = None
+    async def _run(self, arrived: Arrived) -> None:
+        keep = False
+        try:
+            keep = await self._handle(arrived)
+        except ConnectionError:
+            pass  # the client left while it was written to
+        except Exception as exc:
+            facts = failure(exc)
+            facts.pop("message", None)
+            get_logger().error("connection failed", **facts)
+            if self.transport is not None:
+                self.transport.abort()
+        finally:
+            self._task_handler = None
+            self.on_flow = None
+            self._after(keep and not self._closing)
 
-    # While reading is paused (an upload that Azure does not take, very many pipelined requests) the event loop does
-    # not see a client leave: the socket's state is asked for instead.
+    def _after(self, keep: bool) -> None:
+        """Go on after an answer: with the next request, or to the end of the connection."""
+        if self.transport is None:
+            return
+        arriving = self._arriving
+        if arriving is not None and not arriving.done:
+            arriving.discard()
+            if not keep or arriving.unasked:
+                self._linger()
+            else:
+                self._expect_in(_LINGER)
+        elif not keep:
+            if arriving is None and not self._closing:
+                self._closing = True
+                self.transport.close()
+            else:
+                self._linger()
+        else:
+            self._arriving = None
+            self.release()
+            self._expect_in(self._timeouts.keep_alive)
+            if self._buffer:
+                data, self._buffer = self._buffer, b""
+                self._next(data)
 
-    def _pause_transport_reading(self) -> None:
-        super()._pause_transport_reading()
-        if self._leave_timer is None:
+    def _linger(self) -> None:
+        """Close, once the client has had the time to read its answer."""
+        self._closing = True
+        self._arriving = None
+        self._buffer = b""
+        if self.transport is None or self.transport.is_closing():
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.release()
+            self._expect_in(_LINGER)
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what is no request that can be handled, and close."""
+        get_logger().info("refused before any team", status=error.status, error=error.code)
+        if self.transport is not None:
+            self.transport.write(closing_answer(error))
+        self._linger()
+
+    # -- how long it may take --------------------------------------------------------------------------
+
+    def expire_in(self, seconds: float, expire: Callable[[], None]) -> None:
+        """Call `expire` in `seconds`, unless `no_expiry` is called or the answer is over before."""
+        self._on_due = expire
+        self._set_due(seconds)
+
+    def no_expiry(self) -> None:
+        """Forget what `expire_in` was told."""
+        self._due = math.inf
+
+    def _expect_in(self, seconds: float) -> None:
+        self._on_due = self._too_slow
+        self._set_due(seconds)
+
+    def _set_due(self, seconds: float) -> None:
+        self._due = due = self._loop.time() + seconds
+        if self._timer is None:
+            self._timer = self._loop.call_at(due, self._look)
+        elif self._timer.when() > due:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        """See whether what is waited for is due."""
+        self._timer = None
+        if self._due == math.inf:
+            return
+        if self._loop.time() < self._due:
+            self._timer = self._loop.call_at(self._due, self._look)
+            return
+        self._due = math.inf
+        self._on_due()
+
+    def _too_slow(self) -> None:
+        if self._head_begun and not self._closing:
+            self._refuse(ApiError(408, "the request's head took too long to arrive", code="request_timeout"))
+        else:
+            self.force_close()
+
+    # -- flow ------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        """Note that the client does not read fast enough."""
+        super().pause_writing()
+        if self.on_flow is not None:
+            self.on_flow(True)
+
+    def resume_writing(self) -> None:
+        """Note that it does again."""
+        super().resume_writing()
+        if self.on_flow is not None:
+            self.on_flow(False)
+
+    def say_continue(self) -> None:
+        """Tell the client that its body is wanted."""
+        if self.transport is not None:
+            self.transport.write(_CONTINUE)
+
+    # While reading is held, the event loop does not see a client leave: the socket's state is asked for instead.
+
+    def hold(self) -> None:
+        """Take nothing more from the client for now."""
+        if not self._held and self.transport is not None:
+            self._held = True
+            self.transport.pause_reading()
             self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
 
-    def _resume_transport_reading(self) -> None:
-        self._stop_leave_timer()
-        super()._resume_transport_reading()
-
-    def _stop_leave_timer(self) -> None:
-        if self._leave_timer is not None:
-            self._leave_timer.cancel()
-            self._leave_timer = None
+    def release(self) -> None:
+        """Go on taking."""
+        if self._held:
+            self._held = False
+            if self._leave_timer is not None:
+                self._leave_timer.cancel()
+                self._leave_timer = None
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.resume_reading()
 
     def _check_left(self) -> None:
         self._leave_timer = None
@@ -156,51 +386,6 @@ class Connection(RequestHandler):
             self.transport.abort()
         else:
             self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request is being handled."""
-        return self._waiter is not None and not self._waiter.done()
-
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_too_slow(self) -> None:
-        self._head_timer = None
-        if self.idle:
-            self._refuse(408, "the request's head took too long to arrive", "request_timeout")
-
-    def _refuse(self, status: int, message: str, code: str) -> None:
-        # Where an answer is on its way already, a second head would be read as a part of it.
-        if self.transport is not None and self._current_request is None:
-            self.transport.write(closing_answer(ApiError(status, message, code=code)))
-        self.force_close()
-
-    def handle_error(
-        self,
-        request: Any,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer a request that could not be parsed; its text, which may hold keys, goes nowhere."""
-        get_logger().info("malformed request", error=type(exc).__name__)
-        if isinstance(exc, LineTooLong):
-            answer = ApiError(431, "a line of the request's head is too long", code="head_too_large")
-        else:
-            answer = ApiError(400, "this is not a valid HTTP/1.1 request", code="malformed_request")
-        if self.transport is not None:
-            self.transport.write(closing_answer(answer))
-        return CLOSE
-
-    def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        """Log what escaped every handler, by its kind only."""
-        exc = kwargs.get("exc_info")
-        facts = failure(exc) if isinstance(exc, BaseException) else {}
-        facts.pop("message", None)
-        get_logger().error("connection failed", **facts)
 
 
 def _peer_closed(sock: socket.socket | None) -> bool:
@@ -213,55 +398,3 @@ def _peer_closed(sock: socket.socket | None) -> bool:
     except OSError:
         return True
     return state not in (_ESTABLISHED, _SYN_RECEIVED)
-
-
-def _head_size(message: RawRequestMessage) -> int:
-    """Return about how many bytes a head took."""
-    return len(message.path) + 16 + sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
-
-
-class ClientBody:
-    """The body that a client is still sending. Reading it says `100 Continue` where that is awaited."""
-
-    __slots__ = ("_arrived", "_expects", "_limit", "_seen", "_timeout", "length")
-
-    def __init__(self, arrived: Arrived, *, length: int | None, expects: bool, limit: int, timeout: float) -> None:
-        self.length = length
-        self._arrived = arrived
-        self._expects = expects
-        self._limit = limit
-        self._timeout = timeout
-        self._seen = 0
-
-    async def read(self) -> bytes:
-        """Return the next bytes, or b"" at the end.
-
-        Raises ApiError: 408 where the client stops sending, 413 where the body is too large, 400 where it
-        is malformed.
-        """
-        payload = self._arrived.payload
-        if self._expects:
-            self._expects = False
-            if (transport := self._arrived.connection.transport) is not None:
-                transport.write(_CONTINUE)
-        try:
-            if payload.is_eof():
-                chunk = await payload.readany()
-            else:
-                async with asyncio.timeout(self._timeout):
-                    chunk = await payload.readany()
-        except TimeoutError:
-            raise ApiError(408, f"no more of the body came for {self._timeout:g} s", code="request_timeout") from None
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            raise ApiError(400, "the body is malformed or broke off", code="malformed_request") from None
-        self._seen += len(chunk)
-        if self._seen > self._limit:
-            raise too_large(self._limit)
-        return chunk
-
-
-def too_large(limit: int) -> ApiError:
-    """Return the error for a body above the limit."""
-    return ApiError(413, f"the body is larger than the {limit} bytes this gateway takes", code="body_too_large")

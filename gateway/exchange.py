@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
 
 from gateway.logs import get_logger
 
@@ -26,8 +27,7 @@ EndedBy = Literal["complete", "client", "upstream", "gateway"]
 _AGAIN = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """How an exchange ended; what `request.defer` callbacks are given.
 
     `status` is the status sent to the client, or 499 where it left before any was. `sent` counts body
@@ -108,24 +108,20 @@ class Exchange:
 
     # -- the deadline before the first byte ------------------------------------------------------------
 
-    def set_deadline(self, seconds: float) -> None:
-        """Cancel the running task when `seconds` pass before `stop_deadline`."""
-        self._task = asyncio.current_task()
-        self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire)
-
-    def _expire(self) -> None:
-        self._expired = True
-        if self._task is not None:
-            self._task.cancel()
-            # A stage further up may hang in turn: it is cancelled again until the answer is out.
-            self._deadline = asyncio.get_running_loop().call_later(_AGAIN, self._expire)
-
-    def stop_deadline(self) -> None:
-        """Call when the pipeline has returned."""
-        if self._deadline is not None:
+    def run_in(self, task: asyncio.Task[object] | None) -> None:
+        """Name the task that the deadline cancels; None when the pipeline has returned."""
+        self._task = task
+        if task is None and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        self._task = None
+
+    def expire(self) -> None:
+        """Cancel the task that still works on the answer: the deadline is over."""
+        if self._task is not None:
+            self._expired = True
+            self._task.cancel()
+            # A stage further up may hang in turn: it is cancelled again until the answer is out.
+            self._deadline = asyncio.get_running_loop().call_later(_AGAIN, self.expire)
 
     def deadline_hit(self) -> bool:
         """Tell whether the cancellation just caught is the deadline's, and take it back if so.
@@ -149,7 +145,7 @@ class Exchange:
         if self._over:
             return
         self._over = True
-        self.stop_deadline()
+        self.run_in(None)
         self.release()
         callbacks, self._callbacks = self._callbacks, []
         if not callbacks:

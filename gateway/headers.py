@@ -4,72 +4,158 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import NamedTuple, Self
 
-__all__ = ("Headers",)
+from gateway.hops import UP, hops
 
-# What a header value may never hold: it would end the line, or the string (RFC 9110, 5.5).
-UNSAFE = re.compile(rb"[\r\n\0]")
+__all__ = ("Field", "Headers")
+
+# What a header may never hold: it would end the line, or the string (RFC 9110, 5.5).
+_UNSAFE = re.compile(r"[\r\n\0]")
+
+
+class Field(NamedTuple):
+    """One field: its name in lower case, its value, its line as it goes on the wire, and the bits of `hops.py`.
+
+    What every hop asks of a field is worked out once, here; fields of the wire are kept and found again by
+    their line (see `http1.py`).
+    """
+
+    name: bytes
+    value: bytes
+    line: bytes
+    bits: int
+
+
+def make_field(name: bytes, value: bytes) -> Field:
+    """Return the field of a name, in any case, and a value."""
+    lowered, bits = _of_name(name)
+    return _new(Field, (lowered, value, b"%b: %b" % (name, value), bits))
+
+
+# A named tuple's own way to make one costs twice as much.
+_new = tuple.__new__
+
+
+@lru_cache(maxsize=1024)
+def _of_name(name: bytes) -> tuple[bytes, int]:
+    lowered = name.lower()
+    return lowered, hops(lowered)
+
+
+@lru_cache(maxsize=1024)
+def _wanted(name: str) -> bytes:
+    return name.lower().encode("latin-1")
+
+
+@lru_cache(maxsize=1024)
+def _sound_name(name: str) -> tuple[bytes, bytes, int]:
+    if not name or _UNSAFE.search(name):
+        raise ValueError(f"header {name!r} has a line break or a NUL in it, or no name")
+    raw = name.encode("latin-1")
+    return (raw, *_of_name(raw))
+
+
+def _sound(name: str, value: str) -> Field:
+    """Return the field of a name and a value that a stage made. Raises ValueError."""
+    raw, lowered, bits = _sound_name(name)
+    if not value.isprintable() and _UNSAFE.search(value):
+        raise ValueError(f"header {name!r} has a line break or a NUL in its value")
+    encoded = value.encode("latin-1")
+    return _new(Field, (lowered, encoded, b"%b: %b" % (raw, encoded), bits))
 
 
 class Headers:
-    """Header fields as a list of (name, value) pairs, in order, found without regard to case.
+    """Header fields as a list, in order, found without regard to case.
 
-    `raw` holds the bytes as they stand on the wire. Text is latin-1, as HTTP has it.
+    `fields` holds the bytes as they stand on the wire. Text is latin-1, as HTTP has it.
     """
 
-    __slots__ = ("raw",)
+    __slots__ = ("_up", "fields")
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]] | Mapping[str, str] = ()) -> None:
-        self.raw: list[tuple[bytes, bytes]] = []
+        self.fields: list[Field] = []
+        self._up: bytes | None = None
         if isinstance(pairs, Mapping):
             for name, value in pairs.items():
                 self.add(name, value)
         else:
-            self.raw.extend(pairs)
+            self.fields.extend(make_field(name, value) for name, value in pairs)
+
+    @classmethod
+    def of(cls, fields: list[Field], up: bytes | None = None) -> Self:
+        """Return headers that hold this very list, of which `up` is what `up()` returns, if that is known."""
+        headers = cls.__new__(cls)
+        headers.fields = fields
+        headers._up = up
+        return headers
+
+    def up(self) -> bytes:
+        """Return the lines of the fields that go on to Azure."""
+        if self._up is None:
+            self._up = b"\r\n".join([field[2] for field in self.fields if field[3] & UP])
+        return self._up
 
     def get(self, name: str, default: str | None = None) -> str | None:
         """Return the first value of `name`, or `default`."""
-        wanted = name.lower().encode("latin-1")
-        for key, value in self.raw:
-            if key.lower() == wanted:
-                return value.decode("latin-1")
+        wanted = _wanted(name)
+        for field in self.fields:
+            if field[0] == wanted:
+                return field[1].decode("latin-1")
         return default
 
     def getall(self, name: str) -> list[str]:
         """Return every value of `name`, in order."""
-        wanted = name.lower().encode("latin-1")
-        return [value.decode("latin-1") for key, value in self.raw if key.lower() == wanted]
+        wanted = _wanted(name)
+        return [field[1].decode("latin-1") for field in self.fields if field[0] == wanted]
 
     def set(self, name: str, value: str) -> None:
         """Give `name` this one value. Raises ValueError where a value would break out of its line."""
-        self.remove(name)
-        self.add(name, value)
+        field = _sound(name, value)
+        lowered = field[0]
+        for each in self.fields:
+            if each[0] == lowered:
+                self.fields = [other for other in self.fields if other[0] != lowered]
+                break
+        self.fields.append(field)
+        self._up = None
+
+    def update(self, values: Mapping[str, str]) -> None:
+        """Give each of these names its one value; one pass over the fields. Raises ValueError as `set` does."""
+        made = [_sound(name, value) for name, value in values.items()]
+        names = [field[0] for field in made]
+        self.fields = [each for each in self.fields if each[0] not in names]
+        self.fields += made
+        self._up = None
 
     def add(self, name: str, value: str) -> None:
         """Add a field, beside others of its name. Raises ValueError as `set` does."""
-        raw_name, raw_value = name.encode("latin-1"), value.encode("latin-1")
-        if UNSAFE.search(raw_name) or UNSAFE.search(raw_value) or not raw_name:
-            raise ValueError(f"header {name!r} has a line break or a NUL in it")
-        self.raw.append((raw_name, raw_value))
+        self.fields.append(_sound(name, value))
+        self._up = None
 
     def remove(self, name: str) -> None:
         """Remove every field of this name; do nothing if there is none."""
-        wanted = name.lower().encode("latin-1")
-        self.raw = [pair for pair in self.raw if pair[0].lower() != wanted]
+        wanted = _wanted(name)
+        for field in self.fields:
+            if field[0] == wanted:
+                self.fields = [each for each in self.fields if each[0] != wanted]
+                self._up = None
+                return
 
     def copy(self) -> Headers:
         """Return a copy that can be changed apart."""
-        return Headers(self.raw)
+        return Headers.of(self.fields.copy())
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for key, value in self.raw:
-            yield key.decode("latin-1"), value.decode("latin-1")
+        for name, value, line, _ in self.fields:
+            yield line[: len(name)].decode("latin-1"), value.decode("latin-1")
 
     def __len__(self) -> int:
-        return len(self.raw)
+        return len(self.fields)
 
     def __repr__(self) -> str:
         # Names only: values may be keys.

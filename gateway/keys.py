@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gateway.errors import ApiError
 from gateway.headers import Headers
+from gateway.hops import KEY
 
 if TYPE_CHECKING:
     from gateway.messages import Target
@@ -34,31 +35,46 @@ class Credential:
 
     value: str = field(repr=False)
     bearer: bool = False
+    digest: str = field(init=False)
+    """`sha256:` and 64 hexadecimal digits: how logs and counters name a key."""
 
-    @property
-    def digest(self) -> str:
-        """`sha256:` and 64 hexadecimal digits: how logs and counters name a key."""
-        return key_digest(self.value)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", key_digest(self.value))
+
+
+# Keys that were looked at, by the SHA-256 of what was presented: the digest is needed for each request anyway.
+_seen: dict[tuple[bytes, bool], Credential] = {}
+_MAX_SEEN = 4096
 
 
 def presented_key(headers: Headers) -> Credential | None:
     """Return the key that these headers present; see `Request.key`."""
-    found: list[tuple[str, bool]] = []
-    for name, value in headers.raw:
-        lowered = name.lower()
-        if lowered == b"authorization":
+    shown: Credential | None = None
+    for name, value, _, _ in [each for each in headers.fields if each[3] & KEY]:
+        if name == b"authorization":
             scheme, _, token = value.partition(b" ")
             if scheme.lower() != b"bearer":
                 raise _bad_key("the Authorization header must be `Bearer YOUR_KEY`")
-            found.append((_key_text(token), True))
-        elif lowered == b"api-key":
-            found.append((_key_text(value), False))
-    if not found:
-        return None
-    if len({text for text, _ in found}) > 1:
-        raise _bad_key("two different keys were presented; send one, as `Authorization: Bearer` or as `api-key`")
-    text = found[0][0]
-    return Credential(text, bearer=any(bearer for _, bearer in found) and is_jwt(text))
+            found = _credential(token, authorization=True)
+        else:
+            found = _credential(value, authorization=False)
+        if shown is not None and found.value != shown.value:
+            raise _bad_key("two different keys were presented; send one, as `Authorization: Bearer` or as `api-key`")
+        if shown is None or found.bearer:
+            shown = found
+    return shown
+
+
+def _credential(raw: bytes, *, authorization: bool) -> Credential:
+    place = hashlib.sha256(raw).digest(), authorization
+    found = _seen.get(place)
+    if found is None:
+        text = _key_text(raw)
+        found = Credential(text, bearer=authorization and is_jwt(text))
+        if len(_seen) >= _MAX_SEEN:
+            _seen.clear()
+        _seen[place] = found
+    return found
 
 
 def _key_text(raw: bytes) -> str:

@@ -1,14 +1,16 @@
 """Log events: structlog, one JSON line each, or coloured text on a terminal.
 
-aiohttp's own loggers print malformed header lines whole, keys and all, so nothing of theirs is shown but
-the kind of the error.
+Events leave together (see `_Sink`): a write for each costs more than a request's whole way through the stages.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
 
@@ -16,7 +18,7 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
-__all__ = ("configure", "get_logger", "masked", "quiet_logger")
+__all__ = ("configure", "get_logger", "masked")
 
 
 def get_logger() -> FilteringBoundLogger:
@@ -28,17 +30,14 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     """Set up logging for the process: `form` is `json`, `text`, or `auto` (text on a terminal)."""
     stream = stream or sys.stderr
     text = form == "text" or (form == "auto" and stream.isatty())
-    processors: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
+    processors: list[structlog.typing.Processor] = [_stamp]
     if text:
         processors += [_printable, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
     else:
-        processors.append(structlog.processors.JSONRenderer(serializer=_to_json))
+        processors.append(_to_json)
     structlog.configure(
         processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        wrapper_class=_lean(structlog.make_filtering_bound_logger(getattr(logging, level.upper()))),
         logger_factory=_Sink(stream),
         cache_logger_on_first_use=False,
     )
@@ -47,35 +46,115 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
+def _lean(filtering: type[Any]) -> type[Any]:
+    """Return a bound logger whose `info` goes straight through the processors: an access log writes a lot of it."""
+    if filtering(None, [], {}).is_enabled_for(logging.INFO):
+
+        class Lean(filtering):  # type: ignore[misc] # structlog makes the class
+            """structlog's filtering logger, but for `info`."""
+
+            def info(self, event: str, **facts: Any) -> None:
+                facts = {**self._context, **facts, "event": event}
+                logger = self._logger
+                line: Any = facts
+                try:
+                    for process in self._processors:
+                        line = process(logger, "info", line)
+                except structlog.DropEvent:
+                    return
+                logger.info(line)
+
+        return Lean
+    return filtering
+
+
 class _Sink:
-    """Writes lines to a stream. A line that cannot be written is lost: requests matter more than their log."""
+    """Writes lines to a stream. A line that cannot be written is lost: requests matter more than their log.
+
+    While a loop runs, lines of `debug` and `info` leave together, each 50 ms or whenever they are many;
+    warnings and errors leave at once, with all before them, and so does everything when the process ends.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._buffer = getattr(stream, "buffer", None)
+        self._lines: list[bytes] = []
+        self._waiting = 0
+        self._timer: asyncio.TimerHandle | None = None
+        atexit.register(self.flush)
 
     def __call__(self, *_: object) -> WrappedLogger:
         return self
 
-    def _write(self, line: bytes | str) -> None:
+    def info(self, line: bytes | str) -> None:
         if isinstance(line, str):
             line = line.encode("utf-8", "backslashreplace")
+        self._lines.append(line)
+        self._waiting += len(line)
+        if self._timer is None or self._waiting > _MOST_WAITING:
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:
+                self.flush()
+                return
+            if self._timer is None:
+                self._timer = loop.call_later(_TOGETHER, self.flush)
+            else:
+                self.flush()
+
+    def error(self, line: bytes | str) -> None:
+        self.info(line)
+        self.flush()
+
+    debug = msg = info
+    warning = critical = error
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._lines:
+            return
+        self._lines.append(b"")
+        text = b"\n".join(self._lines)
+        self._lines, self._waiting = [], 0
         try:
             if self._buffer is not None:
-                self._buffer.write(line + b"\n")
+                self._buffer.write(text)
                 self._buffer.flush()
             else:
-                self._stream.write(line.decode() + "\n")
+                self._stream.write(text.decode())
                 self._stream.flush()
         except (OSError, ValueError):
             return
 
-    debug = info = warning = error = critical = msg = _write
+
+# Lines that may wait for each other: for how long, in seconds, and how many bytes of them.
+_TOGETHER = 0.05
+_MOST_WAITING = 64 * 1024
+
+_second = (0, "")
 
 
-def _to_json(event: EventDict, **_: object) -> bytes:
+def _stamp(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
+    """Add the level, and the time in UTC to the microsecond."""
+    global _second  # noqa: PLW0603 -- one value for the process, made once a second
+    now = time.time()
+    whole = int(now)
+    if whole != _second[0]:
+        _second = whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
+    event["level"] = level
+    event["timestamp"] = f"{_second[1]}.{int((now - whole) * 1_000_000):06d}Z"
+    return event
+
+
+_encode = msgspec.json.Encoder(enc_hook=repr).encode
+
+
+def _to_json(_: WrappedLogger, __: str, event: EventDict) -> bytes:
     try:
-        return msgspec.json.encode(event, enc_hook=repr)
+        return _encode(event)
     except (ValueError, TypeError, RecursionError):
         # A lone surrogate, a key that is no text: the slow way takes everything.
         return json.dumps({str(key): value for key, value in event.items()}, default=repr).encode()
@@ -87,13 +166,6 @@ def _printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         if isinstance(value, str) and not value.isprintable():
             event[key] = ascii(value)
     return event
-
-
-def quiet_logger() -> logging.Logger:
-    """Return a standard logger for aiohttp's server that says nothing: its messages may hold header lines."""
-    logger = logging.getLogger("gateway.aiohttp")
-    logger.disabled = True
-    return logger
 
 
 def masked(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]:

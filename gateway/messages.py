@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import msgspec
@@ -34,9 +35,8 @@ class Resource:
     credential: Credential | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where a request goes. Stages replace it whole, with `dataclasses.replace`.
+class Target(msgspec.Struct, frozen=True):
+    """Where a request goes. Stages replace it whole: `request.target = request.target.replace(deployment="x")`.
 
     `credential` is None where the resource's own is to be used.
     """
@@ -45,6 +45,10 @@ class Target:
     deployment: str | None = None
     api_version: str | None = None
     credential: Credential | None = None
+
+    def replace(self, **fields: Any) -> Target:
+        """Return this target with other values in some of its fields."""
+        return msgspec.structs.replace(self, **fields)
 
 
 class _Peek(msgspec.Struct):
@@ -252,8 +256,10 @@ class Response:
     @property
     def event_stream(self) -> bool:
         """Whether the body is server-sent events, by its media type, whatever its parameters."""
-        media_type = (self.headers.get("content-type") or "").partition(";")[0]
-        return media_type.strip().lower() == "text/event-stream"
+        for field in self.headers.fields:
+            if field[0] == b"content-type":
+                return _is_event_stream(field[1])
+        return False
 
     def pipe(self, *filters: Filter | EventFilter) -> None:
         """Put filters on the body; the one put on first, nearest Azure, runs first."""
@@ -291,6 +297,11 @@ class Response:
 
     def __repr__(self) -> str:
         return f"<Response {self.status}>"
+
+
+@lru_cache(maxsize=256)
+def _is_event_stream(content_type: bytes) -> bool:
+    return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"
 
 
 def check_body(body: object) -> None:

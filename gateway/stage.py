@@ -64,20 +64,16 @@ class Stage:
 
 def compile_pipeline(stages: Sequence[tuple[str, Callable[[Request, Next], Awaitable[Response]]]], end: Next) -> Next:
     """Compile (id, stage) pairs and the end of the pipeline into one callable; done once per team."""
-
-    async def last(request: Request, _: Next) -> Response:
-        return await end(request)
-
-    call_next = _link("upstream", last, end)
+    call_next = _link("upstream", None, end)
     for name, stage in reversed(stages):
         call_next = _link(name, stage, call_next)
     return call_next
 
 
-def _link(name: str, stage: Callable[[Request, Next], Awaitable[Response]], call_next: Next) -> Next:
+def _link(name: str, stage: Callable[[Request, Next], Awaitable[Response]] | None, call_next: Next) -> Next:
     async def linked(request: Request) -> Response:
         try:
-            response = await stage(request, call_next)
+            response = await (call_next(request) if stage is None else stage(request, call_next))
         except asyncio.CancelledError:
             if not request._exchange.deadline_hit():
                 raise

@@ -102,12 +102,12 @@ class Teams:
             await team.stop()
         await self.shared.close()
 
-    def find(self, prefix: str, host: str, headers: Headers) -> Team | None:
+    def find(self, prefix: str, headers: Headers) -> Team | None:
         """Return the team of a request, or None where no team has its path prefix.
 
         Raises ApiError 401 where the key belongs to a team that the path or the host name does not lead to.
         """
-        team = self._prefixes.get(prefix) if prefix else (self._hosts.get(host) if self._hosts else None)
+        team = self._prefixes.get(prefix) if prefix else (self._hosts.get(_host(headers)) if self._hosts else None)
         if prefix and team is None:
             return None
         if not self._keys:
@@ -129,3 +129,9 @@ class Teams:
         if found is not None and any(hmac.compare_digest(digest, known) for known in found.match.keys):
             return found
         return None
+
+
+def _host(headers: Headers) -> str:
+    """Return the name in the Host header, in lower case and without its port."""
+    name, colon, port = (headers.get("host") or "").rpartition(":")
+    return (name if port.isdigit() else name + colon + port).lower()

@@ -1,177 +1,458 @@
-"""One connection to Azure, and whether it may be used again.
+"""One connection to Azure: what is asked on it, the answer as it comes, and whether it may be used again.
 
-What aiohttp keeps private is used here, in `upstream.py` and in `connection.py` alone; tests name what moved.
+It may where the answer ended exactly where its bytes ended, and neither side wants it closed. On any byte that
+arrives while nothing was asked it is closed: such bytes would be the next caller's answer.
+
+An answer of known and moderate length is handed over whole: a break then becomes a clean 502, and the
+connection is free again sooner. Of a longer one, or a stream, the pieces are either asked for one by one, or
+handed to a sink (`Answer.pump`) the moment they arrive, with no task between: that is the way of every stream
+that the server writes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ssl
-from typing import cast
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol, Self
 
-import aiohttp
-from aiohttp.client_proto import ResponseHandler
-from aiohttp.client_reqrep import ConnectionKey
-from aiohttp.http_parser import RawResponseMessage
-from aiohttp.streams import StreamReader
-from yarl import URL
+from aiohttp.base_protocol import BaseProtocol
 
 from gateway.body import Body
-from gateway.errors import UpstreamError
-from gateway.messages import Resource
+from gateway.errors import UpstreamError, UpstreamTimeout
+from gateway.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, parse_response
 
-__all__ = (
-    "READ_BUFFER",
-    "Destination",
-    "Lease",
-    "Wire",
-    "final_answer",
-    "send_body",
-)
+if TYPE_CHECKING:
+    import aiohttp
 
-READ_BUFFER = 64 * 1024
+    from gateway.headers import Field
+
+__all__ = ("Answer", "Home", "Wire")
+
+# An answer of known length up to this size is handed over whole.
+_WHOLE = 1024 * 1024
+# What may wait to be read before Azure is asked to wait.
+_WAITING = 64 * 1024
+# Above this size, a head and a body are not joined to be written.
+_JOINED = 16 * 1024
 _MAX_INTERIM = 16
 
 
-class Wire(ResponseHandler):
-    """aiohttp's client protocol, with what decides whether its connection may be used again."""
+class Home(Protocol):
+    """Where a connection goes when its answer has ended: the pool."""
+
+    def put(self, wire: Wire) -> None:
+        """Keep a connection that may be used again."""
+
+
+class Answer:
+    """One answer of Azure. Its head is there after `await begun()`; its body is iterated over or pumped.
+
+    `whole` is the body where it is short and of known length. The request's exchange owns an answer, and so
+    its connection, until it has ended.
+    """
+
+    # An answer is made for each request, and most of these are never set: defaults of the class cost nothing.
+    status = 0
+    fields: list[Field] = []  # noqa: RUF012 -- replaced, never changed
+    whole: bytes | None = None
+    done = False
+    close = False
+    upload: asyncio.Task[None] | None = None
+    _chunks: Chunks | None = None
+    _left = 0  # bytes still to come, where that is known; -1 for all until the connection closes
+    _size = 0  # of the parts
+    _held = False
+    _error: Exception | None = None
+    _sink: Callable[[bytes], None] | None = None
+    _waiter: asyncio.Future[None] | None = None
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire: Wire | None = wire
+        self._parts: list[bytes] = []
+
+    async def begun(self) -> None:
+        """Wait for the head, and for the body where it is handed over whole. Raises UpstreamError."""
+        await self._wait()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        wire = self._wire
+        assert wire is not None, "an answer that has ended is waited for"  # noqa: S101 -- a bug of ours
+        self._waiter = wire.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    # -- the wire's side -------------------------------------------------------------------------------
+
+    def begin(self, head: ResponseHead) -> None:
+        """Take the head."""
+        self.status, self.fields, length, chunked, self.close = head
+        if chunked:
+            self._chunks = Chunks()
+        elif length is None:
+            self._left = -1
+        else:
+            self._left = length
+            if length <= _WHOLE:
+                self.whole = b""
+        if self.whole is None:
+            self._wake()
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes of the body; returns what follows its end. Raises Malformed."""
+        extra = b""
+        if self._chunks is not None:
+            data = self._chunks.feed(data)
+            self.done, extra = self._chunks.done, self._chunks.extra
+        elif self._left >= 0:
+            left = self._left
+            if len(data) > left:
+                data, extra = data[:left], data[left:]
+            self._left = left - len(data)
+            self.done = not self._left
+        if self._sink is not None:
+            if data:
+                self._sink(data)
+        elif data:
+            self._parts.append(data)
+            self._size += len(data)
+            if self.whole is None:
+                self._wake()
+                if self._size > _WAITING and not self.done:
+                    self.hold()
+        return extra
+
+    def end(self) -> None:
+        """Note that it has ended well, and let go of its connection."""
+        self.done = True
+        self._wire = None
+        if self.whole is not None:
+            self.whole = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+            self._parts = []
+        self._sink = None
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Note that it does not go on, and let go of its connection."""
+        self._wire = None
+        self._sink = None
+        if self._error is None and not self.done:
+            self._error = error
+            waiter = self._waiter
+            if waiter is not None and not waiter.done():
+                waiter.set_exception(error)
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    @property
+    def uploading(self) -> bool:
+        """Whether the request's body is still on its way."""
+        return self.upload is not None and not self.upload.done()
+
+    # -- the reader's side -----------------------------------------------------------------------------
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._parts:
+            if self.done:
+                raise StopAsyncIteration
+            await self._wait()
+        return self._take()
+
+    def _take(self) -> bytes:
+        parts = self._parts
+        self._parts, self._size = [], 0
+        if self._held:
+            self.release()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def pump(self, sink: Callable[[bytes], None]) -> None:
+        """Hand every piece of the body to `sink` as it arrives; returns at the clean end.
+
+        Raises UpstreamError where Azure breaks off, and what `sink` raises.
+        """
+        if self._parts:
+            sink(self._take())
+        if self.done:
+            return
+        self._sink = sink
+        await self._wait()
+
+    def hold(self) -> None:
+        """Take nothing more from Azure for now."""
+        if not self._held and self._wire is not None:
+            self._held = True
+            self._wire.hold()
+
+    def release(self) -> None:
+        """Go on taking."""
+        if self._held:
+            self._held = False
+            if self._wire is not None:
+                self._wire.release()
+
+    def abort(self) -> None:
+        """Close the connection at once, if it is still this answer's."""
+        if self.upload is not None:
+            self.upload.cancel()
+        wire, self._wire = self._wire, None
+        self._sink = None
+        if wire is not None:
+            wire.abort()
+
+    async def aclose(self) -> None:
+        """Close, as iterating asks of what it iterates over."""
+        self.abort()
+
+
+class Wire(BaseProtocol):
+    """The protocol of one connection to Azure."""
+
+    __slots__ = (
+        "_answer",
+        "_buffer",
+        "_due",
+        "_first_byte",
+        "_home",
+        "_idle",
+        "_interim",
+        "_timer",
+        "closed",
+        "connection",
+        "destination",
+        "idle_since",
+        "loop",
+        "lost",
+        "received",
+        "used",
+    )
+
+    should_close = False  # aiohttp's connector asks
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop)
-        self.used = False
-        self.idle = False
-        self.received = 0
-        self._head_size = -1
-        self._last = b""
+        self.loop = loop
+        self.connection: aiohttp.connector.Connection | None = None
+        self.destination: object = None
+        self.used = False  # an answer has ended on it
+        self.received = False  # something came since it was last asked
+        self.lost = False  # it was closed on
+        self.idle_since = 0.0
+        self.closed: asyncio.Future[None] | None = None  # aiohttp's connector asks
+        self._home: Home | None = None
+        self._answer: Answer | None = None
+        self._buffer = b""
+        self._interim = 0
+        self._first_byte = self._idle = 0.0
+        self._due = math.inf
+        self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, first_byte: float) -> None:
-        """Get ready for one answer."""
-        self.idle = False
-        self.received = 0
-        self._head_size = -1
-        self._last = b""
-        self.set_response_params(
-            read_until_eof=True,
-            auto_decompress=False,
-            read_timeout=first_byte,
-            read_bufsize=READ_BUFFER,
-            max_line_size=16_384,
-            max_field_size=16_384,
-            max_headers=256,
-        )
-        self.start_timeout()
+    def leave(self, connection: aiohttp.connector.Connection, home: Home, destination: object) -> None:
+        """Tell a new connection where it belongs."""
+        self.connection, self._home, self.destination = connection, home, destination
+
+    # -- asking ----------------------------------------------------------------------------------------
+
+    def ask(self, first_byte: float, idle: float) -> Answer:
+        """Get ready for one answer: `first_byte` seconds to its head, `idle` seconds from piece to piece."""
+        self.received = False
+        self._interim = 0
+        self._first_byte, self._idle = first_byte, idle
+        self._set_due(first_byte)
+        self._answer = answer = Answer(self)
+        return answer
+
+    def send(self, head: bytes, body: bytes) -> None:
+        """Write a request whose body is at hand."""
+        transport = self.transport
+        if transport is None:
+            return  # connection_lost() has told the answer
+        if len(body) <= _JOINED:
+            transport.write(head + body)
+        else:
+            transport.writelines((head, body))
+
+    async def send_stream(self, head: bytes, body: Body, patience: float) -> None:
+        """Write a request's body as it comes from the client, in chunks where its length is not known.
+
+        Raises ApiError where the client fails, UpstreamTimeout where Azure takes nothing for `patience` seconds.
+        """
+        chunked = body.length is None
+        self._write(head)
+        async for chunk in body.stream():
+            self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+            if self._paused:
+                try:
+                    async with asyncio.timeout(patience):
+                        await self._drain_helper()
+                except TimeoutError:
+                    raise UpstreamTimeout(f"Azure took no more of the request for {patience:g} s") from None
+        if chunked:
+            self._write(b"0\r\n\r\n")
+
+    def _write(self, data: bytes) -> None:
+        # Where the connection is lost, the answer has been told, and its exchange ends the upload.
+        if self.transport is not None:
+            self.transport.write(data)
+
+    # -- what arrives ----------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; on an idle connection, close it."""
-        if self.idle:
+        """Take what came."""
+        answer = self._answer
+        if answer is None:
             # Nobody asked for these bytes, and the next caller must not get them.
             self.abort()
             return
-        if data:
-            if not self.received:
-                self._head_size = data.find(b"\r\n\r\n") + 4
-            self.received += len(data)
-            self._last = data
-        super().data_received(data)
+        self.received = True
+        try:
+            if not answer.status:
+                data = self._take_head(answer, data)
+                if not answer.status:
+                    return
+            extra = answer.feed(data)
+        except Malformed as exc:
+            self._give_up(UpstreamError(f"what Azure answered is not valid HTTP: {exc}"))
+            return
+        except Exception as exc:
+            self._give_up(exc)
+            return
+        if answer.done:
+            self._end(answer, extra)
+        elif not answer._held:
+            self._set_due(self._idle)
 
-    def ended_cleanly(self, message: RawResponseMessage, payload: StreamReader) -> bool:
-        """Whether the bytes received are one answer and nothing else, as far as can be proved."""
-        if self.should_close or message.should_close or not payload.is_eof():
-            return False
-        if message.chunked:
-            return self._last.endswith(b"\r\n\r\n")
-        return self.received == self._head_size + payload.total_bytes
+    def _take_head(self, answer: Answer, data: bytes) -> bytes:
+        """Read the head, once it is whole; returns what follows it. Raises Malformed."""
+        if self._buffer:
+            data, self._buffer = self._buffer + data, b""
+        while True:
+            end = data.find(HEAD_END)
+            if end < 0 or end > MAX_HEAD:
+                if not data.startswith(b"HTTP/1."[: len(data)]):
+                    raise Malformed("there is no status line")
+                if len(data) > MAX_HEAD:
+                    raise Malformed("the head is too large")
+                self._buffer = data
+                return b""
+            head = parse_response(data[:end])
+            data = data[end + 4 :]
+            if 200 <= head.status <= 599:
+                break
+            self._interim += 1
+            if head.status == 101 or not 100 <= head.status < 200 or self._interim > _MAX_INTERIM:
+                raise Malformed(f"the status {head.status} is none that was asked for")
+        answer.begin(head)
+        return data
 
-    def resume_reading(self, resume_parser: bool = True) -> None:
-        """Go on reading where it was paused."""
-        # aiohttp calls this after every read; there is nothing to do unless reading was paused.
-        if self._reading_paused:
-            super().resume_reading(resume_parser)
+    def _end(self, answer: Answer, extra: bytes) -> None:
+        """Note the answer's end; the connection goes home, or is closed."""
+        self._answer = None
+        self._due = math.inf
+        home = self._home
+        if extra or answer.close or answer.uploading or home is None or self.transport is None:
+            self.abort()
+        else:
+            self.used = True
+            home.put(self)
+        answer.end()
+
+    def _give_up(self, error: Exception) -> None:
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.fail(error)
+        self.abort()
+
+    def eof_received(self) -> None:
+        """Take the other end's leave; the connection is closed next."""
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Fail a body that was not whole, whatever ended the connection."""
-        payload = self._payload
-        if exc is not None and payload is not None and not payload.is_eof():
-            # A body that lasts until the connection closes must not look whole after a reset.
-            payload.set_exception(aiohttp.ClientPayloadError("connection reset"))
+        """End or fail the answer at hand."""
+        self.lost = True
         super().connection_lost(exc)
-        if payload is not None and not payload.is_eof() and payload.exception() is None:
-            # The parser gave up on what came (and closed the connection): whoever reads must not wait for more.
-            payload.set_exception(aiohttp.ClientPayloadError("not a whole answer"))
-
-    async def drain(self, patience: float) -> None:
-        """Wait until what was written has left, as flow control asks; TimeoutError after `patience` seconds."""
-        if self._paused:
-            async with asyncio.timeout(patience):
-                await self._drain_helper()
-
-
-class Destination:
-    """What aiohttp's connector asks of a request, for one resource."""
-
-    proxy = None
-    server_hostname = None
-
-    def __init__(self, resource: Resource, context: ssl.SSLContext) -> None:
-        self.url = URL(resource.endpoint)
-        self.host = self.url.raw_host or ""
-        self.port = self.url.port
-        self.ssl = context
-        self.connection_key = ConnectionKey(self.host, self.port, self.is_ssl(), context, None, None, None)
-        self.base = self.url.raw_path.rstrip("/").encode()
-        default = 443 if self.is_ssl() else 80
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        self.host_header = (host if self.port == default else f"{host}:{self.port}").encode()
-
-    def is_ssl(self) -> bool:
-        """Whether the resource is spoken to over TLS."""
-        return self.url.scheme == "https"
-
-
-class Lease:
-    """One connection while it is in use; the request's exchange owns it."""
-
-    __slots__ = ("connection", "upload", "wire")
-
-    def __init__(self, connection: aiohttp.connector.Connection) -> None:
-        self.connection = connection
-        self.wire = cast(Wire, connection.protocol)
-        self.upload: asyncio.Task[None] | None = None
-
-    def hand_back(self, message: RawResponseMessage, payload: StreamReader) -> None:
-        """Return the connection to the pool if the answer ended cleanly on it, else close it."""
-        upload = self.upload
-        if (upload is None or upload.done()) and self.wire.ended_cleanly(message, payload):
-            self.wire.used = self.wire.idle = True
-            self.connection.release()
+        self._forget()
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return
+        if answer.status and answer._left < 0 and answer._chunks is None and exc is None:
+            answer.end()
+        elif answer.status or self._buffer:
+            answer.fail(UpstreamError("Azure's answer broke off before its end"))
         else:
-            self.abort()
+            answer.fail(UpstreamError("Azure closed the connection before it had answered"))
+
+    # -- closing ---------------------------------------------------------------------------------------
+
+    def is_connected(self) -> bool:
+        """Whether it is open; aiohttp's connector asks, too."""
+        return self.transport is not None and not self.transport.is_closing()
+
+    def close(self) -> None:
+        """Close, as aiohttp's connector asks."""
+        if self.transport is not None:
+            self.transport.close()
 
     def abort(self) -> None:
         """Close at once, without waiting for what is still to be written."""
-        if self.upload is not None:
-            self.upload.cancel()
-        if self.connection.protocol is not None:
-            self.wire.abort()
-            self.connection.close()
+        if self.transport is not None:
+            self.transport.abort()
+        self._forget()
 
+    def _forget(self) -> None:
+        self._due = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.close()
 
-async def final_answer(wire: Wire) -> tuple[RawResponseMessage, StreamReader]:
-    """Wait for the head of the final answer."""
-    for _ in range(_MAX_INTERIM):
-        message, payload = await wire.read()
-        if message.code >= 200 or message.code == 101 or message.code < 100:
-            return message, payload
-    raise UpstreamError("Azure sent interim answers without end")
+    # -- how long it may take --------------------------------------------------------------------------
 
+    def _set_due(self, seconds: float) -> None:
+        """Give up in `seconds`. The timer that runs is left alone where it goes off earlier: it looks again."""
+        self._due = due = self.loop.time() + seconds
+        if self._timer is None:
+            self._timer = self.loop.call_at(due, self._look)
+        elif self._timer.when() > due:
+            self._timer.cancel()
+            self._timer = self.loop.call_at(due, self._look)
 
-async def send_body(wire: Wire, body: Body, patience: float) -> None:
-    """Write a request's body as it comes from the client, in chunks where its length is not known."""
-    chunked = body.length is None
-    async for chunk in body.stream():
-        if wire.transport is None:
+    def _look(self) -> None:
+        self._timer = None
+        if self._due == math.inf:
             return
-        wire.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
-        await wire.drain(patience)
-    if chunked and wire.transport is not None:
-        wire.transport.write(b"0\r\n\r\n")
+        if self.loop.time() < self._due:
+            self._timer = self.loop.call_at(self._due, self._look)
+        else:
+            begun = self._answer is not None and self._answer.status
+            self._give_up(
+                UpstreamTimeout(
+                    f"Azure sent nothing for {self._idle:g} s"
+                    if begun
+                    else f"Azure did not begin to answer within {self._first_byte:g} s"
+                )
+            )
+
+    # -- flow ------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Take nothing more for now; it is not Azure that is slow then."""
+        if self.transport is not None:
+            self.transport.pause_reading()
+            self._due = math.inf
+
+    def release(self) -> None:
+        """Go on taking."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._set_due(self._idle)

@@ -20,11 +20,14 @@ class AccessLog(Stage):
     async def __call__(self, request: Request, call_next: Next) -> Response:
         def log(outcome: Outcome) -> None:
             target = outcome.target
-            facts = {
+            resource = target.resource if target is not None else None
+            facts: dict[str, object] = {
+                # Another stage's note never stands in for a fact.
+                **request.notes,
                 "request_id": request.id,
                 "operation": request.operation,
                 "caller": request.caller,
-                "resource": target.resource.name if target is not None and target.resource is not None else None,
+                "resource": resource.name if resource is not None else None,
                 "deployment": target.deployment if target is not None else None,
                 "status": outcome.status,
                 "ended_by": outcome.ended_by,
@@ -33,9 +36,9 @@ class AccessLog(Stage):
                 "total_ms": round(outcome.total * 1000, 1),
                 "bytes": outcome.sent,
             }
-            # Another stage's note never stands in for a fact.
-            notes = {name: value for name, value in request.notes.items() if name not in RESERVED}
-            self._logger.info("exchange", **{**notes, **facts})
+            for name in RESERVED:
+                facts.pop(name, None)
+            self._logger.info("exchange", **facts)
 
         request.defer(log)
         return await call_next(request)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from gateway import Meta, Next, Request, Response, Services, Stage
@@ -41,5 +41,5 @@ class ApiVersion(Stage):
         version = self.version
         if self.models and request.has_model:
             version = self.models.get((await request.model()).strip(), version)
-        request.target = replace(request.target, api_version=version)
+        request.target = request.target.replace(api_version=version)
         return await call_next(request)

@@ -1,6 +1,6 @@
 """`auth_passthrough`: the client's own key is the one Azure sees."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gateway import ApiError, Next, Request, Response, Stage
 
@@ -27,5 +27,5 @@ class AuthPassthrough(Stage):
                 headers={"www-authenticate": "Bearer"},
             )
         request.caller = key.digest
-        request.target = replace(request.target, credential=key)
+        request.target = request.target.replace(credential=key)
         return await call_next(request)

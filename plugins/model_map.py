@@ -2,7 +2,7 @@ r"""`model_map`: the model that a client asks for becomes a deployment of an Azu
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import Annotated, Literal
 from urllib.parse import unquote
@@ -152,7 +152,7 @@ class ModelMap(Stage):
             found = self._find(name)
             if found is None:
                 raise self._refusal(name)
-            request.target = replace(request.target, resource=found.resource, deployment=found.deployment)
+            request.target = request.target.replace(resource=found.resource, deployment=found.deployment)
         return await call_next(request)
 
     def _find(self, name: str) -> Target | None:
@@ -184,4 +184,4 @@ class ModelMap(Stage):
 
 def _named(target: Target, name: str) -> Target | None:
     """Return a target with this deployment, or None where that is no deployment's name."""
-    return replace(target, deployment=name) if DEPLOYMENT.fullmatch(name) else None
+    return target.replace(deployment=name) if DEPLOYMENT.fullmatch(name) else None

@@ -48,6 +48,7 @@ class RateLimit(Stage):
         self._running: MutableMapping[str, int] = services.store.setdefault("running", {})
         self._sweep_at = CALLERS
         self._limit = self.requests_per_minute or 0
+        self._limit_text = str(self._limit)
         self._size = float(self.burst or self._limit)
         self._rate = self._limit / 60.0
         self._step = min(STEP, self._size / self._rate) if self._rate else STEP
@@ -62,18 +63,18 @@ class RateLimit(Stage):
                 code="rate_limit_exceeded",
                 headers={"retry-after": "1", "retry-after-ms": "1000"},
             )
-        headers = self._take(who) if self._limit else {}
+        headers = self._take(who) if self._limit else None
         if self.in_flight is not None:
             self._running[who] = self._running.get(who, 0) + 1
             request.defer(lambda outcome: self._leave(who, outcome))
         response = await call_next(request)
-        # Two limits may stand in one pipeline: the client is told of the one with the least room.
-        room = int(headers.get("x-ratelimit-remaining-requests", 0))
-        told = request.notes.get("ratelimit_remaining")
-        if headers and (not isinstance(told, int) or room < told):
-            request.notes["ratelimit_remaining"] = room
-            for name, value in headers.items():
-                response.headers.set(name, value)
+        if headers is not None:
+            # Two limits may stand in one pipeline: the client is told of the one with the least room.
+            room = int(headers["x-ratelimit-remaining-requests"])
+            told = request.notes.get("ratelimit_remaining")
+            if not isinstance(told, int) or room < told:
+                request.notes["ratelimit_remaining"] = room
+                response.headers.update(headers)
         return response
 
     def _who(self, request: Request) -> str:
@@ -122,7 +123,7 @@ class RateLimit(Stage):
     def _headers(self, left: float, since: float, now: float) -> dict[str, str]:
         full = since + self._steps_to(self._size - left) * self._step - now if left < self._size else 0.0
         return {
-            "x-ratelimit-limit-requests": str(self._limit),
+            "x-ratelimit-limit-requests": self._limit_text,
             "x-ratelimit-remaining-requests": str(int(left + 1e-9)),
             "x-ratelimit-reset-requests": duration(max(0.0, full)),
         }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
-import logging
+import subprocess
+import sys
 
 from gateway import logs
 
@@ -36,11 +38,70 @@ def test_masking() -> None:
     assert logs.masked(facts, ["sk-1"]) == {"message": "key *** of ***", "frames": ["at ***"], "number": 1}
 
 
-def test_aiohttp_s_logger_says_nothing(capfd: object) -> None:
-    """Its messages may hold header lines."""
-    logger = logs.quiet_logger()
-    assert logger.disabled
-    assert not logger.isEnabledFor(logging.CRITICAL)
+class Writes(io.StringIO):
+    """A stream that counts how often it is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def write(self, text: str) -> int:
+        self.count += 1
+        return super().write(text)
+
+
+async def test_lines_leave_together() -> None:
+    """While a loop runs, lines wait a moment for each other and are one write; none is lost, and their order stays."""
+    stream = Writes()
+    logs.configure("info", "json", stream)
+    logger = logs.get_logger().bind(team="a")
+    for number in range(100):
+        logger.info("exchange", number=number)
+    assert stream.count == 0
+    async with asyncio.timeout(5):
+        while not stream.count:
+            await asyncio.sleep(0.01)
+    assert stream.count == 1
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["number"] for line in lines] == list(range(100))
+    assert {line["team"] for line in lines} == {"a"}
+
+
+async def test_errors_leave_at_once_with_all_before_them() -> None:
+    """A warning or an error waits for nothing: the process may be about to end."""
+    for level in ("warning", "error", "critical"):
+        stream = Writes()
+        logs.configure("info", "json", stream)
+        logs.get_logger().info("first")
+        getattr(logs.get_logger(), level)("second")
+        assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["first", "second"]
+
+
+async def test_what_waits_is_bounded() -> None:
+    """Very many lines do not wait: they leave by the 64 KiB."""
+    stream = Writes()
+    logs.configure("info", "json", stream)
+    for _ in range(100):
+        logs.get_logger().info("exchange", text="x" * 1000)
+    assert stream.count == 1
+
+
+def test_what_waits_is_written_when_the_process_ends() -> None:
+    """Also where it ends in the middle of an exception."""
+    program = """
+import asyncio
+from gateway import logs
+logs.configure("info", "json")
+
+async def main():
+    logs.get_logger().info("last words")
+    raise SystemExit(3)
+
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert ended.returncode == 3
+    assert b"last words" in ended.stderr
 
 
 def test_a_log_that_cannot_be_written_harms_nothing() -> None:

@@ -542,15 +542,21 @@ pipeline: [access_log, spoils, auth_passthrough, model_map, api_version]
 
 async def test_aiohttp_still_has_what_the_server_uses(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """What aiohttp keeps private and connection.py relies on; an upgrade that moves it must fail here first."""
+    import inspect
+
+    from aiohttp.base_protocol import BaseProtocol
+
+    for name in ("connections", "connection_made", "connection_lost", "shutdown"):
+        assert hasattr(aiohttp.web.Server, name), f"web.Server.{name} moved: server.py keeps its connections there"
+    asked = inspect.getsource(aiohttp.web.Server)
+    assert "_task_handler" in asked, "web.Server no longer asks for _task_handler: connection.py names its task so"
     gateway = await start_gateway(azure.endpoint)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     await until(lambda: gateway.server._http.connections)  # type: ignore[union-attr]
     [connection] = gateway.server._http.connections  # type: ignore[union-attr]
-    for name in ("_waiter", "_messages", "_current_request", "_force_close", "_manager", "_loop", "_drain_helper"):
-        assert hasattr(connection, name), f"RequestHandler.{name} moved: connection.py uses it"
-    from aiohttp.web_protocol import _ErrInfo
-
-    assert _ErrInfo.__name__
+    assert isinstance(connection, BaseProtocol), "web.Server.__call__ no longer makes the connections"
+    for name in ("_loop", "_paused", "_drain_helper", "writing_paused", "transport"):
+        assert hasattr(connection, name), f"aiohttp's BaseProtocol.{name} moved: connection.py and wire.py use it"
     writer.close()
 
 

@@ -15,9 +15,10 @@ import aiohttp
 import pytest
 import trustme
 
-from gateway.settings import Timeouts
+from gateway.messages import Resource
+from gateway.pool import Destination, Pool
 from gateway.testing import FakeAzure
-from gateway.upstream import Upstream
+from gateway.wire import Wire
 from tests.conftest import CHAT, RawUpstream, StartGateway, hard_close, raw_upstream, until
 
 DATA = Path(__file__).parent / "data"
@@ -302,7 +303,7 @@ async def test_interim_answers_are_skipped(start_gateway: StartGateway) -> None:
 
 
 UPLOAD_STAGE = """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from gateway import Next, Request, Response, Stage
 
 @dataclass
@@ -311,7 +312,7 @@ class FixedDeployment(Stage):
     name: str
     provides = ("deployment",)
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        request.target = replace(request.target, deployment=self.name)
+        request.target = request.target.replace(deployment=self.name)
         return await call_next(request)
 """
 UPLOAD_YAML = """
@@ -465,23 +466,51 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
 
 
 async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
-    """What aiohttp keeps private and this file relies on; an upgrade that moves it must fail here first."""
-    upstream = Upstream(Timeouts())
-    await upstream.start()
-    connector = upstream._connector
+    """What aiohttp keeps private and pool.py relies on; an upgrade that moves it must fail here first."""
+    import ast
+    import inspect
+
+    from aiohttp import connector as module
+    from aiohttp.client_reqrep import ConnectionKey
+
+    pool = Pool(5)
+    await pool.start()
+    connector = pool._connector
     assert connector is not None
-    assert hasattr(connector, "_factory"), "TCPConnector._factory moved: upstream.py makes its protocol through it"
-    wire = connector._factory()
-    for name in (
-        "_payload",
-        "_reading_paused",
-        "_drain_helper",
-        "should_close",
-        "set_response_params",
-        "start_timeout",
-    ):
-        assert hasattr(wire, name), f"ResponseHandler.{name} moved: upstream._Wire uses it"
-    await upstream.close()
+    assert hasattr(connector, "_factory"), "TCPConnector._factory moved: pool.py makes its protocol through it"
+    assert isinstance(connector._factory(), Wire), "TCPConnector._factory is made by something else now"
+    assert list(inspect.signature(connector.connect).parameters) == ["req", "traces", "timeout"], (
+        "TCPConnector.connect() takes other arguments: pool.py calls it"
+    )
+    made = inspect.signature(ConnectionKey).parameters
+    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], "ConnectionKey's fields moved: pool.py makes one"
+    assert len(made) == 8, "ConnectionKey has other fields: pool.py makes one"
+    # What the connector asks of a request, and of a protocol: those that stand in must have it.
+    tree = ast.parse(inspect.getsource(module))
+    asked: dict[str, set[str]] = {"req": set(), "proto": set(), "protocol": set()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in asked:
+            asked[node.value.id].add(node.attr)
+    destination = Destination(Resource("east", "https://east.invalid"), ssl.create_default_context())
+    # Those of these that only a proxy's or a unix socket's connection needs.
+    elsewhere = {
+        "headers",
+        "proxy_auth",
+        "proxy_headers",
+        "update_auth",
+        "method",
+        "_ssl",
+        "loop",
+        "update_proxy",
+        "request_info",
+    }
+    missing = {name for name in asked["req"] if not hasattr(destination, name)} - elsewhere
+    assert not missing, f"the connector asks a request for {missing}: give it to pool.Destination"
+    wire = Wire(asyncio.get_running_loop())
+    unused = {"set_response_params", "read"}
+    missing = {name for name in asked["proto"] | asked["protocol"] if not hasattr(wire, name)} - unused
+    assert not missing, f"the connector asks a protocol for {missing}: give it to wire.Wire"
+    await pool.close()
 
 
 @pytest.mark.parametrize(

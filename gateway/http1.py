@@ -1,0 +1,405 @@
+"""HTTP/1.1 as bytes, with no I/O: heads of requests and of responses, and bodies in chunks (RFC 9112).
+
+Rule 1: one reading. What another program on the way might read otherwise is refused: bare CR or LF, folded
+lines, spaces before a colon, several lengths, a length beside a transfer coding.
+Rule 2: memory is bounded: a head by `MAX_HEAD` and `MAX_FIELDS`, the framing of chunks by what they carry.
+Rule 3: no error shows what was sent: it may be a key.
+
+Theory of operation: the lines of heads are the same from one message to the next, but for a few; so a line
+that was read and found sound is kept, with all that is ever asked of it, and found again by its bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple, TypeVar
+
+from gateway.errors import ApiError, GatewayError
+from gateway.headers import Field, Headers, make_field
+from gateway.hops import FRAMING, OURS
+
+__all__ = (
+    "HEAD_END",
+    "MAX_HEAD",
+    "Chunks",
+    "HeadReader",
+    "Malformed",
+    "RequestHead",
+    "ResponseHead",
+    "begins_request",
+    "malformed_request",
+    "parse_response",
+    "too_large",
+)
+
+HEAD_END = b"\r\n\r\n"
+MAX_HEAD = 32 * 1024
+MAX_LINE = 16 * 1024
+MAX_FIELDS = 128
+
+# Lines that are kept: how many, and how long each may be.
+_KEPT_LINES = 4096
+_KEPT_LENGTH = 256
+# Values of these are never kept: they are somebody's keys.
+_SECRET = re.compile(rb"auth|key|cookie|secret|credential|principal|-token$", re.IGNORECASE)
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_FIELD = re.compile(rb"(%b):[ \t]*([\t -~\x80-\xff]*)" % _TOKEN)
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
+_METHOD = re.compile(rb"[\r\n]{0,2}%b( [^\r\n]*)?\r?" % _TOKEN)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
+_PATH = re.compile(r"/[!$&-;=@-Z_a-z~%]*")
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%(0[0-9A-F]|1[0-9A-F]|2E|2F|5C|7F)", re.IGNORECASE)
+_QUERY = re.compile(r"[!-\"$-~]*")
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(:[0-9]{1,5})?")
+_Line = TypeVar("_Line", bound=tuple[object, ...])
+
+
+class Malformed(GatewayError):
+    """What came is not HTTP/1.1, or might be read in two ways. The message never shows it."""
+
+
+class RequestHead(NamedTuple):
+    """A request's head. Its headers are without the fields that `Connection` names: they end here (RFC 9110, 7.6.1).
+
+    `length` is None for a chunked body; `close` says that the connection ends with the answer.
+    """
+
+    method: str
+    path: str
+    query: str
+    old: bool  # HTTP/1.0
+    headers: Headers
+    length: int | None
+    close: bool
+    expects: bool  # `100 Continue` is awaited
+    given_id: bytes | None  # `X-Request-ID`
+
+
+class ResponseHead(NamedTuple):
+    """A response's head, without the fields that `Connection` names.
+
+    `length` is None where the body lasts until the connection closes, unless it is `chunked`.
+    """
+
+    status: int
+    fields: list[Field]
+    length: int | None
+    chunked: bool
+    close: bool
+
+
+_fields: dict[bytes, Field] = {}
+_request_lines: dict[bytes, tuple[str, str, str, bool]] = {}
+_status_lines: dict[bytes, tuple[int, bool]] = {}
+
+
+def _keep(lines: dict[bytes, _Line], line: bytes, value: _Line) -> None:
+    if len(line) <= _KEPT_LENGTH:
+        if len(lines) >= _KEPT_LINES:
+            lines.clear()
+        lines[line] = value
+
+
+def _read_field(line: bytes) -> Field:
+    """Return the field of a line that is not kept. Raises Malformed."""
+    found = _FIELD.fullmatch(line)
+    if found is None or len(line) > MAX_LINE:
+        raise Malformed("a line of the head is no header field, or too long")
+    name, value = found.groups()
+    field = make_field(name, value.rstrip(b" \t"))
+    name, value, _, bits = field
+    if bits & FRAMING:
+        # Sound once is sound for ever: what these may say is looked at before the line is kept.
+        if name == b"content-length" and not (value.isdigit() and len(value) <= 19):
+            raise Malformed("the Content-Length is not one number")
+        if name == b"host" and not _HOST.fullmatch(value):
+            raise Malformed("the Host is not one host name")
+    if _SECRET.search(name) is None:
+        _keep(_fields, line, field)
+    return field
+
+
+def _read_fields(lines: list[bytes]) -> list[Field]:
+    known = _fields.get
+    return [known(line) or _read_field(line) for line in lines]
+
+
+# -- requests ------------------------------------------------------------------------------------------
+
+
+def malformed_request() -> ApiError:
+    """Return the error for what is no HTTP/1.1 request."""
+    return ApiError(400, "this is not a valid HTTP/1.1 request", code="malformed_request")
+
+
+def too_large(limit: int) -> ApiError:
+    """Return the error for a body above the limit."""
+    return ApiError(413, f"the body is larger than the {limit} bytes this gateway takes", code="body_too_large")
+
+
+def begins_request(data: bytes) -> bool:
+    """Whether what came can be the beginning of a request's head."""
+    return _METHOD.fullmatch(data.lstrip(b"\r\n").partition(b"\n")[0] or b"GET") is not None
+
+
+class HeadReader:
+    """Reads the heads of one connection's requests.
+
+    A client that keeps its connection sends the same head again and again, but for the length of its body.
+    What was read of the last one is therefore used again where all other bytes are the same.
+    """
+
+    __slots__ = ("_head", "_length_at", "_same", "_up")
+
+    def __init__(self) -> None:
+        self._same: bytes | None = None  # the last head, without its length
+        self._head: RequestHead | None = None
+        self._length_at = 0  # which field is the length
+        self._up: bytes | None = None
+
+    def read(self, head: bytes, limit: int) -> RequestHead:
+        """Read a head, without the empty line that ends it; see `parse_request`."""
+        start = head.find(b"ength: ") + 7
+        if start < 7:
+            return parse_request(head, limit)
+        end = head.find(b"\r\n", start)
+        digits = head[start:end] if end > 0 else head[start:]
+        same = head[:start] + head[end:] if end > 0 else head[:start]
+        last = self._head
+        if same == self._same and last is not None and digits.isdigit() and len(digits) <= 19:
+            length = int(digits)
+            if length > limit:
+                raise too_large(limit)
+            fields = last.headers.fields.copy()
+            name, _, line, bits = fields[self._length_at]
+            fields[self._length_at] = Field(name, digits, line[:16] + digits, bits)
+            if self._up is None:
+                self._up = Headers.of(fields).up()
+            return last._replace(headers=Headers.of(fields, self._up), length=length)
+        read = parse_request(head, limit)
+        self._up = None
+        self._same = None
+        for place, field in enumerate(read.headers.fields):
+            if field[0] == b"content-length":
+                # Only where what was found is this field, written plainly, and says nothing about expectations.
+                plain = head[start - 18 : start - 7].lower() == b"\r\ncontent-l" and field[1] == digits
+                if plain and not read.expects:
+                    fields = read.headers.fields.copy()  # stages may change the other list
+                    self._same, self._length_at = same, place
+                    self._head = read._replace(headers=Headers.of(fields))
+                break
+        return read
+
+
+def parse_request(head: bytes, limit: int) -> RequestHead:
+    """Read a request's head, without the empty line that ends it; `limit` is the largest body's.
+
+    Raises ApiError for what no gateway may pass on.
+    """
+    line, *lines = head.split(b"\r\n")
+    method, path, query, old = _request_lines.get(line) or _read_request_line(line)
+    if len(lines) > MAX_FIELDS:
+        raise ApiError(431, f"the request has more than {MAX_FIELDS} header fields", code="head_too_large")
+    try:
+        fields = _read_fields(lines)
+    except Malformed:
+        raise malformed_request() from None
+    host = chunked = close = expects = False
+    length: int | None = None
+    given_id: bytes | None = None
+    named: list[bytes] = []
+    for name, value, _, bits in fields:
+        if not bits & OURS:
+            continue
+        if name == b"host":
+            if host:
+                raise ApiError(400, "there must be one Host header", code="malformed_request")
+            host = True
+        elif name == b"content-length":
+            if length is not None:
+                raise ApiError(400, "there must be one Content-Length header", code="malformed_request")
+            length = int(value)
+        elif name == b"connection":
+            if value != b"keep-alive":
+                named += _tokens(value)
+        elif name == b"transfer-encoding":
+            if chunked or old or value.lower() != b"chunked":
+                raise ApiError(400, "the only Transfer-Encoding is chunked, and it needs HTTP/1.1")
+            chunked = True
+        elif name == b"expect":
+            if value.lower() != b"100-continue":
+                raise ApiError(417, "the only expectation met is 100-continue")
+            expects = not old
+        elif name == b"x-request-id":
+            given_id = value
+        elif name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+            raise ApiError(415, "the body must not be compressed; leave Content-Encoding out")
+    if not host and not old:
+        raise ApiError(400, "an HTTP/1.1 request needs a Host header", code="malformed_request")
+    if chunked and length is not None:
+        raise ApiError(400, "a body has a Content-Length or a Transfer-Encoding, not both", code="malformed_request")
+    if length is not None and length > limit:
+        raise too_large(limit)
+    if named:
+        close = b"close" in named
+        fields = [field for field in fields if field[0] not in named]
+    expects = expects and (chunked or bool(length))
+    return RequestHead(
+        method, path, query, old, Headers.of(fields), None if chunked else length or 0, close or old, expects, given_id
+    )
+
+
+def _read_request_line(line: bytes) -> tuple[str, str, str, bool]:
+    found = _REQUEST_LINE.fullmatch(line)
+    if found is None:
+        raise malformed_request()
+    method, target, major, minor = found.groups()
+    if major != b"1":
+        raise ApiError(400, "the gateway speaks HTTP/1.1", code="malformed_request")
+    path, mark, query = target.decode("latin-1").partition("?")
+    if not _PATH.fullmatch(path) or _BAD_ESCAPE.search(path) or not _QUERY.fullmatch(query):
+        raise ApiError(400, "the request's target must be a plain path, such as /v1/chat/completions")
+    if "/." in path and any(segment in (".", "..") for segment in path.split("/")):
+        raise ApiError(400, "the request's path must not have dot segments")
+    read = (method.decode("ascii"), path, query, minor == b"0")
+    if not mark:  # a query may hold a key
+        _keep(_request_lines, line, read)
+    return read
+
+
+# -- responses -----------------------------------------------------------------------------------------
+
+
+def parse_response(head: bytes) -> ResponseHead:
+    """Read a response's head, without the empty line that ends it. Raises Malformed."""
+    line, *lines = head.split(b"\r\n")
+    status, old = _status_lines.get(line) or _read_status_line(line)
+    if len(lines) > MAX_FIELDS:
+        raise Malformed("there are too many header fields")
+    fields = _read_fields(lines)
+    length: int | None = None
+    chunked, close = False, old
+    named: list[bytes] = []
+    for name, value, _, bits in fields:
+        if not bits & FRAMING:
+            continue
+        if name == b"content-length":
+            if length is not None:
+                raise Malformed("there are several lengths")
+            length = int(value)
+        elif name == b"connection":
+            named += _tokens(value)
+        elif name == b"transfer-encoding":
+            if chunked or old or value.lower() != b"chunked":
+                raise Malformed("the transfer coding is another one than chunked")
+            chunked = True
+    if chunked and length is not None:
+        raise Malformed("there is a Content-Length beside a transfer coding")
+    if named:
+        close = close or b"close" in named
+        fields = [field for field in fields if field[0] not in named]
+    if status < 200 or status in (204, 304):
+        length, chunked = 0, False
+    return ResponseHead(status, fields, length, chunked, close)
+
+
+def _read_status_line(line: bytes) -> tuple[int, bool]:
+    found = _STATUS_LINE.fullmatch(line)
+    if found is None:
+        raise Malformed("there is no status line")
+    read = int(found.group(2)), found.group(1) == b"0"
+    _keep(_status_lines, line, read)
+    return read
+
+
+def _tokens(connection: bytes) -> list[bytes]:
+    return [token.strip() for token in connection.lower().split(b",")]
+
+
+# -- chunks --------------------------------------------------------------------------------------------
+
+_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+_SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;[\t -~\x80-\xff]*)?\r?")
+# A line of framing may take this many bytes, all lines together `_FRAMING` and `_FRAMING_SHARE` for each byte.
+_MAX_LINE = 4096
+_FRAMING = 4096
+_FRAMING_SHARE = 16
+# What comes next, where it is not the rest of a chunk's bytes.
+_AT_SIZE, _AT_END, _AT_TRAILER = 0, -1, -2
+
+_sizes: dict[bytes, int] = {}
+
+
+def _read_size(line: bytes) -> int:
+    found = _SIZE.fullmatch(line)
+    if found is None:
+        raise Malformed("a chunk's size is no number")
+    size = int(found.group(1), 16)
+    if len(line) <= 3 and line.isalnum():
+        _sizes[line] = size
+    return size
+
+
+class Chunks:
+    """Undoes the chunked transfer coding (RFC 9112, 7.1). `done` at its end; then `extra` is what follows it."""
+
+    __slots__ = ("_framing", "_left", "_rest", "done", "extra")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.extra = b""
+        self._left = _AT_SIZE
+        self._rest = b""  # of a line that has not ended
+        self._framing = _FRAMING  # the bytes that framing may still take
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body's bytes among the next bytes of the wire. Raises Malformed."""
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        out: list[bytes] = []
+        left, place, size = self._left, 0, len(data)
+        while place < size:
+            if left > 0:
+                piece = data[place : place + left]
+                out.append(piece)
+                place += len(piece)
+                left = left - len(piece) or _AT_END
+                continue
+            end = data.find(b"\r\n", place)
+            if end < 0:
+                self._check_rest(data, place, left)
+                break
+            line = data[place:end]
+            place = end + 2
+            self._framing -= len(line) + 2
+            if left == _AT_SIZE:
+                left = _sizes.get(line, -1)
+                if left < 0:
+                    left = _read_size(line)
+                self._framing += _FRAMING_SHARE * left
+                left = left or _AT_TRAILER
+            elif left == _AT_END:
+                if line:
+                    raise Malformed("a chunk is longer than its size")
+                left = _AT_SIZE
+            elif not line:
+                self.done, self.extra = True, data[place:]
+                break
+            elif not _FIELD.fullmatch(line):
+                raise Malformed("a trailer is no header field")
+            if self._framing < 0:
+                raise Malformed("the chunks are nearly all framing")
+        self._left = left
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _check_rest(self, data: bytes, place: int, left: int) -> None:
+        """Keep the beginning of a line, unless it can be none."""
+        rest = data[place:]
+        if b"\n" in rest or b"\r" in rest[:-1] or (left == _AT_END and rest != b"\r"):
+            raise Malformed("a line of the chunks' framing ends wrongly")
+        if left == _AT_SIZE and not _SIZE_BEGUN.fullmatch(rest):
+            raise Malformed("a chunk's size is no number")
+        if len(rest) > _MAX_LINE:
+            raise Malformed("a line of the chunks' framing is too long")
+        self._rest = rest

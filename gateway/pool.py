@@ -1,0 +1,139 @@
+"""The connections to Azure: made by aiohttp's connector (DNS, happy eyeballs, TLS), kept here between answers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import ssl
+from typing import cast
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ClientRequest, ConnectionKey
+from yarl import URL
+
+from gateway.errors import UpstreamError, UpstreamTimeout
+from gateway.messages import Resource
+from gateway.wire import Wire
+
+__all__ = ("Destination", "Pool")
+
+# How long, in seconds, a connection is kept that nobody uses: Azure closes on it after a minute or more.
+_KEPT = 55.0
+# How often, in seconds, those kept too long are looked for.
+_SWEEP = 5.0
+
+
+class Destination:
+    """What aiohttp's connector asks of a request, for one resource; and the connections kept for it."""
+
+    proxy = None
+    server_hostname = None
+
+    def __init__(self, resource: Resource, context: ssl.SSLContext) -> None:
+        self.name = resource.name
+        self.url = URL(resource.endpoint)
+        self.host = self.url.raw_host or ""
+        self.port = self.url.port
+        self.ssl = context
+        self.connection_key = ConnectionKey(self.host, self.port, self.is_ssl(), context, None, None, None)
+        self.base = self.url.raw_path.rstrip("/").encode()
+        default = 443 if self.is_ssl() else 80
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        self.host_header = (host if self.port == default else f"{host}:{self.port}").encode()
+        self.kept: list[Wire] = []  # the one used last at the end
+
+    def is_ssl(self) -> bool:
+        """Whether the resource is spoken to over TLS."""
+        return self.url.scheme == "https"
+
+
+class Pool:
+    """The connections to every resource."""
+
+    def __init__(self, connect_timeout: float, context: ssl.SSLContext | None = None) -> None:
+        self._seconds = connect_timeout
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
+        self._context = context or ssl.create_default_context()
+        self._destinations: dict[str, Destination] = {}
+        self._connector: aiohttp.TCPConnector | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Get ready, on the running loop."""
+        self._connector = aiohttp.TCPConnector(
+            limit=0, ttl_dns_cache=60, force_close=True, resolver=aiohttp.ThreadedResolver()
+        )
+        # The only way to give aiohttp a protocol of our own.
+        factory = functools.partial(Wire, asyncio.get_running_loop())
+        self._connector._factory = cast("functools.partial[ResponseHandler]", factory)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        for destination in self._destinations.values():
+            for wire in destination.kept:
+                wire.abort()
+            destination.kept.clear()
+        if self._connector is not None:
+            await self._connector.close()
+            self._connector = None
+
+    def destination(self, resource: Resource) -> Destination:
+        """Return where a resource's requests go."""
+        found = self._destinations.get(resource.endpoint)
+        if found is None:
+            found = self._destinations[resource.endpoint] = Destination(resource, self._context)
+        return found
+
+    def kept(self, destination: Destination) -> Wire | None:
+        """Return a connection that was kept, if there is one that is still open."""
+        while destination.kept:
+            wire = destination.kept.pop()
+            if wire.is_connected():
+                return wire
+        return None
+
+    def put(self, wire: Wire) -> None:
+        """Keep a connection for the next request."""
+        wire.idle_since = wire.loop.time()
+        cast(Destination, wire.destination).kept.append(wire)
+        if self._sweeper is None:
+            self._sweeper = wire.loop.call_later(_SWEEP, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close connections that were kept too long."""
+        loop = asyncio.get_running_loop()
+        self._sweeper = None
+        oldest = loop.time() - _KEPT
+        for destination in self._destinations.values():
+            old = [wire for wire in destination.kept if wire.idle_since < oldest or not wire.is_connected()]
+            destination.kept = [wire for wire in destination.kept if wire not in old]
+            for wire in old:
+                wire.abort()
+        if any(destination.kept for destination in self._destinations.values()):
+            self._sweeper = loop.call_later(_SWEEP, self._sweep)
+
+    async def connect(self, destination: Destination) -> Wire:
+        """Make a new connection. Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot."""
+        assert self._connector is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
+        name = destination.name
+        try:
+            connection = await self._connector.connect(cast(ClientRequest, destination), [], self._timeout)
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"could not connect to the Azure resource {name!r} within {self._seconds:g} s"
+            ) from None
+        except aiohttp.ClientConnectorCertificateError:
+            raise UpstreamError(f"the certificate of the Azure resource {name!r} is not valid") from None
+        except aiohttp.ClientConnectorDNSError:
+            raise UpstreamError(f"the host name of the Azure resource {name!r} was not found") from None
+        except aiohttp.ClientConnectorSSLError:
+            raise UpstreamError(f"TLS with the Azure resource {name!r} failed") from None
+        except (aiohttp.ClientError, OSError):
+            raise UpstreamError(f"could not connect to the Azure resource {name!r}") from None
+        wire = cast(Wire, connection.protocol)
+        wire.leave(connection, self, destination)
+        return wire
