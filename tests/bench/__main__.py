@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -41,12 +42,17 @@ NAMES = [*(row.name for row in work.ROWS), *OURS]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; the exit status."""
     options = _options(arguments)
+    # So that whoever ends the run leaves nothing behind.
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, lambda number, frame: sys.exit(128 + number))
     try:
         with Workplace() as workplace:
             return 1 if _measure(workplace, options) else 0
     except Missing as exc:
         sys.stderr.write(f"bench: {exc}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -87,9 +93,8 @@ def _measure(workplace: Workplace, options: argparse.Namespace) -> bool:
         note = "" if interpreter == judged else "; not the one that limits are judged on"
         sys.stdout.write(f"\n{interpreter.name}{note}: CPU for a request or an event\n\n")
         sys.stdout.write(work.show(results, interpreter, judged=interpreter == judged))
-    # A few percent are to be seen here: more rounds than a ratio to nginx needs.
     meter = Meter(loader, (azure.process,), warm_up)
-    place = Place(workplace, azure, meter, judged, 2 * options.rounds - 1, options.secs)
+    place = Place(workplace, azure, meter, judged, options.rounds, options.secs)
     rows = _first_byte(results, judged)
     for name in OURS:
         if name in options.only:

@@ -8,6 +8,7 @@ import subprocess
 import time
 
 from tests.bench import limits, traffic
+from tests.bench.growth import SHORT
 from tests.bench.load import Traffic
 from tests.bench.measure import rounds, say
 from tests.bench.peers import Peer, Setup
@@ -28,11 +29,13 @@ def workers(place: Place) -> list[Row]:
         place.meter.warm(peer, load)
 
     def measure(peer: Peer, count: int) -> float:
-        cpu = place.meter.sample(peer, load, place.seconds).cpu
+        cpu = place.meter.sample(peer, load, place.seconds / SHORT).cpu
         say(f"{count} workers: {cpu:.1f} us")
         return cpu
 
-    found = rounds(place.rounds, {str(count): functools.partial(measure, peer, count) for count, peer in peers.items()})
+    found = rounds(
+        SHORT * place.rounds, {str(count): functools.partial(measure, peer, count) for count, peer in peers.items()}
+    )
     apart = [100 * abs(two / one - 1) for one, two in zip(found["1"], found[str(WORKERS)], strict=True)]
     return [Row(f"a request, {WORKERS} workers beside 1", "% of CPU apart", limits.WORKERS, apart)]
 
