@@ -15,7 +15,7 @@ from tests.bench.rows import Row
 TEAMS, MODELS, NO_OPS = 1000, 200, 20
 FEW, MANY = 100, 5000
 EVENTS_PER_SECOND = 2500
-SHORT = 4
+SHORT = 8
 
 NO_OP = """\
 from gateway import Stage
@@ -122,7 +122,7 @@ def _compare(place: Place, what: str, gateways: dict[str, tuple[Peer, Traffic]])
     measurements: dict[str, Callable[[], float]] = {
         name: functools.partial(measure, name, peer, load) for name, (peer, load) in gateways.items()
     }
-    # A few percent are to be seen: many short rounds, in which what else the machine does cancels out.
+    # A few percent are to be seen: many short rounds, so that what else the machine does hits both alike.
     return rounds(SHORT * place.rounds, measurements)
 
 

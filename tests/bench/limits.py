@@ -45,5 +45,5 @@ STAGE = Limit(None, 0.3)  # us for a stage that does nothing
 STAGES = Limit(None, 5)  # % more with 12 stages instead of 6
 STREAMS = Limit(None, 20)  # % more CPU for an event with 5,000 open streams instead of 100
 UPLOAD = Limit(None, 8)  # MB of memory for an upload of 1 GB
-WORKERS = Limit(None, 10)  # % of CPU for a request that two workers may differ from one
+WORKERS = Limit(None, 10)  # % more CPU for a request with two workers instead of one
 RESTARTS = Limit(None, 0)  # failed requests in three rolling restarts

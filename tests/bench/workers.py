@@ -33,11 +33,10 @@ def workers(place: Place) -> list[Row]:
         say(f"{count} workers: {cpu:.1f} us")
         return cpu
 
-    found = rounds(
-        SHORT * place.rounds, {str(count): functools.partial(measure, peer, count) for count, peer in peers.items()}
-    )
-    apart = [100 * abs(two / one - 1) for one, two in zip(found["1"], found[str(WORKERS)], strict=True)]
-    return [Row(f"a request, {WORKERS} workers beside 1", "% of CPU apart", limits.WORKERS, apart)]
+    measurements = {str(count): functools.partial(measure, peer, count) for count, peer in peers.items()}
+    found = rounds(SHORT * place.rounds, measurements)
+    more = [100 * (several / one - 1) for one, several in zip(found["1"], found[str(WORKERS)], strict=True)]
+    return [Row(f"a request, {WORKERS} workers instead of 1", "% more CPU", limits.WORKERS, more)]
 
 
 def restarts(place: Place) -> list[Row]:
