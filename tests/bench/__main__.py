@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Missing as exc:
         sys.stderr.write(f"bench: {exc}\n")
         return 2
+    except Broken as exc:
+        sys.stderr.write(f"bench: {exc}\n")
+        return 1
     except KeyboardInterrupt:
         return 130
 
@@ -74,7 +77,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     if options.quick:
         options.rounds, options.secs = 1, 2
-    options.python = options.python or [Path(sys.executable)]
+    # Not resolved: an environment's interpreter is a link, and what it is called makes it that environment's.
+    options.python = [python.absolute() for python in options.python or [Path(sys.executable)]]
     return options
 
 
