@@ -48,8 +48,10 @@ tests/clients/node_modules/installed: tests/clients/package-lock.json
 	@touch $@
 
 bench: .venv/dev ## what the gateway costs beside nginx and HAProxy, as it grows, and when clients leave; fails above a limit
-	$(BIN)/python -m tests.bench --python $(BIN)/python $(OTHER_PYTHON)
-	$(BIN)/python -m tests.bench.leaving
+	@failed=0; \
+	$(BIN)/python -m tests.bench --python $(BIN)/python $(OTHER_PYTHON) || failed=1; \
+	$(BIN)/python -m tests.bench.leaving || failed=1; \
+	exit $$failed
 
 format: .venv/dev ## format the code and mend what lint can mend
 	$(BIN)/ruff check -q --fix-only .
