@@ -1,0 +1,131 @@
+"""What costs more as a configuration grows: ours beside ours, in alternating rounds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+from tests.bench import limits, traffic
+from tests.bench.load import Traffic
+from tests.bench.measure import rounds, say
+from tests.bench.peers import PIPELINE, Peer, Setup
+from tests.bench.place import Place
+from tests.bench.rows import Row
+
+TEAMS, MODELS, NO_OPS = 1000, 200, 20
+FEW, MANY = 100, 5000
+EVENTS_PER_SECOND = 2500
+SHORT = 8
+
+NO_OP = """\
+from gateway import Stage
+
+
+class BenchNoOp(Stage):
+    async def __call__(self, request, call_next):
+        return await call_next(request)
+"""
+
+
+def teams(place: Place) -> list[Row]:
+    """Measure requests that are one team's, and requests that are each another's."""
+    few, many = (
+        (place.ours(Setup(teams=count)), _requests(place, "teams", [_request(path=path) for path in paths]))
+        for count in (1, TEAMS)
+        for paths in [[f"/t{number:04}{traffic.CHAT}" for number in range(count)]]
+    )
+    figures = _compare(place, f"{TEAMS} teams", {"few": few, "many": many})
+    return [Row(f"a request, {TEAMS:,} teams instead of 1", "% more CPU", limits.TEAMS, _more(figures))]
+
+
+def models(place: Place) -> list[Row]:
+    """Measure requests for one model, and requests for each of many."""
+    few, many = (
+        (place.ours(_with_models(names)), _requests(place, "models", [_request(model=name) for name in names]))
+        for count in (1, MODELS)
+        for names in [[f"model-{number:04}" for number in range(count)]]
+    )
+    figures = _compare(place, f"{MODELS} models", {"few": few, "many": many})
+    return [Row(f"a request, {MODELS} models instead of 1", "% more CPU", limits.MODELS, _more(figures))]
+
+
+def stages(place: Place) -> list[Row]:
+    """Measure the pipeline alone, with as many stages again that do nothing, and with many of them."""
+    load = _requests(place, "stages", [_request()])
+    figures = _compare(
+        place,
+        "stages",
+        {
+            "few": (place.ours(), load),
+            "many": (place.ours(_with_no_ops(len(PIPELINE))), load),
+            "crowd": (place.ours(_with_no_ops(NO_OPS)), load),
+        },
+    )
+    each = [(crowd - few) / NO_OPS for few, crowd in zip(figures["few"], figures["crowd"], strict=True)]
+    return [
+        Row("a stage that does nothing", "us of CPU", limits.STAGE, each),
+        Row(f"a request, {2 * len(PIPELINE)} stages instead of {len(PIPELINE)}", "% more CPU", limits.STAGES,
+            _more(figures)),
+    ]  # fmt: skip
+
+
+def streams(place: Place) -> list[Row]:
+    """Measure events of few open streams, and as many events of many."""
+    file = place.workplace.write("streams.request", _request(stream=True))
+
+    def measure(peer: Peer, count: int) -> float:
+        # They go on for longer than anybody looks.
+        load = Traffic(file, place.azure.event, events=10_000_000, connections=count, opening=64)
+        place.azure.stream(load.events, 1000 * count // EVENTS_PER_SECOND)
+        cpu = place.meter.hold(peer, load, place.seconds)
+        say(f"{count} streams: {cpu:.1f} us for an event")
+        return cpu
+
+    pair = {"few": (place.ours(), FEW), "many": (place.ours(), MANY)}
+    figures = rounds(
+        place.rounds, {name: functools.partial(measure, peer, count) for name, (peer, count) in pair.items()}
+    )
+    title = f"an event, {MANY:,} open streams instead of {FEW}"
+    return [Row(title, "% more CPU", limits.STREAMS, _more(figures))]
+
+
+def _request(model: str = traffic.MODEL, path: str = traffic.CHAT, *, stream: bool = False) -> bytes:
+    return traffic.request(traffic.body(1024, model=model, stream=stream), path)
+
+
+def _requests(place: Place, name: str, requests: Sequence[bytes]) -> Traffic:
+    file = place.workplace.write(f"{name}-{len(requests)}.request", b"".join(requests))
+    return Traffic(file, place.azure.answer, kinds=len(requests))
+
+
+def _with_models(names: Sequence[str]) -> Setup:
+    mapped = ", ".join(f"{name}: {traffic.DEPLOYMENT}" for name in names)
+    return Setup([f"model_map: {{models: {{{mapped}}}}}" if "model_map" in stage else stage for stage in PIPELINE])
+
+
+def _with_no_ops(count: int) -> Setup:
+    no_ops = [f"bench_no_op as no_op_{number}" for number in range(count)]
+    return Setup([*PIPELINE, *no_ops], stages={"bench_no_op": NO_OP})
+
+
+def _compare(place: Place, what: str, gateways: dict[str, tuple[Peer, Traffic]]) -> dict[str, list[float]]:
+    """Return the microseconds of a request that each gateway takes, round by round."""
+    place.azure.plain()
+    for peer, load in gateways.values():
+        place.meter.warm(peer, load)
+
+    def measure(name: str, peer: Peer, load: Traffic) -> float:
+        cpu = place.meter.sample(peer, load, place.seconds / SHORT).cpu
+        say(f"{what}: {name}: {cpu:.1f} us")
+        return cpu
+
+    measurements: dict[str, Callable[[], float]] = {
+        name: functools.partial(measure, name, peer, load) for name, (peer, load) in gateways.items()
+    }
+    # A few percent are to be seen: many short rounds, so that what else the machine does hits both alike.
+    return rounds(SHORT * place.rounds, measurements)
+
+
+def _more(figures: dict[str, list[float]]) -> list[float]:
+    """Return by how many percent many cost more than few, round by round: neighbours in time."""
+    return [100 * (many / few - 1) for few, many in zip(figures["few"], figures["many"], strict=True)]

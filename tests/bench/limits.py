@@ -1,0 +1,49 @@
+"""What each row should come to, and where it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A goal and a limit; less is better."""
+
+    goal: float | None
+    fail_above: float
+
+    def verdict(self, measured: float) -> str:
+        """Return what a measured value comes to."""
+        if measured > self.fail_above:
+            return FAILED
+        if self.goal is None:
+            return "within limit"
+        return "goal met" if measured <= self.goal else "within limit"
+
+
+FAILED = "FAILED"
+NONE = Limit(None, 0)  # of what could not be measured
+
+# CPU, as a multiple of nginx's for the same work in the same run.
+WORK = {
+    "json-1k": Limit(2.5, 3.3),
+    "json-100k": Limit(2.2, 3.5),
+    "paced": Limit(1.6, 2.2),
+    "unpaced": Limit(0.9, 1.5),
+    "tls-json-1k": Limit(2.4, 3.2),
+    "tls-json-100k": Limit(1.4, 2.0),
+    "tls-paced": Limit(1.7, 2.3),
+}
+
+FIRST_BYTE = Limit(1.0, 3.0)  # ms that are added to the upstream's own, p50 at 64 paced streams
+START = Limit(0.5, 1.0)  # s from the start of the process to its first answer
+IDLE = Limit(45, 60)  # MB of memory before any work
+STREAM = Limit(20, 32)  # KiB of memory for each open stream
+TEAMS = Limit(None, 5)  # % more CPU for a request with 1,000 teams instead of one
+MODELS = Limit(None, 5)  # % more with 200 models in the map instead of one
+STAGE = Limit(None, 0.3)  # us for a stage that does nothing
+STAGES = Limit(None, 5)  # % more with 12 stages instead of 6
+STREAMS = Limit(None, 20)  # % more CPU for an event with 5,000 open streams instead of 100
+UPLOAD = Limit(None, 8)  # MB of memory for an upload of 1 GB
+WORKERS = Limit(None, 10)  # % more CPU for a request with two workers instead of one
+RESTARTS = Limit(None, 0)  # failed requests in three rolling restarts

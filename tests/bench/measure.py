@@ -1,0 +1,112 @@
+"""One measurement: a load on one gateway for some seconds, and what that cost it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+from tests.bench.load import Loader, Report, Running, Traffic
+from tests.bench.peers import Peer
+from tests.bench.processes import Broken, Process
+
+T = TypeVar("T")
+
+# Above this share of its core the load's side is what limits, unless the gateway is as busy as this.
+LOAD_IS_BUSY, GATEWAY_IS_BUSY = 0.95, 0.90
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one measurement came to."""
+
+    cpu: float
+    """Microseconds for a request, or for an event."""
+    rate: float
+    """Requests, or events, in a second."""
+    busy: float
+    """The share of its core that the gateway used."""
+    load_busy: float
+    """The share of its core that load and upstream used."""
+    report: Report
+
+    @property
+    def load_was_the_limit(self) -> bool:
+        """Whether the gateway could have done more."""
+        return self.load_busy > LOAD_IS_BUSY and self.busy < GATEWAY_IS_BUSY
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures, with the same load and upstream for everybody."""
+
+    loader: Loader
+    upstream: tuple[Process, ...]
+    warm_up: float
+
+    def warm(self, peer: Peer, traffic: Traffic) -> None:
+        """Put a load on it that is not measured."""
+        _whole(peer, self.loader.run(traffic, peer.port, self.warm_up, newlines=peer.newlines))
+
+    def sample(self, peer: Peer, traffic: Traffic, seconds: float) -> Sample:
+        """Measure for so many seconds. Raises Broken where an answer was not as it must be."""
+        os.truncate(peer.process.log, 0)  # logs of millions of requests would fill the disk
+        cpu, load_cpu, begun = peer.process.cpu(), self._load_cpu(), time.monotonic()
+        report = _whole(peer, self.loader.run(traffic, peer.port, seconds, newlines=peer.newlines))
+        took = time.monotonic() - begun
+        cpu = peer.process.cpu() - cpu
+        load_cpu = self._load_cpu() - load_cpu + report.cpu
+        # An event that ends a stream is one as well.
+        count = report.answers * (traffic.events + 1 if traffic.events else 1)
+        return Sample(cpu / count * 1e6, count / report.seconds, cpu / took, load_cpu / took, report)
+
+    @contextmanager
+    def held(self, peer: Peer, traffic: Traffic) -> Iterator[Running]:
+        """Open streams that last, and have them open in the `with` block. Raises Broken where one cannot be had."""
+        os.truncate(peer.process.log, 0)
+        with self.loader.start(traffic, peer.port, hold=True, newlines=peer.newlines) as running:
+            _whole(peer, running.report())
+            yield running
+            _whole(peer, running.ask())
+
+    def hold(self, peer: Peer, traffic: Traffic, seconds: float) -> float:
+        """Return the microseconds of an event of open streams, once all are open."""
+        with self.held(peer, traffic) as running:
+            time.sleep(1)
+            before, cpu = running.ask(), peer.process.cpu()
+            time.sleep(seconds)
+            after, cpu = running.ask(), peer.process.cpu() - cpu
+        return cpu / ((after.bytes - before.bytes) / traffic.answer.stat().st_size) * 1e6
+
+    def _load_cpu(self) -> float:
+        return sum(process.cpu() for process in self.upstream)
+
+
+def _whole(peer: Peer, report: Report) -> Report:
+    if report.errors or not (report.answers or report.bytes):
+        raise Broken(f"{peer.name}: {report.errors} wrong answers, {report.answers} right; {report.first_error}")
+    return report
+
+
+def rounds(count: int, measurements: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+    """Run measurements in turn, A B C A B C, so that what changes on the machine changes for all of them."""
+    found: dict[str, list[T]] = {name: [] for name in measurements}
+    for _ in range(count):
+        for name, measure in measurements.items():
+            found[name].append(measure())
+    return found
+
+
+def middle(samples: list[Sample], of: Callable[[Sample], float]) -> float:
+    """Return the median of a figure."""
+    return median(map(of, samples))
+
+
+def say(text: str) -> None:
+    """Say how far the run is."""
+    sys.stderr.write(f"# {text}\n")

@@ -1,0 +1,183 @@
+"""What is measured: our gateway, and nginx, HAProxy and the usual aiohttp way, each doing the same work."""
+
+from __future__ import annotations
+
+import http.client
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench import traffic
+from tests.bench.interpreters import Interpreter
+from tests.bench.processes import GATEWAY_CORE, Broken, Process
+from tests.bench.upstream import Azure, Tls, nginx_basics, start_nginx
+from tests.bench.workplace import HERE, Workplace, free_port
+
+# The whole default pipeline, with a limit that nobody reaches.
+PIPELINE = (
+    "access_log",
+    "auth_passthrough",
+    "rate_limit: {requests_per_minute: 1000000000}",
+    f"model_map: {{models: {{{traffic.MODEL}: {traffic.DEPLOYMENT}}}}}",
+    f"api_version: {traffic.API_VERSION}",
+    "sse_newline",
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A running gateway of any kind."""
+
+    name: str
+    process: Process
+    port: int
+    newlines: int
+    """How many there are after `[DONE]`: two where the gateway mends Azure's ending, one where it passes that on."""
+
+
+def nginx(workplace: Workplace, azure: Azure, tls: Tls | None = None) -> Peer:
+    """Start nginx as a plain reverse proxy that moves the key; over TLS it verifies and keeps alive, as we do."""
+    name, port = "nginx-tls" if tls else "nginx", free_port()
+    verify = f"""
+            proxy_ssl_trusted_certificate {tls.certificate};
+            proxy_ssl_verify on;
+            proxy_ssl_name localhost;
+            proxy_ssl_server_name on;
+            proxy_ssl_session_reuse on;""" if tls else ""  # fmt: skip
+    configuration = f"""\
+{nginx_basics(workplace, name)}
+    map $http_authorization $key {{ "~^Bearer (?<bearer>.+)$" $bearer; default ""; }}
+    upstream azure {{
+        server 127.0.0.1:{tls.port if tls else azure.port};
+        keepalive 256;
+        keepalive_requests 100000000;
+    }}
+    server {{
+        listen 127.0.0.1:{port} backlog=4096;
+        location = {traffic.CHAT} {{
+            proxy_pass {"https" if tls else "http"}://azure{traffic.AZURE_CHAT};{verify}
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_set_header Authorization "";
+            proxy_set_header api-key $key;
+            proxy_buffering off;
+            proxy_read_timeout 600s;
+        }}
+    }}
+}}
+"""
+    path = workplace.write(f"{name}.conf", configuration)
+    return _up(Peer("nginx", start_nginx(workplace, path, core=GATEWAY_CORE), port, 1))
+
+
+def haproxy(workplace: Workplace, azure: Azure) -> Peer:
+    """Start HAProxy likewise, on one thread."""
+    port = free_port()
+    path, _, query = traffic.AZURE_CHAT.partition("?")
+    configuration = f"""\
+global
+    nbthread 1
+    maxconn 6000
+defaults
+    mode http
+    timeout connect 10s
+    timeout client 600s
+    timeout server 600s
+    http-reuse always
+    option http-no-delay
+frontend clients
+    bind 127.0.0.1:{port}
+    http-request set-header api-key %[req.hdr(authorization),word(2,' ')]
+    http-request del-header authorization
+    http-request set-path {path}
+    http-request set-query {query}
+    default_backend azure
+backend azure
+    server azure 127.0.0.1:{azure.port} pool-max-conn 256
+"""
+    file = workplace.write("haproxy.cfg", configuration)
+    return _up(Peer("HAProxy", workplace.start(["haproxy", "-db", "-f", file], core=GATEWAY_CORE), port, 1))
+
+
+def usual(workplace: Workplace, azure: Azure, interpreter: Interpreter) -> Peer:
+    """Start the usual way to write it with aiohttp."""
+    port = free_port()
+    command: list[str | Path] = [
+        interpreter.python,
+        "-P",
+        HERE / "usual.py",
+        str(port),
+        f"http://127.0.0.1:{azure.port}",
+    ]
+    return _up(Peer("usual aiohttp", workplace.start(command, core=GATEWAY_CORE), port, 1))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How to start a gateway of ours."""
+
+    pipeline: Sequence[str] = PIPELINE
+    stages: Mapping[str, str] | None = None
+    """Stages of the run's own: name and code."""
+    teams: int = 0
+    body_limit: int | None = None
+    workers: int | None = None
+
+    def write(self, workplace: Workplace, endpoint: str) -> tuple[Path, int]:
+        """Write its files; returns `gateway.yaml` and the port."""
+        port = free_port()
+        folder = f"gateway-{port}"
+        lines = [
+            f"listen: 127.0.0.1:{port}",
+            "log: {level: info, format: json}",
+            f"resources: {{azure: {{endpoint: '{endpoint}'}}}}",
+            "pipeline:",
+            *(f"  - {stage}" for stage in self.pipeline),
+        ]
+        if self.body_limit is not None:
+            lines.append(f"limits: {{body: {self.body_limit}}}")
+        if self.stages:
+            lines.append("plugins_path: stages")
+            for name, code in self.stages.items():
+                workplace.write(f"{folder}/stages/{name}.py", code)
+        if self.teams:
+            lines.append("teams: teams/*.yaml")
+            for number in range(self.teams):
+                workplace.write(f"{folder}/teams/t{number:04}.yaml", f"match: {{path_prefix: /t{number:04}}}\n")
+        return workplace.write(f"{folder}/gateway.yaml", "\n".join(lines) + "\n"), port
+
+
+def ours(
+    workplace: Workplace, azure: Azure, interpreter: Interpreter, setup: Setup | None = None, tls: Tls | None = None
+) -> Peer:
+    """Start our gateway, and wait until it answers."""
+    setup = setup or Setup()
+    endpoint = f"https://localhost:{tls.port}" if tls else f"http://127.0.0.1:{azure.port}"
+    path, port = setup.write(workplace, endpoint)
+    workers = ["--workers", str(setup.workers)] if setup.workers else []
+    process = workplace.start(
+        [interpreter.python, "-P", "-m", "gateway", "serve", "--config", path, *workers],
+        core=GATEWAY_CORE,
+        env={"SSL_CERT_FILE": str(tls.certificate)} if tls else None,
+    )
+    return _up(Peer(f"ours, {interpreter.name}", process, port, 2))
+
+
+def _up(peer: Peer, patience: float = 60) -> Peer:
+    """Wait until it answers anything at all. Raises Broken where it does not."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        if peer.process.popen.poll() is not None:
+            raise peer.process.ended()
+        connection = http.client.HTTPConnection("127.0.0.1", peer.port, timeout=5)
+        try:
+            connection.request("GET", "/healthz")
+            connection.getresponse()
+        except (ConnectionError, TimeoutError):
+            time.sleep(0.002)
+        else:
+            return peer
+        finally:
+            connection.close()
+    raise Broken(f"{peer.name} does not answer after {patience:g} s: {peer.process.log.read_text()[-2000:]}")

@@ -1,0 +1,24 @@
+"""How long the gateway takes from its start to its first answer."""
+
+from __future__ import annotations
+
+import time
+
+from tests.bench import limits
+from tests.bench.measure import say
+from tests.bench.place import Place
+from tests.bench.rows import Row
+
+TIMES = 5
+
+
+def start(place: Place) -> list[Row]:
+    """Start it some times; 200 from `/healthz` is the first answer."""
+    figures = []
+    for _ in range(TIMES):
+        begun = time.monotonic()
+        place.ours()
+        figures.append(time.monotonic() - begun)
+        place.clear()
+    say(f"start: {', '.join(f'{figure:.2f}' for figure in figures)} s")
+    return [Row("from its start to the first answer", "s", limits.START, figures)]
