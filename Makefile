@@ -36,9 +36,9 @@ check: .venv/dev ## format, lint, types, and the tests that need no other progra
 	$(BIN)/mypy
 	$(PYTEST) -q -n 2 -m "not clients and not slow"
 
-test: .venv/dev ## all tests in Python, those of the wire on both event loops
+test: .venv/dev ## all tests in Python, those of the wire on both event loops, asyncio's and the one of the extra `speed`
 	$(PYTEST) -q -n 2 -m "not clients"
-	GATEWAY_TEST_LOOP=uvloop $(PYTEST) -q -n 2 -m "not clients" $(WIRE)
+	GATEWAY_TEST_LOOP=speed $(PYTEST) -q -n 2 -m "not clients" $(WIRE)
 
 test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, and nginx, through a running gateway
 	$(PYTEST) -q -m clients

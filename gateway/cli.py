@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +122,7 @@ def _config_path(given: Path | None) -> Path:
 def _serve(options: argparse.Namespace) -> int:
     from gateway import logs  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
     from gateway.config import load  # noqa: PLC0415
+    from gateway.loop import run  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
 
     loaded = load(_config_path(options.config))
@@ -141,16 +141,6 @@ def _listen(text: str) -> Any:
         return Listen.parse(text)
     except ValueError as exc:
         raise StartError(f"--listen: {exc}") from None
-
-
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a coroutine on uvloop where that is installed, else on asyncio's own loop."""
-    try:
-        import uvloop  # noqa: PLC0415 -- optional
-    except ImportError:
-        asyncio.run(main())
-    else:
-        uvloop.run(main())
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -194,6 +184,7 @@ def _registry(config: Path | None) -> Any:
 
 def _demo(options: argparse.Namespace) -> int:
     from gateway import logs  # noqa: PLC0415
+    from gateway.loop import run  # noqa: PLC0415
     from gateway.testing.demo import demonstrate  # noqa: PLC0415
 
     listen = _listen(options.listen)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from gateway import Next, Outcome, Request, Response, Services, Stage
 
-RESERVED = ("event", "level", "timestamp", "team", "stage")
+RESERVED = frozenset(("event", "level", "timestamp", "team", "stage"))
 
 
 @dataclass
@@ -36,8 +36,8 @@ class AccessLog(Stage):
                 "total_ms": round(outcome.total * 1000, 1),
                 "bytes": outcome.sent,
             }
-            for name in RESERVED:
-                facts.pop(name, None)
+            if not RESERVED.isdisjoint(facts):
+                facts = {name: value for name, value in facts.items() if name not in RESERVED}
             self._logger.info("exchange", **facts)
 
         request.defer(log)

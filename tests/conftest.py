@@ -15,10 +15,10 @@ from unittest.mock import Mock
 import aiohttp
 import pytest
 import structlog
-import uvloop
 
 from gateway import logs
 from gateway.config import load
+from gateway.loop import loop_factory
 from gateway.server import Server
 from gateway.settings import Listen
 from gateway.testing import FakeAzure
@@ -38,9 +38,9 @@ pipeline:
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run on uvloop where `GATEWAY_TEST_LOOP=uvloop` says so: the gateway must be right on both loops."""
-    if os.environ.get("GATEWAY_TEST_LOOP") == "uvloop":
-        return {"uvloop": uvloop.new_event_loop}
+    """Run on the gateway's own loop where `GATEWAY_TEST_LOOP=speed` says so: it must be right with and without it."""
+    if os.environ.get("GATEWAY_TEST_LOOP") == "speed":
+        return {"speed": loop_factory()}
     return {"asyncio": asyncio.new_event_loop}
 
 

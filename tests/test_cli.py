@@ -288,19 +288,6 @@ async def test_demo_on_a_taken_port_prints_no_banner(azure: FakeAzure) -> None:
     assert "cannot listen" in done.stderr
 
 
-@pytest.mark.parametrize("installed", [True, False])
-def test_uvloop_is_used_where_it_is_installed(installed: bool) -> None:
-    """And asyncio's own loop where it is not."""
-    hide = "" if installed else "sys.modules['uvloop'] = None; "
-    code = (
-        f"import sys, asyncio; {hide}from gateway.cli import run\n"
-        "async def main(): print(type(asyncio.get_running_loop()).__module__)\n"
-        "run(main)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("uvloop" if installed else "asyncio")
-
-
 async def test_running_out_of_descriptors_passes(azure: FakeAzure, unused_tcp_port: int) -> None:
     """More clients than descriptors: once some have left, the next request is answered."""
     command = f"ulimit -n 60; exec {sys.executable} -m gateway serve --listen 127.0.0.1:{unused_tcp_port}"
