@@ -304,11 +304,14 @@ def _unreadable(exc: Exception, hidden: list[str]) -> Response:
 
 
 def _head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:
+    fields = response.headers.fields
     lines = [_status_line(response.status)]
+    lines += [field[2] for field in fields if not field[3] & WRITTEN]
     dated = events = buffering = False
-    for name, value, line, bits in response.headers.fields:
-        if not bits & WRITTEN:
+    for name, value, line, _ in [field for field in fields if field[3] & WRITTEN]:
+        if name == b"content-type":
             lines.append(line)
+            events = True
         elif name == b"content-length":
             if length is None:
                 lines.append(line)
@@ -319,7 +322,6 @@ def _head(response: Response, request_id: str, *, close: bool, chunked: bool, le
             lines.append(line)
             dated = dated or name == b"date"
             buffering = buffering or name == b"x-accel-buffering"
-            events = events or name == b"content-type"
     if length is not None:
         lines.append(b"content-length: %d" % length)
     elif chunked:

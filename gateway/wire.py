@@ -126,13 +126,11 @@ class Answer:
                     self.hold()
         return extra
 
-    def end(self) -> None:
-        """Note that it has ended well, and let go of its connection."""
+    def end(self, whole: bytes | None = None) -> None:
+        """Note that it has ended well, and let go of its connection; `whole` is a body that is handed over so."""
         self.done = True
+        self.whole = whole
         self._wire = None
-        if self.whole is not None:
-            self.whole = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-            self._parts = []
         self._sink = None
         self._wake()
 
@@ -316,8 +314,14 @@ class Wire(BaseProtocol):
         self.received = True
         try:
             if not answer.status:
-                data = self._take_head(answer, data)
-                if not answer.status:
+                rest = self._take_head(answer, data)
+                if rest is None:
+                    return
+                data = rest
+                if answer.whole is not None and len(data) == answer._left:
+                    # Nearly every plain answer: it came in one piece, head and all.
+                    self._end(answer, b"")
+                    answer.end(data)
                     return
             extra = answer.feed(data)
         except Malformed as exc:
@@ -328,11 +332,12 @@ class Wire(BaseProtocol):
             return
         if answer.done:
             self._end(answer, extra)
+            answer.end(b"".join(answer._parts) if answer.whole is not None else None)
         elif not answer._held:
             self._set_due(self._idle)
 
-    def _take_head(self, answer: Answer, data: bytes) -> bytes:
-        """Read the head, once it is whole; returns what follows it. Raises Malformed."""
+    def _take_head(self, answer: Answer, data: bytes) -> bytes | None:
+        """Read the head; returns what follows it, or None where it is not whole yet. Raises Malformed."""
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
         while True:
@@ -343,7 +348,7 @@ class Wire(BaseProtocol):
                 if len(data) > MAX_HEAD:
                     raise Malformed("the head is too large")
                 self._buffer = data
-                return b""
+                return None
             head = parse_response(data[:end])
             data = data[end + 4 :]
             if 200 <= head.status <= 599:
@@ -355,7 +360,7 @@ class Wire(BaseProtocol):
         return data
 
     def _end(self, answer: Answer, extra: bytes) -> None:
-        """Note the answer's end; the connection goes home, or is closed."""
+        """Send the connection home after an answer, or close it."""
         self._answer = None
         self._due = math.inf
         home = self._home
@@ -364,7 +369,6 @@ class Wire(BaseProtocol):
         else:
             self.used = True
             home.put(self)
-        answer.end()
 
     def _give_up(self, error: Exception) -> None:
         answer, self._answer = self._answer, None

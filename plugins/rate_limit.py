@@ -88,7 +88,8 @@ class RateLimit(Stage):
         """Take one request from a caller's allowance, or raise ApiError 429; return the headers to show."""
         now = self._clock()
         left, since = self._buckets.get(who) or (self._size, now)
-        left, since = self._refilled(left, since, now)
+        if left >= self._size or now - since >= self._step - 1e-6:
+            left, since = self._refilled(left, since, now)
         if left >= 1:
             left -= 1
             self._buckets[who] = (left, since)

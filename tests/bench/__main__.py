@@ -97,7 +97,7 @@ def _measure(workplace: Workplace, options: argparse.Namespace) -> bool:
         note = "" if interpreter == judged else "; not the one that limits are judged on"
         sys.stdout.write(f"\n{interpreter.name}{note}: CPU for a request or an event\n\n")
         sys.stdout.write(work.show(results, interpreter, judged=interpreter == judged))
-    meter = Meter(loader, (azure.process,), warm_up)
+    meter = Meter(loader, warm_up)
     place = Place(workplace, azure, meter, judged, options.rounds, options.secs)
     rows = _first_byte(results, judged)
     for name in OURS:

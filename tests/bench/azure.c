@@ -318,7 +318,7 @@ int main(int count, char **arguments)
     struct epoll_event e = {.events = EPOLLIN, .data.ptr = NULL}, ready[512];
     if (poll_fd < 0 || epoll_ctl(poll_fd, EPOLL_CTL_ADD, listener, &e)) err(1, "epoll");
     for (;;) {
-        int n = epoll_wait(poll_fd, ready, 512, send_what_is_due());
+        int n = stay_awake(poll_fd, ready, 512, send_what_is_due());
         if (n < 0 && errno != EINTR) err(1, "epoll_wait");
         for (int i = 0; i < n; i++) {
             if (!ready[i].data.ptr) accept_all(listener);

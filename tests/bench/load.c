@@ -304,7 +304,7 @@ static void run(struct connection *all)
             report();
             said = true;
         }
-        int n = epoll_wait(poll_fd, ready, 512, 100);
+        int n = stay_awake(poll_fd, ready, 512, 100);
         if (n < 0 && errno != EINTR) err(1, "epoll_wait");
         for (int i = 0; i < n; i++) {
             struct connection *c = ready[i].data.ptr;

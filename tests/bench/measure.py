@@ -13,12 +13,12 @@ from typing import TypeVar
 
 from tests.bench.load import Loader, Report, Running, Traffic
 from tests.bench.peers import Peer
-from tests.bench.processes import Broken, Process
+from tests.bench.processes import Broken
 
 T = TypeVar("T")
 
-# Above this share of its core the load's side is what limits, unless the gateway is as busy as this.
-LOAD_IS_BUSY, GATEWAY_IS_BUSY = 0.95, 0.90
+# Where a gateway uses less of its core than this, something else was what limited it.
+BUSY = 0.90
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,7 @@ class Sample:
     """Requests, or events, in a second."""
     busy: float
     """The share of its core that the gateway used."""
-    load_busy: float
-    """The share of its core that load and upstream used."""
     report: Report
-
-    @property
-    def load_was_the_limit(self) -> bool:
-        """Whether the gateway could have done more."""
-        return self.load_busy > LOAD_IS_BUSY and self.busy < GATEWAY_IS_BUSY
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,6 @@ class Meter:
     """Measures, with the same load and upstream for everybody."""
 
     loader: Loader
-    upstream: tuple[Process, ...]
     warm_up: float
 
     def warm(self, peer: Peer, traffic: Traffic) -> None:
@@ -56,14 +48,13 @@ class Meter:
     def sample(self, peer: Peer, traffic: Traffic, seconds: float) -> Sample:
         """Measure for so many seconds. Raises Broken where an answer was not as it must be."""
         os.truncate(peer.process.log, 0)  # logs of millions of requests would fill the disk
-        cpu, load_cpu, begun = peer.process.cpu(), self._load_cpu(), time.monotonic()
+        cpu, begun = peer.process.cpu(), time.monotonic()
         report = _whole(peer, self.loader.run(traffic, peer.port, seconds, newlines=peer.newlines))
         took = time.monotonic() - begun
         cpu = peer.process.cpu() - cpu
-        load_cpu = self._load_cpu() - load_cpu + report.cpu
         # An event that ends a stream is one as well.
         count = report.answers * (traffic.events + 1 if traffic.events else 1)
-        return Sample(cpu / count * 1e6, count / report.seconds, cpu / took, load_cpu / took, report)
+        return Sample(cpu / count * 1e6, count / report.seconds, cpu / took, report)
 
     @contextmanager
     def held(self, peer: Peer, traffic: Traffic) -> Iterator[Running]:
@@ -82,9 +73,6 @@ class Meter:
             time.sleep(seconds)
             after, cpu = running.ask(), peer.process.cpu() - cpu
         return cpu / ((after.bytes - before.bytes) / traffic.answer.stat().st_size) * 1e6
-
-    def _load_cpu(self) -> float:
-        return sum(process.cpu() for process in self.upstream)
 
 
 def _whole(peer: Peer, report: Report) -> Report:
