@@ -132,9 +132,8 @@ class Headers:
     def update(self, values: Mapping[str, str]) -> None:
         """Give each of these names its one value; one pass over the fields. Raises ValueError as `set` does."""
         made = [_sound(name, value) for name, value in values.items()]
-        names = [field[0] for field in made]
-        self.fields = [each for each in self.fields if each[0] not in names]
-        self.fields += made
+        names = [name for name, _, _, _ in made]
+        self.fields = [each for each in self.fields if each[0] not in names] + made
         self._up = self._keys = None
 
     def add(self, name: str, value: str) -> None:

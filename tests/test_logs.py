@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 from gateway import logs
 
@@ -78,12 +79,30 @@ async def test_errors_leave_at_once_with_all_before_them() -> None:
 
 
 async def test_what_waits_is_bounded() -> None:
-    """Very many lines do not wait: they leave by the 64 KiB."""
+    """Very many events do not wait: they leave by the 256."""
     stream = Writes()
     logs.configure("info", "json", stream)
-    for _ in range(100):
-        logs.get_logger().info("exchange", text="x" * 1000)
-    assert stream.count == 1
+    for number in range(600):
+        logs.get_logger().info("exchange", number=number)
+    assert stream.count == 2
+    assert len(stream.getvalue().splitlines()) == 512
+
+
+async def test_an_event_s_time_is_when_it_happened() -> None:
+    """Not when it is written; and events of all levels stay in their order."""
+    stream = Writes()
+    logs.configure("info", "json", stream)
+    logger = logs.get_logger()
+    logger.info("first")
+    await asyncio.sleep(0.02)
+    logger.info("second %s", "formatted")
+    logger.error("third")
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["first", "second formatted", "third"]
+    times = [datetime.fromisoformat(event["timestamp"]) for event in events]
+    assert times == sorted(times)
+    assert (times[1] - times[0]).total_seconds() >= 0.02
+    assert abs((datetime.now(UTC) - times[2]).total_seconds()) < 60
 
 
 def test_what_waits_is_written_when_the_process_ends() -> None:
