@@ -1,0 +1,244 @@
+"""What an exchange costs, counted exactly: writes, tasks, and what waits for the loop. No figure here is a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from gateway.config import load
+from gateway.connection import Connection
+from gateway.server import Server
+from gateway.settings import Listen
+from gateway.wire import Wire
+from tests.conftest import chat_request, write_files
+
+YAML = """
+resources: {azure: {endpoint: "http://azure.invalid"}}
+pipeline:
+  - access_log
+  - auth_passthrough
+  - rate_limit: {requests_per_minute: 100000}
+  - model_map: {models: {gpt-4o: gpt4o-prod}}
+  - api_version: 2024-10-21
+  - sse_newline
+"""
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def event(number: int) -> bytes:
+    data = b'data: {"n": %d}\n\n' % number
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Pipe(asyncio.Transport):
+    """A transport that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.reading = True
+        self.closing = False
+
+    def write(self, data: Any) -> None:
+        self.written.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def close(self) -> None:
+        self.closing = True
+
+    abort = close
+
+    def can_write_eof(self) -> bool:
+        return False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+
+class Line:
+    """A gateway between two pipes: a client's, and Azure's."""
+
+    def __init__(self, server: Server) -> None:
+        loop = asyncio.get_running_loop()
+        pool = server.upstream._pool
+        resource = next(iter(server.teams.default.services.values())).resource
+        assert resource is not None
+        destination = pool.destination(resource)
+        self.azure, self.client = Pipe(), Pipe()
+        self.wire = Wire(loop)
+        self.wire.connection_made(self.azure)
+        self.wire.leave(cast(Any, None), pool, destination)
+        destination.kept.append(self.wire)
+        assert server._http is not None
+        self.connection = cast(Connection, server._http())
+        self.connection.connection_made(self.client)
+
+    async def ask(self, *, stream: bool = False) -> None:
+        """Send a request, and let it reach Azure."""
+        request = chat_request(stream=stream).replace(b"Connection: close\r\n", b"")
+        self.connection.data_received(request)
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def line(tmp_path: Path) -> AsyncIterator[Line]:
+    loaded = load(write_files(tmp_path, {"gateway.yaml": YAML}), {})
+    server = Server(loaded.teams, replace(loaded.settings, listen=Listen("127.0.0.1", 0)))
+    await server.start()
+    line = Line(server)
+    yield line
+    line.connection.connection_lost(None)
+    await settle()
+    now = asyncio.Event()
+    now.set()
+    await server.stop(now=now)
+
+
+async def test_a_plain_exchange_is_one_write_each_way(line: Line) -> None:
+    """Head and body leave together, to Azure and to the client; the connection to Azure is free before the client's."""
+    for count in (1, 2, 3):
+        await line.ask()
+        assert len(line.azure.written) == count
+        line.wire.data_received(PLAIN)
+        assert len(cast(Any, line.wire.destination).kept) == 1
+        await settle()
+        assert len(line.client.written) == count
+        assert line.client.written[-1].startswith(b"HTTP/1.1 200 OK\r\n")
+        assert line.client.written[-1].endswith(b"\r\n\r\n{}")
+
+
+async def test_one_task_an_exchange(line: Line) -> None:
+    """And none is left of it."""
+    before = asyncio.all_tasks()
+    await line.ask()
+    assert len(asyncio.all_tasks() - before) == 1
+    line.wire.data_received(PLAIN)
+    await settle()
+    assert asyncio.all_tasks() == before
+
+
+async def test_events_that_arrive_together_leave_together_and_at_once(line: Line) -> None:
+    """Five events in one read are one write, made before the read returns: no task is waited for."""
+    await line.ask(stream=True)
+    line.wire.data_received(STREAM)
+    await settle()
+    assert len(line.client.written) == 1, "the head"
+    for count in (1, 5, 50):
+        line.client.written.clear()
+        line.wire.data_received(b"".join(event(number) for number in range(count)))
+        assert len(line.client.written) == 1
+        assert line.client.written[0].count(b"data: ") == count
+    line.client.written.clear()
+    line.wire.data_received(b"d\r\ndata: [DONE]\n\r\n0\r\n\r\n")
+    await settle()
+    assert line.client.written == [b"e\r\ndata: [DONE]\n\n\r\n", b"0\r\n\r\n"]
+    assert not line.client.closing
+
+
+async def test_an_event_that_no_filter_changes_is_not_touched(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a stream is decoded unless a filter asks."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("an event was decoded")
+
+    await line.ask(stream=True)
+    monkeypatch.setattr("gateway.stream.Event.__init__", never)
+    line.wire.data_received(STREAM + event(1))
+    await settle()
+    line.wire.data_received(event(2))
+    assert line.client.written[-1] == event(2)
+
+
+async def test_a_client_that_does_not_read_holds_azure(line: Line) -> None:
+    """Back-pressure reaches Azure's socket at once, and is taken back at once."""
+    await line.ask(stream=True)
+    line.wire.data_received(STREAM + event(1))
+    await settle()
+    seen = []
+    for change in (line.connection.pause_writing, line.connection.resume_writing):
+        change()
+        seen.append(line.azure.reading)
+    assert seen == [False, True]
+    line.wire.data_received(event(2))
+    assert line.client.written[-1] == event(2)
+
+
+async def test_an_exchange_leaves_nothing_for_the_garbage_collector(line: Line) -> None:
+    """No cycles: what an exchange made is gone when it is over, without the collector."""
+    import gc
+
+    async def exchange() -> None:
+        await line.ask()
+        line.wire.data_received(PLAIN)
+        await settle()
+
+    await exchange()
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        for _ in range(10):
+            await exchange()
+        gc.collect()
+        ours = [each for each in gc.garbage if type(each).__module__.startswith(("gateway", "plugins"))]
+        gc.garbage.clear()
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+    assert ours == []
+
+
+async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) -> None:
+    """What Azure does not take yet is what the gateway holds of it: two buffers, whatever the upload's size."""
+    loop = asyncio.get_running_loop()
+    from gateway.arriving import ArrivingBody
+    from gateway.body import Body
+
+    held: list[bool] = []
+
+    class Sender:
+        def say_continue(self) -> None: ...
+
+        def hold(self) -> None:
+            held.append(True)
+
+        def release(self) -> None:
+            held.append(False)
+
+    arriving = ArrivingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5)
+    piece = b"x" * 65_536
+    line.wire.ask(60, 60)
+    upload = asyncio.create_task(line.wire.send_stream(b"HEAD", Body(arriving), 60))
+    line.wire.pause_writing()
+    taken = 0
+    for _ in range(100):
+        arriving.feed(b"10000\r\n" + piece + b"\r\n")
+        taken += 1
+        await settle()
+        if held[-1:] == [True]:
+            break
+    assert taken <= 4, "the client is asked to wait soon after Azure does"
+    line.wire.resume_writing()
+    await settle()
+    assert held[-1] is False
+    upload.cancel()
+    await asyncio.gather(upload, return_exceptions=True)
