@@ -28,9 +28,9 @@ class BenchNoOp(Stage):
 
 
 def teams(place: Place) -> list[Row]:
-    """Measure requests that are one team's, and requests that are each another's."""
+    """Measure requests of one team's clients, and of clients that are each another team's."""
     few, many = (
-        (place.ours(Setup(teams=count)), _requests(place, "teams", [_request(path=path) for path in paths]))
+        (place.ours(Setup(teams=count)), _requests(place, "teams", [_request(path=path) for path in paths], True))
         for count in (1, TEAMS)
         for paths in [[f"/t{number:04}{traffic.CHAT}" for number in range(count)]]
     )
@@ -93,9 +93,9 @@ def _request(model: str = traffic.MODEL, path: str = traffic.CHAT, *, stream: bo
     return traffic.request(traffic.body(1024, model=model, stream=stream), path)
 
 
-def _requests(place: Place, name: str, requests: Sequence[bytes]) -> Traffic:
+def _requests(place: Place, name: str, requests: Sequence[bytes], faithful: bool = False) -> Traffic:
     file = place.workplace.write(f"{name}-{len(requests)}.request", b"".join(requests))
-    return Traffic(file, place.azure.answer, kinds=len(requests))
+    return Traffic(file, place.azure.answer, kinds=len(requests), faithful=faithful)
 
 
 def _with_models(names: Sequence[str]) -> Setup:

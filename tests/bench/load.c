@@ -1,8 +1,9 @@
 /* A load of requests, whose every answer is checked to the byte.
  *
- *     load [-h] [-c CONNECTIONS] [-s SECONDS] [-o OPENING] [-k KINDS] [-n EVENTS] [-t TAIL] PORT REQUESTS ANSWER
+ *     load [-fh] [-c CONNECTIONS] [-s SECONDS] [-o OPENING] [-k KINDS] [-n EVENTS] [-t TAIL] PORT REQUESTS ANSWER
  *
- * One thread. REQUESTS is a file of KINDS (1) whole requests of equal length, sent in turn. The body of every answer
+ * One thread. REQUESTS is a file of KINDS (1) whole requests of equal length, sent in turn; with -f, each connection
+ * keeps to a kind of its own. The body of every answer
  * must be the file ANSWER, or, with -n, that file EVENTS times and then `data: [DONE]` and TAIL newlines (2).
  * CONNECTIONS (1) are used again and again for SECONDS, or until stdin ends if that is 0; running answers are waited
  * for. A server may close a connection only after an answer that says `connection: close`. At most OPENING
@@ -59,7 +60,8 @@ struct times {
 
 static int connections = 1, opening, kinds = 1, port, poll_fd;
 static double run_for;
-static bool hold;
+static bool hold, faithful;
+static struct connection *all;
 static struct text requests;
 /* The body to expect: `unit` times `repeat`, then `tail`. */
 static struct text unit, tail = TEXT("");
@@ -137,7 +139,9 @@ static const char *send_rest(struct connection *c)
 static void begin(struct connection *c)
 {
     size_t size = requests.size / (size_t)kinds;
-    c->unsent = (struct text){requests.bytes + size * (size_t)(sent++ % kinds), size};
+    long kind = faithful ? (c - all) * kinds / connections : sent % kinds;
+    c->unsent = (struct text){requests.bytes + size * (size_t)kind, size};
+    sent++;
     c->reading = HEAD;
     c->head_size = c->taken = 0;
     c->closes = false;
@@ -289,7 +293,7 @@ static bool read_stdin(void)
     return n > 0;
 }
 
-static void run(struct connection *all)
+static void run(void)
 {
     struct epoll_event ready[512];
     bool said = false;
@@ -329,8 +333,9 @@ static void run(struct connection *all)
 int main(int count, char **arguments)
 {
     int option, events = 0, newlines = 2;
-    while ((option = getopt(count, arguments, "hc:s:o:k:n:t:")) != -1) {
+    while ((option = getopt(count, arguments, "fhc:s:o:k:n:t:")) != -1) {
         switch (option) {
+        case 'f': faithful = true; break;
         case 'h': hold = true; break;
         case 'c': connections = atoi(optarg); break;
         case 's': run_for = atof(optarg); break;
@@ -352,12 +357,12 @@ int main(int count, char **arguments)
         tail = (struct text){"data: [DONE]\n\n", 12 + (size_t)newlines};
     }
     expected = unit.size * repeat + tail.size;
-    struct connection *all = calloc((size_t)connections, sizeof *all);
+    all = calloc((size_t)connections, sizeof *all);
     poll_fd = epoll_create1(0);
     struct epoll_event e = {.events = EPOLLIN, .data.ptr = NULL};
     if (!all || poll_fd < 0) err(1, "epoll_create1");
     if ((hold || !(run_for > 0)) && epoll_ctl(poll_fd, EPOLL_CTL_ADD, STDIN_FILENO, &e)) err(1, "stdin");
-    run(all);
+    run();
     if (!hold) report();
     return 0;
 }

@@ -21,6 +21,8 @@ class Traffic:
     """The body to expect, or one event of it."""
     kinds: int = 1
     """How many requests of equal length `requests` has."""
+    faithful: bool = False
+    """Whether each connection keeps to one of these."""
     events: int = 0
     """Of a stream; 0 where the answer is a plain one."""
     connections: int = 32
@@ -58,7 +60,7 @@ class Loader:
         """Start a load on a port, for so many seconds or until it is ended."""
         command: list[str | Path] = [self._program, "-c", str(traffic.connections), "-s", str(seconds)]
         command += ["-o", str(traffic.opening), "-k", str(traffic.kinds), "-n", str(traffic.events)]
-        command += ["-t", str(newlines), *(["-h"] if hold else [])]
+        command += ["-t", str(newlines), *(["-h"] if hold else []), *(["-f"] if traffic.faithful else [])]
         command += [str(port), traffic.requests, traffic.answer]
         return Running(self._workplace.start(command, core=LOAD_CORE, talks=True))
 

@@ -19,8 +19,6 @@ MB = 1024 * 1024
 
 # No stage of this pipeline reads a body: the deployment is the same for every request.
 DEPLOYMENT = f"""\
-import dataclasses
-
 from gateway import Stage
 
 
@@ -28,7 +26,7 @@ class BenchDeployment(Stage):
     provides = ("deployment",)
 
     async def __call__(self, request, call_next):
-        request.target = dataclasses.replace(request.target, deployment="{traffic.DEPLOYMENT}")
+        request.target = request.target.replace(deployment="{traffic.DEPLOYMENT}")
         return await call_next(request)
 """
 
