@@ -27,7 +27,7 @@ from gateway.logs import get_logger
 from gateway.settings import Limits, Timeouts
 
 if TYPE_CHECKING:
-    from aiohttp import web
+    from aiohttp.web_server import Server
 
 __all__ = ("Arrived", "Connection", "Handler")
 
@@ -83,7 +83,7 @@ class Connection(BaseProtocol):
 
     def __init__(
         self,
-        manager: web.Server,
+        manager: Server,
         handle: Handler,
         loop: asyncio.AbstractEventLoop,
         limits: Limits,

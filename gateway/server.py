@@ -17,8 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_server import Server as AiohttpServer
 
 from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
@@ -37,7 +37,7 @@ from gateway.upstream import Upstream
 __all__ = ("Server", "serve")
 
 
-class _AiohttpServer(web.Server):
+class _Connections(AiohttpServer):
     """aiohttp's low-level server, with our connections."""
 
     def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts) -> None:
@@ -57,7 +57,7 @@ class Server:
         self.upstream = upstream or Upstream(self.settings.timeouts)
         self.draining = False
         self.ready = False
-        self._http: _AiohttpServer | None = None
+        self._http: _Connections | None = None
         self._listener: asyncio.Server | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._all_done = asyncio.Event()
@@ -77,7 +77,7 @@ class Server:
         except BaseException:
             await self.upstream.close()
             raise
-        self._http = _AiohttpServer(self._handle, limits, timeouts)
+        self._http = _Connections(self._handle, limits, timeouts)
         try:
             await self._listen()
         except BaseException:
