@@ -129,10 +129,9 @@ def _note_end(exchange: Exchange, error: BaseException | None) -> None:
 
 def _write(connection: Connection, exchange: Exchange, before: bytes, data: bytes) -> None:
     """Write `data` of the body behind `before`. Raises ClientGone where the client has left."""
-    transport = connection.transport
-    if transport is None or transport.is_closing():
+    if connection.gone:
         raise ClientGone
-    transport.write(before + data)
+    connection.write_soon(before + data)
     if exchange.first_byte_at is None:
         exchange.first_byte_at = time.monotonic()
     exchange.sent += len(data)
@@ -190,11 +189,10 @@ class _Writer:
 
     def _put(self, data: bytes, after: bytes = b"") -> None:
         """Write a piece of a stream, framed."""
-        transport = self.connection.transport
-        if transport is None or transport.is_closing():
+        if self.connection.gone:
             raise ClientGone
         self._exchange.sent += len(data)
-        transport.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self._chunked else data)
+        self.connection.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self._chunked else data)
         self.tail = data[-4:] if len(data) >= 4 else (self.tail + data)[-4:]
 
     def _take(self, chunk: bytes) -> None:
@@ -267,13 +265,15 @@ def _break_off(
     else:
         error = ApiError(502, str(exc) if isinstance(exc, StreamBroken) else "the gateway failed on this stream")
         get_logger().error("a filter or a stage's stream failed", **masked(failure(exc), hidden))
-    transport = writer.connection.transport
+    connection = writer.connection
+    transport = connection.transport
     if transport is None or transport.is_closing():
         return
     if response.event_stream:
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
-        transport.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
+        connection.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
         exchange.sent += len(event)
+    connection.flush()
     if old:
         # Without chunks the end of the connection is the end of the body: only a reset says it is broken.
         if not _over_unix_socket(writer.connection):

@@ -24,6 +24,7 @@ from gateway.errors import ApiError
 from gateway.exchange import failure
 from gateway.http1 import HEAD_END, MAX_HEAD, HeadReader, Malformed, RequestHead, begins_request, malformed_request
 from gateway.logs import get_logger
+from gateway.outbox import Outbox
 from gateway.settings import Limits, Timeouts
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = ("Arrived", "Connection", "Handler")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Bytes behind the request at hand (pipelined ones) that may wait before the client is asked to wait.
 _WAITING = 64 * 1024
+# Above this size, an answer is written at once: whether its client takes it must be known.
+_SOON = 64 * 1024
 # How long, in seconds, what a client still sends is dropped before its connection is closed on: were it closed
 # at once, the reset might take the answer away.
 _LINGER = 5.0
@@ -75,9 +78,11 @@ class Connection(BaseProtocol):
         "_limits",
         "_manager",
         "_on_due",
+        "_outbox",
         "_task_handler",
         "_timeouts",
         "_timer",
+        "_unsent",
         "on_flow",
     )
 
@@ -88,8 +93,11 @@ class Connection(BaseProtocol):
         loop: asyncio.AbstractEventLoop,
         limits: Limits,
         timeouts: Timeouts,
+        outbox: Outbox,
     ) -> None:
         super().__init__(loop)
+        self._outbox = outbox
+        self._unsent = b""
         self._manager = manager
         self._handle = handle
         self._limits = limits
@@ -147,6 +155,7 @@ class Connection(BaseProtocol):
     def force_close(self) -> None:
         """Close; what was written still leaves."""
         self._closing = True
+        self.flush()
         if self.transport is not None:
             self.transport.close()
 
@@ -155,6 +164,35 @@ class Connection(BaseProtocol):
         if self._task_handler is not None:
             self._task_handler.cancel()
         self.force_close()
+
+    # -- what leaves -----------------------------------------------------------------------------------
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self.transport is None or self.transport.is_closing()
+
+    def write(self, data: bytes) -> None:
+        """Write to the client, unless it is gone."""
+        if self._unsent:
+            self.flush()
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.write(data)
+
+    def write_soon(self, data: bytes) -> None:
+        """Write at the end of this turn of the loop, together with other connections; what follows stays behind it."""
+        if self._unsent or len(data) > _SOON:
+            self.write(data)
+        else:
+            self._unsent = data
+            self._outbox.add(self)
+
+    def flush(self) -> None:
+        """Write what `write_soon` left."""
+        if self._unsent:
+            unsent, self._unsent = self._unsent, b""
+            if self.transport is not None and not self.transport.is_closing():
+                self.transport.write(unsent)
 
     # -- what arrives ----------------------------------------------------------------------------------
 
@@ -268,8 +306,7 @@ class Connection(BaseProtocol):
                 self._expect_in(_LINGER)
         elif not keep:
             if arriving is None and not self._closing:
-                self._closing = True
-                self.transport.close()
+                self.force_close()
             else:
                 self._linger()
         else:
@@ -285,6 +322,7 @@ class Connection(BaseProtocol):
         self._closing = True
         self._arriving = None
         self._buffer = b""
+        self.flush()
         if self.transport is None or self.transport.is_closing():
             return
         if self.transport.can_write_eof():
@@ -297,8 +335,7 @@ class Connection(BaseProtocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request that can be handled, and close."""
         get_logger().info("refused before any team", status=error.status, error=error.code)
-        if self.transport is not None:
-            self.transport.write(closing_answer(error))
+        self.write(closing_answer(error))
         self._linger()
 
     # -- how long it may take --------------------------------------------------------------------------
@@ -357,8 +394,7 @@ class Connection(BaseProtocol):
 
     def say_continue(self) -> None:
         """Tell the client that its body is wanted."""
-        if self.transport is not None:
-            self.transport.write(_CONTINUE)
+        self.write(_CONTINUE)
 
     # While reading is held, the event loop does not see a client leave: the socket's state is asked for instead.
 

@@ -14,6 +14,7 @@ from yarl import URL
 
 from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.messages import Resource
+from gateway.outbox import Outbox
 from gateway.wire import Wire
 
 __all__ = ("Destination", "Pool")
@@ -57,6 +58,7 @@ class Pool:
         self._context = context or ssl.create_default_context()
         self._destinations: dict[str, Destination] = {}
         self._connector: aiohttp.TCPConnector | None = None
+        self._outbox: Outbox | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -64,6 +66,7 @@ class Pool:
         self._connector = aiohttp.TCPConnector(
             limit=0, ttl_dns_cache=60, force_close=True, resolver=aiohttp.ThreadedResolver()
         )
+        self._outbox = Outbox(asyncio.get_running_loop())
         # The only way to give aiohttp a protocol of our own.
         factory = functools.partial(Wire, asyncio.get_running_loop())
         self._connector._factory = cast("functools.partial[ResponseHandler]", factory)
@@ -135,5 +138,6 @@ class Pool:
         except (aiohttp.ClientError, OSError):
             raise UpstreamError(f"could not connect to the Azure resource {name!r}") from None
         wire = cast(Wire, connection.protocol)
-        wire.leave(connection, self, destination)
+        assert self._outbox is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
+        wire.settle(connection, self, destination, self._outbox)
         return wire

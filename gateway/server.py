@@ -30,6 +30,7 @@ from gateway.heads import client_address
 from gateway.heads import request_id as request_id_of
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
+from gateway.outbox import Outbox
 from gateway.settings import Limits, Listen, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
@@ -42,7 +43,7 @@ class _Connections(AiohttpServer):
 
     def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts) -> None:
         super().__init__(cast(Any, handle))
-        self._ours = handle, self._loop, limits, timeouts
+        self._ours = handle, self._loop, limits, timeouts, Outbox(self._loop)
 
     def __call__(self) -> RequestHandler:
         return cast("RequestHandler", Connection(self, *self._ours))
@@ -164,7 +165,7 @@ class Server:
             if transport is not None and exchange.first_byte_at is None:
                 stopped = ApiError(503, "the gateway is stopping; try again", code="shutting_down")
                 exchange.status, exchange.error = stopped.status, stopped.code
-                transport.write(closing_answer(stopped))
+                arrived.connection.write(closing_answer(stopped))
             raise
         except Exception:
             exchange.ended_by = "gateway"

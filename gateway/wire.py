@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import aiohttp
 
     from gateway.headers import Field
+    from gateway.outbox import Outbox
 
 __all__ = ("Answer", "Home", "Wire")
 
@@ -223,7 +224,9 @@ class Wire(BaseProtocol):
         "_home",
         "_idle",
         "_interim",
+        "_outbox",
         "_timer",
+        "_unsent",
         "closed",
         "connection",
         "destination",
@@ -247,6 +250,8 @@ class Wire(BaseProtocol):
         self.idle_since = 0.0
         self.closed: asyncio.Future[None] | None = None  # aiohttp's connector asks
         self._home: Home | None = None
+        self._outbox: Outbox | None = None
+        self._unsent = b""
         self._answer: Answer | None = None
         self._buffer = b""
         self._interim = 0
@@ -254,9 +259,9 @@ class Wire(BaseProtocol):
         self._due = math.inf
         self._timer: asyncio.TimerHandle | None = None
 
-    def leave(self, connection: aiohttp.connector.Connection, home: Home, destination: object) -> None:
+    def settle(self, connection: aiohttp.connector.Connection, home: Home, destination: object, outbox: Outbox) -> None:
         """Tell a new connection where it belongs."""
-        self.connection, self._home, self.destination = connection, home, destination
+        self.connection, self._home, self.destination, self._outbox = connection, home, destination, outbox
 
     # -- asking ----------------------------------------------------------------------------------------
 
@@ -271,13 +276,17 @@ class Wire(BaseProtocol):
 
     def send(self, head: bytes, body: bytes) -> None:
         """Write a request whose body is at hand."""
-        transport = self.transport
-        if transport is None:
-            return  # connection_lost() has told the answer
-        if len(body) <= _JOINED:
-            transport.write(head + body)
-        else:
-            transport.writelines((head, body))
+        if len(body) <= _JOINED and self._outbox is not None:
+            self._unsent = head + body
+            self._outbox.add(self)
+        elif self.transport is not None:  # else connection_lost() has told the answer
+            self.transport.writelines((head, body))
+
+    def flush(self) -> None:
+        """Write what `send` left for the end of the loop's turn."""
+        unsent, self._unsent = self._unsent, b""
+        if self.is_connected() and self._answer is not None:
+            self.transport.write(unsent)  # type: ignore[union-attr] # it is connected
 
     async def send_stream(self, head: bytes, body: Body, patience: float) -> None:
         """Write a request's body as it comes from the client, in chunks where its length is not known.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,9 +44,11 @@ class Pipe(asyncio.Transport):
         self.written: list[bytes] = []
         self.reading = True
         self.closing = False
+        self.on_write: Callable[[], None] = lambda: None
 
     def write(self, data: Any) -> None:
         self.written.append(bytes(data))
+        self.on_write()
 
     def is_closing(self) -> bool:
         return self.closing
@@ -73,6 +75,7 @@ class Line:
     """A gateway between two pipes: a client's, and Azure's."""
 
     def __init__(self, server: Server) -> None:
+        self.server = server
         loop = asyncio.get_running_loop()
         pool = server.upstream._pool
         resource = next(iter(server.teams.default.services.values())).resource
@@ -81,7 +84,8 @@ class Line:
         self.azure, self.client = Pipe(), Pipe()
         self.wire = Wire(loop)
         self.wire.connection_made(self.azure)
-        self.wire.leave(cast(Any, None), pool, destination)
+        assert pool._outbox is not None
+        self.wire.settle(cast(Any, None), pool, destination, pool._outbox)
         destination.kept.append(self.wire)
         assert server._http is not None
         self.connection = cast(Connection, server._http())
@@ -124,6 +128,26 @@ async def test_a_plain_exchange_is_one_write_each_way(line: Line) -> None:
         assert len(line.client.written) == count
         assert line.client.written[-1].startswith(b"HTTP/1.1 200 OK\r\n")
         assert line.client.written[-1].endswith(b"\r\n\r\n{}")
+
+
+async def test_answers_of_one_turn_leave_together_at_its_end(line: Line) -> None:
+    """Not one by one between the work of others; what comes behind an answer on its connection stays behind it."""
+    health = b"GET /healthz HTTP/1.1\r\nHost: gw.test\r\n\r\n"
+    other = cast(Connection, line.server._http())  # type: ignore[misc] # it is there: the server has started
+    pipe = Pipe()
+    other.connection_made(pipe)
+    order: list[str] = []
+    line.client.on_write = lambda: order.append(f"first, with {len(asyncio.all_tasks())} tasks left")
+    pipe.on_write = lambda: order.append(f"second, with {len(asyncio.all_tasks())} tasks left")
+    line.connection.data_received(health)
+    other.data_received(health)
+    await settle()
+    assert order == ["first, with 1 tasks left", "second, with 1 tasks left"], "both exchanges were over before"
+    line.connection.data_received(health + b"no request\r\n\r\n")
+    await settle()
+    assert b"".join(line.client.written).count(b"HTTP/1.1 200") == 2
+    assert line.client.written[-1].startswith(b"HTTP/1.1 400")
+    other.connection_lost(None)
 
 
 async def test_one_task_an_exchange(line: Line) -> None:
