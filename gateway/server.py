@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import os
 import signal
-import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 from aiohttp import web
@@ -23,18 +20,25 @@ from gateway.answer import CLOSE, ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
 from gateway.body import Body
 from gateway.connection import Arrived, ClientBody, Connection
-from gateway.errors import ApiError, StartError
+from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.heads import check_head, client_address
 from gateway.heads import request_id as request_id_of
+from gateway.listener import Listener
 from gateway.logs import get_logger, quiet_logger
 from gateway.messages import Request, Response
-from gateway.settings import Limits, Listen, Settings, Timeouts
+from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 
 __all__ = ("Server", "serve")
+
+# When the gateway stops, a connection without a request may send one more for so many seconds: a client that
+# has begun to send it cannot know yet, and closing on it would fail it.
+_LAST_REQUEST = 1.0
+# How often, in seconds, a drain looks at what is left.
+_DRAIN_CHECK = 0.02
 
 
 class _AiohttpServer(web.Server):
@@ -59,18 +63,21 @@ class Server:
         self.draining = False
         self.ready = False
         self._http: _AiohttpServer | None = None
-        self._listener: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self._listener: Listener | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._all_done = asyncio.Event()
         self._stopped = False
-        self._socket: tuple[int, int] | None = None
         self.address = self.settings.listen
         """Where the server listens: the true port, once it does, where 0 was asked for."""
 
     # -- life ------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Start the stages and listen. Raises StartError where one of them or the address cannot be had."""
+    async def start(self, listener: Listener | None = None) -> None:
+        """Start the stages and listen, on sockets that exist already if `listener` is given.
+
+        Raises StartError where a stage cannot start, or the address cannot be had.
+        """
         timeouts, limits = self.settings.timeouts, self.settings.limits
         await self.upstream.start()
         try:
@@ -89,7 +96,7 @@ class Server:
             read_bufsize=64 * 1024,
         )
         try:
-            await self._listen()
+            await self._listen(listener)
         except BaseException:
             self._http = None  # there is nothing left to stop
             await self.teams.stop()
@@ -97,28 +104,18 @@ class Server:
             raise
         self.ready = True
 
-    async def _listen(self) -> None:
+    async def _listen(self, given: Listener | None) -> None:
         """Listen. Raises StartError where the address cannot be had."""
         loop = asyncio.get_running_loop()
-        listen = self.settings.listen
-        http = cast(Any, self._http)
-        try:
-            if listen.unix is None:
-                self._listener = await loop.create_server(http, listen.host, listen.port, backlog=1024)
-                self.address = Listen(listen.host, self._listener.sockets[0].getsockname()[1])
-                return
-            await _clear_socket(listen.unix)
-            self._listener = await loop.create_unix_server(http, listen.unix, backlog=1024)
-            # nginx runs as another user; who may reach the socket is the directory's to say.
-            os.chmod(listen.unix, 0o666)  # noqa: S103
-            self._socket = _identity(listen.unix)
-        except OSError as exc:
-            raise StartError(f"cannot listen on {listen}: {exc.strerror or exc}") from None
+        self._listener = given or Listener.open(self.settings.listen)
+        self.address = self._listener.address
+        for sock in self._listener.sockets:
+            self._servers.append(await loop.create_server(cast(Any, self._http), sock=sock, backlog=1024))
 
     async def stop(self, *, now: asyncio.Event | None = None) -> None:
         """Stop: not ready at once, no new clients after `drain_delay`, running exchanges end within `grace`.
 
-        Setting `now` ends the waiting at once.
+        A connection without a request may send one more, for a second. Setting `now` ends the waiting at once.
         """
         http = self._http
         if self._stopped or http is None:
@@ -129,29 +126,40 @@ class Server:
         self.ready = False
         await _wait_either(now, timeouts.drain_delay)
         self.draining = True
-        if self._listener is not None:
-            self._listener.close()
-        for connection in http.connections:
-            if cast(Connection, connection).idle:
-                connection.force_close()
+        for server in self._servers:
+            server.close()
         if self._running and not now.is_set():
             get_logger().info("draining", exchanges=len(self._running), grace=timeouts.grace)
-            done = asyncio.create_task(self._all_done.wait())
-            asked = asyncio.create_task(now.wait())
-            await asyncio.wait((done, asked), timeout=timeouts.grace, return_when=asyncio.FIRST_COMPLETED)
-            done.cancel()
-            asked.cancel()
+        await self._drain(http, now)
         for task in list(self._running):
             task.cancel()
         if self._running:
             get_logger().warning("exchanges cut off", exchanges=len(self._running))
             await asyncio.wait(list(self._running), timeout=5)
         await http.shutdown(timeout=1)
-        unix = self.settings.listen.unix
-        if unix is not None and self._socket is not None and _identity(unix) == self._socket:
-            Path(unix).unlink()  # noqa: ASYNC240 -- nothing is served any more
+        if self._listener is not None:
+            self._listener.remove()
         await self.teams.stop()
         await self.upstream.close()
+
+    async def _drain(self, http: _AiohttpServer, now: asyncio.Event) -> None:
+        """Wait until the last connection has ended, the grace period is over, or `now` is set.
+
+        An answer says `connection: close` by now; one that began before did not, so its connection, too, may
+        send one more request.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.settings.timeouts.grace
+        idle_since: dict[RequestHandler, float] = {}
+        while not now.is_set() and loop.time() < end:
+            await _wait_either(now, _DRAIN_CHECK)  # before the first look, too: the last one accepted is not there yet
+            if not http.connections:
+                return
+            for connection in http.connections:
+                if not cast(Connection, connection).idle:
+                    idle_since.pop(connection, None)
+                elif loop.time() - idle_since.setdefault(connection, loop.time()) >= _LAST_REQUEST:
+                    connection.force_close()
 
     # -- one request -----------------------------------------------------------------------------------
 
@@ -277,28 +285,6 @@ class Server:
             return await team.pipeline(request)
         finally:
             exchange.stop_deadline()
-
-
-def _identity(name: str) -> tuple[int, int] | None:
-    """Return what tells a socket's file from another of the same name; None where there is none."""
-    try:
-        status = os.stat(name)
-    except FileNotFoundError:
-        return None
-    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
-
-
-async def _clear_socket(name: str) -> None:
-    """Remove a socket that an earlier run left behind. Raises OSError where somebody still answers on it."""
-    if _identity(name) is None:
-        return
-    try:
-        _, writer = await asyncio.open_unix_connection(name)
-    except (ConnectionError, FileNotFoundError):
-        Path(name).unlink(missing_ok=True)  # noqa: ASYNC240 -- once, before anything is served
-        return
-    writer.close()
-    raise OSError(errno.EADDRINUSE, "another process answers on this socket")
 
 
 async def _wait_either(event: asyncio.Event, seconds: float) -> None:
