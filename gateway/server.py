@@ -293,35 +293,56 @@ async def _wait_either(event: asyncio.Event, seconds: float) -> None:
             await asyncio.wait_for(event.wait(), seconds)
 
 
-async def serve(server: Server, ready: Callable[[], None] | None = None) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once.
-
-    `ready` is called when it listens. Raises StartError where it cannot be started.
-    """
-    stop, now = asyncio.Event(), asyncio.Event()
+def _obey_signals(stop: asyncio.Event, now: asyncio.Event) -> None:
+    """Set `stop` at the first SIGTERM or SIGINT, `now` at the second."""
 
     def signalled() -> None:
         (now if stop.is_set() else stop).set()
 
+    def restart() -> None:
+        get_logger().warning("nothing was restarted: a rolling restart needs --workers 2 or more", pid=os.getpid())
+
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, signalled)
-    starting = asyncio.create_task(server.start())
-    stopping = asyncio.create_task(stop.wait())
+    loop.add_signal_handler(signal.SIGUSR2, restart)
+
+
+async def serve(
+    server: Server,
+    ready: Callable[[], None] | None = None,
+    *,
+    stopping: Callable[[], None] | None = None,
+    listener: Listener | None = None,
+    obey: Callable[[asyncio.Event, asyncio.Event], None] = _obey_signals,
+) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once.
+
+    `ready` is called when it listens (on `listener`, if given), `stopping` when the drain begins. `obey` is
+    given the two events that stop it, and sees to it that they are set. Raises StartError where it cannot be
+    started.
+    """
+    stop, now = asyncio.Event(), asyncio.Event()
+    obey(stop, now)
+    log = get_logger().bind(pid=os.getpid())
+    starting = asyncio.create_task(server.start(listener))
+    asked = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             # A stage that hangs while it starts must not keep the gateway from being stopped.
             starting.cancel()
             await asyncio.wait((starting,), timeout=5)
             return
         await starting
-        get_logger().info("listening", address=str(server.address), teams=len(server.teams.all), pid=os.getpid())
+        log.info("listening", address=str(server.address), teams=len(server.teams.all))
         if ready is not None:
             ready()
-        await stopping
-        get_logger().info("stopping")
+        await asked
+        log.info("stopping")
+        if stopping is not None:
+            stopping()
     finally:
-        stopping.cancel()
+        asked.cancel()
         await server.stop(now=now)
-    get_logger().info("stopped")
+    log.info("stopped")
