@@ -87,19 +87,12 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it has ended, and whoever waits for that will see it
             self._line.send(word)
 
-    def terminate(self) -> None:
-        """End it by a signal."""
-        self._signal(signal.SIGTERM)
-
     def kill(self) -> None:
         """End it without its help."""
-        self._signal(signal.SIGKILL)
-
-    def _signal(self, number: signal.Signals) -> None:
-        # Process.send_signal() asks for the process's status first, and may take it away from who waits for it.
+        # Process.kill() asks for the process's status first, and may take it away from who waits for it.
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(self.process.pid, number)
+                os.kill(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Let go of the line."""
@@ -115,7 +108,6 @@ class _Place:
         """The first worker is ready, or `failure` says why not."""
         self.failure: str | None = None
         self.worker: _Worker | None = None
-        self._ready = False
 
     async def keep(self, command: Sequence[str], listener: Listener, patience: float) -> None:
         """Keep a worker here; return when the place is retired and its worker gone, or the first never served."""
@@ -150,12 +142,10 @@ class _Place:
                 worker.order(DRAIN)
             failure = await worker.wait_ready(patience)
             if failure is None:
-                self._ready = True
                 get_logger().info("worker ready", pid=pid)
             self._settle(failure)
             await worker.process.wait()
         finally:
-            self._ready = False
             worker.close()
         facts = {"pid": pid, "fate": _fate(worker.process)}
         return facts if failure is None else {**facts, "reason": failure}
@@ -172,8 +162,6 @@ class _Place:
         self.retired.set()
         if self.worker is not None:
             self.worker.order(DRAIN)
-            if not self._ready:  # nobody listens to the line yet, and nothing is running that could be cut off
-                self.worker.terminate()
 
     def hurry(self) -> None:
         """End the worker at once; one that does not is killed."""

@@ -161,7 +161,7 @@ async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAz
 @pytest.mark.slow
 async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> None:
     """Three of them: kept connections, new ones and a stream that outlives the first; every worker is another then."""
-    async with FakeAzure(words=["x"] * 50, delay=0.1) as azure, fleet(azure, tmp_path) as running:
+    async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
         done, failed, enough = 0, [], asyncio.Event()
 
         async def load(kept: bool) -> None:
@@ -191,9 +191,11 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
                 seen |= running.pids
                 assert done > before
                 if turn == 2:
+                    assert azure.streaming == 1
+                    azure.delay = 0
                     text = await answer.text()
                     assert text.endswith("data: [DONE]\n\n")
-                    assert text.count('"x"') >= 50
+                    assert text.count('"x"') >= 300
         await answering(running.url, running.pids)
         enough.set()
         await asyncio.gather(*clients)
@@ -233,7 +235,7 @@ async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tm
 @pytest.mark.parametrize("whole_group", [False, True])
 async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) -> None:
     """Streams end whole, newcomers are refused, the status is 0; also where the workers get the signal as well."""
-    async with FakeAzure(words=["x"] * 30, delay=0.1) as azure, fleet(azure, tmp_path) as running:
+    async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
         url = running.url
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
             body = {**CHAT, "stream": True}
@@ -249,7 +251,8 @@ async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) ->
                         await ask(url)
                     except aiohttp.ClientConnectionError:
                         break
-            assert running.process.returncode is None
+            assert azure.streaming == 6
+            azure.delay = 0
             for answer in answers:
                 assert (await answer.text()).endswith("data: [DONE]\n\n")
         assert await running.gone() == 0
@@ -343,16 +346,22 @@ async def test_what_keeps_every_worker_from_starting_is_said_once(azure: FakeAzu
 
 
 @pytest.mark.slow
-async def test_workers_that_hang_while_they_start_can_be_stopped(azure: FakeAzure, tmp_path: Path) -> None:
-    """SIGTERM ends a gateway that is not up yet."""
-    write_files(tmp_path, {"mine/starts.py": STARTS.format(what="get_logger().info('hanging'); time.sleep(3600)")})
+@pytest.mark.parametrize(("how", "signals"), [("await asyncio.sleep(3600)", 1), ("time.sleep(3600)", 2)])
+async def test_workers_that_hang_while_they_start_can_be_stopped(
+    how: str, signals: int, azure: FakeAzure, tmp_path: Path
+) -> None:
+    """SIGTERM ends a gateway that is not up yet; one that hears nothing is killed after a second one."""
+    write_files(tmp_path, {"mine/starts.py": STARTS.format(what=f"get_logger().info('hanging'); {how}")})
     path = tmp_path / "mine" / "starts.py"
     path.write_text("import time\nfrom gateway.logs import get_logger\n" + path.read_text())
     async with fleet(azure, tmp_path, yaml=YAML.replace("[who,", "[starts,"), wait=False) as running:
         await running.until("hanging")
-        running.process.send_signal(signal.SIGTERM)
-        await running.until("stopping")
-        running.process.send_signal(signal.SIGTERM)
+        for turn in range(signals):
+            running.process.send_signal(signal.SIGTERM)
+            await running.until("stopping")
+            if turn + 1 < signals:
+                await asyncio.sleep(0.3)
+                assert running.process.returncode is None
         assert await running.gone() == 0
 
 
