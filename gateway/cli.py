@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import json
 import os
@@ -71,9 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     where = "gateway.yaml; without it $GATEWAY_CONFIG, else the shipped one with $AZURE_OPENAI_ENDPOINT"
 
-    serve = commands.add_parser("serve", help="run the gateway", description="Run the gateway until SIGTERM.")
+    serve = commands.add_parser(
+        "serve",
+        help="run the gateway",
+        description="Run the gateway until SIGTERM. A socket that systemd passes in (socket activation) is listened "
+        "on in place of `listen:`; where systemd wants to know, it is told when the gateway is ready.",
+    )
     serve.add_argument("--config", metavar="FILE", type=Path, help=where)
     serve.add_argument("--listen", metavar="HOST:PORT|unix:PATH", help="where to listen, instead of `listen:`")
+    serve.add_argument(
+        "--workers",
+        metavar="N|auto",
+        type=_workers,
+        default=1,
+        help="processes that share the address; auto: one for each CPU that may be used. With 2 or more, SIGUSR2 is a "
+        "rolling restart and one that crashes is replaced (default: 1, this process alone)",
+    )
+    serve.add_argument("--handover", help=argparse.SUPPRESS)  # how a supervisor starts its workers
     serve.set_defaults(run=_serve)
 
     check = commands.add_parser(
@@ -119,18 +134,61 @@ def _config_path(given: Path | None) -> Path:
     return DEFAULT
 
 
+def _workers(text: str) -> int:
+    if text == "auto":
+        return len(os.sched_getaffinity(0))
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor auto")
+    return int(text)
+
+
 def _serve(options: argparse.Namespace) -> int:
-    from gateway import logs  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
+    if options.handover is not None:
+        return _work(options)
+    from gateway import logs, systemd  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
     from gateway.config import load  # noqa: PLC0415
+    from gateway.listener import Listener  # noqa: PLC0415
     from gateway.loop import run  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
+    from gateway.workers import Supervisor, worker_command  # noqa: PLC0415
 
+    notify = systemd.Notifier(os.environ)
+    passed = systemd.listen_fds(os.environ)
     loaded = load(_config_path(options.config))
     settings = loaded.settings
     if options.listen is not None:
         settings = dataclasses.replace(settings, listen=_listen(options.listen))
     logs.configure(loaded.log.level, loaded.log.format)
-    run(lambda: serve(Server(loaded.teams, settings)))
+    listener = Listener.inherited(passed) if passed else None
+    if options.workers == 1:
+        server = Server(loaded.teams, settings)
+        run(lambda: serve(server, notify.ready, stopping=notify.stopping, listener=listener))
+        return 0
+    command = worker_command(options.config)
+    asyncio.run(Supervisor(listener or Listener.open(settings.listen), command, options.workers, notify).run())
+    return 0
+
+
+def _work(options: argparse.Namespace) -> int:
+    """Serve as one of several workers; what is wrong is the supervisor's to say, once for all of them."""
+    from gateway import logs  # noqa: PLC0415
+    from gateway.config import load  # noqa: PLC0415
+    from gateway.handover import Handover, Line  # noqa: PLC0415
+    from gateway.listener import Listener  # noqa: PLC0415
+    from gateway.loop import run  # noqa: PLC0415
+    from gateway.server import Server, serve  # noqa: PLC0415
+
+    handover = Handover.parse(options.handover)
+    line = Line(handover.line)
+    try:
+        loaded = load(_config_path(options.config))
+        logs.configure(loaded.log.level, loaded.log.format)
+        listener = Listener.inherited(handover.sockets)
+        server = Server(loaded.teams, loaded.settings)
+        run(lambda: serve(server, line.ready, listener=listener, obey=line.obey))
+    except (ConfigError, StartError) as exc:
+        line.failed(str(exc))
+        return 1
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import json
 import logging
 import sys
@@ -66,9 +67,9 @@ def _lean(filtering: type[Any]) -> type[Any]:
 class _Sink:
     """Writes lines to a stream. A line that cannot be written is lost: requests matter more than their log.
 
-    While a loop runs, events of `debug` and `info` leave together, each 50 ms or whenever they are many, and
-    become JSON no sooner: many at once take a third of the time. Warnings and errors leave at once, with all
-    before them, and so does everything when the process ends.
+    The first event of a quiet time leaves at once. Those of `debug` and `info` that come within 50 ms of it
+    leave together then, or when they are many, and become JSON no sooner: many at once take a third of the
+    time. Warnings and errors leave at once, with all before them, and so does everything when the process ends.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -100,18 +101,18 @@ class _Sink:
     def _wait(self, event: EventDict | bytes) -> None:
         self._waiting.append(event)
         if self._timer is None:
-            try:
-                self._timer = asyncio.get_running_loop().call_later(_TOGETHER, self.flush)
-            except RuntimeError:
-                self.flush()
+            self.flush()
+            with contextlib.suppress(RuntimeError):  # no loop runs: nothing waits
+                self._timer = asyncio.get_running_loop().call_later(_TOGETHER, self._end_waiting)
         elif len(self._waiting) >= _MOST_TOGETHER:
             self.flush()
 
+    def _end_waiting(self) -> None:
+        self._timer = None
+        self.flush()
+
     def flush(self) -> None:
         """Write what waits."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
         if not self._waiting:
             return
         waiting, self._waiting = self._waiting, []
@@ -127,7 +128,7 @@ class _Sink:
             return
 
 
-# Events that may wait for each other: for how long, in seconds, and how many of them.
+# How long, in seconds, events may wait for each other, and how many of them.
 _TOGETHER = 0.05
 _MOST_TOGETHER = 256
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import os
 import signal
-import stat
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 from aiohttp.web_protocol import RequestHandler
@@ -23,19 +20,26 @@ from aiohttp.web_server import Server as AiohttpServer
 from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
 from gateway.connection import Arrived, Connection, Handler
-from gateway.errors import ApiError, StartError
+from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.heads import client_address
 from gateway.heads import request_id as request_id_of
+from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
-from gateway.settings import Limits, Listen, Settings, Timeouts
+from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 
 __all__ = ("Server", "serve")
+
+# When the gateway stops, a connection without a request may send one more for so many seconds: a client that
+# has begun to send it cannot know yet, and closing on it would fail it.
+_LAST_REQUEST = 1.0
+# How often, in seconds, a drain looks at what is left.
+_DRAIN_CHECK = 0.02
 
 
 class _Connections(AiohttpServer):
@@ -59,18 +63,20 @@ class Server:
         self.draining = False
         self.ready = False
         self._http: _Connections | None = None
-        self._listener: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
+        self._listener: Listener | None = None
         self._running: set[asyncio.Task[Any]] = set()
-        self._all_done = asyncio.Event()
         self._stopped = False
-        self._socket: tuple[int, int] | None = None
         self.address = self.settings.listen
         """Where the server listens: the true port, once it does, where 0 was asked for."""
 
     # -- life ------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Start the stages and listen. Raises StartError where one of them or the address cannot be had."""
+    async def start(self, listener: Listener | None = None) -> None:
+        """Start the stages and listen, on sockets that exist already if `listener` is given.
+
+        Raises StartError where a stage cannot start, or the address cannot be had.
+        """
         timeouts, limits = self.settings.timeouts, self.settings.limits
         await self.upstream.start()
         try:
@@ -80,7 +86,7 @@ class Server:
             raise
         self._http = _Connections(self._handle, limits, timeouts)
         try:
-            await self._listen()
+            await self._listen(listener)
         except BaseException:
             self._http = None  # there is nothing left to stop
             await self.teams.stop()
@@ -88,28 +94,18 @@ class Server:
             raise
         self.ready = True
 
-    async def _listen(self) -> None:
+    async def _listen(self, given: Listener | None) -> None:
         """Listen. Raises StartError where the address cannot be had."""
         loop = asyncio.get_running_loop()
-        listen = self.settings.listen
-        http = cast(Any, self._http)
-        try:
-            if listen.unix is None:
-                self._listener = await loop.create_server(http, listen.host, listen.port, backlog=1024)
-                self.address = Listen(listen.host, self._listener.sockets[0].getsockname()[1])
-                return
-            await _clear_socket(listen.unix)
-            self._listener = await loop.create_unix_server(http, listen.unix, backlog=1024)
-            # nginx runs as another user; who may reach the socket is the directory's to say.
-            os.chmod(listen.unix, 0o666)  # noqa: S103
-            self._socket = _identity(listen.unix)
-        except OSError as exc:
-            raise StartError(f"cannot listen on {listen}: {exc.strerror or exc}") from None
+        self._listener = given or Listener.open(self.settings.listen)
+        self.address = self._listener.address
+        for sock in self._listener.sockets:
+            self._servers.append(await loop.create_server(cast(Any, self._http), sock=sock, backlog=1024))
 
     async def stop(self, *, now: asyncio.Event | None = None) -> None:
         """Stop: not ready at once, no new clients after `drain_delay`, running exchanges end within `grace`.
 
-        Setting `now` ends the waiting at once.
+        A connection without a request may send one more, for a second. Setting `now` ends the waiting at once.
         """
         http = self._http
         if self._stopped or http is None:
@@ -120,30 +116,40 @@ class Server:
         self.ready = False
         await _wait_either(now, timeouts.drain_delay)
         self.draining = True
-        if self._listener is not None:
-            self._listener.close()
-        for connection in http.connections:
-            if cast(Connection, connection).idle:
-                connection.force_close()
+        for server in self._servers:
+            server.close()
         if self._running and not now.is_set():
             get_logger().info("draining", exchanges=len(self._running), grace=timeouts.grace)
-            self._all_done.clear()
-            done = asyncio.create_task(self._all_done.wait())
-            asked = asyncio.create_task(now.wait())
-            await asyncio.wait((done, asked), timeout=timeouts.grace, return_when=asyncio.FIRST_COMPLETED)
-            done.cancel()
-            asked.cancel()
+        await self._drain(http, now)
         for task in list(self._running):
             task.cancel()
         if self._running:
             get_logger().warning("exchanges cut off", exchanges=len(self._running))
             await asyncio.wait(list(self._running), timeout=5)
         await http.shutdown(timeout=1)
-        unix = self.settings.listen.unix
-        if unix is not None and self._socket is not None and _identity(unix) == self._socket:
-            Path(unix).unlink()  # noqa: ASYNC240 -- nothing is served any more
+        if self._listener is not None:
+            self._listener.remove()
         await self.teams.stop()
         await self.upstream.close()
+
+    async def _drain(self, http: _Connections, now: asyncio.Event) -> None:
+        """Wait until the last connection has ended, the grace period is over, or `now` is set.
+
+        An answer says `connection: close` by now; one that began before did not, so its connection, too, may
+        send one more request.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.settings.timeouts.grace
+        idle_since: dict[RequestHandler, float] = {}
+        while not now.is_set() and loop.time() < end:
+            await _wait_either(now, _DRAIN_CHECK)  # before the first look, too: the last one accepted is not there yet
+            if not http.connections:
+                return
+            for connection in http.connections:
+                if not cast(Connection, connection).idle:
+                    idle_since.pop(connection, None)
+                elif loop.time() - idle_since.setdefault(connection, loop.time()) >= _LAST_REQUEST:
+                    connection.force_close()
 
     # -- one request -----------------------------------------------------------------------------------
 
@@ -175,8 +181,6 @@ class Server:
                 exchange.finish()
             finally:
                 self._running.discard(task)
-                if self.draining and not self._running:
-                    self._all_done.set()
 
     async def _exchange(self, arrived: Arrived, exchange: Exchange, task: asyncio.Task[Any]) -> bool:
         head, headers, connection = arrived.head, arrived.headers, arrived.connection
@@ -242,28 +246,6 @@ class Server:
         return team, path[place + 3 :]
 
 
-def _identity(name: str) -> tuple[int, int] | None:
-    """Return what tells a socket's file from another of the same name; None where there is none."""
-    try:
-        status = os.stat(name)
-    except FileNotFoundError:
-        return None
-    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
-
-
-async def _clear_socket(name: str) -> None:
-    """Remove a socket that an earlier run left behind. Raises OSError where somebody still answers on it."""
-    if _identity(name) is None:
-        return
-    try:
-        _, writer = await asyncio.open_unix_connection(name)
-    except (ConnectionError, FileNotFoundError):
-        Path(name).unlink(missing_ok=True)  # noqa: ASYNC240 -- once, before anything is served
-        return
-    writer.close()
-    raise OSError(errno.EADDRINUSE, "another process answers on this socket")
-
-
 async def _wait_either(event: asyncio.Event, seconds: float) -> None:
     if seconds > 0:
         with contextlib.suppress(TimeoutError):
@@ -281,23 +263,42 @@ def _spare_the_collector() -> None:
     gc.set_threshold(20_000, 50, 100)
 
 
-async def serve(server: Server, ready: Callable[[], None] | None = None) -> None:
-    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once.
-
-    `ready` is called when it listens. Raises StartError where it cannot be started.
-    """
-    stop, now = asyncio.Event(), asyncio.Event()
+def _obey_signals(stop: asyncio.Event, now: asyncio.Event) -> None:
+    """Set `stop` at the first SIGTERM or SIGINT, `now` at the second."""
 
     def signalled() -> None:
         (now if stop.is_set() else stop).set()
 
+    def restart() -> None:
+        get_logger().warning("nothing was restarted: a rolling restart needs --workers 2 or more", pid=os.getpid())
+
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(each, signalled)
-    starting = asyncio.create_task(server.start())
-    stopping = asyncio.create_task(stop.wait())
+    loop.add_signal_handler(signal.SIGUSR2, restart)
+
+
+async def serve(
+    server: Server,
+    ready: Callable[[], None] | None = None,
+    *,
+    stopping: Callable[[], None] | None = None,
+    listener: Listener | None = None,
+    obey: Callable[[asyncio.Event, asyncio.Event], None] = _obey_signals,
+) -> None:
+    """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once.
+
+    `ready` is called when it listens (on `listener`, if given), `stopping` when the drain begins. `obey` is
+    given the two events that stop it, and sees to it that they are set. Raises StartError where it cannot be
+    started.
+    """
+    stop, now = asyncio.Event(), asyncio.Event()
+    obey(stop, now)
+    log = get_logger().bind(pid=os.getpid())
+    starting = asyncio.create_task(server.start(listener))
+    asked = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
             # A stage that hangs while it starts must not keep the gateway from being stopped.
             starting.cancel()
@@ -305,12 +306,14 @@ async def serve(server: Server, ready: Callable[[], None] | None = None) -> None
             return
         await starting
         _spare_the_collector()
-        get_logger().info("listening", address=str(server.address), teams=len(server.teams.all), pid=os.getpid())
+        log.info("listening", address=str(server.address), teams=len(server.teams.all))
         if ready is not None:
             ready()
-        await stopping
-        get_logger().info("stopping")
+        await asked
+        log.info("stopping")
+        if stopping is not None:
+            stopping()
     finally:
-        stopping.cancel()
+        asked.cancel()
         await server.stop(now=now)
-    get_logger().info("stopped")
+    log.info("stopped")

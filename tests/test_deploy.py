@@ -42,17 +42,32 @@ def test_image_listens_on_every_interface_as_theirs_did() -> None:
                 assert (ROOT / name).exists(), name
 
 
+def unit(name: str) -> configparser.RawConfigParser:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment, method-assign] # systemd's names keep their case
+    assert parser.read(ROOT / "deploy" / name)
+    return parser
+
+
 def test_systemd_unit_is_hardened() -> None:
     """It parses, checks the configuration before it starts, and gives up what a gateway does not need."""
-    unit = configparser.RawConfigParser(strict=False)
-    unit.optionxform = str  # type: ignore[assignment, method-assign] # systemd's names keep their case
-    unit.read(ROOT / "deploy" / "gateway.service")
-    service = unit["Service"]
+    service = unit("gateway.service")["Service"]
     assert "gateway check" in service["ExecStartPre"]
     for name in ("NoNewPrivileges", "DynamicUser", "PrivateTmp", "ProtectHome", "MemoryDenyWriteExecute"):
         assert service[name] == "yes"
     assert service["ProtectSystem"] == "strict"
     assert int(service["TimeoutStopSec"]) > 30
+
+
+def test_systemd_waits_reloads_and_stops_as_the_supervisor_means_it() -> None:
+    """Readiness is told, a reload is a rolling restart, and the socket is one, with systemd's accept left to us."""
+    service = unit("gateway.service")["Service"]
+    assert service["Type"] == "notify"
+    assert service["ExecReload"].endswith("kill -USR2 $MAINPID")
+    assert service["KillMode"] == "mixed"
+    text = (ROOT / "deploy" / "gateway.socket").read_text()
+    assert [line for line in text.splitlines() if line.startswith("ListenStream=")] == ["ListenStream=127.0.0.1:8080"]
+    assert "Accept" not in unit("gateway.socket")["Socket"]
 
 
 def test_nginx_keeps_a_connection_shorter_than_the_gateway() -> None:

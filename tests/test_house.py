@@ -37,6 +37,7 @@ TESTED_ELSEWHERE = {
     "headers": "a part of test_messages",
     "heads": "a part of test_server and test_hostile",
     "keys": "a part of test_messages and of auth_passthrough's tests",
+    "handover": "one side of test_workers",
     "wire": "a part of test_upstream",
     "stages": "a part of test_testing and of every stage's tests",
     "demo": "run by test_cli",

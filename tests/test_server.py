@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import aiohttp
@@ -408,6 +409,55 @@ async def test_draining_finishes_streams_and_refuses_newcomers(start_gateway: St
         else:
             refused = False
         assert refused
+
+
+async def test_draining_takes_one_more_request_of_an_idle_connection(
+    start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """It may be on its way already; its answer says that the connection closes, and the drain then ends."""
+    gateway = await start_gateway(azure.endpoint, timeouts={"grace": 30})
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    request = chat_request().replace(b"Connection: close\r\n", b"")
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert b"close" not in head
+    await reader.readexactly(int(re.search(rb"(?i)content-length: (\d+)", head)[1]))  # type: ignore[index]
+    stopping = asyncio.create_task(gateway.server.stop())
+    await until(lambda: gateway.server.draining)
+    await asyncio.sleep(0.1)
+    writer.write(request)
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close\r\n" in answer.lower()
+    await stopping
+    writer.close()
+
+
+async def test_draining_closes_connections_that_stay_idle(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """After a moment, not after the grace period: a client's pool must not keep a gateway from stopping."""
+    gateway = await start_gateway(azure.endpoint, timeouts={"grace": 3600})
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    await until(lambda: gateway.server._http is not None and gateway.server._http.connections)
+    async with asyncio.timeout(30):
+        await gateway.server.stop()
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_stream_that_outlives_the_first_moment_of_a_drain_may_be_followed(start_gateway: StartGateway) -> None:
+    """Its head went out before the drain began, so its client has not been told that the connection closes."""
+    async with FakeAzure(words=["x"] * 15, delay=0.1) as azure:
+        gateway = await start_gateway(azure.endpoint, timeouts={"grace": 30})
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(chat_request(stream=True).replace(b"Connection: close\r\n", b""))
+        await reader.readuntil(b"x")
+        stopping = asyncio.create_task(gateway.server.stop())
+        await reader.readuntil(b"0\r\n\r\n")
+        assert gateway.server.draining
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b'"alive"' in await reader.read()
+        await stopping
+        writer.close()
 
 
 async def test_grace_is_bounded(start_gateway: StartGateway) -> None:
