@@ -185,7 +185,9 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
             assert streaming in seen
             for turn in (2, 3, 4):
                 before = done
-                running.process.send_signal(signal.SIGUSR2)
+                os.killpg(
+                    running.process.pid, signal.SIGUSR2
+                )  # the workers get it, too, and leave it to the supervisor
                 await running.until("workers ready", turn)
                 assert not running.pids & seen
                 seen |= running.pids
@@ -200,6 +202,7 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
         enough.set()
         await asyncio.gather(*clients)
         assert failed == []
+        await running.until("stopped", 6)  # the old ones, and nobody died
         assert not running.named("worker died")
         running.process.send_signal(signal.SIGTERM)
         assert await running.gone() == 0
@@ -319,6 +322,8 @@ async def test_restarts_asked_for_meanwhile_are_one_more_and_a_stop_wins(azure: 
             running.process.send_signal(signal.SIGUSR2)
             await asyncio.sleep(0.01)
         await running.until("workers ready", 3)
+        await asyncio.sleep(0.5)
+        assert len(running.named("rolling restart")) == 2
         running.process.send_signal(signal.SIGUSR2)
         await running.until("rolling restart", 3)
         running.process.send_signal(signal.SIGTERM)
@@ -400,6 +405,14 @@ async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+def test_workers_import_from_where_the_supervisor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory may hold any gateway.py: it counts where `python -m gateway` looked there already."""
+    monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
+    assert workers.worker_command(None) == [sys.executable, "-m", "gateway", "serve"]
+    monkeypatch.setattr(sys, "path", ["/opt/gateway/bin", *sys.path])
+    assert workers.worker_command(Path("g.yaml"))[1:] == ["-P", "-m", "gateway", "serve", "--config", "g.yaml"]
 
 
 # A worker that says that it serves, and ends; one that never says anything.
