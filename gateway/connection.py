@@ -236,7 +236,7 @@ class Connection(BaseProtocol):
             self._buffer = data
             if len(data) > MAX_HEAD:
                 self._refuse(ApiError(431, "the request's head is too large", code="head_too_large"))
-            elif not begins_request(data):
+            elif not begins_request(data[:256]):
                 self._refuse(malformed_request())
             elif data and not self._head_begun:
                 self._head_begun = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class Limit:
         """Return what a measured value comes to."""
         if measured > self.fail_above:
             return FAILED
-        if self.goal is None:
-            return "within limit"
-        return "goal met" if measured <= self.goal else "within limit"
+        if self.goal is not None and measured <= self.goal:
+            return "goal met"
+        return "within limit" if self.fail_above < inf else "GOAL MISSED"
 
 
 FAILED = "FAILED"
@@ -39,11 +40,12 @@ FIRST_BYTE = Limit(1.0, 3.0)  # ms that are added to the upstream's own, p50 at 
 START = Limit(0.5, 1.0)  # s from the start of the process to its first answer
 IDLE = Limit(45, 60)  # MB of memory before any work
 STREAM = Limit(20, 32)  # KiB of memory for each open stream
-TEAMS = Limit(None, 5)  # % more CPU for a request with 1,000 teams instead of one
-MODELS = Limit(None, 5)  # % more with 200 models in the map instead of one
-STAGE = Limit(None, 0.3)  # us for a stage that does nothing
-STAGES = Limit(None, 5)  # % more with 12 stages instead of 6
-STREAMS = Limit(None, 20)  # % more CPU for an event with 5,000 open streams instead of 100
+# Growth has goals alone: a run does not fail by them, but says loudly where one is missed.
+TEAMS = Limit(5, inf)  # % more CPU for a request with 1,000 teams instead of one
+MODELS = Limit(5, inf)  # % more with 200 models in the map instead of one
+STAGE = Limit(0.3, inf)  # us for a stage that does nothing
+STAGES = Limit(5, inf)  # % more with 12 stages instead of 6
+STREAMS = Limit(20, inf)  # % more CPU for an event with 5,000 open streams instead of 100
 UPLOAD = Limit(None, 8)  # MB of memory for an upload of 1 GB
 WORKERS = Limit(None, 10)  # % more CPU for a request with two workers instead of one
 RESTARTS = Limit(None, 0)  # failed requests in three rolling restarts

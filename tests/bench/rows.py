@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 
 from tests.bench.limits import FAILED, Limit
@@ -33,7 +34,14 @@ class Row:
             measured = f"{_short(median(self.figures))} {self.unit}"
             spread = "-" if len(self.figures) == 1 else f"{_short(min(self.figures))} to {_short(max(self.figures))}"
         goal = "-" if self.limit.goal is None else f"{self.limit.goal:g}"
-        return [self.title, measured, spread, goal, f"{self.limit.fail_above:g}", self.verdict]
+        return [
+            self.title,
+            measured,
+            spread,
+            goal,
+            "-" if self.limit.fail_above == inf else f"{self.limit.fail_above:g}",
+            self.verdict,
+        ]
 
 
 def show(rows: Sequence[Row]) -> str:
