@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,16 @@ def test_installed_package_has_what_it_needs(tmp_path: Path) -> None:
     assert "sse_newline" in done.stdout
     assert (site / "bin" / "gateway").exists()
     assert (site / "gateway" / "py.typed").exists()
+
+
+def test_the_default_install_stays_small() -> None:
+    """At most six direct dependencies; what makes it faster is an extra."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    needed = [line for line in config["options"]["install_requires"].splitlines() if line and line[0] != "#"]
+    assert 0 < len(needed) <= 6
+    speed = config["options.extras_require"]["speed"]
+    for name in ("uvloop", "aiofastnet"):
+        assert name in speed
+        assert not any(line.startswith(name) for line in needed)
+        assert f"\n{name}==" in (ROOT / "requirements" / "run.txt").read_text(), "the image and `make run` have it"
