@@ -2,15 +2,11 @@
 
 aiohttp's low-level server (`web.Server`) keeps the connections, and its protocol the flow control; heads
 and bodies are read by `http1.py`, which reads them in one way only and costs a third of aiohttp's parser.
-
-One timer watches a connection: `_due` is when it has waited too long for whatever it waits for. The timer is
-left alone when that moves back, as it does with each request, and looks again when it goes off.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -20,6 +16,7 @@ from aiohttp.base_protocol import BaseProtocol
 from gateway.answer import closing_answer
 from gateway.arriving import ArrivingBody
 from gateway.body import Body
+from gateway.deadline import Deadline
 from gateway.errors import ApiError
 from gateway.exchange import failure
 from gateway.http1 import HEAD_END, MAX_HEAD, HeadReader, Malformed, RequestHead, begins_request, malformed_request
@@ -69,7 +66,7 @@ class Connection(BaseProtocol):
         "_arriving",
         "_buffer",
         "_closing",
-        "_due",
+        "_deadline",
         "_handle",
         "_head_begun",
         "_heads",
@@ -77,11 +74,9 @@ class Connection(BaseProtocol):
         "_leave_timer",
         "_limits",
         "_manager",
-        "_on_due",
         "_outbox",
         "_task_handler",
         "_timeouts",
-        "_timer",
         "_unsent",
         "on_flow",
     )
@@ -109,9 +104,7 @@ class Connection(BaseProtocol):
         self._heads = HeadReader()
         self._held = False
         self._head_begun = True  # the time for a head runs
-        self._due = math.inf
-        self._on_due: Callable[[], None] = self._too_slow
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = Deadline(loop)
         self._leave_timer: asyncio.TimerHandle | None = None
         self.on_flow: Callable[[bool], None] | None = None
         """Called with True when the client takes no more for now, and with False when it does again."""
@@ -133,10 +126,10 @@ class Connection(BaseProtocol):
         self._manager.connection_lost(self, exc)  # type: ignore[arg-type] # aiohttp names its own class
         super().connection_lost(exc)
         self._closing = True
-        for timer in (self._timer, self._leave_timer):
-            if timer is not None:
-                timer.cancel()
-        self._timer = self._leave_timer = None
+        self._deadline.stop()
+        if self._leave_timer is not None:
+            self._leave_timer.cancel()
+            self._leave_timer = None
         if self._arriving is not None:
             self._arriving.fail(ApiError(400, "the body broke off", code="malformed_request"))
         if self._task_handler is not None:
@@ -272,7 +265,7 @@ class Connection(BaseProtocol):
                 self._refuse(arriving.error)
                 return
         self._head_begun = False
-        self._due = math.inf
+        self._deadline.clear()
         # Named, because the name that asyncio makes for each costs a tenth of the task.
         self._task_handler = asyncio.Task(self._run(Arrived(self, head, body)), loop=self._loop, name="request")
 
@@ -342,35 +335,14 @@ class Connection(BaseProtocol):
 
     def expire_in(self, seconds: float, expire: Callable[[], None]) -> None:
         """Call `expire` in `seconds`, unless `no_expiry` is called or the answer is over before."""
-        self._on_due = expire
-        self._set_due(seconds)
+        self._deadline.set(seconds, expire)
 
     def no_expiry(self) -> None:
         """Forget what `expire_in` was told."""
-        self._due = math.inf
+        self._deadline.clear()
 
     def _expect_in(self, seconds: float) -> None:
-        self._on_due = self._too_slow
-        self._set_due(seconds)
-
-    def _set_due(self, seconds: float) -> None:
-        self._due = due = self._loop.time() + seconds
-        if self._timer is None:
-            self._timer = self._loop.call_at(due, self._look)
-        elif self._timer.when() > due:
-            self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
-
-    def _look(self) -> None:
-        """See whether what is waited for is due."""
-        self._timer = None
-        if self._due == math.inf:
-            return
-        if self._loop.time() < self._due:
-            self._timer = self._loop.call_at(self._due, self._look)
-            return
-        self._due = math.inf
-        self._on_due()
+        self._deadline.set(seconds, self._too_slow)
 
     def _too_slow(self) -> None:
         if self._head_begun and not self._closing:

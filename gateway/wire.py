@@ -12,13 +12,13 @@ that the server writes.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, Self
 
 from aiohttp.base_protocol import BaseProtocol
 
 from gateway.body import Body
+from gateway.deadline import Deadline
 from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, parse_response
 
@@ -219,13 +219,12 @@ class Wire(BaseProtocol):
     __slots__ = (
         "_answer",
         "_buffer",
-        "_due",
+        "_deadline",
         "_first_byte",
         "_home",
         "_idle",
         "_interim",
         "_outbox",
-        "_timer",
         "_unsent",
         "closed",
         "connection",
@@ -256,8 +255,7 @@ class Wire(BaseProtocol):
         self._buffer = b""
         self._interim = 0
         self._first_byte = self._idle = 0.0
-        self._due = math.inf
-        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = Deadline(loop)
 
     def settle(self, connection: aiohttp.connector.Connection, home: Home, destination: object, outbox: Outbox) -> None:
         """Tell a new connection where it belongs."""
@@ -270,7 +268,7 @@ class Wire(BaseProtocol):
         self.received = False
         self._interim = 0
         self._first_byte, self._idle = first_byte, idle
-        self._set_due(first_byte)
+        self._expire_in(first_byte)
         self._answer = answer = Answer(self)
         return answer
 
@@ -343,7 +341,7 @@ class Wire(BaseProtocol):
             self._end(answer, extra)
             answer.end(b"".join(answer._parts) if answer.whole is not None else None)
         elif not answer._held:
-            self._set_due(self._idle)
+            self._expire_in(self._idle)
 
     def _take_head(self, answer: Answer, data: bytes) -> bytes | None:
         """Read the head; returns what follows it, or None where it is not whole yet. Raises Malformed."""
@@ -371,7 +369,7 @@ class Wire(BaseProtocol):
     def _end(self, answer: Answer, extra: bytes) -> None:
         """Send the connection home after an answer, or close it."""
         self._answer = None
-        self._due = math.inf
+        self._deadline.clear()
         home = self._home
         if extra or answer.close or answer.uploading or home is None or self.transport is None:
             self.abort()
@@ -421,40 +419,25 @@ class Wire(BaseProtocol):
         self._forget()
 
     def _forget(self) -> None:
-        self._due = math.inf
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline.stop()
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.close()
 
     # -- how long it may take --------------------------------------------------------------------------
 
-    def _set_due(self, seconds: float) -> None:
-        """Give up in `seconds`. The timer that runs is left alone where it goes off earlier: it looks again."""
-        self._due = due = self.loop.time() + seconds
-        if self._timer is None:
-            self._timer = self.loop.call_at(due, self._look)
-        elif self._timer.when() > due:
-            self._timer.cancel()
-            self._timer = self.loop.call_at(due, self._look)
+    def _expire_in(self, seconds: float) -> None:
+        self._deadline.set(seconds, self._expired)
 
-    def _look(self) -> None:
-        self._timer = None
-        if self._due == math.inf:
-            return
-        if self.loop.time() < self._due:
-            self._timer = self.loop.call_at(self._due, self._look)
-        else:
-            begun = self._answer is not None and self._answer.status
-            self._give_up(
-                UpstreamTimeout(
-                    f"Azure sent nothing for {self._idle:g} s"
-                    if begun
-                    else f"Azure did not begin to answer within {self._first_byte:g} s"
-                )
+    def _expired(self) -> None:
+        begun = self._answer is not None and self._answer.status
+        self._give_up(
+            UpstreamTimeout(
+                f"Azure sent nothing for {self._idle:g} s"
+                if begun
+                else f"Azure did not begin to answer within {self._first_byte:g} s"
             )
+        )
 
     # -- flow ------------------------------------------------------------------------------------------
 
@@ -462,10 +445,10 @@ class Wire(BaseProtocol):
         """Take nothing more for now; it is not Azure that is slow then."""
         if self.transport is not None:
             self.transport.pause_reading()
-            self._due = math.inf
+            self._deadline.clear()
 
     def release(self) -> None:
         """Go on taking."""
         if self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
-            self._set_due(self._idle)
+            self._expire_in(self._idle)

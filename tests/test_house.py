@@ -27,6 +27,7 @@ TESTED_ELSEWHERE = {
     "exchange": "its life is the contract of test_stage",
     "arriving": "a part of test_server and test_hostile",
     "hops": "a table, read by test_server and test_upstream",
+    "deadline": "a part of test_server and test_upstream",
     "outbox": "counted in test_costs",
     "pool": "a part of test_upstream",
     "connection": "one side of test_server and test_hostile",
