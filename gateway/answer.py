@@ -162,7 +162,7 @@ class _Writer:
     A client that does not read is waited for: where the body is pumped from Azure, Azure is told to wait.
     """
 
-    __slots__ = ("_chunked", "_exchange", "_linked", "_patience", "_pumped", "_timer", "connection", "tail")
+    __slots__ = ("_exchange", "_linked", "_patience", "_pumped", "_timer", "chunked", "connection", "tail")
 
     def __init__(
         self,
@@ -178,21 +178,16 @@ class _Writer:
         self._exchange = exchange
         self._patience = patience
         self._linked = linked
-        self._chunked = chunked
+        self.chunked = chunked
         self._pumped: Answer | None = None
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def chunked(self) -> bool:
-        """Whether the body goes in chunks."""
-        return self._chunked
 
     def _put(self, data: bytes, after: bytes = b"") -> None:
         """Write a piece of a stream, framed."""
         if self.connection.gone:
             raise ClientGone
         self._exchange.sent += len(data)
-        self.connection.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self._chunked else data)
+        self.connection.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self.chunked else data)
         self.tail = data[-4:] if len(data) >= 4 else (self.tail + data)[-4:]
 
     def _take(self, chunk: bytes) -> None:
@@ -205,10 +200,9 @@ class _Writer:
     async def stream(self, body: AsyncIterator[bytes]) -> None:
         """Write a whole body, and its end. Raises what its source raises, and ClientGone."""
         if isinstance(body, Answer):
+            await self._drained()  # what came before may not be taken yet
             self._pumped = body
             self.connection.on_flow = self._flow
-            if self.connection.writing_paused:
-                self._flow(paused=True)
             try:
                 await body.pump(self._take)
             finally:
@@ -220,8 +214,8 @@ class _Writer:
                 await self._drained()
         left = self._linked.close() if self._linked is not None else b""
         if left:
-            self._put(left, _LAST_CHUNK if self._chunked else b"")
-        elif self._chunked:
+            self._put(left, _LAST_CHUNK if self.chunked else b"")
+        elif self.chunked:
             _write(self.connection, self._exchange, _LAST_CHUNK, b"")
         await self._drained()
 

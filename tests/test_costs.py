@@ -266,3 +266,19 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
     assert held[-1] is False
     upload.cancel()
     await asyncio.gather(upload, return_exceptions=True)
+
+
+async def test_a_stream_for_a_client_that_is_paused_already_waits(line: Line) -> None:
+    """Where the client does not read yet when a stream begins, Azure is held as soon as a buffer is full."""
+    await line.ask(stream=True)
+    line.connection.pause_writing()
+    line.wire.data_received(STREAM + event(1))
+    await settle()
+    assert not any(b"data: " in written for written in line.client.written)
+    for number in range(5000):
+        line.wire.data_received(event(number))
+    reading = [line.azure.reading]
+    line.connection.resume_writing()
+    await settle()
+    assert [*reading, line.azure.reading] == [False, True]
+    assert b"".join(line.client.written).count(b"data: ") == 5001
