@@ -1,113 +1,137 @@
-"""What the client can ask for, and where Azure has it: the operation table, and the URL of one exchange.
+"""The operation table: what a client can ask for, where `model` sits in it, and where Azure has it.
 
-Data first. Each row: OpenAI's method and path (after `/v1`), Azure's path under
-`/openai/deployments/{deployment}` for a dated api-version, and under `/openai/v1` for `v1`; None where Azure
-does not have it. Facts: Azure's own specifications (2025-03-01-preview classic, 2026-02 v1).
+The table itself is `operations.txt`, data and not code; this file gives its lines a type, and finds them.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from urllib.parse import unquote_plus
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
 
 from gateway.errors import ApiError
-from gateway.messages import Target
 
-__all__ = ("DEPLOYMENT", "Operation", "find_operation", "upstream_path")
+__all__ = ("BY_NAME", "OPERATIONS", "Operation", "find_operation", "unknown_operation")
 
-# A rule (no request may leave `/openai/deployments/`): Azure's own names, and nothing a path could misread.
-DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Where the model's name can sit; JSON paths besides these hold a dot (`session.model`).
+_PLACES = frozenset({"body", "form", "session", "lines", "evals", "query", "path", "frame", "session.model"})
+
+Classic = Literal["deployment", "resource"]
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One row of the table. `local` is answered by the gateway itself and never sent to Azure."""
+    """One line of the table.
+
+    `model` is where the model's name sits, or None; `needs_model` says that it may not be left out,
+    `drops_model` that it must not stay in the body where the path names the deployment.
+    `classic` and `v1` are None where Azure does not have it; `classic_path` is its path below
+    `/openai` or `/openai/deployments/{deployment}`. `local` is answered by the gateway itself.
+    """
 
     name: str
     method: str
     path: str
-    classic: str | None = None
-    v1: str | None = None
-    local: bool = False
+    model: str | None
+    needs_model: bool
+    drops_model: bool
+    streams: bool
+    classic: Classic | None
+    classic_path: str
+    v1: bool
+    since: str | None
+    local: bool
+    evidence: str
 
-    has_model: bool = field(init=False)
-    """Whether the JSON body names a `model`."""
+    @property
+    def on_azure(self) -> bool:
+        """Whether Azure has it, or the gateway answers in its place."""
+        return self.local or self.v1 or self.classic is not None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "has_model", not self.local)
+
+def _read(text: str) -> Iterator[Operation]:
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        name, method, path, model, streams, classic, v1, since, evidence = re.split(r" {2,}", line)
+        place = model.rstrip("?!")
+        if place not in _PLACES | {"-"}:
+            raise ValueError(f"operations.txt: {name}: {model!r} is no place of a model")
+        where: Classic | None = None
+        if classic in ("deployment", "resource"):
+            where = "deployment" if classic == "deployment" else "resource"
+        elif classic.startswith("/"):
+            where = "resource"
+        elif classic not in ("-", "gateway"):
+            raise ValueError(f"operations.txt: {name}: {classic!r} is no place of an operation")
+        yield Operation(
+            name=name,
+            method=method,
+            path=path,
+            model=None if place == "-" else place,
+            needs_model=place != "-" and not model.endswith("?"),
+            drops_model=model.endswith("!"),
+            streams=streams == "sse",
+            classic=where,
+            classic_path=classic if classic.startswith("/") else path,
+            v1=v1 == "yes",
+            since=None if since == "-" else since,
+            local=classic == "gateway",
+            evidence=evidence,
+        )
 
 
-OPERATIONS = (
-    Operation("chat.completions", "POST", "/chat/completions", classic="/chat/completions", v1="/chat/completions"),
-    Operation("completions", "POST", "/completions", classic="/completions"),
-    Operation("embeddings", "POST", "/embeddings", classic="/embeddings", v1="/embeddings"),
-    Operation("models.list", "GET", "/models", local=True),
-    Operation("models.retrieve", "GET", "/models/{model}", local=True),
-)
+OPERATIONS = tuple(_read(Path(__file__).with_name("operations.txt").read_text(encoding="utf-8")))
 
 BY_NAME = {row.name: row for row in OPERATIONS}
 _EXACT = {(row.method, row.path): row for row in OPERATIONS if "{" not in row.path}
-_PATHS = {row.path for row in OPERATIONS}
-_RETRIEVE = BY_NAME["models.retrieve"]
 
-# Query parameters that would choose the api-version or a credential; those are the gateway's to choose.
-_OURS = frozenset({"api-version", "api-key", "subscription-key"})
+# Those with parameters by method and number of segments, the ones with fewer parameters first: `/threads/runs`
+# is none of `/threads/{thread_id}`.
+_WITH_PARAMETERS: dict[tuple[str, int], list[tuple[tuple[str | None, ...], Operation]]] = {}
+for _row in sorted(OPERATIONS, key=lambda row: row.path.count("{")):
+    if "{" in _row.path:
+        _segments = tuple(None if part.startswith("{") else part for part in _row.path.split("/"))
+        _WITH_PARAMETERS.setdefault((_row.method, len(_segments)), []).append((_segments, _row))
 
 
 def find_operation(method: str, path: str) -> Operation | None:
     """Return the operation of a method and a path after `/v1`, or None."""
-    found = _EXACT.get((method, path))
-    if found is None and method == "GET" and path.startswith("/models/") and path.count("/") == 2 and path[8:]:
-        return _RETRIEVE
-    return found
+    return _EXACT.get((method, path)) or _find(method, path)
 
 
-def upstream_path(operation: Operation, target: Target, query: str = "") -> str:
-    """Return the path and query that an exchange has at its resource, after the endpoint's base path.
-
-    `target` must have a deployment and an api-version. Raises ApiError 404 where the deployment's name
-    cannot be one, or where this api-version does not have the operation.
-    """
-    deployment, version = target.deployment, target.api_version
-    if not deployment or not DEPLOYMENT.fullmatch(deployment):
-        raise ApiError(
-            404,
-            f"{deployment!r} cannot be the name of an Azure deployment; map the model to one",
-            param="model",
-            code="model_not_found",
-        )
-    kept = other_query(query)
-    if version == "v1":
-        if operation.v1 is None:
-            raise ApiError(
-                404,
-                f"Azure's v1 API does not have {operation.name}; this model needs a dated api_version",
-                code="operation_not_supported",
-            )
-        return f"/openai/v1{operation.v1}" + (f"?{kept}" if kept else "")
-    return f"/openai/deployments/{deployment}{operation.classic}?api-version={version}" + (f"&{kept}" if kept else "")
-
-
-def other_query(query: str) -> str:
-    """Return a client's query without the parameters that the gateway sets itself."""
-    if not query:
-        return ""
-    # Wherever one of them stands in a part: servers differ in what else they take for a separator.
-    return "&".join(
-        part for part in query.split("&") if part and not any(name in unquote_plus(part).lower() for name in _OURS)
-    )
+@lru_cache(maxsize=1024)
+def _find(method: str, path: str) -> Operation | None:
+    parts = path.split("/")
+    for segments, row in _WITH_PARAMETERS.get((method, len(parts)), ()):
+        if all(part == segment if segment is not None else part for part, segment in zip(parts, segments, strict=True)):
+            return row
+    return None
 
 
 def unknown_operation(method: str, path: str) -> ApiError:
-    """Return the error for what no operation of the table answers."""
-    if path in _PATHS:
-        allowed = next(row.method for row in OPERATIONS if row.path == path)
+    """Return the error for what no line of the table answers, or for what Azure does not have."""
+    row = find_operation(method, path)
+    if row is None and method == "GET":
+        row = find_operation("WS", path)
+    if row is not None and row.method == "WS":
+        return ApiError(
+            404, f"{row.name} needs a WebSocket, which this gateway does not offer", code="operation_not_supported"
+        )
+    if row is not None:
+        return ApiError(404, f"Azure OpenAI does not have the operation {row.name}", code="operation_not_supported")
+    allowed = sorted({row.method for row in OPERATIONS if row.on_azure and find_operation(row.method, path)} - {"WS"})
+    if allowed:
         return ApiError(
             405,
-            f"{method} is not allowed on /v1{path}; use {allowed}",
-            headers={"allow": allowed},
+            f"{method} is not allowed on /v1{path}; use {' or '.join(allowed)}",
+            headers={"allow": ", ".join(allowed)},
             code="method_not_allowed",
         )
-    offered = ", ".join(f"{row.method} /v1{row.path}" for row in OPERATIONS)
-    return ApiError(404, f"this gateway does not offer {method} /v1{path}; it offers {offered}", code="unknown_url")
+    family = path.split("/")[1] if "/" in path else ""
+    offered = [f"{row.method} /v1{row.path}" for row in OPERATIONS if row.on_azure and row.path.split("/")[1] == family]
+    hint = f"of /v1/{family} there is {', '.join(offered)}" if offered else "the OpenAI API has nothing of this name"
+    return ApiError(404, f"this gateway does not offer {method} /v1{path}; {hint}", code="unknown_url")

@@ -1,16 +1,24 @@
-"""A client's body: streamed to Azure as it comes, or kept once somebody has asked for it."""
+"""A client's body: streamed to Azure as it comes, or kept once somebody has asked for it.
+
+Its beginning may be looked at before the rest is there, and places in what was looked at be written anew:
+a form's `model` is found and changed so, while a file behind it streams through.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from gateway.errors import ApiError, BodyConsumed
+from gateway.spool import Spool
 
 __all__ = (
     "Body",
     "Incoming",
 )
+
+
+MOST_LOOKED_AT = 256 * 1024 * 1024
 
 
 class Incoming(Protocol):
@@ -25,17 +33,72 @@ class Incoming(Protocol):
         """Return all that is still to come; raises as `read` does, and ApiError 413 above `limit` bytes."""
 
 
+class _Replay:
+    """What was looked at, with its changes, and then the rest: a body's source again."""
+
+    def __init__(self, spool: Spool, source: Incoming, watch: Callable[[bytes], object]) -> None:
+        self.length = source.length
+        self.ended = False
+        self._spool = spool
+        self._source = source
+        self._watch = watch
+        self._place = 0
+        self._edits: list[tuple[int, int, bytes]] = []
+
+    def edit(self, start: int, end: int, new: bytes) -> None:
+        """Send `new` in place of the bytes from `start` to `end`, which were looked at."""
+        self._edits.append((start, end, new))
+        self._edits.sort()
+        if self.length is not None:
+            self.length += len(new) - (end - start)
+
+    async def read(self) -> bytes:
+        """Return the next bytes, or b"" at the end."""
+        while self._place < self._spool.size:
+            if self._edits and self._place == self._edits[0][0]:
+                _, self._place, new = self._edits.pop(0)
+                if new:
+                    return new
+                continue
+            piece = await self._spool.read(self._place, self._edits[0][0] if self._edits else self._spool.size)
+            self._place += len(piece)
+            return piece
+        self._spool.close()
+        if self.ended:
+            return b""
+        piece = await self._source.read()
+        self._watch(piece)
+        self.ended = not piece
+        return piece
+
+    async def rest(self, limit: int | None) -> bytes:
+        """Return all that is still to come, at most `limit` bytes."""
+        parts: list[bytes] = []
+        size = 0
+        while piece := await self.read():
+            parts.append(piece)
+            size += len(piece)
+            if limit is not None and size > limit:
+                raise too_much(limit)
+        return b"".join(parts)
+
+
 class Body:
     """A client's body: a stream until somebody asks for its bytes. Copies of a request share it."""
 
-    __slots__ = ("_data", "_kept", "_source", "_streamed")
+    __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed")
 
-    def __init__(self, source: Incoming | bytes, *, kept: bool = True) -> None:
-        """Take a body from where it comes, or its bytes: `kept`, or here by chance and to be had once."""
+    def __init__(self, source: Incoming | bytes, *, kept: bool = True, most: int = MOST_LOOKED_AT) -> None:
+        """Take a body from where it comes, or its bytes: `kept`, or here by chance and to be had once.
+
+        `most` is how many bytes may be looked at before they are sent.
+        """
+        self._most = most
         self._data = source if isinstance(source, bytes) else None
         self._source = None if isinstance(source, bytes) else source
         self._kept = kept
         self._streamed = False
+        self._spool: Spool | None = None
 
     @property
     def length(self) -> int | None:
@@ -66,6 +129,64 @@ class Body:
             raise too_much(limit)
         self._kept = True
         return self._data
+
+    async def look(self, watch: Callable[[bytes], bool], advice: str) -> None:
+        """Give the body to `watch`, piece by piece, until it returns True or the body ends; all of it stays to be sent.
+
+        What is looked at is kept in memory, or on disk where it is long. `watch` is given the rest as well, when
+        that is sent. Raises ApiError 413 where `limit` bytes were not enough, BodyConsumed where it was streamed
+        away, and what `watch` raises.
+        """
+        if self._data is not None:
+            watch(self._data)
+            self._kept = True
+            return
+        if self._streamed or self._source is None or self._spool is not None:
+            raise BodyConsumed(BodyConsumed.__doc__)
+        self._spool = spool = Spool()
+        replay = _Replay(spool, self._source, watch)
+        while not replay.ended:
+            piece = await self._source.read()
+            replay.ended = not piece
+            await spool.write(piece)
+            if watch(piece):
+                break
+            if spool.size > self._most:
+                raise ApiError(
+                    413,
+                    f"what is looked for in this form did not come within its first {self._most} bytes; {advice}",
+                    code="body_too_large",
+                )
+        self._source = replay
+
+    def edited(self, start: int, end: int, new: bytes) -> bytes | Body:
+        """Return the body with `new` in place of the bytes from `start` to `end`, which must have been looked at.
+
+        Where it is kept, it stays as it is, so that it can be sent again with something else there.
+        """
+        if self._data is not None:
+            return self._data[:start] + new + self._data[end:]
+        if isinstance(self._source, _Replay):
+            self._source.edit(start, end, new)
+        return self
+
+    def replace(self, source: Incoming) -> None:
+        """Send what `source` gives instead; what was looked at is let go of."""
+        self.close()
+        self._data, self._source, self._streamed = None, source, False
+
+    def looked_at(self) -> Spool | bytes:
+        """Return all that was looked at."""
+        if self._data is not None:
+            return self._data
+        assert self._spool is not None, "nothing was looked at"  # noqa: S101 -- a bug of ours
+        return self._spool
+
+    def close(self) -> None:
+        """Let go of what is kept on disk."""
+        if self._spool is not None:
+            self._spool.close()
+            self._spool = None
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield it as it comes, once; BodyConsumed the second time, unless it was read before."""

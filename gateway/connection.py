@@ -256,7 +256,7 @@ class Connection(BaseProtocol):
                 limit=self._limits.body,
                 patience=self._timeouts.client,
             )
-            body = Body(arriving)
+            body = Body(arriving, most=self._limits.form)
             self._buffer = b""
             self._arriving = arriving
             if have:

@@ -5,7 +5,6 @@ Both are plain objects that stages read and change.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -14,16 +13,18 @@ from typing import Any, Self
 
 import msgspec
 
+from gateway.azure import Operation
 from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
+from gateway.jsonbody import decoded_json
 from gateway.keys import Credential, presented_key
+from gateway.models import map_several, read_model
+from gateway.multipart import FormReader
 from gateway.stream import EventFilter, Filter, link
 
-__all__ = ("Request", "Resource", "Response", "Target", "check_body", "replace_model")
-
-_MAX_MODEL = 256
+__all__ = ("Request", "Resource", "Response", "Target", "check_body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +47,20 @@ class Target(msgspec.Struct, frozen=True):
     api_version: str | None = None
     credential: Credential | None = None
 
+    @property
+    def is_v1(self) -> bool:
+        """Whether it is asked on Azure's v1 API, which has no deployments in its paths."""
+        return self.api_version == "v1"
+
     def replace(self, **fields: Any) -> Target:
         """Return this target with other values in some of its fields."""
         return msgspec.structs.replace(self, **fields)
 
 
-class _Peek(msgspec.Struct):
-    """The one field of a JSON body that every exchange needs; msgspec skips the rest unread."""
-
-    model: Any = None
-
-
-_peek = msgspec.json.Decoder(_Peek)
-_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
 class Request:
     """What the client asked for, as stages see and change it.
 
-    `operation` is the table's name for it, such as `chat.completions`, or None where there is none;
-    `has_model` says whether its body names a `model`.
+    `operation` is the table's name for it, such as `chat.completions`, or None where there is none.
     `path` begins after the team's prefix and `/v1`. `caller` is who the key says it is, set by the stage
     that authenticates. `target` is where it will go. `notes` are facts for the log event; never put a
     body or a key there.
@@ -75,11 +70,14 @@ class Request:
         "_address",
         "_body",
         "_exchange",
+        "_form",
         "_json",
         "_json_set",
         "_model",
+        "_model_read",
+        "_model_set",
+        "_row",
         "caller",
-        "has_model",
         "headers",
         "id",
         "method",
@@ -95,8 +93,7 @@ class Request:
         self,
         *,
         id: str,  # noqa: A002 -- the field's own word
-        operation: str | None,
-        has_model: bool = False,
+        operation: Operation | None,
         method: str,
         path: str,
         query: str = "",
@@ -105,11 +102,11 @@ class Request:
         team: str,
         target: Target,
         exchange: Exchange,
+        model: str | None = None,
         address: Callable[[], str] = str,
     ) -> None:
         self.id = id
-        self.operation = operation
-        self.has_model = has_model
+        self.operation = operation.name if operation is not None else None
         self.method = method
         self.path = path
         self.query = query
@@ -123,7 +120,11 @@ class Request:
         self._address = address
         self._json: dict[str, Any] | None = None
         self._json_set = False
+        self._row = operation
+        self._form: FormReader | None = None
+        self._model_set = model  # the path names it
         self._model: str | None = None
+        self._model_read = False
 
     @property
     def client(self) -> str:
@@ -154,7 +155,7 @@ class Request:
     async def json(self) -> dict[str, Any]:
         """Return the body as a JSON object, decoded once. Raises ApiError 400 where it is none."""
         if self._json is None:
-            decoded = _decoded(await self._body.read(), msgspec.json.decode)
+            decoded = decoded_json(await self._body.read(), msgspec.json.decode)
             if not isinstance(decoded, dict):
                 raise ApiError(400, "the body must be a JSON object")
             self._json = decoded
@@ -164,30 +165,39 @@ class Request:
         """Send `body` instead of what the client sent; returns it."""
         self._json = body
         self._json_set = True
-        self._model = None
+        self._model_read = False
         return body
 
-    async def model(self) -> str:
-        """Return the `model` of the JSON body. Raises ApiError 400 where there is none or it is no name."""
-        if self._model is None:
-            if self._json is not None:
-                value = self._json.get("model")
-            else:
-                data = await self._body.read()
-                if not data.strip():
-                    raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
-                peeked = _decoded(data, _peek.decode)
-                value = peeked.model if isinstance(peeked, _Peek) else _field(peeked, "model")
-            self._model = _model_name(value)
-            self.notes["model"] = self._model
+    async def model(self) -> str | None:
+        """Return the model that the request names, where its operation has it: in JSON, a form, the path or the query.
+
+        None where the operation has none, or where it was left out and may be. Nothing is read that need not be.
+        Raises ApiError 400 where it is missing, or no name.
+        """
+        if not self._model_read:
+            self._model = await read_model(self)
+            self._model_read = True
+            if self._model is not None:
+                self.notes["model"] = self._model
         return self._model
+
+    async def map_models(self, find: Callable[[str], Target]) -> None:
+        """Go where `find` says for the model that the request names: its resource and its deployment.
+
+        A batch file, or an evaluation, names several: each becomes its deployment, and all must be in one resource.
+        Raises what `find` raises, and ApiError 400 where a name is none or the resources differ.
+        """
+        if self._row is not None and self._row.model in ("lines", "evals"):
+            await map_several(self, find)
+        elif (name := await self.model()) is not None:
+            found = find(name.strip())
+            self.target = self.target.replace(resource=found.resource, deployment=found.deployment)
 
     def copy(self, *, target: Target | None = None) -> Request:
         """Return a request of the same exchange that can be changed apart, for a second `call_next`."""
         twin = Request(
             id=self.id,
-            operation=self.operation,
-            has_model=self.has_model,
+            operation=self._row,
             method=self.method,
             path=self.path,
             query=self.query,
@@ -196,13 +206,17 @@ class Request:
             team=self.team,
             target=target or self.target,
             exchange=self._exchange,
+            model=self._model_set,
             address=self._address,
         )
+        twin.operation = self.operation
         twin.caller = self.caller
         twin.notes = self.notes
         twin._json = self._json
         twin._json_set = self._json_set
+        twin._form = self._form
         twin._model = self._model
+        twin._model_read = self._model_read
         return twin
 
     def defer(self, callback: Callable[[Outcome], None]) -> None:
@@ -316,51 +330,3 @@ async def _each(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     else:
         async for chunk in body:
             yield chunk
-
-
-def _decoded(data: bytes, decode: Callable[[bytes], Any]) -> Any:
-    r"""Return what `decode` makes of JSON. Raises ApiError 400 where it is none.
-
-    msgspec refuses half of a surrogate pair (`"\ud83d"`), which JSON allows (RFC 8259, 8.2) and JavaScript
-    sends where a program has cut a text in the wrong place: such a body is decoded the slow way.
-    """
-    try:
-        return decode(data)
-    except (msgspec.DecodeError, RecursionError, ValueError) as exc:
-        if b"\\ud" in data or b"\\uD" in data:
-            with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(data)
-        raise _bad_json(exc) from None
-
-
-def _field(decoded: Any, name: str) -> Any:
-    return decoded.get(name) if isinstance(decoded, dict) else None
-
-
-def _bad_json(exc: Exception) -> ApiError:
-    detail = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
-    return ApiError(400, f"the body is not a JSON object: {detail}")
-
-
-def _model_name(value: object) -> str:
-    if value is None:
-        raise ApiError(400, "you must provide a model: the body has no `model`", param="model")
-    if not isinstance(value, str):
-        raise ApiError(400, "`model` must be text", param="model")
-    if not value.strip() or len(value) > _MAX_MODEL or not value.isprintable():
-        raise ApiError(
-            400,
-            f"`model` must be 1 to {_MAX_MODEL} printable characters",
-            param="model",
-            code="model_not_found",
-        )
-    return value
-
-
-def replace_model(body: bytes, model: str) -> bytes:
-    """Return a JSON object's bytes with another `model`; every other value keeps its bytes."""
-    fields = _decoded(body, _raw_fields.decode)
-    if not all(isinstance(value, msgspec.Raw) for value in fields.values()):
-        return json.dumps({**fields, "model": model}).encode()
-    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return msgspec.json.encode(fields)

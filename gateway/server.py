@@ -32,6 +32,7 @@ from gateway.outbox import Outbox
 from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
+from gateway.urls import Place, place_of
 
 __all__ = ("Server", "serve")
 
@@ -189,20 +190,19 @@ class Server:
             if head.path in ("/healthz", "/readyz"):
                 response = self._probe(head.method, head.path)
             else:
-                team, path = self._team(head.path, headers)
-                operation = find_operation(head.method, path)
+                team, place = self._team(head.path, headers)
                 request = Request(
                     id=request_id,
-                    operation=operation.name if operation is not None else None,
-                    has_model=operation is not None and operation.has_model,
+                    operation=find_operation(head.method, place.path),
                     method=head.method,
-                    path=path,
+                    path=place.path,
                     query=head.query,
                     headers=headers,
                     body=arrived.body,
                     team=team.name,
                     target=team.target,
                     exchange=exchange,
+                    model=place.model,
                     address=lambda: client_address(connection.transport, headers, self.settings.trusted_proxies),
                 )
                 exchange.run_in(task)
@@ -234,16 +234,15 @@ class Server:
             return Response.json({"status": "ready"})
         return Response.json({"status": "draining"}, 503)
 
-    def _team(self, path: str, headers: Headers) -> tuple[Team, str]:
-        """Return the team of a path and what follows its `/v1`."""
-        place = path.find("/v1/")
-        if place < 0:
+    def _team(self, path: str, headers: Headers) -> tuple[Team, Place]:
+        """Return the team of a path, and what the path says."""
+        place = place_of(path)
+        if place is None:
             raise ApiError(404, f"there is nothing at {path}; the API begins with /v1/", code="unknown_url")
-        prefix = path[:place]
-        team = self.teams.find(prefix, headers)
+        team = self.teams.find(place.prefix, headers)
         if team is None:
-            raise ApiError(404, f"no team's API is at {prefix}/v1", code="unknown_url")
-        return team, path[place + 3 :]
+            raise ApiError(404, f"no team's API is at {place.prefix}/v1", code="unknown_url")
+        return team, place
 
 
 async def _wait_either(event: asyncio.Event, seconds: float) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from gateway.body import MOST_LOOKED_AT
+
 __all__ = ("Limits", "Listen", "Network", "Settings", "Timeouts")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -38,6 +40,9 @@ class Limits:
     """How much the gateway takes from clients."""
 
     body: Annotated[int, Meta(gt=0, description="the most bytes of a request's body")] = 100 * 1024 * 1024
+    form: Annotated[
+        int, Meta(gt=0, description="the most bytes of a form that are kept on disk until its `model` has come")
+    ] = MOST_LOOKED_AT
     connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000
 
 

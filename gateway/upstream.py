@@ -12,15 +12,17 @@ import asyncio
 import ssl
 from functools import lru_cache
 
-from gateway.azure import BY_NAME, unknown_operation, upstream_path
+from gateway.azure import BY_NAME, unknown_operation
 from gateway.body import Body
 from gateway.errors import ApiError, GatewayError, UpstreamError
 from gateway.headers import Headers
 from gateway.hops import DOWN
 from gateway.keys import Credential
-from gateway.messages import Request, Resource, Response, Target, replace_model
+from gateway.messages import Request, Resource, Response, Target
+from gateway.models import placed, placed_query
 from gateway.pool import Destination, Pool
 from gateway.settings import Timeouts
+from gateway.urls import upstream_path
 from gateway.wire import Answer, Wire
 
 __all__ = ("Upstream",)
@@ -47,24 +49,20 @@ class Upstream:
         Raises UpstreamError (502) and UpstreamTimeout (504); ApiError where the request cannot be sent.
         """
         operation = BY_NAME.get(request.operation or "")
-        if operation is None:
+        if operation is None or not operation.on_azure:
             raise unknown_operation(request.method, request.path)
         if operation.local:
             raise ApiError(404, f"no stage of this pipeline answers {operation.name}; list model_map in it")
         target = request.target
         resource, credential = _complete(target)
-        path = upstream_path(operation, target, request.query)
+        query = request.query and placed_query(operation, request.query, target.deployment)
+        path = upstream_path(operation, target, request.path, query)
         exchange = request._exchange
         exchange.target = target
         exchange.release()
-        body: bytes | Body
-        if target.api_version == "v1":
-            body = await request.body()
-            if await request.model() != target.deployment:
-                body = replace_model(body, target.deployment or "")
-        elif request._json_set:
-            body = await request.body()
-        else:
+        if request._json_set or operation.drops_model or operation.classic != "deployment" or target.is_v1:
+            body: bytes | Body = await placed(request, operation, target)
+        else:  # nearly every request: the path names the deployment, and the body is not looked at
             at_hand = request._body.at_hand()
             body = request._body if at_hand is None else at_hand
         destination = self._pool.destination(resource)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from gateway import Meta, Next, Request, Response, Services, Stage
 
+OPERATION = re.compile(r"[a-z_]+(\.[a-z_]+)*(\.\*)?")
 VERSION = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}(-preview)?|v1)$"
 Version = Annotated[str, Meta(pattern=VERSION, examples=["2024-10-21, 2025-04-01-preview or v1"])]
 
@@ -29,17 +30,39 @@ class ApiVersion(Stage):
     models: Annotated[
         dict[str, Version], Meta(description="another version for single models, by the name that clients use")
     ] = field(default_factory=dict)
+    operations: Annotated[
+        dict[str, Version],
+        Meta(description="another version for single operations (images.edits), or all of a kind (responses.*)"),
+    ] = field(default_factory=dict)
 
     provides = ("api_version",)
+
+    def __post_init__(self) -> None:
+        self._of_operation: dict[str, str | None] = {}
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
         for name in self.models:
             if name != name.strip() or not re.search(r"\S", name):
                 yield ("models", name), f"the model's name {name!r} has spaces around it, or is none"
+        for name in self.operations:
+            if not OPERATION.fullmatch(name):
+                yield ("operations", name), f"{name!r} is no operation, such as responses, nor a kind, such as files.*"
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         version = self.version
-        if self.models and request.has_model:
-            version = self.models.get((await request.model()).strip(), version)
+        if self.operations and (of_operation := self._version_of(request.operation or "")) is not None:
+            version = of_operation
+        elif self.models and (model := await request.model()) is not None:
+            version = self.models.get(model.strip(), version)
         request.target = request.target.replace(api_version=version)
         return await call_next(request)
+
+    def _version_of(self, operation: str) -> str | None:
+        """Return an operation's own version: what is given for its name, else for the longest kind it is of."""
+        if operation not in self._of_operation:
+            kinds = operation.split(".")
+            names = [operation, *(".".join([*kinds[:size], "*"]) for size in range(len(kinds), 0, -1))]
+            self._of_operation[operation] = next(
+                (self.operations[name] for name in names if name in self.operations), None
+            )
+        return self._of_operation[operation]

@@ -147,13 +147,15 @@ class ModelMap(Stage):
             if name not in self._listed and self._find(name) is None:
                 raise self._refusal(name)
             return Response.json(self._model(name))
-        if request.has_model:
-            name = (await request.model()).strip()
-            found = self._find(name)
-            if found is None:
-                raise self._refusal(name)
-            request.target = request.target.replace(resource=found.resource, deployment=found.deployment)
+        await request.map_models(self._found)
         return await call_next(request)
+
+    def _found(self, name: str) -> Target:
+        """Return the target of a model. Raises ApiError 404 where it has none."""
+        found = self._find(name)
+        if found is None:
+            raise self._refusal(name)
+        return found
 
     def _find(self, name: str) -> Target | None:
         """Return the target of a model, or None where it is refused."""

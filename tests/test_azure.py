@@ -1,67 +1,72 @@
-"""The operation table, and the URL of one exchange."""
+"""The operation table: every line is found by what a client sends, and by nothing else."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from gateway import ApiError, Target
-from gateway.azure import BY_NAME, OPERATIONS, find_operation, unknown_operation, upstream_path
-
-CHAT = BY_NAME["chat.completions"]
+from gateway.azure import OPERATIONS, Operation, find_operation, unknown_operation
 
 
-def test_every_row_is_found_by_its_method_and_path() -> None:
-    """And nothing else is."""
-    for row in OPERATIONS:
-        assert find_operation(row.method, row.path.replace("{model}", "gpt-4")) is row
-    for method, path in (
-        ("GET", "/chat/completions"),
-        ("POST", "/models"),
-        ("GET", "/models/"),
-        ("GET", "/models/a/b"),
+def filled(row: Operation) -> str:
+    """Return a line's path with an id for each parameter."""
+    return re.sub(r"\{(\w+)\}", r"\1-1", row.path)
+
+
+@pytest.mark.parametrize("row", OPERATIONS, ids=lambda row: row.name)
+def test_every_line_is_found_by_its_method_and_path(row: Operation) -> None:
+    """And says where it saw that Azure has it, or that it has not."""
+    assert find_operation(row.method, filled(row)) is row
+    assert row.evidence
+    assert row.on_azure or (row.model is None and row.since is None)
+
+
+def test_no_two_lines_are_one() -> None:
+    """Neither by name, nor by method and path whatever their parameters are called."""
+    assert len({row.name for row in OPERATIONS}) == len(OPERATIONS)
+    assert len({(row.method, re.sub(r"\{\w+\}", "{}", row.path)) for row in OPERATIONS}) == len(OPERATIONS)
+
+
+def test_a_parameter_gives_way_to_a_word() -> None:
+    """`/threads/runs` is an operation of its own, and no thread."""
+    for method, path, name in (
+        ("POST", "/threads/runs", "threads.create_and_run"),
+        ("POST", "/threads/t1", "threads.update"),
+        ("GET", "/models/gpt-4o", "models.retrieve"),
+        ("POST", "/responses/compact", "responses.compact"),
+        ("GET", "/responses/r1", "responses.retrieve"),
     ):
-        assert find_operation(method, path) is None
+        found = find_operation(method, path)
+        assert found is not None
+        assert found.name == name
 
 
 @pytest.mark.parametrize(
-    ("version", "query", "path"),
-    [
-        ("2024-10-21", "", "/openai/deployments/d/chat/completions?api-version=2024-10-21"),
-        (
-            "2024-10-21",
-            "api-version=1&a=b&API-KEY=x",
-            "/openai/deployments/d/chat/completions?api-version=2024-10-21&a=b",
-        ),
-        ("v1", "", "/openai/v1/chat/completions"),
-        (
-            "v1",
-            "api%2dversion=preview&a=b&API-KEY=x&c;api-version=3&+api-version=4",
-            "/openai/v1/chat/completions?a=b",
-        ),
-    ],
+    ("method", "path"),
+    [("PUT", "/chat/completions"), ("POST", "/models"), ("GET", "/models/"), ("GET", "/models/a/b"), ("GET", "")],
 )
-def test_classic_and_v1_urls(version: str, query: str, path: str) -> None:
-    """The api-version and the key are never the client's to choose."""
-    assert upstream_path(CHAT, Target(deployment="d", api_version=version), query) == path
+def test_what_is_no_operation_is_not_found(method: str, path: str) -> None:
+    """Not by another method, and not with an empty parameter."""
+    assert find_operation(method, path) is None
 
 
-@pytest.mark.parametrize("name", ["..", ".", "a/b", "a b", "", "a%2fb", "-a", "a" * 65, "a?b", "a#b", "é", None])
-def test_a_deployment_s_name_cannot_leave_its_place_in_the_path(name: str | None) -> None:
-    """A rule: anything but a plain name is a 404."""
-    with pytest.raises(ApiError) as caught:
-        upstream_path(CHAT, Target(deployment=name, api_version="2024-10-21"))
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
-
-
-def test_what_v1_lacks_says_so() -> None:
-    """Completions are on dated versions only."""
-    with pytest.raises(ApiError, match="v1 API does not have completions"):
-        upstream_path(BY_NAME["completions"], Target(deployment="d", api_version="v1"))
-
-
-def test_unknown_operations_name_what_is_offered() -> None:
-    """A 404 that lists the operations; a wrong method is a 405 with the right one."""
-    assert unknown_operation("POST", "/images").status == 404
-    assert "POST /v1/embeddings" in unknown_operation("POST", "/images").message
+def test_what_azure_lacks_is_named() -> None:
+    """A 404 that names the operation; a wrong method is a 405 with the right ones; a wrong path lists its family."""
+    error = unknown_operation("POST", "/moderations")
+    assert (error.status, error.code) == (404, "operation_not_supported")
+    assert "Azure OpenAI does not have the operation moderations" in error.message
+    assert "images.variations" in unknown_operation("POST", "/images/variations").message
     error = unknown_operation("DELETE", "/embeddings")
     assert (error.status, error.headers) == (405, {"allow": "POST"})
+    error = unknown_operation("PUT", "/files/f1")
+    assert (error.status, error.headers) == (405, {"allow": "DELETE, GET"})
+    error = unknown_operation("POST", "/images")
+    assert error.status == 404
+    assert "POST /v1/images/generations" in error.message
+    assert unknown_operation("POST", "/nonsense").code == "unknown_url"
+
+
+def test_a_websocket_is_said_to_be_one() -> None:
+    """Its operations are known, and not offered yet."""
+    assert "realtime.connect needs a WebSocket" in unknown_operation("GET", "/realtime").message

@@ -40,6 +40,7 @@ TESTED_ELSEWHERE = {
     "keys": "a part of test_messages and of auth_passthrough's tests",
     "handover": "one side of test_workers",
     "wire": "a part of test_upstream",
+    "surface": "what the fake Azure has, a part of test_operations",
     "stages": "a part of test_testing and of every stage's tests",
     "demo": "run by test_cli",
     "load": "a part of test_config",

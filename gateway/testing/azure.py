@@ -16,14 +16,15 @@ from aiohttp import web
 
 from gateway.headers import Headers
 from gateway.messages import Resource
+from gateway.testing import surface
 
 __all__ = (
     "FakeAzure",
     "Seen",
 )
 
-_CLASSIC = re.compile(r"/openai/deployments/([^/]+)/(chat/completions|completions|embeddings)")
-_V1 = re.compile(r"/openai/v1/(chat/completions|embeddings)")
+_PATH = re.compile(r"/openai/(?:(v1)/|deployments/([^/]+)/)?(.+)")
+_FORM_MODEL = re.compile(rb'name="model"(?:\r\n[^\r\n]+)*\r\n\r\n([^\r\n]*)\r\n')
 _VERSION = re.compile(r"\d{4}-\d{2}-\d{2}(-preview)?")
 _SAFE = {kind: {"filtered": False, "severity": "safe"} for kind in ("hate", "self_harm", "sexual", "violence")}
 _CREATED = 1_769_122_116
@@ -47,11 +48,12 @@ class Seen:
 
 @dataclass
 class FakeAzure:
-    r"""A server on loopback that answers chat completions, completions and embeddings as Azure does.
+    r"""A server on loopback that answers as Azure does: completions and embeddings in full, the rest in outline.
 
-    It checks the key and the api-version, knows its deployments (unknown ones are a 404 without a content
-    type, as recorded in 2026), and streams `words`, one chunk each, `delay` seconds apart, after Azure's
-    first chunk without choices. `ending` is how a stream ends: Azure has sent all of `[DONE]\n\n`,
+    It checks the key, the api-version and that it has the operation there; it knows its deployments (unknown
+    ones are a 404 without a content type, as recorded in 2026), and streams `words`, one chunk each, `delay`
+    seconds apart, after Azure's first chunk without choices. What it makes has an id that begins with `tag`;
+    with `own_ids` it knows only those that it made. `ending` is how a stream ends: Azure has sent all of `[DONE]\n\n`,
     `[DONE]\n` and `[DONE]`. `respond`, where set, answers in its place.
 
         async with FakeAzure(ending=b"data: [DONE]") as azure:
@@ -67,6 +69,9 @@ class FakeAzure:
     content_type: str = "text/event-stream; charset=utf-8"
     base_path: str = ""
     port: int = 0
+    tag: str = "fake"
+    own_ids: bool = False
+    ids: set[str] = field(default_factory=set)
     respond: Callable[[Seen, web.BaseRequest], Awaitable[web.StreamResponse | None]] | None = None
     requests: list[Seen] = field(default_factory=list)
     streaming: int = 0
@@ -120,7 +125,7 @@ class FakeAzure:
         )
         self.requests.append(seen)
         try:
-            seen.body = await request.read()
+            seen.body = await request.content.read()
             answer = await self.respond(seen, request) if self.respond is not None else None
             return answer if answer is not None else await self._answer(seen, request)
         except (asyncio.CancelledError, ConnectionError):
@@ -128,11 +133,11 @@ class FakeAzure:
             raise
 
     async def _answer(self, seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
-        path = seen.path.removeprefix(self.base_path)
         versions = [value for name, value in seen.query if name == "api-version"]
-        classic, v1 = _CLASSIC.fullmatch(path), _V1.fullmatch(path)
+        found = _PATH.fullmatch(seen.path.removeprefix(self.base_path))
+        v1, deployment, operation = found.groups() if found else (None, None, "")
         # Azure answers a wrong path and a missing or unknown version with the same words.
-        if seen.method != "POST" or not (v1 or (classic and len(versions) == 1 and _VERSION.fullmatch(versions[0]))):
+        if not self._has(v1, deployment, operation, versions):
             return _json({"error": {"code": "404", "message": "Resource not found"}}, 404)
         if not self._authorized(seen.headers, bool(v1)):
             message = (
@@ -140,24 +145,76 @@ class FakeAzure:
                 "key for an active subscription and use a correct regional API endpoint for your resource."
             )
             return _json({"error": {"code": "401", "message": message}}, 401)
-        try:
-            body = seen.json()
-        except msgspec.DecodeError:
-            return _json({"error": {"code": "BadRequest", "message": "invalid JSON"}}, 400)
-        deployment = classic.group(1) if classic else body.get("model")
-        if deployment not in self.deployments:
+        form = _FORM_MODEL.search(seen.body)
+        body: Any = {"model": form.group(1).decode()} if form is not None else {}
+        if seen.body[:1] == b"{" or "json" in (seen.headers.get("content-type") or ""):
+            try:
+                body = seen.json()
+            except msgspec.DecodeError:
+                return _json({"error": {"code": "BadRequest", "message": "invalid JSON"}}, 400)
+        if deployment is not None and operation.startswith("images/") and "model" in body:
+            return _json({"error": {"code": "BadRequest", "message": "model is not allowed here"}}, 400)
+        if deployment is None and surface.needs_deployment(seen.method, operation):
+            deployment = body.get("model", "")
+        if deployment is not None and deployment not in self.deployments:
             message = (
                 "The API deployment for this resource does not exist. If you created the deployment within the last "
                 "5 minutes, please wait a moment and try again."
             )
             error = {"type": "invalid_request_error", "code": "DeploymentNotFound", "message": message}
             return _json({"error": error}, 404, content_type="")
-        operation = classic.group(2) if classic else v1.group(1) if v1 else ""
-        if operation == "embeddings":
+        if seen.method == "POST" and operation == "embeddings":
             return _json(_embeddings(body))
-        if body.get("stream"):
-            return await self._stream(request, body, chat=operation != "completions")
-        return _json(_completion(self.text, chat=operation != "completions"))
+        if seen.method == "POST" and operation in ("chat/completions", "completions"):
+            if body.get("stream"):
+                return await self._stream(request, body, chat=operation != "completions")
+            return _json(_completion(self.text, chat=operation != "completions"))
+        return await self._outline(seen, request, operation, body)
+
+    def _has(self, v1: str | None, deployment: str | None, operation: str, versions: list[str]) -> bool:
+        if v1:
+            return surface.on_v1(operation) and (not versions or versions in (["v1"], ["preview"]))
+        if len(versions) != 1 or not _VERSION.fullmatch(versions[0]):
+            return False
+        if deployment is not None:
+            return surface.on_deployment(operation, versions[0])
+        return surface.on_resource(operation, versions[0])
+
+    async def _outline(
+        self, seen: Seen, request: web.BaseRequest, operation: str, body: dict[str, Any]
+    ) -> web.StreamResponse:
+        """Answer what is made, kept and looked up, by ids."""
+        known = surface.prefix_of(operation)
+        asked = [part for part in operation.split("/")[1:] if part.startswith(known)]
+        if self.own_ids and not set(asked) <= self.ids:
+            return _json({"error": {"code": "NotFound", "message": f"No such object: {asked[0]}"}}, 404)
+        if seen.method != "DELETE" and surface.BINARY.fullmatch(operation):
+            response = web.Response(body=b"\x00\x01binary", headers={**_LIMITS})
+            response.content_type = "application/octet-stream"
+            return response
+        made = f"{known}{self.tag}{len(self.ids) + 1:08d}"
+        content = surface.content_of(seen.method, operation, made)
+        if content.get("id") == made:
+            self.ids.add(made)
+            for name in ("model", "input_file_id", "previous_response_id"):
+                if name in body:
+                    content[name] = body[name]
+        if body.get("stream") and operation == "responses":
+            return await self._events(
+                request,
+                {"type": "response.created", "response": content},
+                {"type": "response.completed", "response": content},
+            )
+        return _json(content)
+
+    async def _events(self, request: web.BaseRequest, *events: dict[str, Any]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": self.content_type, **_LIMITS})
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        for event in events:
+            await response.write(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), msgspec.json.encode(event)))
+        await response.write_eof()
+        return response
 
     def _authorized(self, headers: Headers, v1: bool) -> bool:
         key, bearer = headers.get("api-key"), headers.get("authorization", "") or ""

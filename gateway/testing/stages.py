@@ -90,14 +90,12 @@ class Running:
         """
         if json is not None:
             body = msgspec.json.encode(json)
-        operation = find_operation(method, path)
         exchange = Exchange()
         outcomes: list[Outcome] = []
         exchange.defer(outcomes.append)
         request = Request(
             id="req_test",
-            operation=operation.name if operation else None,
-            has_model=operation is not None and operation.has_model,
+            operation=find_operation(method, path),
             method=method,
             path=path,
             query=query,

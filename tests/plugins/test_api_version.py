@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.testing import FakeAzure, post
+from gateway import Services
+from gateway.testing import FakeAzure, post, send
 from plugins.api_version import ApiVersion
 from tests.conftest import CHAT, StartGateway
 
@@ -24,6 +25,36 @@ async def test_a_version_for_single_models() -> None:
         sent = await post(stage, json={**CHAT, "model": model})
         assert sent.reached is not None
         assert version == sent.reached.target.api_version
+
+
+async def test_a_version_for_single_operations() -> None:
+    """By name, or for a kind: the longest that fits counts, before the model's."""
+    stage = ApiVersion(
+        "2024-10-21",
+        models={"gpt-4o": "2024-02-01"},
+        operations={"responses": "v1", "images.*": "2025-04-01-preview", "vector_stores.files.*": "v1"},
+    )
+    for method, path, version in (
+        ("POST", "/responses", "v1"),
+        ("GET", "/responses/resp_1", "2024-10-21"),
+        ("POST", "/images/generations", "2025-04-01-preview"),
+        ("GET", "/vector_stores/vs_1/files", "v1"),
+        ("GET", "/vector_stores/vs_1", "2024-10-21"),
+        ("POST", "/chat/completions", "2024-02-01"),
+    ):
+        sent = await send([stage], method, path, json=CHAT if method == "POST" else None)
+        assert sent.reached is not None
+        assert version == sent.reached.target.api_version, path
+
+
+async def test_an_operation_s_name_must_be_one() -> None:
+    """`gateway check` says which is not."""
+    stage = ApiVersion(operations={"responses": "v1", "/v1/files": "v1", "files.": "v1", "*": "v1"})
+    assert [path for path, _ in stage.check(Services("t", "s"))] == [
+        ("operations", "/v1/files"),
+        ("operations", "files."),
+        ("operations", "*"),
+    ]
 
 
 async def test_no_body_is_read_where_no_model_has_a_version() -> None:

@@ -1,0 +1,243 @@
+"""Where a request's model sits: it is read from there, and the deployment's name is written there.
+
+The operation table says the place. A JSON body is decoded for this one field; a form is read until the field has
+come, wherever it stands, and passed on byte for byte but for its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote
+
+import msgspec
+
+from gateway.batch import map_batch
+from gateway.errors import ApiError
+from gateway.jsonbody import decoded_json, with_field
+from gateway.multipart import FormReader, boundary_of
+
+if TYPE_CHECKING:
+    from gateway.azure import Operation
+    from gateway.body import Body
+    from gateway.messages import Request, Target
+
+__all__ = ("map_several", "placed", "placed_query", "read_model")
+
+_MAX_MODEL = 256
+
+
+class _Peek(msgspec.Struct):
+    """The one field of a JSON body that every exchange needs; msgspec skips the rest unread."""
+
+    model: Any = None
+
+
+class _Session(msgspec.Struct):
+    session: Any = None
+
+
+_peek = msgspec.json.Decoder(_Peek)
+_session = msgspec.json.Decoder(_Session)
+
+
+# -- reading -------------------------------------------------------------------------------------------
+
+
+async def read_model(request: Request) -> str | None:
+    """Return the model that a request names; see `Request.model`."""
+    row = request._row
+    if row is None or row.model is None or row.model in ("lines", "evals", "frame"):
+        return None
+    if request._model_set is not None:
+        value: object = request._model_set
+    elif row.model == "path":
+        value = request.path.rpartition("/")[2]
+    elif row.model == "query":
+        value = _query_model(request.query)
+    elif row.model == "session":
+        value = await _call_model(request)
+    elif row.model == "form" and (form := await read_form(request, "model")) is not None:
+        field = form.fields.get("model")
+        value = field.text if field is not None else None
+    else:
+        value = await _json_model(request, nested=row.model == "session.model")
+    if value is None and not row.needs_model:
+        return None
+    return _model_name(value)
+
+
+async def _json_model(request: Request, *, nested: bool) -> object:
+    if request._json is not None:
+        fields: Any = request._json
+    else:
+        data = await request._body.read()
+        if not data.strip():
+            raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
+        peeked = decoded_json(data, _session.decode if nested else _peek.decode)
+        if isinstance(peeked, _Peek):
+            return peeked.model
+        fields = {"session": peeked.session} if isinstance(peeked, _Session) else peeked
+    if nested:
+        fields = fields.get("session") if isinstance(fields, dict) else None
+    return fields.get("model") if isinstance(fields, dict) else None
+
+
+async def read_form(request: Request, name: str) -> FormReader | None:
+    """Read a form until the field `name` has come, or its end; None where the body is no form."""
+    if request._form is None:
+        boundary = boundary_of(request.headers.get("content-type"))
+        if boundary is None:
+            return None
+        reader = FormReader(boundary, frozenset({name}))
+
+        def watch(data: bytes) -> bool:
+            reader.feed(data)
+            return reader.done or (name in reader.fields and reader.fields[name].whole)
+
+        request._exchange.defer(lambda _: request._body.close())
+        await request._body.look(watch, f"send the field `{name}` before the file")
+        request._form = reader
+    return request._form
+
+
+async def _call_model(request: Request) -> object:
+    """Return the model of a realtime call: in its form's JSON, or the query of a plain SDP offer."""
+    form = await read_form(request, "session")
+    if form is None:
+        return _query_model(request.query)
+    field = form.fields.get("session")
+    if field is None:
+        return None
+    session = decoded_json(bytes(field.value), _peek.decode)
+    return session.model if isinstance(session, _Peek) else None
+
+
+def _query_model(query: str) -> str | None:
+    return dict(reversed(parse_qsl(query, keep_blank_values=True))).get("model")
+
+
+def _model_name(value: object) -> str:
+    if value is None:
+        raise ApiError(400, "you must provide a model: the body has no `model`", param="model")
+    if not isinstance(value, str):
+        raise ApiError(400, "`model` must be text", param="model")
+    if not value.strip() or len(value) > _MAX_MODEL or not value.isprintable():
+        raise ApiError(
+            400,
+            f"`model` must be 1 to {_MAX_MODEL} printable characters",
+            param="model",
+            code="model_not_found",
+        )
+    return value
+
+
+# -- several models in one request ---------------------------------------------------------------------
+
+
+async def map_several(request: Request, find: Callable[[str], Target]) -> None:
+    """Write a deployment in each place of a body that names several models; see `Request.map_models`."""
+    if request._row is not None and request._row.model == "lines":
+        await map_batch(request, find)
+        return
+    body = await request.json()
+    found: dict[str, Target] = {}
+
+    def mapped(grader: object) -> object:
+        if not isinstance(grader, dict):
+            return grader
+        made = {**grader}
+        if isinstance(grader.get("graders"), dict):
+            made["graders"] = {name: mapped(each) for name, each in grader["graders"].items()}
+        if grader.get("model") is not None:
+            name = _model_name(grader["model"]).strip()
+            found[name] = target = find(name)
+            made["model"] = target.deployment
+        return made
+
+    changed = {**body}
+    if isinstance(body.get("data_source"), dict):
+        changed["data_source"] = mapped(body["data_source"])
+    if isinstance(body.get("testing_criteria"), list):
+        changed["testing_criteria"] = [mapped(each) for each in body["testing_criteria"]]
+    if not found:
+        return
+    resources = {target.resource for target in found.values()}
+    if len(resources) > 1:
+        raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
+    request.notes["model"] = ", ".join(found)
+    request.target = request.target.replace(resource=resources.pop())
+    if changed != body:
+        request.set_json(changed)
+
+
+# -- writing -------------------------------------------------------------------------------------------
+
+
+async def placed(request: Request, operation: Operation, target: Target) -> bytes | Body:
+    """Return the body to send, with the deployment where Azure looks for it.
+
+    It stays as it came where the path names the deployment, unless Azure wants no model beside it.
+    """
+    deployment = target.deployment
+    in_path = operation.classic == "deployment" and not target.is_v1
+    if deployment is None or operation.model is None or (in_path and not operation.drops_model):
+        return await as_it_is(request)
+    if operation.model in ("form", "session"):
+        form = await read_form(request, "model" if operation.model == "form" else "session")
+        if form is not None:
+            return _placed_in_form(request, form, operation, None if in_path else deployment)
+        if operation.model == "session":
+            return await as_it_is(request)
+    body = await request.body()
+    if operation.model == "session.model":
+        session = decoded_json(body, _session.decode).session
+        if not isinstance(session, dict) or session.get("model") == deployment:
+            return body
+        return with_field(body, "session", msgspec.json.encode({**session, "model": deployment}))
+    if operation.model not in ("body", "form"):
+        return body
+    if in_path:
+        return with_field(body, "model", None)
+    if request._model_set is None and await request.model() == deployment:
+        return body
+    return with_field(body, "model", deployment)
+
+
+async def as_it_is(request: Request) -> bytes | Body:
+    """Return the body as it came, or as a stage left it: its bytes if they are at hand, else as it streams."""
+    if request._json_set:
+        return await request.body()
+    at_hand = request._body.at_hand()
+    return request._body if at_hand is None else at_hand
+
+
+def _placed_in_form(request: Request, form: FormReader, operation: Operation, deployment: str | None) -> bytes | Body:
+    body = request._body
+    if operation.model == "session":
+        field = form.fields.get("session")
+        if field is None:
+            return body
+        return body.edited(field.start, field.end, with_field(bytes(field.value), "model", deployment))
+    field = form.fields.get("model")
+    if field is not None:
+        if deployment is None:
+            return body.edited(field.begins, field.next, b"")
+        if field.text == deployment:
+            return body.edited(0, 0, b"")
+        return body.edited(field.start, field.end, deployment.encode())
+    if deployment is None or form.first < 0:
+        return body.edited(0, 0, b"")
+    part = b'--%b\r\ncontent-disposition: form-data; name="model"\r\n\r\n%b\r\n' % (form.boundary, deployment.encode())
+    return body.edited(form.first, form.first, part)
+
+
+def placed_query(operation: Operation, query: str, deployment: str | None) -> str:
+    """Return the query to send: where it names the model, it names the deployment instead."""
+    if deployment is None or operation.model not in ("session", "query"):
+        return query
+    parts = [part for part in query.split("&") if part]
+    named = [part for part in parts if part.partition("=")[0] == "model"]
+    if not named:
+        return query
+    return "&".join([*(part for part in parts if part not in named), f"model={quote(deployment, safe='')}"])

@@ -1,0 +1,116 @@
+"""URLs: what a client's path says, and where the exchange is at its Azure resource.
+
+OpenAI's paths begin with `/v1`; clients that know Azure say `/openai/v1`, `/openai/deployments/{deployment}` or
+`/openai`. All of them may stand behind a team's prefix, and all of them mean the same operations.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+from urllib.parse import unquote, unquote_plus
+
+from gateway.azure import Operation
+from gateway.errors import ApiError
+from gateway.messages import Target
+
+__all__ = ("DEPLOYMENT", "Place", "place_of", "upstream_path")
+
+# A rule (no request may leave `/openai/deployments/`): Azure's own names, and nothing a path could misread.
+DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+# Query parameters that would choose the api-version or a credential; those are the gateway's to choose.
+_OURS = frozenset({"api-version", "api-key", "subscription-key"})
+
+
+class Place(NamedTuple):
+    """What a path says: the team's prefix, OpenAI's path after `/v1`, and the model, where the path names it."""
+
+    prefix: str
+    path: str
+    model: str | None
+
+
+@lru_cache(maxsize=1024)
+def place_of(path: str) -> Place | None:
+    """Read a client's path; None where it is no API's."""
+    openai, azure = path.find("/v1/"), path.find("/openai/")
+    if azure < 0 or 0 <= openai < azure:
+        if openai < 0:
+            return None
+        prefix, path = path[:openai], path[openai + 3 :]
+        if path.startswith("/engines/"):
+            # As the SDKs had it before 1.0, and LangChain for long after.
+            return _named(prefix, path[len("/engines") :])
+        return Place(prefix, path, None)
+    prefix, path = path[:azure], path[azure + len("/openai") :]
+    if path.startswith("/deployments/"):
+        return _named(prefix, path[len("/deployments") :])
+    return Place(prefix, path.removeprefix("/v1"), None)
+
+
+def _named(prefix: str, path: str) -> Place | None:
+    """Read `/{model}/{operation}`."""
+    _, name, rest = [*path.split("/", 2), ""][:3]
+    return Place(prefix, f"/{rest}", unquote(name)) if name and rest else None
+
+
+def upstream_path(operation: Operation, target: Target, path: str, query: str = "") -> str:
+    """Return the path and query that an exchange has at its resource, after the endpoint's base path.
+
+    `path` is the client's, after `/v1`. `target` must have an api-version, and a deployment where the path
+    needs one. Raises ApiError 404 where the deployment's name cannot be one, or where this api-version does
+    not have the operation.
+    """
+    version = target.api_version or ""
+    kept = other_query(query)
+    if operation.model and (operation.classic == "deployment" or target.deployment is not None):
+        _check_name(target.deployment)
+    if target.is_v1:
+        if not operation.v1:
+            raise _not_there(operation, version)
+        return f"/openai/v1{path}" + (f"?{kept}" if kept else "")
+    if operation.classic is None or (operation.since is not None and version[:10] < operation.since[:10]):
+        raise _not_there(operation, version)
+    if operation.classic_path != operation.path:
+        path = operation.classic_path
+    if operation.classic == "deployment":
+        path = f"/deployments/{target.deployment}{path}"
+    return f"/openai{path}?api-version={version}" + (f"&{kept}" if kept else "")
+
+
+def _check_name(deployment: str | None) -> None:
+    if not deployment or not DEPLOYMENT.fullmatch(deployment):
+        raise ApiError(
+            404,
+            f"{deployment!r} cannot be the name of an Azure deployment; map the model to one",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _not_there(operation: Operation, version: str) -> ApiError:
+    return ApiError(
+        404,
+        f"{operation.name} is not in Azure's api-version {version}, which this gateway is set to; it needs "
+        f"{versions_of(operation)} (the operator sets it: the stage api_version, `operations`)",
+        code="operation_not_supported",
+    )
+
+
+def versions_of(operation: Operation) -> str:
+    """Say which api-versions have an operation."""
+    dated = f"{operation.since} or later" if operation.since is not None else "a dated api-version"
+    names = ([dated] if operation.classic is not None else []) + (["v1"] if operation.v1 else [])
+    return ", or ".join(names)
+
+
+def other_query(query: str) -> str:
+    """Return a client's query without the parameters that the gateway sets itself."""
+    if not query:
+        return ""
+    # Wherever one of them stands in a part: servers differ in what else they take for a separator.
+    return "&".join(
+        part for part in query.split("&") if part and not any(name in unquote_plus(part).lower() for name in _OURS)
+    )

@@ -1,0 +1,132 @@
+"""Batch files: the models in their lines become deployments on the way up."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from typing import Any
+
+import pytest
+
+from gateway.testing import FakeAzure
+from tests.conftest import StartGateway
+from tests.test_models import HEADERS, form
+
+YAML = """
+resources: {east: {endpoint: "${ENDPOINT}"}, west: {endpoint: "${WEST}"}}
+resource: east
+pipeline:
+  - access_log
+  - auth_passthrough
+  - model_map: {models: {gpt-4o: prod-4o, o3: prod-o3, far: west/far-4o}, unmapped: refuse}
+  - api_version: VERSION
+"""
+VERSIONS = ["2024-10-21", "v1"]
+
+
+def line(number: int, model: object = "gpt-4o", **more: Any) -> str:
+    body = {"model": model, "messages": [{"role": "user", "content": "1.50 \ud83d\ude00"}], "n": 1, **more}
+    return json.dumps({"custom_id": f"r-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body})
+
+
+async def upload(
+    start_gateway: StartGateway, east: FakeAzure, west: FakeAzure, version: str = "v1", **fields: str | bytes
+) -> tuple[int, Any, Any]:
+    yaml = YAML.replace("VERSION", version)
+    gateway = await start_gateway(east.endpoint, yaml, env={"WEST": west.endpoint})
+    async with gateway.post("/v1/files", None, data=io.BytesIO(form(**fields)), headers=HEADERS) as answer:
+        content = await answer.json()
+    await gateway.idle()
+    return answer.status, content, gateway.exchanges()[-1]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("first", ["purpose", "file"])
+async def test_10_000_lines(version: str, first: str, start_gateway: StartGateway) -> None:
+    """Each with its deployment, in their order, all else as it was; the purpose may come behind the file."""
+    lines = [line(number, "gpt-4o" if number % 3 else "o3") for number in range(10_000)]
+    file = "\n".join(lines).encode()
+    fields: dict[str, str | bytes] = {"purpose": "batch", "file": file}
+    if first == "file":
+        fields = {"file": file, "purpose": "batch"}
+    async with FakeAzure() as east, FakeAzure() as west:
+        status, content, event = await upload(start_gateway, east, west, version, **fields)
+        assert (status, content["id"][:5]) == (200, "file-")
+        [seen] = east.requests
+        assert not west.requests
+    start = seen.body.index(b"{")
+    came = seen.body[start : start + seen.body[start:].index(b"\r\n--")]
+    fields["file"] = came
+    assert seen.body == form(**fields)
+    assert seen.headers.get("content-length") == str(len(seen.body))
+    made = came.split(b"\n")
+    assert len(made) == 10_000
+    for number, (old, new) in enumerate(zip(lines, made, strict=True)):
+        expected = json.loads(old)
+        expected["body"]["model"] = "prod-4o" if number % 3 else "prod-o3"
+        assert json.loads(new) == expected
+    assert (event["batch_lines"], event["model"]) == (10_000, "o3, gpt-4o")
+
+
+async def test_the_models_choose_the_resource(start_gateway: StartGateway) -> None:
+    """A file whose models are in another resource goes there; one that is in two is refused, by its line."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        status, _, _ = await upload(start_gateway, east, west, purpose="batch", file=line(1, "far").encode())
+        assert (status, len(east.requests), len(west.requests)) == (200, 0, 1)
+        mixed = f"{line(1)}\n\n{line(2, 'far')}\n".encode()
+        status, content, _ = await upload(start_gateway, east, west, purpose="batch", file=mixed)
+        assert status == 400
+        assert "line 3 of the batch file" in content["error"]["message"]
+        assert "another Azure resource" in content["error"]["message"]
+        assert len(east.requests) == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "why", "status"),
+    [
+        ("{", "not a JSON object", 400),
+        ("[]", "not a JSON object", 400),
+        ('{"custom_id": "x"}', "it has no `body`", 400),
+        ('{"body": {}}', "it has no `body.model`", 400),
+        ('{"body": {"model": 4}}', "must be text", 400),
+        (line(2, "unknown"), "the model 'unknown' is not mapped", 404),
+        ("[" * 100_000, "not a JSON object", 400),
+    ],
+)
+async def test_a_line_that_cannot_be_used_is_named(
+    second: str, why: str, status: int, start_gateway: StartGateway
+) -> None:
+    """And nothing is uploaded."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        file = f"{line(1)}\r\n{second}\r\n{line(3)}".encode()
+        got, content, _ = await upload(start_gateway, east, west, purpose="batch", file=file)
+        assert got == status
+        assert "line 2 of the batch file" in content["error"]["message"]
+        assert why in content["error"]["message"]
+        assert content["error"]["param"] == "file"
+        assert not east.requests
+
+
+async def test_line_ends_blank_lines_and_a_byte_order_mark_do_no_harm(start_gateway: StartGateway) -> None:
+    """They stay, but for the mark."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        file = b"\xef\xbb\xbf" + f"{line(1)}\r\n\r\n{line(2)}\r\n".encode()
+        status, _, event = await upload(start_gateway, east, west, purpose="batch", file=file)
+        assert (status, event["batch_lines"]) == (200, 2)
+        assert east.requests[0].body.count(b'"model":"prod-4o"') == 2
+        assert b"}\r\n\r\n{" in east.requests[0].body
+
+
+async def test_other_files_go_up_as_they_are(start_gateway: StartGateway) -> None:
+    """Whatever is in them, to the team's resource."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        for fields in (
+            {"purpose": "assistants", "file": line(1).encode()},
+            {"file": os.urandom(500_000), "purpose": "x"},
+        ):
+            status, _, event = await upload(start_gateway, east, west, **fields)  # type: ignore[arg-type]
+            assert status == 200
+            assert east.requests[-1].body == form(**fields)  # type: ignore[arg-type]
+            assert "batch_lines" not in event
+        assert not west.requests

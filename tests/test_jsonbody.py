@@ -1,0 +1,41 @@
+"""JSON bodies, written anew with as few changes as can be."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway import ApiError
+from gateway.jsonbody import with_field
+
+BODY = b'{"x":1.0e2,"model":"a","n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]},"model":"b"}'
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("d", b'{"x":1.0e2,"model":"d","n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]}}'),
+        (b'{"a": 1}', b'{"x":1.0e2,"model":{"a": 1},"n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]}}'),
+        (None, b'{"x":1.0e2,"n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]}}'),
+    ],
+)
+def test_other_values_keep_their_bytes(value: str | bytes | None, expected: bytes) -> None:
+    """Numbers keep their digits, nested objects their order; a doubled field becomes one, or none."""
+    assert with_field(BODY, "model", value) == expected
+
+
+def test_a_field_that_was_not_there_is_added() -> None:
+    """At the end."""
+    assert with_field(b'{"a":1}', "model", "d") == b'{"a":1,"model":"d"}'
+
+
+def test_half_a_surrogate_pair_survives() -> None:
+    """JavaScript cuts texts so; the body is then written by the slow way."""
+    body = b'{"model": "m", "t": "\\ud83d"}'
+    assert with_field(body, "model", "d") == b'{"t": "\\ud83d", "model": "d"}'
+    assert b"model" not in with_field(body, "model", None)
+
+
+def test_what_is_no_object_is_refused() -> None:
+    """With the place of the mistake."""
+    with pytest.raises(ApiError, match="not a JSON object"):
+        with_field(b"[1]", "model", "d")

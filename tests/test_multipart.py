@@ -1,0 +1,127 @@
+"""Forms are read piece by piece, and only where their fields are is found out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import ApiError
+from gateway.multipart import FormReader, boundary_of
+
+
+def form(parts: list[tuple[str, bytes]], boundary: bytes = b"xyz") -> bytes:
+    made = [
+        b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (boundary, name.encode(), value)
+        for name, value in parts
+    ]
+    return b"".join(made) + b"--%b--\r\n" % boundary
+
+
+def read(body: bytes, pieces: list[int], keep: str = "model", mark: str = "file") -> FormReader:
+    reader = FormReader(b"xyz", frozenset({keep}), frozenset({mark}))
+    place = 0
+    for end in [*sorted(pieces), len(body)]:
+        reader.feed(body[place:end])
+        place = end
+    return reader
+
+
+VALUES = st.binary(max_size=60) | st.sampled_from(
+    [b"", b"\r\n", b"--xyz", b"\r\n--xy", b"\r\n--", b"--xyz--", b"a\r\n"]
+)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", "prompt"]), VALUES), max_size=3),
+    VALUES,
+    VALUES,
+    st.lists(st.integers(0, 400), max_size=8),
+    st.booleans(),
+)
+def test_places_are_exact_at_every_split(
+    others: list[tuple[str, bytes]], model: bytes, file: bytes, pieces: list[int], first: bool
+) -> None:
+    """Wherever the body is cut, a field's value is `body[start:end]` and its part `body[begins:next]`."""
+    fields = [("model", model), ("file", file)] if first else [("file", file), ("model", model)]
+    body = form([*others, *fields])
+    if b"\r\n--xyz" in model + file + b"".join(value for _, value in others):
+        return  # no such form can be: the boundary is chosen so that it does not occur
+    reader = read(body, [min(piece, len(body)) for piece in pieces])
+    assert reader.done
+    found = reader.fields["model"]
+    assert body[found.start : found.end] == model == bytes(found.value)
+    found = reader.fields["file"]
+    assert body[found.start : found.end] == file
+    assert found.value == b""
+    for name, value in fields:
+        part = reader.fields[name]
+        rest = body[: part.begins] + body[part.next :]
+        assert rest == form([*others, *[pair for pair in fields if pair != (name, value)]])
+    assert reader.first == 0
+
+
+def test_a_field_is_there_before_the_form_ends() -> None:
+    """As soon as the line after its value has begun."""
+    reader = FormReader(b"xyz", frozenset({"model"}))
+    reader.feed(b'--xyz\r\ncontent-disposition: form-data; name="model"\r\n\r\nm-1')
+    assert reader.fields["model"].end == -1
+    reader.feed(b"\r\n--xyz")
+    found = reader.fields["model"]
+    assert (found.whole, found.text, reader.done) == (True, "m-1", False)
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        ('Content-Disposition: form-data; name="model"', "model"),
+        ("content-disposition:form-data;name=model", "model"),
+        ('Content-Type: text/plain\r\nContent-Disposition: form-data; filename="x"; name="model"', "model"),
+        ('Content-Disposition: form-data; filename="a; name=\\"model\\""; name="file"', "file"),
+        ('Content-Disposition: form-data; name="model"; name="file"', None),
+        ('Content-Disposition: attachment; name="model"', None),
+        ("X: y", None),
+    ],
+)
+def test_how_a_part_is_named(head: str, name: str | None) -> None:
+    """In quotes or not, in any order; never by what only looks like its name, and two names are none."""
+    body = f"--xyz\r\n{head}\r\n\r\nv\r\n--xyz--".encode()
+    assert list(read(body, []).fields) == ([name] if name else [])
+
+
+def test_a_doubled_field_is_refused() -> None:
+    """Azure might take the other one: the model that was checked must be the one that is used."""
+    with pytest.raises(ApiError, match="two fields 'model'"):
+        read(form([("model", b"a"), ("x", b""), ("model", b"b")]), [])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'--xyzz\r\nContent-Disposition: form-data; name="model"\r\n\r\nv\r\n--xyz--',
+        b"--xyz\r\n" + b"a" * 20_000,
+        form([("model", b"m" * 70_000)]),
+        form([("x", b"")] * 10_001),
+    ],
+    ids=["another boundary", "endless head", "endless model", "too many parts"],
+)
+def test_what_is_no_sound_form_is_refused(body: bytes) -> None:
+    """With a 400, before it takes memory."""
+    with pytest.raises(ApiError) as caught:
+        read(body, [])
+    assert caught.value.status == 400
+
+
+def test_boundaries() -> None:
+    """From the Content-Type, in quotes or not; another type has none, and a form without one is refused."""
+    assert boundary_of("multipart/form-data; boundary=abc") == b"abc"
+    assert boundary_of('Multipart/Form-Data; charset=utf-8; Boundary="a b;c"') == b"a b;c"
+    assert boundary_of("application/json") is None
+    assert boundary_of(None) is None
+    for broken in (
+        "multipart/form-data",
+        "multipart/form-data; boundary=",
+        f"multipart/form-data; boundary={'x' * 71}",
+    ):
+        with pytest.raises(ApiError, match="boundary"):
+            boundary_of(broken)

@@ -1,0 +1,50 @@
+"""What is kept for later: in memory while it is little, then on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.spool import Spool
+
+
+def open_files() -> set[str]:
+    links = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return {link for link in links if "gateway-" in Path(link).name or "/#" in link}
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20), st.integers(0, 100), st.integers(0, 100))
+async def test_what_was_written_is_read_back(pieces: list[bytes], start: int, size: int) -> None:
+    """Any part of it, in any order, wherever memory ended."""
+    spool = Spool(in_memory=16)
+    for piece in pieces:
+        await spool.write(piece)
+        whole = b"".join(pieces)[: spool.size]
+        assert await spool.read(0, spool.size) == whole
+    whole = b"".join(pieces)
+    assert spool.size == len(whole)
+    assert await spool.read(start, start + size) == whole[start : start + size]
+    assert spool.file().read() == whole
+    spool.close()
+
+
+async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
+    """The file has no name, and is gone when it is closed."""
+    before = open_files()
+    spool = Spool(in_memory=1000)
+    await spool.write(b"x" * 900)
+    assert open_files() == before
+    await spool.write(b"x" * 900)
+    assert len(open_files() - before) == 1
+    assert await spool.read(800, 1000) == b"x" * 200
+    spool.close()
+    spool.close()
+    assert open_files() == before
