@@ -51,6 +51,12 @@ class Operation:
         """Whether Azure has it, or the gateway answers in its place."""
         return self.local or self.v1 or self.classic is not None
 
+    @property
+    def versions(self) -> str:
+        """The api-versions that have it, in words."""
+        dated = f"{self.since} or later" if self.since is not None else "a dated api-version"
+        return ", or ".join(([dated] if self.classic is not None else []) + (["v1"] if self.v1 else []))
+
 
 def _read(text: str) -> Iterator[Operation]:
     for line in text.splitlines():

@@ -131,6 +131,11 @@ class Request:
         """The client's address; from `X-Forwarded-For` only where a trusted proxy says it."""
         return self._address()
 
+    @property
+    def api_versions(self) -> str:
+        """The api-versions that are known to have the operation, in words; "" where there is none."""
+        return self._row.versions if self._row is not None else ""
+
     def key(self) -> Credential | None:
         """Return the key the client presents, or None: `Authorization: Bearer K` or `api-key: K`.
 

@@ -94,16 +94,9 @@ def _not_there(operation: Operation, version: str) -> ApiError:
     return ApiError(
         404,
         f"{operation.name} is not in Azure's api-version {version}, which this gateway is set to; it needs "
-        f"{versions_of(operation)} (the operator sets it: the stage api_version, `operations`)",
+        f"{operation.versions} (the operator sets it: the stage api_version, `operations`)",
         code="operation_not_supported",
     )
-
-
-def versions_of(operation: Operation) -> str:
-    """Say which api-versions have an operation."""
-    dated = f"{operation.since} or later" if operation.since is not None else "a dated api-version"
-    names = ([dated] if operation.classic is not None else []) + (["v1"] if operation.v1 else [])
-    return ", or ".join(names)
 
 
 def other_query(query: str) -> str:
