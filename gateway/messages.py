@@ -173,6 +173,12 @@ class Request:
         self._model_read = False
         return body
 
+    def set_body(self, body: bytes) -> None:
+        """Send these bytes instead of what the client sent."""
+        self._body = Body(body)
+        self._json, self._json_set, self._form = None, False, None
+        self._model_read = False
+
     async def model(self) -> str | None:
         """Return the model that the request names, where its operation has it: in JSON, a form, the path or the query.
 

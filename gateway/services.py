@@ -50,7 +50,8 @@ class Services:
     """What a stage's `start` and `check` are given.
 
     `resources` are the configured Azure resources by name, `resource` the one this team uses where a
-    deployment names none (None if there are several and none was chosen). `clock` returns seconds that
+    deployment names none (None if there are several and none was chosen). `reachable`, at `start`, are those
+    that the stages of this team may send requests to. `clock` returns seconds that
     never go back. `store` keeps state that must outlive a reload: it is this stage's own, by team and id.
     """
 
@@ -60,6 +61,7 @@ class Services:
     resource: Resource | None = None
     clock: Callable[[], float] = time.monotonic
     shared: Shared = field(default_factory=Shared, repr=False)
+    reachable: Mapping[str, Resource] = field(default_factory=dict)
 
     @property
     def http(self) -> aiohttp.ClientSession:

@@ -47,6 +47,11 @@ class Stage:
         """What this stage provides to those below it."""
         return ()
 
+    @property
+    def reaches(self) -> Iterable[str]:
+        """The names of the resources that this stage may send requests to; asked after `check`."""
+        return ()
+
     def check(self, services: Services) -> Iterable[Finding]:
         """Yield `(path to the setting, what is wrong)` for each mistake that the types do not show."""
         return ()

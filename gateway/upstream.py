@@ -54,6 +54,13 @@ class Upstream:
         if operation.local:
             raise ApiError(404, f"no stage of this pipeline answers {operation.name}; list model_map in it")
         target = request.target
+        if target.resource is None and operation.classic != "deployment":
+            raise ApiError(
+                400,
+                f"{operation.name} goes to one Azure resource, and this team has several and no default among them; "
+                "the operator sets its `resource:`",
+                code="no_resource",
+            )
         resource, credential = _complete(target)
         query = request.query and placed_query(operation, request.query, target.deployment)
         path = upstream_path(operation, target, request.path, query)

@@ -44,6 +44,13 @@ class ModelMap(Stage):
 
     provides = ("deployment",)
 
+    @property
+    def reaches(self) -> Iterator[str]:
+        patterns = [target for _, target, _ in self._patterns]
+        for target in (*self._exact.values(), *patterns, self._default):
+            if target is not None and target.resource is not None:
+                yield target.resource.name
+
     def __post_init__(self) -> None:
         self._exact: dict[str, Target] = {}
         self._patterns: list[tuple[re.Pattern[str], Target, str]] = []

@@ -7,14 +7,14 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, LogFile, MatchFile, TeamFile
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
-from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, read_pipeline
+from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError
 from gateway.messages import Resource, Target
@@ -216,6 +216,11 @@ class _Loader:
         made = build(reader, entries)
         for entry, stage in made:
             check_stage(reader, entry, stage, services[entry.id])
+        names = {name for entry, stage in made for name in names_of(reader, entry, stage, "reaches")}
+        if resource is not None:
+            names.add(resource.name)
+        reachable = {name: each for name, each in self.resources.items() if name in names}
+        services = {key: replace(each, reachable=reachable) for key, each in services.items()}
         if whole and len(made) == len(entries):
             self._check_order(made, place, resource, (team.auth or main.auth) == "none", name)
         return Team(

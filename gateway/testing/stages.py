@@ -160,7 +160,7 @@ async def running(
     services: dict[int, Services] = {}
     for stage in stages:
         stage.id = stage.id or type(stage).__name__
-        made = Services("test", stage.id, resources, chosen, clock, shared)
+        made = Services("test", stage.id, resources, chosen, clock, shared, resources)
         services[id(stage)] = made
         found = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(made)]
         assert not found, f"stage {stage.id}: {found}"

@@ -1,0 +1,194 @@
+"""`resource_ids`: what was made in one of several resources is found there again, also after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from gateway.testing import FakeAzure
+from plugins.resource_ids import mark_of, marked
+from tests.conftest import Gateway, StartGateway
+from tests.test_models import HEADERS, form
+
+YAML = """
+resources:
+  east: {endpoint: "${ENDPOINT}"}
+  west: {endpoint: "${WEST}"}
+  other: {endpoint: "${OTHER:-http://127.0.0.1:9}"}
+resource: east
+pipeline:
+  - access_log
+  - auth_passthrough
+  - model_map: {models: {gpt-4o: gpt-4o, far: west/gpt-4o}, unmapped: refuse}
+  - api_version: {version: v1, operations: {"threads.*": 2025-04-01-preview}}
+  - resource_ids
+  - openai_errors
+"""
+
+
+@contextlib.asynccontextmanager
+async def two(start_gateway: StartGateway) -> AsyncIterator[tuple[Gateway, FakeAzure, FakeAzure]]:
+    """Two resources whose ids look alike, and which know only their own."""
+    async with FakeAzure(tag="e", own_ids=True) as east, FakeAzure(tag="w", own_ids=True) as west:
+        yield await start_gateway(east.endpoint, YAML, env={"WEST": west.endpoint}), east, west
+
+
+async def made(gateway: Gateway, path: str, body: object, **more: Any) -> str:
+    async with gateway.post(path, body, **more) as answer:
+        content = await answer.json()
+        assert answer.status == 200, content
+        made: str = content["id"]
+        return made
+
+
+async def test_a_response_is_found_in_the_resource_of_its_model(start_gateway: StartGateway) -> None:
+    """To be read, continued, cancelled and deleted; Azure sees its own ids."""
+    async with two(start_gateway) as (gateway, east, west):
+        for model, azure in (("gpt-4o", east), ("far", west)):
+            made_id = await made(gateway, "/v1/responses", {"model": model, "input": "x"})
+            [own] = azure.ids
+            assert made_id == f"{own}.{mark_of(azure.endpoint)}"
+            for path in (f"/v1/responses/{made_id}", f"/openai/v1/responses/{made_id}/input_items?after={made_id}"):
+                async with gateway.get(path) as answer:
+                    assert answer.status == 200, await answer.text()
+            async with gateway.get(f"/v1/responses/{made_id}") as answer:
+                assert (await answer.json())["id"] == made_id
+            body = {"model": model, "input": "y", "previous_response_id": made_id}
+            async with gateway.post("/v1/responses", body) as answer:
+                content = await answer.json()
+            assert content["previous_response_id"] == made_id
+            assert content["id"].endswith(mark_of(azure.endpoint))
+            assert azure.requests[-1].json() == {"model": "gpt-4o", "input": "y", "previous_response_id": own}
+            async with gateway.post(f"/v1/responses/{made_id}/cancel", {}) as answer:
+                assert answer.status == 200
+            async with gateway.session.delete(
+                f"{gateway.url}/v1/responses/{made_id}", headers={"api-key": "azure-key"}
+            ) as answer:
+                assert (await answer.json())["id"] == made_id
+        assert {seen.path for seen in west.requests} & {seen.path for seen in east.requests} == {"/openai/v1/responses"}
+
+
+async def test_streamed_ids_are_marked(start_gateway: StartGateway) -> None:
+    """In every event that names one."""
+    async with two(start_gateway) as (gateway, _, west):
+        async with gateway.post("/v1/responses", {"model": "far", "input": "x", "stream": True}) as answer:
+            text = await answer.text()
+        [own] = west.ids
+        assert text.count(f'"id":"{own}.{mark_of(west.endpoint)}"') == 2
+        assert text.startswith("event: response.created\ndata: {")
+
+
+async def test_ids_survive_a_restart(start_gateway: StartGateway) -> None:
+    """Nothing is kept: another gateway with the same resources, or another worker, knows them too."""
+    async with two(start_gateway) as (gateway, east, west):
+        made_id = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
+        await gateway.server.stop()
+        again = await start_gateway(east.endpoint, YAML, env={"WEST": west.endpoint})
+        async with again.get(f"/v1/responses/{made_id}") as answer:
+            assert (answer.status, (await answer.json())["id"]) == (200, made_id)
+
+
+async def test_files_batches_and_what_uses_them_stay_together(start_gateway: StartGateway) -> None:
+    """A batch goes where its file is, which is where the models of its lines are."""
+    async with two(start_gateway) as (gateway, east, west):
+        line = json.dumps({"custom_id": "1", "body": {"model": "far"}}).encode()
+        data = io.BytesIO(form(purpose="batch", file=line))
+        file = await made(gateway, "/v1/files", None, data=data, headers=HEADERS)
+        assert file.endswith(mark_of(west.endpoint))
+        batch = await made(gateway, "/v1/batches", {"input_file_id": file, "endpoint": "/v1/responses"})
+        assert west.requests[-1].json()["input_file_id"] == file.partition(".")[0]
+        for path in (f"/v1/batches/{batch}", f"/v1/files/{file}", f"/v1/files/{file}/content"):
+            async with gateway.get(path) as answer:
+                assert answer.status == 200
+        store = await made(gateway, "/v1/vector_stores", {"file_ids": [file], "name": "n"})
+        assert west.requests[-1].json()["file_ids"] == [file.partition(".")[0]]
+        async with gateway.get(f"/v1/vector_stores/{store}/files/{file}") as answer:
+            assert answer.status == 200
+        assert west.requests[-1].path.endswith(
+            f"/vector_stores/{store.partition('.')[0]}/files/{file.partition('.')[0]}"
+        )
+        assert not east.requests
+
+
+async def test_without_a_mark_it_is_the_team_s_own_resource(start_gateway: StartGateway) -> None:
+    """Where new threads, and lists, and ids from before go."""
+    async with two(start_gateway) as (gateway, east, west):
+        thread = await made(gateway, "/v1/threads", {})
+        async with gateway.get(f"/v1/threads/{thread}") as answer:
+            assert answer.status == 200
+        async with gateway.get(f"/v1/threads/{thread.partition('.')[0]}") as answer:
+            assert answer.status == 200
+        async with gateway.get("/v1/files") as answer:
+            assert answer.status == 200
+        assert (len(east.requests), len(west.requests)) == (4, 0)
+
+
+async def test_what_cannot_be_together_is_said(start_gateway: StartGateway) -> None:
+    """Ids of two resources, a model of another one, and a resource that is not the team's."""
+    async with two(start_gateway) as (gateway, east, west):
+        near = await made(gateway, "/v1/responses", {"model": "gpt-4o", "input": "x"})
+        far = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
+        asked = len(east.requests) + len(west.requests)
+        async with gateway.post("/v1/responses", {"model": "gpt-4o", "input": "x", "previous_response_id": far}) as a:
+            assert (a.status, (await a.json())["error"]["code"]) == (400, "resource_mismatch")
+        async with gateway.get(f"/v1/responses/{near}?after={far}") as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (400, "resource_mismatch")
+        for mark in (mark_of("http://127.0.0.1:9"), "raaaaaa"):
+            async with gateway.get(f"/v1/responses/resp_1.{mark}") as answer:
+                assert (answer.status, (await answer.json())["error"]["code"]) == (404, "not_found")
+        assert asked == len(east.requests) + len(west.requests)
+
+
+async def test_only_what_azure_keeps_is_marked(start_gateway: StartGateway) -> None:
+    """A chat completion is not, unless it is stored."""
+    async with two(start_gateway) as (gateway, _, _):
+        for body, kept in (({}, False), ({"store": True}, True)):
+            async with gateway.post("/v1/chat/completions", {"model": "far", "messages": [], **body}) as answer:
+                assert ("." in (await answer.json())["id"]) is kept
+
+
+async def test_with_one_resource_nothing_is_touched(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Ids are Azure's own."""
+    yaml = YAML.replace(", far: west/gpt-4o", "")
+    gateway = await start_gateway(azure.endpoint, yaml, env={"WEST": "http://127.0.0.1:9"})
+    assert await made(gateway, "/v1/responses", {"model": "gpt-4o", "input": "x"}) in azure.ids
+
+
+async def test_a_team_without_a_default_says_what_is_missing(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A list of files belongs to one resource, and nobody said which."""
+    gateway = await start_gateway(
+        azure.endpoint, YAML.replace("resource: east\n", "").replace("gpt-4o: gpt-4o", "gpt-4o: east/gpt-4o"),
+        env={"WEST": azure.endpoint + "/x"},
+    )  # fmt: skip
+    async with gateway.get("/v1/files") as answer:
+        assert (answer.status, (await answer.json())["error"]["code"]) == (400, "no_resource")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('{"id": "resp_1", "model": "m"}', '{"id": "resp_1.M", "model": "m"}'),
+        ('{"id":"msg_1","previous_response_id":null}', None),
+        (
+            '{"file_ids": ["file-1", "assistant-2"], "x_ids": []}',
+            '{"file_ids": ["file-1.M", "assistant-2.M"], "x_ids": []}',
+        ),
+        (
+            '{"conversation":"conv_1","o":[{"file_id":"file-3"}]}',
+            '{"conversation":"conv_1.M","o":[{"file_id":"file-3.M"}]}',
+        ),
+        (r'{"text": "\"id\": \"resp_1\"", "name": "file_2024"}', None),
+        (
+            '{"type": "file_search", "vector_store_ids":["vs_1"]}',
+            '{"type": "file_search", "vector_store_ids":["vs_1.M"]}',
+        ),
+    ],
+)
+def test_what_is_marked(before: str, after: str | None) -> None:
+    """The values of fields that hold ids, never text that only looks like it; other bytes stay."""
+    assert marked(before.encode(), b"M") == (before if after is None else after).encode()
