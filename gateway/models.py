@@ -57,7 +57,7 @@ async def read_model(request: Request) -> str | None:
         value = _query_model(request.query)
     elif row.model == "session":
         value = await _call_model(request)
-    elif row.model == "form" and (form := await read_form(request, "model")) is not None:
+    elif row.model == "form" and (form := await read_form(request, "form")) is not None:
         field = form.fields.get("model")
         value = field.text if field is not None else None
     else:
@@ -83,20 +83,25 @@ async def _json_model(request: Request, *, nested: bool) -> object:
     return fields.get("model") if isinstance(fields, dict) else None
 
 
-async def read_form(request: Request, name: str) -> FormReader | None:
-    """Read a form until the field `name` has come, or its end; None where the body is no form."""
+# The fields of a form that name the model; a call's session is JSON, or fields of its own (npm openai writes them so).
+_IN_FORM = {"form": ("model",), "session": ("session", "session[model]")}
+
+
+async def read_form(request: Request, place: str) -> FormReader | None:
+    """Read a form until the field that names the model has come, or its end; None where the body is no form."""
     if request._form is None:
         boundary = boundary_of(request.headers.get("content-type"))
         if boundary is None:
             return None
-        reader = FormReader(boundary, frozenset({name}))
+        names = _IN_FORM[place]
+        reader = FormReader(boundary, frozenset(names))
 
         def watch(data: bytes) -> bool:
             reader.feed(data)
-            return reader.done or (name in reader.fields and reader.fields[name].whole)
+            return reader.done or any(field.whole for field in reader.fields.values())
 
         request._exchange.defer(lambda _: request._body.close())
-        await request._body.look(watch, f"send the field `{name}` before the file")
+        await request._body.look(watch, f"send the field `{names[0]}` before the file")
         request._form = reader
     return request._form
 
@@ -106,8 +111,9 @@ async def _call_model(request: Request) -> object:
     form = await read_form(request, "session")
     if form is None:
         return _query_model(request.query)
-    field = form.fields.get("session")
-    if field is None:
+    if (field := form.fields.get("session[model]")) is not None:
+        return field.text
+    if (field := form.fields.get("session")) is None:
         return None
     session = decoded_json(bytes(field.value), _peek.decode)
     return session.model if isinstance(session, _Peek) else None
@@ -184,7 +190,7 @@ async def placed(request: Request, operation: Operation, target: Target) -> byte
     if deployment is None or operation.model is None or (in_path and not operation.drops_model):
         return await as_it_is(request)
     if operation.model in ("form", "session"):
-        form = await read_form(request, "model" if operation.model == "form" else "session")
+        form = await read_form(request, operation.model)
         if form is not None:
             return _placed_in_form(request, form, operation, None if in_path else deployment)
         if operation.model == "session":
@@ -214,19 +220,16 @@ async def as_it_is(request: Request) -> bytes | Body:
 
 def _placed_in_form(request: Request, form: FormReader, operation: Operation, deployment: str | None) -> bytes | Body:
     body = request._body
-    if operation.model == "session":
-        field = form.fields.get("session")
-        if field is None:
-            return body
+    if (field := form.fields.get("session")) is not None:
         return body.edited(field.start, field.end, with_field(bytes(field.value), "model", deployment))
-    field = form.fields.get("model")
+    field = form.fields.get("model") or form.fields.get("session[model]")
     if field is not None:
         if deployment is None:
             return body.edited(field.begins, field.next, b"")
         if field.text == deployment:
             return body.edited(0, 0, b"")
         return body.edited(field.start, field.end, deployment.encode())
-    if deployment is None or form.first < 0:
+    if deployment is None or form.first < 0 or operation.model == "session":
         return body.edited(0, 0, b"")
     part = b'--%b\r\ncontent-disposition: form-data; name="model"\r\n\r\n%b\r\n' % (form.boundary, deployment.encode())
     return body.edited(form.first, form.first, part)

@@ -172,6 +172,10 @@ async def test_models_inside_a_session(start_gateway: StartGateway) -> None:
         async with gateway.post("/v1/realtime/calls", None, data=body, headers=HEADERS) as a:
             assert a.status == 200
         assert b'"model":"prod-4o"' in fake.requests[1].body
+        fields: dict[str, str | bytes] = {"sdp": "v=0", "session[type]": "realtime", "session[model]": "gpt-4o"}
+        async with gateway.post("/v1/realtime/calls", None, data=form(**fields), headers=HEADERS) as a:
+            assert a.status == 200
+        assert fake.requests.pop().body == form(**{**fields, "session[model]": "prod-4o"})
         async with gateway.post(
             "/v1/realtime/calls?a=b&model=gpt-4o", None, data=b"v=0", headers={"Content-Type": "application/sdp"}
         ) as a:

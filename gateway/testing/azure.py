@@ -147,7 +147,7 @@ class FakeAzure:
             return _json({"error": {"code": "401", "message": message}}, 401)
         form = _FORM_MODEL.search(seen.body)
         body: Any = {"model": form.group(1).decode()} if form is not None else {}
-        if seen.body[:1] == b"{" or "json" in (seen.headers.get("content-type") or ""):
+        if seen.body and (seen.body[:1] == b"{" or "json" in (seen.headers.get("content-type") or "")):
             try:
                 body = seen.json()
             except msgspec.DecodeError:

@@ -43,7 +43,7 @@ _V1 = re.compile(
 _WITH_MODEL = re.compile(
     r"chat/completions|completions|embeddings|images/.*|audio/.*|responses|responses/compact|videos"
 )
-BINARY = re.compile(r".*/content|audio/speech|realtime/calls")
+BINARY = re.compile(r"(?!vector_stores/).*/content|audio/speech|realtime/calls")
 
 # How ids begin, by the path's first segment; the second where there are two kinds below it.
 _PREFIXES = {

@@ -66,8 +66,8 @@ async def test_openai_python(azure: FakeAzure, start_gateway: StartGateway) -> N
         with pytest.raises(openai.NotFoundError):
             await client.chat.completions.create(model="unknown", messages=messages)
         with pytest.raises(openai.NotFoundError) as caught:
-            await client.images.generate(prompt="a cat")
-        assert caught.value.code == "unknown_url"
+            await client.moderations.create(input="a cat")
+        assert caught.value.code == "operation_not_supported"
     async with openai.AsyncOpenAI(api_key="wrong", base_url=f"{gateway.url}/v1", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError):
             await client.chat.completions.create(model="gpt-4o", messages=messages)
