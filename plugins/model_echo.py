@@ -1,0 +1,62 @@
+"""`model_echo`: answers name the model that the client asked for."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gateway import Event, EventFilter, Next, Request, Response, Stage
+
+
+@dataclass
+class ModelEcho(Stage):
+    """Put the client's own name of the model in answers, where Azure puts its base model or deployment.
+
+    In JSON and in each event of a stream: the field `model`, also that of a `response` in it. An empty one,
+    as in Azure's first chunk, stays empty.
+    """
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        model = await request.model()
+        response = await call_next(request)
+        if model is None or response.error is not None or response.status >= 400:
+            return response
+        if response.event_stream:
+            response.pipe(EchoEvents(model))
+        elif "json" in (response.headers.get("content-type") or ""):
+            content = named(parsed(await response.read()), model)
+            if content is not None:
+                response.body = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                response.headers.remove("content-length")
+        return response
+
+
+class EchoEvents(EventFilter):
+    """Names the model in events."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def event(self, event: Event) -> Event:
+        if b'"model"' in event.raw and (content := named(event.json(), self._model)) is not None:
+            event.set_json(content)
+        return event
+
+
+def parsed(data: bytes) -> Any:
+    """Return what is JSON, else None."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def named(content: Any, model: str) -> Any:
+    """Return an answer that names `model`; None where nothing is to be changed."""
+    if not isinstance(content, dict):
+        return None
+    if isinstance(inner := content.get("response"), dict):
+        changed = named(inner, model)
+        return None if changed is None else {**content, "response": changed}
+    if not content.get("model") or content["model"] == model:
+        return None
+    return {**content, "model": model}

@@ -1,0 +1,49 @@
+"""`model_echo`: answers name the model that the client asked for."""
+
+from __future__ import annotations
+
+import json
+
+from gateway import Response
+from gateway.testing import FakeAzure, post
+from plugins.model_echo import ModelEcho
+from tests.conftest import CHAT, YAML, StartGateway
+
+ECHOED = YAML.replace("{unmapped: own_name_without_dots}", "{models: {my-model: gpt-4o}}") + "  - model_echo\n"
+
+
+async def test_json_and_streams_name_the_client_s_model(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Where Azure says `gpt-4o-2024-11-20`; its first chunk, which has no name, stays as it is."""
+    gateway = await start_gateway(azure.endpoint, ECHOED)
+    async with gateway.post(json={**CHAT, "model": "my-model"}) as answer:
+        content = await answer.json()
+    assert content["model"] == "my-model"
+    assert content["choices"][0]["message"]["content"] == "Hello there!"
+    async with gateway.post(json={**CHAT, "model": "my-model", "stream": True}) as answer:
+        text = await answer.text()
+    chunks = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
+    assert [chunk["model"] for chunk in chunks] == ["", *["my-model"] * (len(chunks) - 1)]
+    assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_events_of_the_responses_api() -> None:
+    """They hold the answer in a field of its own; the event's type stays."""
+    stream = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","model":"d"}}\n\n'
+    sent = await post(ModelEcho(), answer=Response(200, stream, {"content-type": "text/event-stream"}), json=CHAT)
+    expected = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","model":"gpt-4o"}}\n\n'
+    assert sent.body == expected
+
+
+async def test_what_names_no_model_keeps_its_bytes() -> None:
+    """So do errors, and what is no JSON object, and a name that is right already."""
+    for status, body, kind in (
+        (200, b'{ "a": 1.50 }', "application/json"),
+        (200, b'{ "model": "gpt-4o" }', "application/json"),
+        (200, b"[1]", "application/json"),
+        (200, b"{", "application/json"),
+        (200, b'{"model": "x"}', "text/plain"),
+        (400, b'{"model": "x"}', "application/json"),
+        (200, b'data: {"model": ""}\n\ndata: [DONE]\n\n', "text/event-stream"),
+    ):
+        sent = await post(ModelEcho(), answer=Response(status, body, {"content-type": kind}), json=CHAT)
+        assert sent.body == body
