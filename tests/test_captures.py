@@ -1,4 +1,4 @@
-"""True recordings of Azure, where they are at hand: repairs that find nothing to repair change nothing."""
+"""True recordings of Azure, where they are at hand: what needs no repair keeps its bytes, errors become OpenAI's."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+from gateway import Response
 from gateway.stream import link
-from gateway.testing import FakeAzure, Seen, every_split
+from gateway.testing import FakeAzure, Seen, every_split, post
+from plugins.openai_errors import OpenAIErrors
 from plugins.sse_newline import CompleteEvents
 from tests.conftest import CHAT, StartGateway
 from tests.test_stream import Keep
@@ -55,3 +57,20 @@ async def test_recordings_pass_the_gateway_unchanged(path: Path, start_gateway: 
         gateway = await start_gateway(azure.endpoint)
         async with gateway.post(json={**CHAT, "stream": "stream" in path.name}) as answer:
             assert (status, body) == (answer.status, await answer.read())
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if "error" in path.name], ids=lambda path: path.stem)
+async def test_recorded_errors_become_openai_s(path: Path) -> None:
+    """Each in OpenAI's four fields, with nothing of what Azure said lost."""
+    meta = json.loads(path.with_suffix(".meta.json").read_text())
+    status = int(path.name.split("-")[1][:3])
+    headers = {name.lower(): str(value) for name, value in meta["headers"].items() if name.lower() == "content-type"}
+    own = json.loads(path.read_bytes())["error"]
+    sent = await post(OpenAIErrors(), answer=Response(status, path.read_bytes(), headers), json=CHAT)
+    error = json.loads(sent.body)["error"]
+    codes = {401: "invalid_api_key", 404: "model_not_found", 400: "content_filter"}
+    assert (error["code"], error["type"]) == (codes[status], "invalid_request_error")
+    assert own["message"] in error["message"]
+    assert "param" in error
+    assert sent.headers.getall("content-type") == ["application/json"]
+    assert error["innererror"] == own.get("innererror", {**own})
