@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from gateway.azure import BY_NAME
 from gateway.logs import get_logger
 
 if TYPE_CHECKING:
@@ -67,6 +68,11 @@ class Services:
     def http(self) -> aiohttp.ClientSession:
         """A session for calling other services; never for Azure's answers to clients."""
         return self.shared.session()
+
+    @property
+    def operations(self) -> Collection[str]:
+        """The names of all operations, such as `chat.completions` and `files.list`."""
+        return BY_NAME.keys()
 
     @property
     def logger(self) -> FilteringBoundLogger:

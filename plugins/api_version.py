@@ -7,7 +7,6 @@ from typing import Annotated
 
 from gateway import Meta, Next, Request, Response, Services, Stage
 
-OPERATION = re.compile(r"[a-z_]+(\.[a-z_]+)*(\.\*)?")
 VERSION = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}(-preview)?|v1)$"
 Version = Annotated[str, Meta(pattern=VERSION, examples=["2024-10-21, 2025-04-01-preview or v1"])]
 
@@ -45,8 +44,11 @@ class ApiVersion(Stage):
             if name != name.strip() or not re.search(r"\S", name):
                 yield ("models", name), f"the model's name {name!r} has spaces around it, or is none"
         for name in self.operations:
-            if not OPERATION.fullmatch(name):
-                yield ("operations", name), f"{name!r} is no operation, such as responses, nor a kind, such as files.*"
+            kind = name.removesuffix("*") if name.endswith(".*") else ""
+            if name not in services.operations and not (
+                kind and any(each.startswith(kind) or each == kind[:-1] for each in services.operations)
+            ):
+                yield ("operations", name), f"{name!r} is no operation, such as files.list, nor a kind, such as files.*"
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         version = self.version
