@@ -49,9 +49,9 @@ async def test_a_version_for_single_operations() -> None:
 
 async def test_an_operation_s_name_must_be_one() -> None:
     """`gateway check` says which is not."""
-    names = ("responses", "responses.*", "moderations", "vector_stores.files.*", "embeddings.*", "chat.*")
+    names = ["responses", "responses.*", "moderations", "vector_stores.files.*", "embeddings.*", "chat.*"]
     assert list(ApiVersion(operations=dict.fromkeys(names, "v1")).check(Services("t", "s"))) == []
-    names = ("/v1/files", "files.", "*", "responsess.*", "file.*")
+    names = ["/v1/files", "files.", "*", "responsess.*", "file.*"]
     stage = ApiVersion(operations=dict.fromkeys(names, "v1"))
     assert [path for path, _ in stage.check(Services("t", "s"))] == [
         ("operations", "/v1/files"),
