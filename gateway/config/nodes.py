@@ -51,10 +51,15 @@ class Reader:
 
     def mistake(self, node: Node, message: str) -> None:
         """Note a mistake at a node."""
-        mark = node.start_mark
         if isinstance(node, ScalarNode) and "${" in node.value and "${" not in message:
             message += f" (the value comes from {_sources(node.value)})"
-        self.mistakes.append(Mistake(mark.name, mark.line + 1, mark.column + 1, message))
+        self.mistakes.append(self.at(node, message))
+
+    @staticmethod
+    def at(node: Node, message: str) -> Mistake:
+        """Return a message with the place of a node."""
+        mark = node.start_mark
+        return Mistake(mark.name, mark.line + 1, mark.column + 1, message)
 
     def read(self, path: Path) -> MappingNode | None:
         """Return a file's top mapping; None, with the mistakes noted, where there is none."""
