@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,16 @@ async def test_without_stored_keys_the_client_s_own_key_is_used(
 ) -> None:
     """It is passed on, and there is no way around it."""
     async with FakeAzure(api_key="the-client's".replace("'", ""), deployments=["xxx"]) as azure:
-        yaml = f"deployment_config: [{{deployment_name: xxx, model_name: m, endpoint: '{azure.endpoint}', "
+        yaml = f"deployment_config: [{{deployment_name: xxx, model_name: m$1, endpoint: '{azure.endpoint}', "
         yaml += "api_key: , api_version: 2024-02-01}]\n"
         if way == "imported":
             yaml, notes, keys = imported(yaml, tmp_path)
             assert (notes, keys) == ("", {})
             assert "auth" not in yaml.replace("auth_passthrough", "")
         gateway = await start_gateway("", yaml)
-        assert (await ask(gateway, "m", key="the-clients"))[0] == 200
-        assert (await ask(gateway, "m", key="another"))[0] == 401
-        assert (await ask(gateway, "m", key=None))[0] == 401
+        assert (await ask(gateway, "m$1", key="the-clients"))[0] == 200
+        assert (await ask(gateway, "m$1", key="another"))[0] == 401
+        assert (await ask(gateway, "m$1", key=None))[0] == 401
         assert [each.headers.get("api-key") for each in azure.requests] == ["the-clients", "another"]
 
 
@@ -317,3 +318,53 @@ def test_written_yaml_says_what_it_was_made_of(content: dict[str, Any]) -> None:
     """Whatever the texts are; and a word that YAML takes for something else is in quotes."""
     text = write(node(content), {(next(iter(content)),): "why\nso"})  # type: ignore[arg-type] # it is a mapping
     assert pyyaml.load(text, pyyaml.BaseLoader) == content  # noqa: S506 -- it makes nothing but text
+
+
+def test_words_that_yaml_takes_for_something_else_are_in_quotes() -> None:
+    """For the gateway's reader only `null` is none; for an editor, all of them are."""
+    for word in ("null", "true", "False", "off", "No", "yes", "ON", "~", ""):
+        assert pyyaml.safe_load(write(node({"a": word}), {})) == {"a": word}  # type: ignore[arg-type] # a mapping
+
+
+FIELD = st.sampled_from(["deployment_name", "model_name", "endpoint", "api_key", "api_version", "more"])
+VALUE = st.sampled_from(
+    [
+        "gpt-4o",
+        "https://a.openai.azure.com",
+        "https://b.test:1/",
+        "key",
+        "2024-02-01",
+        "${A}",
+        "$$",
+        "~x",
+        "a/b",
+        "null",
+    ]
+)
+SOUND = st.fixed_dictionaries(
+    {
+        "deployment_name": st.sampled_from(["a", "b.c", "null"]),
+        "model_name": st.sampled_from(["m", "${A}", "a*b", "~r", "null", "n o", "#"]),
+        "endpoint": st.sampled_from(["https://a.test", "http://a.test:1", "https://[::1]:2/x", "https://a-.test"]),
+    },
+    optional={"api_key": st.sampled_from(["k", "l"]), "api_version": st.sampled_from(["2024-02-01", "v1", ""])},
+)
+ENTRIES = st.lists(SOUND, min_size=1, max_size=5) | st.lists(
+    SOUND | st.dictionaries(FIELD, VALUE | CONTENT), max_size=4
+)
+
+
+@given(st.fixed_dictionaries({"deployment_config": ENTRIES | CONTENT}, optional={"cors": VALUE, "listen": VALUE}))
+def test_any_file_loads_to_what_its_import_loads_to_or_has_mistakes(content: dict[str, Any]) -> None:
+    """No file ends in a traceback, and what is served is what is printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_files(Path(folder), {"gateway.yaml": write(node(content), {})})  # type: ignore[arg-type]
+        try:
+            made = import_go_proxy(path)
+        except ConfigError:
+            with pytest.raises(ConfigError):
+                load(path, {})
+            return
+        own = write_files(Path(folder) / "own", {"gateway.yaml": write(made.root, made.comments)})
+        printed = show(load(own, made.keys))
+        assert show(load(path, {})) == printed

@@ -302,6 +302,28 @@ async def test_what_a_socks_proxy_must_not_say(
         await until(lambda: proxy.open == 0)
 
 
+LEAKS = """
+from gateway import Stage
+
+class Leaks(Stage):
+    async def __call__(self, request, call_next):
+        proxy = request.target.resource.proxy
+        raise RuntimeError(f"{request.target} {proxy!r} {proxy.password}")
+"""
+
+
+async def test_a_stage_s_error_does_not_log_the_password(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Even where the stage puts it into the error."""
+    yaml = "plugins_path: mine\n" + YAML.replace("sse_newline", "leaks")
+    files = {"mine/leaks.py": LEAKS}
+    gateway = await start_gateway(azure.endpoint, yaml, files, env={"WAY": "http://user:sesame@127.0.0.1:1"})
+    async with gateway.post() as answer:
+        assert answer.status == 500
+        assert "sesame" not in await answer.text()
+    assert [event["error"] for event in gateway.events if event["event"] == "a stage failed"] == ["RuntimeError"]
+    assert "sesame" not in str(gateway.events)
+
+
 @KINDS
 async def test_literal_addresses_go_through_as_they_are(
     kind: Kind, start_gateway: StartGateway, azure: FakeAzure
