@@ -1,4 +1,7 @@
-"""The command line: `gateway serve`, `check`, `stages`, `schema`, `demo`."""
+"""The command line: `gateway serve`, `check`, `import`, `stages`, `schema`, `demo`.
+
+Flags without a command are `serve`'s: that is how the Go proxy, which many come from, is started.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gateway.errors import ConfigError, StartError
+from gateway.errors import ConfigError, Mistake, StartError
 from gateway.version import __version__
 
 __all__ = ("main",)
 
 # In a checkout this is a link to config/gateway.yaml.
 DEFAULT = (Path(__file__).parent / "gateway.yaml").resolve()
+# Where the Go proxy's image has its configuration, so where its users' compose files mount theirs.
+GO_PROXY_FILE = Path("/app/config.yaml")
 
 NOTHING_CONFIGURED = """\
 gateway: nothing is configured. Do one of these:
@@ -39,7 +44,10 @@ class NothingConfiguredError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].startswith("-") and given[0] not in ("-h", "--help", "-v", "--version"):
+        given.insert(0, "serve")
+    options = parser.parse_args(given)
     if options.command is None:
         parser.print_help()
         return 2
@@ -68,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Lets programs that speak only the OpenAI API use Azure OpenAI, "
         "through a chain of stages listed in a YAML file.",
     )
-    parser.add_argument("--version", action="version", version=f"gateway {__version__}")
+    parser.add_argument("-v", "--version", action="version", version=f"gateway {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     where = "gateway.yaml; without it $GATEWAY_CONFIG, else the shipped one with $AZURE_OPENAI_ENDPOINT"
 
@@ -78,8 +86,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the gateway until SIGTERM. A socket that systemd passes in (socket activation) is listened "
         "on in place of `listen:`; where systemd wants to know, it is told when the gateway is ready.",
     )
-    serve.add_argument("--config", metavar="FILE", type=Path, help=where)
-    serve.add_argument("--listen", metavar="HOST:PORT|unix:PATH", help="where to listen, instead of `listen:`")
+    # With the Go proxy's names of them: its users' compose files give these flags to the image.
+    serve.add_argument("-c", "--config", "--configFile", metavar="FILE", type=Path, help=where)
+    serve.add_argument(
+        "-l",
+        "--listen",
+        metavar="HOST:PORT|unix:PATH",
+        help="where to listen, instead of `listen:`; :PORT is every interface",
+    )
+    serve.add_argument("-s", "--cors", nargs="?", choices=("true", "false"), const="true", help="not built yet")
     serve.add_argument(
         "--workers",
         metavar="N|auto",
@@ -98,6 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=where + "; or the folder it is in")
     check.set_defaults(run=_check)
+
+    imports = commands.add_parser(
+        "import",
+        help="convert another proxy's configuration",
+        description="Print a configuration made of another proxy's; on standard error, what is different now, and what "
+        "could not be carried over. Stored keys are not printed: variables stand for them.",
+    )
+    imports.add_argument("source", metavar="azure-openai-proxy", choices=("azure-openai-proxy",), help="whose it is")
+    imports.add_argument("path", metavar="FILE", type=Path, help="its configuration, such as config.yaml")
+    imports.add_argument(
+        "--env-file",
+        metavar="NEW_FILE",
+        type=Path,
+        help="write the variables and their keys there, readable by you alone, as `docker run --env-file` takes them",
+    )
+    imports.set_defaults(run=_import)
 
     stages = commands.add_parser(
         "stages", help="list the stages, or the settings of one", description="List the stages, or one's settings."
@@ -124,14 +155,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config_path(given: Path | None) -> Path:
-    """Return the configuration's file: the one given, $GATEWAY_CONFIG, or the shipped one."""
+    """Return the configuration's file: the one given, $GATEWAY_CONFIG, the shipped one, or a Go proxy's."""
     if given is None and (named := os.environ.get("GATEWAY_CONFIG")):
         given = Path(named)
     if given is not None:
         return given / "gateway.yaml" if given.is_dir() else given
-    if not os.environ.get("AZURE_OPENAI_ENDPOINT"):
-        raise NothingConfiguredError
-    return DEFAULT
+    if os.environ.get("AZURE_OPENAI_ENDPOINT"):
+        return DEFAULT
+    if GO_PROXY_FILE.is_file():
+        return GO_PROXY_FILE
+    raise NothingConfiguredError
 
 
 def _workers(text: str) -> int:
@@ -159,6 +192,15 @@ def _serve(options: argparse.Namespace) -> int:
     if options.listen is not None:
         settings = dataclasses.replace(settings, listen=_listen(options.listen))
     logs.configure(loaded.log.level, loaded.log.format)
+    if loaded.differences is not None:
+        logs.get_logger().warning(
+            "this is a configuration of azure-openai-proxy",
+            file=str(loaded.path),
+            advice="make one of the gateway's own of it: gateway import azure-openai-proxy FILE > gateway.yaml",
+            differences=[str(each) for each in loaded.differences],
+        )
+    if options.cors == "true":
+        logs.get_logger().warning("CORS is not built yet: --cors does nothing, browsers of other origins are refused")
     listener = Listener.inherited(passed) if passed else None
     if options.workers == 1:
         server = Server(loaded.teams, settings)
@@ -206,8 +248,43 @@ def _check(options: argparse.Namespace) -> int:
     from gateway.config.show import show  # noqa: PLC0415
 
     path = _config_path(options.path)
-    print(show(load(path)), end="")
+    loaded = load(path)
+    _print_notes(loaded.differences or ())
+    print(show(loaded), end="")
     return 0
+
+
+def _print_notes(notes: Sequence[Mistake]) -> None:
+    for note in sorted(notes):
+        print(note, file=sys.stderr)
+
+
+def _import(options: argparse.Namespace) -> int:
+    from gateway.config import import_go_proxy  # noqa: PLC0415
+    from gateway.config.write import write  # noqa: PLC0415
+
+    made = import_go_proxy(options.path)
+    head = [f"Made of {options.path.name} by `gateway import azure-openai-proxy`. Check it: gateway check"]
+    if options.env_file is not None:
+        _write_keys(options.env_file, made.keys)
+    _print_notes(made.notes)
+    if made.keys:
+        names = ", ".join(made.keys)
+        head.append(f"The keys are not in here: they are the values of {names}.")
+        where = f"they are in {options.env_file}" if options.env_file else "--env-file NEW_FILE writes them to a file"
+        print(f"gateway: the keys are the values of {names}; {where}", file=sys.stderr)
+    print("".join(f"# {line}\n" for line in head) + "\n" + write(made.root, made.comments), end="")
+    return 0
+
+
+def _write_keys(path: Path, keys: Mapping[str, str]) -> None:
+    """Write `NAME=KEY` lines to a new file. Raises StartError where there is one already, or none can be made."""
+    try:
+        # The mode from the beginning: a file that is opened up to others for a moment may be read then.
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.writelines(f"{name}={key}\n" for name, key in keys.items())
+    except OSError as exc:
+        raise StartError(f"cannot write {path}: {exc.strerror}") from None
 
 
 def _stages(options: argparse.Namespace) -> int:

@@ -102,6 +102,8 @@ def secrets(headers: Headers, target: Target | None) -> list[str]:
     if target is not None:
         stored = target.resource.credential if target.resource is not None else None
         found += [each.value for each in (target.credential, stored) if each is not None]
+        proxy = target.resource.proxy if target.resource is not None else None
+        found += [proxy.password] if proxy is not None else []
     return [value for value in found if value]
 
 

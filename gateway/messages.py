@@ -22,6 +22,7 @@ from gateway.jsonbody import decoded_json
 from gateway.keys import Credential, presented_key
 from gateway.models import map_several, read_model
 from gateway.multipart import FormReader
+from gateway.proxy import Proxy
 from gateway.stream import EventFilter, Filter, link
 
 __all__ = ("Request", "Resource", "Response", "Target", "check_body")
@@ -34,6 +35,7 @@ class Resource:
     name: str
     endpoint: str
     credential: Credential | None = None
+    proxy: Proxy | None = None
 
 
 class Target(msgspec.Struct, frozen=True):

@@ -1,4 +1,7 @@
-"""The connections to Azure: made by aiohttp's connector (DNS, happy eyeballs, TLS), kept here between answers."""
+"""The connections to Azure: made by aiohttp's connector (DNS, happy eyeballs, TLS), kept here between answers.
+
+Those through a proxy are made on a socket that `tunnel.py` connects.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ from yarl import URL
 from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.messages import Resource
 from gateway.outbox import Outbox
+from gateway.proxy import Proxy
+from gateway.tunnel import open_tunnel
 from gateway.wire import Wire
 
 __all__ = ("Destination", "Pool")
@@ -28,11 +33,12 @@ _SWEEP = 5.0
 class Destination:
     """What aiohttp's connector asks of a request, for one resource; and the connections kept for it."""
 
-    proxy = None
+    proxy = None  # the connector's own way through proxies knows no SOCKS, and reads what they answer without bounds
     server_hostname = None
 
     def __init__(self, resource: Resource, context: ssl.SSLContext) -> None:
         self.name = resource.name
+        self.through = resource.proxy
         self.url = URL(resource.endpoint)
         self.host = self.url.raw_host or ""
         self.port = self.url.port
@@ -56,7 +62,7 @@ class Pool:
         self._seconds = connect_timeout
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
         self._context = context or ssl.create_default_context()
-        self._destinations: dict[str, Destination] = {}
+        self._destinations: dict[object, Destination] = {}
         self._connector: aiohttp.TCPConnector | None = None
         self._outbox: Outbox | None = None
         self._sweeper: asyncio.TimerHandle | None = None
@@ -86,9 +92,10 @@ class Pool:
 
     def destination(self, resource: Resource) -> Destination:
         """Return where a resource's requests go."""
-        found = self._destinations.get(resource.endpoint)
+        place = resource.endpoint if resource.proxy is None else (resource.endpoint, resource.proxy)
+        found = self._destinations.get(place)
         if found is None:
-            found = self._destinations[resource.endpoint] = Destination(resource, self._context)
+            found = self._destinations[place] = Destination(resource, self._context)
         return found
 
     def kept(self, destination: Destination) -> Wire | None:
@@ -122,22 +129,48 @@ class Pool:
     async def connect(self, destination: Destination) -> Wire:
         """Make a new connection. Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot."""
         assert self._connector is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
+        assert self._outbox is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
         name = destination.name
+        connection = None
         try:
-            connection = await self._connector.connect(cast(ClientRequest, destination), [], self._timeout)
+            if destination.through is None:
+                connection = await self._connector.connect(cast(ClientRequest, destination), [], self._timeout)
+                wire = cast(Wire, connection.protocol)
+            else:
+                wire = await self._connect_through(destination, destination.through)
         except TimeoutError:
             raise UpstreamTimeout(
                 f"could not connect to the Azure resource {name!r} within {self._seconds:g} s"
             ) from None
-        except aiohttp.ClientConnectorCertificateError:
+        except (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
             raise UpstreamError(f"the certificate of the Azure resource {name!r} is not valid") from None
         except aiohttp.ClientConnectorDNSError:
             raise UpstreamError(f"the host name of the Azure resource {name!r} was not found") from None
-        except aiohttp.ClientConnectorSSLError:
+        except (aiohttp.ClientConnectorSSLError, ssl.SSLError):
             raise UpstreamError(f"TLS with the Azure resource {name!r} failed") from None
         except (aiohttp.ClientError, OSError):
             raise UpstreamError(f"could not connect to the Azure resource {name!r}") from None
-        wire = cast(Wire, connection.protocol)
-        assert self._outbox is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
         wire.settle(connection, self, destination, self._outbox)
+        return wire
+
+    async def _connect_through(self, destination: Destination, proxy: Proxy) -> Wire:
+        """Make a connection through a proxy. Raises UpstreamError; other errors are not the proxy's fault."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._seconds
+        try:
+            async with asyncio.timeout_at(end):
+                sock = await open_tunnel(proxy, destination.host, destination.port or 0, destination.name)
+        except TimeoutError:
+            raise UpstreamTimeout(
+                f"the proxy of the Azure resource {destination.name!r} gave no connection to it "
+                f"within {self._seconds:g} s"
+            ) from None
+        tls = destination.is_ssl()
+        async with asyncio.timeout_at(end):
+            _, wire = await loop.create_connection(
+                functools.partial(Wire, loop),
+                sock=sock,
+                ssl=destination.ssl if tls else None,
+                server_hostname=destination.host.rstrip(".") if tls else None,
+            )
         return wire

@@ -257,8 +257,10 @@ class Wire(BaseProtocol):
         self._first_byte = self._idle = 0.0
         self._deadline = Deadline(loop)
 
-    def settle(self, connection: aiohttp.connector.Connection, home: Home, destination: object, outbox: Outbox) -> None:
-        """Tell a new connection where it belongs."""
+    def settle(
+        self, connection: aiohttp.connector.Connection | None, home: Home, destination: object, outbox: Outbox
+    ) -> None:
+        """Tell a new connection where it belongs; `connection` is aiohttp's own idea of it, if it made it."""
         self.connection, self._home, self.destination, self._outbox = connection, home, destination, outbox
 
     # -- asking ----------------------------------------------------------------------------------------

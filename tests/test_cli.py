@@ -63,7 +63,8 @@ def test_help_and_version() -> None:
     """Plain `gateway` prints help; each command has its own."""
     assert "gateway 0.1.0" in run("--version").stdout
     assert "COMMAND" in run().stdout
-    for command in ("serve", "check", "stages", "schema", "demo"):
+    assert run("--version").stdout == run("-v").stdout
+    for command in ("serve", "check", "import", "stages", "schema", "demo"):
         assert "usage: gateway " + command in run(command, "--help").stdout
 
 
@@ -136,6 +137,108 @@ async def test_environment_alone_replaces_the_go_proxy(azure: FakeAzure) -> None
             assert [model["id"] for model in (await answer.json())["data"]] == ["gpt-3.5-turbo", "gpt-4"]
     assert [seen.path.split("/")[3] for seen in azure.requests] == ["xc-gpt-35", "my-gpt4", "gpt-35-turbo-16k"]
     assert azure.requests[0].query == [("api-version", "2024-02-01")]
+
+
+GO = """\
+deployment_config:
+  - {deployment_name: xxx, model_name: gpt-4o, endpoint: "ENDPOINT", api_key: sesame, api_version: 2024-02-01}
+"""
+
+
+async def until_it_listens(process: asyncio.subprocess.Process) -> list[dict[str, Any]]:
+    """Return the log's events up to `listening`."""
+    events: list[dict[str, Any]] = []
+    assert process.stderr is not None
+    async with asyncio.timeout(15):
+        while not events or events[-1]["event"] != "listening":
+            line = await process.stderr.readline()
+            assert line, events
+            events.append(json.loads(line))
+    return events
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "-c config.yaml -l :0 -s",
+        "--configFile config.yaml --listen :0 --cors",
+        "-c=config.yaml -l=:0 --cors=true",
+        "-s=false --configFile=config.yaml -l 0.0.0.0:0",
+        "serve -c config.yaml -l :0",
+        "serve --config config.yaml --listen :0 --workers 2",
+    ],
+)
+async def test_the_go_proxy_s_flags_and_file_start_the_gateway(flags: str, azure: FakeAzure, tmp_path: Path) -> None:
+    """Without a command as well; one warning recommends the import, and one says that CORS is not there yet."""
+    azure.api_key, azure.deployments = "sesame", ["xxx"]
+    write_files(tmp_path, {"config.yaml": GO.replace("ENDPOINT", azure.endpoint)})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway", *flags.split(), env=CLEAN, cwd=tmp_path, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        events = await until_it_listens(process)
+        assert process.stderr is not None
+        if "workers" in flags:
+            while events[-1]["event"] != "workers ready":
+                events.append(json.loads(await process.stderr.readline()))
+        port = int(events[-1]["address"].rpartition(":")[2])
+        assert events[-1]["address"].startswith("0.0.0.0:")
+        warnings = [event for event in events if event["level"] == "warning"]
+        assert "gateway import azure-openai-proxy" in warnings[0]["advice"]
+        assert "config.yaml:2:" in warnings[0]["differences"][0]
+        cors = ["CORS" in event["event"] for event in warnings[1:]]
+        assert cors == ([True] if "-s " in flags + " " or "--cors" in flags else [])
+        assert "sesame" not in str(events)
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=CHAT) as answer,
+        ):
+            assert answer.status == 200
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+def test_where_the_go_proxy_s_image_has_its_file_is_looked_at_last(tmp_path: Path) -> None:
+    """Its users' compose files mount it there and name it nowhere; the environment goes first, as it did."""
+    write_files(tmp_path, {"config.yaml": GO.replace("ENDPOINT", "https://go.openai.azure.com")})
+    code = (
+        "import sys, pathlib, gateway.cli as cli; assert cli.GO_PROXY_FILE == pathlib.Path('/app/config.yaml'); "
+        "cli.GO_PROXY_FILE = pathlib.Path('config.yaml'); sys.exit(cli.main(['check']))"
+    )
+    for env, words in (
+        ({}, "https://go.openai"),
+        ({"AZURE_OPENAI_ENDPOINT": "https://env.openai.azure.com"}, "//env."),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={**CLEAN, **env}, capture_output=True, text=True, check=True
+        )
+        assert words in done.stdout
+        assert ("config.yaml:2:" in done.stderr) == (not env), "the differences are said"
+
+
+def test_import_prints_a_configuration_and_keeps_the_keys_apart(tmp_path: Path) -> None:
+    """In a new file for their owner alone; YAML on standard output, all else on standard error, no key on either."""
+    write_files(tmp_path, {"config.yaml": GO.replace("ENDPOINT", "https://east.openai.azure.com")})
+    done = run("import", "azure-openai-proxy", "config.yaml", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "AZURE_OPENAI_KEY_EAST" in done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "config.yaml"]
+    done = run("import", "azure-openai-proxy", "config.yaml", "--env-file", "keys.env", cwd=tmp_path)
+    assert "sesame" not in done.stdout + done.stderr
+    assert "`auth: none`" in done.stderr
+    keys = tmp_path / "keys.env"
+    assert keys.read_text() == "AZURE_OPENAI_KEY_EAST=sesame\n"
+    assert keys.stat().st_mode & 0o777 == 0o600
+    write_files(tmp_path, {"gateway.yaml": done.stdout})
+    assert "with a stored key" in run("check", cwd=tmp_path, GATEWAY_CONFIG=".", AZURE_OPENAI_KEY_EAST="sesame").stdout
+    assert "AZURE_OPENAI_KEY_EAST is not set" in run("check", cwd=tmp_path, GATEWAY_CONFIG=".").stderr
+    done = run("import", "azure-openai-proxy", "config.yaml", "--env-file", "keys.env", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, ""), "a file that is there is not written over"
+    assert done.stderr == "gateway: cannot write keys.env: File exists\n"
+    done = run("import", "azure-openai-proxy", "gateway.yaml", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no `deployment_config`" in done.stderr
 
 
 async def test_sigterm_finishes_streams_and_exits_0(azure: FakeAzure) -> None:

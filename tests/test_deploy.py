@@ -42,6 +42,18 @@ def test_image_listens_on_every_interface_as_theirs_did() -> None:
                 assert (ROOT / name).exists(), name
 
 
+def test_image_takes_what_was_given_to_theirs() -> None:
+    """Flags without a command, which replace ours, and a config.yaml in /app, named from there or not at all."""
+    from gateway.cli import GO_PROXY_FILE
+
+    text = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert 'ENTRYPOINT ["gateway"]' in text
+    assert "GATEWAY_LISTEN=0.0.0.0:8080" in text
+    assert f"WORKDIR {GO_PROXY_FILE.parent}\n" in text.split("FROM")[2]
+    assert GO_PROXY_FILE.name == "config.yaml"
+    assert "${GATEWAY_LISTEN:-" in (ROOT / "config" / "gateway.yaml").read_text()
+
+
 def unit(name: str) -> configparser.RawConfigParser:
     parser = configparser.RawConfigParser(strict=False)
     parser.optionxform = str  # type: ignore[assignment, method-assign] # systemd's names keep their case

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway import Response
+from gateway.cli import _parser
 from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.show import show
 from gateway.fields import settings_of
@@ -105,3 +106,13 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
             if not target.startswith("http"):
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_go_proxy_s_document_names_the_flags_and_the_import() -> None:
+    """Each flag that the command line has a Go name for, and the command as it is typed."""
+    text = (ROOT / "docs" / "coming-from-the-go-proxy.md").read_text()
+    for words in ("`-c FILE`", "`--configFile FILE`", "`-l ADDRESS`", "`-s`, `--cors`", "/app/config.yaml"):
+        assert words in text
+    (line,) = (line for block in blocks(text, "console") for line in block.splitlines() if "gateway import" in line)
+    options = _parser().parse_args(line.removeprefix("$ gateway ").partition(" >")[0].split())
+    assert (options.path, options.env_file) == (Path("config.yaml"), Path("keys.env"))

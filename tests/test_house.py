@@ -51,6 +51,7 @@ TESTED_ELSEWHERE = {
     "pipeline": "a part of test_config",
     "schema": "a part of test_config",
     "show": "a part of test_config",
+    "write": "a part of test_go_proxy",
 }
 
 

@@ -52,3 +52,12 @@ def test_the_default_install_stays_small() -> None:
         assert name in speed
         assert not any(line.startswith(name) for line in needed)
         assert f"\n{name}==" in (ROOT / "requirements" / "run.txt").read_text(), "the image and `make run` have it"
+
+
+def test_the_image_can_use_socks_proxies() -> None:
+    """The proxy that people come from could: the library is an extra of the package, and in the image's lock file."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert "python-socks" in config["options.extras_require"]["socks"]
+    assert "python-socks" not in config["options"]["install_requires"]
+    assert "\npython-socks==" in (ROOT / "requirements" / "run.txt").read_text()

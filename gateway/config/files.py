@@ -32,6 +32,13 @@ class ResourceFile:
         str | None,
         Meta(description="its key, used where no stage sets the client's own", extra={"secret": True}),
     ] = None
+    proxy: Annotated[
+        str | None,
+        Meta(
+            description="the way to it: http://USER:PASSWORD@HOST:PORT or socks5://...; none where it is empty",
+            extra={"secret": True},
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

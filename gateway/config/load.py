@@ -13,10 +13,11 @@ from typing import Any
 
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, LogFile, MatchFile, TeamFile
+from gateway.config.go_proxy import Imported, convert, is_go_proxy
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline
 from gateway.config.resources import UNKNOWN, read_resources
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, Mistake
 from gateway.messages import Resource, Target
 from gateway.registry import Registry
 from gateway.services import Services, Shared
@@ -25,6 +26,7 @@ from gateway.teams import Match, Team, Teams
 
 __all__ = (
     "Loaded",
+    "import_go_proxy",
     "load",
     "plugin_folders",
 )
@@ -43,11 +45,38 @@ class Loaded:
     teams: Teams
     resources: Mapping[str, Resource]
     log: LogFile
+    differences: tuple[Mistake, ...] | None = None
+    """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
 
 
 def load(path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None) -> Loaded:
-    """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is."""
-    return _Loader(Reader(env=os.environ if env is None else env), path, shared or Shared()).load()
+    """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is.
+
+    A file of the Go proxy's is read as what `import_go_proxy` makes of it.
+    """
+    reader = Reader(env=os.environ if env is None else env)
+    root = reader.read(path)
+    differences = None
+    if root is not None and is_go_proxy(root):
+        imported = convert(reader, root)
+        root, differences = imported.root, tuple(imported.notes)
+    if root is None:
+        raise ConfigError(reader.mistakes)
+    return replace(_Loader(reader, path, shared or Shared()).load(root), differences=differences)
+
+
+def import_go_proxy(path: Path) -> Imported:
+    """Convert a configuration file of the Go proxy's. Raises ConfigError where the result could not be loaded."""
+    reader = Reader()
+    root = reader.read(path)
+    if root is not None and not is_go_proxy(root):
+        reader.mistake(root, "this is no configuration of azure-openai-proxy: it has no `deployment_config`")
+    if root is None or reader.mistakes:
+        raise ConfigError(reader.mistakes)
+    imported = convert(reader, root, importing=True)
+    reader.env = imported.keys
+    _Loader(reader, path, Shared()).load(imported.root)
+    return imported
 
 
 def plugin_folders(path: Path) -> list[Path]:
@@ -71,11 +100,8 @@ class _Loader:
         self.resources: dict[str, Resource] = {}
         self.whole = True
 
-    def load(self) -> Loaded:
+    def load(self, root: MappingNode) -> Loaded:
         reader = self.reader
-        root = reader.read(self.path)
-        if root is None:
-            raise ConfigError(reader.mistakes)
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])

@@ -22,7 +22,9 @@ from gateway.errors import Mistake
 
 __all__ = ("NAME", "MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode", "value_of")
 
-_VARIABLE = re.compile(r"\$(?:\$|\{(?P<inside>[^{}]*)\}|(?P<bare>\{))")
+# A default may hold variables, which hold none: `${A:-${B:-}}`.
+_VARIABLE = re.compile(r"\$(?:\$|\{(?P<inside>(?:[^{}]|\$\{[^{}]*\})*)\}|(?P<bare>\{))")
+_SOURCE = re.compile(r"\$\{(file:[^{}]*|[A-Za-z_][A-Za-z0-9_]*)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MAX_DEPTH = 50
 # What a team and a resource may be called.
@@ -49,10 +51,15 @@ class Reader:
 
     def mistake(self, node: Node, message: str) -> None:
         """Note a mistake at a node."""
-        mark = node.start_mark
         if isinstance(node, ScalarNode) and "${" in node.value and "${" not in message:
-            message += f" (the value comes from {node.value})"
-        self.mistakes.append(Mistake(mark.name, mark.line + 1, mark.column + 1, message))
+            message += f" (the value comes from {_sources(node.value)})"
+        self.mistakes.append(self.at(node, message))
+
+    @staticmethod
+    def at(node: Node, message: str) -> Mistake:
+        """Return a message with the place of a node."""
+        mark = node.start_mark
+        return Mistake(mark.name, mark.line + 1, mark.column + 1, message)
 
     def read(self, path: Path) -> MappingNode | None:
         """Return a file's top mapping; None, with the mistakes noted, where there is none."""
@@ -139,7 +146,9 @@ class Reader:
 
     def text(self, node: ScalarNode) -> str | None:
         """Return a scalar's text, its variables replaced; None, with the mistake noted, where one is not set."""
-        value: str = node.value
+        return self._replaced(node, node.value)
+
+    def _replaced(self, node: ScalarNode, value: str) -> str | None:
         if "$" not in value:
             return value
         failed = False
@@ -175,7 +184,8 @@ class Reader:
         if value or (value is not None and not default):
             return value
         if default:
-            return otherwise
+            # What a variable's value says is never read again: only what stands in the file is.
+            return self._replaced(node, otherwise) if "${" in otherwise else otherwise
         self.mistake(
             node,
             f"the environment variable {name} is not set; set it, or write ${{{name}:-...}} for a default",
@@ -190,6 +200,11 @@ class Reader:
     def folder(self, node: Node) -> Path:
         """Return the folder of the file in which a node stands; relative paths start there."""
         return self._folders.get(node.start_mark.name, Path())
+
+
+def _sources(value: str) -> str:
+    """Return the variables and files of a value, without their defaults and what stands around them: a secret may."""
+    return ", ".join(f"${{{found}}}" for found in _SOURCE.findall(value)) or "a variable"
 
 
 def _shown(path: Path) -> str:

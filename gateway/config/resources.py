@@ -12,6 +12,7 @@ from gateway.config.files import ResourceFile
 from gateway.config.nodes import NAME, MappingNode, Reader, value_of
 from gateway.keys import Credential, is_key
 from gateway.messages import Resource
+from gateway.proxy import Proxy
 
 __all__ = ("UNKNOWN", "read_resources")
 
@@ -46,7 +47,13 @@ def read_resources(reader: Reader, node: Any) -> dict[str, Resource]:
         if made.api_key is not None and not is_key(made.api_key):
             reader.mistake(value_of(value, "api_key"), f"{what}: api_key is empty or cannot be a key")
         credential = Credential(made.api_key) if made.api_key else None
-        resources[name] = Resource(name, endpoint.rstrip("/"), credential)
+        proxy = None
+        if made.proxy and made.proxy.strip():
+            try:
+                proxy = Proxy.parse(made.proxy.strip())
+            except ValueError as exc:
+                reader.mistake(value_of(value, "proxy"), f"{what}: {exc}")
+        resources[name] = Resource(name, endpoint.rstrip("/"), credential, proxy)
     return resources
 
 

@@ -23,7 +23,8 @@ def show(loaded: Loaded) -> str:
     lines = [f"listen {loaded.settings.listen}"]
     for resource in loaded.resources.values():
         stored = " with a stored key" if resource.credential is not None else ""
-        lines.append(f"resource {resource.name}: {resource.endpoint}{stored}")
+        through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
+        lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
     for team in loaded.teams.all:
         lines.append(f"team {team.name}: {_whose(team, loaded)}")
         if team.target.resource is not None and len(loaded.resources) > 1:

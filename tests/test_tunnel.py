@@ -1,0 +1,357 @@
+"""Requests to Azure through real proxies: an HTTP proxy asked to CONNECT, and a SOCKS 5 proxy."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trustme
+
+from gateway.testing import FakeAzure
+from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, hard_close, until
+from tests.proxies import ConnectProxy, SocksProxy
+
+YAML = """
+resources: {azure: {endpoint: "${ENDPOINT}", proxy: "${WAY}"}}
+pipeline: [access_log, auth_passthrough, model_map, api_version, sse_newline]
+"""
+KINDS = pytest.mark.parametrize("kind", [ConnectProxy, SocksProxy], ids=["http", "socks5"])
+Kind = type[ConnectProxy] | type[SocksProxy]
+
+
+@pytest.fixture
+def authority(monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
+    """An authority that the gateway trusts."""
+    made = trustme.CA()
+    context = ssl.create_default_context()
+    made.configure_trust(context)
+    monkeypatch.setattr("gateway.upstream.ssl.create_default_context", lambda: context)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def over_tls(azure: FakeAzure, issuer: trustme.CA, name: str = "azure.test") -> AsyncIterator[str]:
+    """Give an endpoint with TLS in front of the fake Azure."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    issuer.issue_cert(name).configure_cert(context)
+    server = await asyncio.get_running_loop().create_server(azure._server, "127.0.0.1", 0, ssl=context)
+    yield f"https://azure.test:{server.sockets[0].getsockname()[1]}"
+    server.close()
+
+
+async def refusal(gateway: Gateway) -> tuple[int, str]:
+    """Send a request, and return the status and the message of the answer; nothing shows the password."""
+    async with gateway.post() as answer:
+        text = await answer.text()
+        message = (await answer.json())["error"]["message"]
+    assert "sesame" not in text + str(gateway.events)
+    return answer.status, message
+
+
+@KINDS
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+@pytest.mark.parametrize("login", [False, True], ids=["open", "login"])
+async def test_requests_and_streams_go_through_the_proxy(
+    kind: Kind, tls: bool, login: bool, start_gateway: StartGateway, azure: FakeAzure, authority: trustme.CA
+) -> None:
+    """On one connection for all of them; the proxy looks the host name up, and sees none of what is inside of TLS."""
+    async with kind(*(("us er", "open:sesame/@") if login else ())) as proxy, over_tls(azure, authority) as secure:
+        endpoint = secure if tls else f"http://azure.test:{azure.port}"
+        way = proxy.url("us%20er:open%3Asesame%2F%40@" if login else "")
+        gateway = await start_gateway(endpoint, YAML, env={"WAY": way})
+        for stream in (False, True, False):
+            async with gateway.post(json={**CHAT, "stream": stream}) as answer:
+                body = await answer.read()
+                assert answer.status == 200, body
+                assert body.endswith(b"data: [DONE]\n\n") == stream
+        assert [(seen.path, seen.headers.get("host")) for seen in azure.requests] == [
+            ("/openai/deployments/gpt-4o/chat/completions", endpoint.partition("//")[2])
+        ] * 3
+        assert proxy.asked == [("azure.test", int(endpoint.rpartition(":")[2]))]
+        assert (proxy.connections, azure.connections) == (1, 1)
+        assert "sesame" not in str(gateway.events)
+
+
+@KINDS
+async def test_a_client_that_leaves_closes_the_way_through_the_proxy(
+    kind: Kind, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """As without a proxy, nothing is left open behind it."""
+    azure.words, azure.delay = ["x"] * 1000, 0.02
+    async with kind() as proxy:
+        gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": proxy.url()})
+        answer = await gateway.post(json={**CHAT, "stream": True})
+        await answer.content.readany()
+        answer.close()
+        await until(lambda: proxy.open == 0 and azure.connections == 0)
+
+
+@KINDS
+async def test_each_proxy_has_its_own_connections(kind: Kind, start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Resources of one endpoint share them only where proxy and login are the same; no proxy is another way, too."""
+    yaml = """
+resources:
+  a: {endpoint: "${ENDPOINT}", proxy: "${WAY}"}
+  b: {endpoint: "${ENDPOINT}", proxy: "${WAY}"}
+  c: {endpoint: "${ENDPOINT}", proxy: "${OTHER}"}
+  d: {endpoint: "${ENDPOINT}"}
+pipeline:
+  - auth_passthrough
+  - model_map: {models: {a: a/gpt-4o, b: b/gpt-4o, c: c/gpt-4o, d: d/gpt-4o}, unmapped: refuse}
+  - api_version
+"""
+    async with kind() as proxy:
+        gateway = await start_gateway(azure.endpoint, yaml, env={"WAY": proxy.url("u:p@"), "OTHER": proxy.url("u:q@")})
+        for model, connections in (("a", 1), ("b", 1), ("c", 2), ("d", 2), ("a", 2), ("c", 2)):
+            async with gateway.post(json={**CHAT, "model": model}) as answer:
+                assert answer.status == 200
+            assert proxy.connections == connections
+        assert azure.connections == 3
+
+
+@KINDS
+@pytest.mark.parametrize("issued_for", ["other.test", None], ids=["other-name", "other-authority"])
+async def test_azure_s_certificate_is_verified_behind_a_proxy(
+    kind: Kind, issued_for: str | None, start_gateway: StartGateway, azure: FakeAzure, authority: trustme.CA
+) -> None:
+    """The proxy, or who sits behind it, cannot be Azure: a 502 that blames the certificate."""
+    issuer = authority if issued_for else trustme.CA()
+    async with kind() as proxy, over_tls(azure, issuer, issued_for or "azure.test") as endpoint:
+        gateway = await start_gateway(endpoint, YAML, env={"WAY": proxy.url()})
+        status, message = await refusal(gateway)
+        assert (status, message) == (502, "the certificate of the Azure resource 'azure' is not valid")
+        await until(lambda: proxy.open == 0)
+    assert not azure.requests
+
+
+@KINDS
+async def test_an_endpoint_that_speaks_no_tls_behind_a_proxy(
+    kind: Kind, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """A 502 that says that it was TLS that failed."""
+    async with kind() as proxy:
+        gateway = await start_gateway(azure.endpoint.replace("http://", "https://"), YAML, env={"WAY": proxy.url()})
+        assert await refusal(gateway) == (502, "TLS with the Azure resource 'azure' failed")
+        await until(lambda: proxy.open == 0)
+
+
+@KINDS
+@pytest.mark.parametrize("login", ["", "user:sesame@"], ids=["no-login", "wrong-login"])
+async def test_a_proxy_that_wants_another_login(
+    kind: Kind, login: str, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """A 502 that says that the proxy refused, and why; what was sent to it is not shown."""
+    async with kind("user", "another") as proxy:
+        gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": proxy.url(login)})
+        status, message = await refusal(gateway)
+        assert status == 502
+        assert message.startswith("the proxy of the Azure resource 'azure' refused to connect to it")
+        assert ("status 407" if kind is ConnectProxy else "authentication") in message
+        await until(lambda: proxy.open == 0)
+        assert gateway.exchanges()[0]["ended_by"] == "upstream"
+    assert not azure.requests
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+async def test_a_proxy_that_is_not_there(scheme: str, start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Refused or not found, it is a 502 that names the proxy, and Azure is not asked another way."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    for host, words in (
+        (f"127.0.0.1:{port}", "could not connect to the proxy of"),
+        ("no-such-host.invalid:1", "the host name of the proxy of"),
+    ):
+        gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": f"{scheme}://user:sesame@{host}"})
+        status, message = await refusal(gateway)
+        assert status == 502
+        assert words in message
+    assert not azure.requests
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5"])
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"\x05"])
+async def test_a_proxy_that_does_not_answer_in_time(scheme: str, said: bytes, start_gateway: StartGateway) -> None:
+    """A 504 after `timeouts.connect` that names the proxy; its connection is closed."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if said.startswith(b"H" if scheme == "http" else b"\x05"):
+            writer.write(said)
+        while await reader.read(100):
+            pass
+
+    async with RawUpstream(script) as proxy:
+        gateway = await start_gateway(
+            "https://azure.test", YAML, env={"WAY": f"{scheme}://u:sesame@127.0.0.1:{proxy.port}"},
+            timeouts={"connect": 0.3},
+        )  # fmt: skip
+        status, message = await refusal(gateway)
+        assert status == 504
+        assert message == "the proxy of the Azure resource 'azure' gave no connection to it within 0.3 s"
+        await until(lambda: proxy.open == 0)
+
+
+async def test_tls_that_azure_does_not_answer_in_time_is_not_the_proxy_s_fault(start_gateway: StartGateway) -> None:
+    """A proxy that has connected, and silence behind it: a 504 of Azure's."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ConnectProxy.granted)
+        while await reader.read(1000):
+            pass
+
+    async with RawUpstream(script) as proxy:
+        gateway = await start_gateway(
+            "https://azure.test", YAML, env={"WAY": proxy.endpoint}, timeouts={"connect": 0.3}
+        )
+        assert await refusal(gateway) == (504, "could not connect to the Azure resource 'azure' within 0.3 s")
+        await until(lambda: proxy.open == 0)
+
+
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", "with status 502"),
+        (b"HTTP/1.1 301 Moved\r\nLocation: http://x\r\n\r\n", "with status 301"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", "with status 100"),
+        (b"", "is not a whole answer"),
+        (b"HTTP/1.1 200 OK\r\nX: y\r\n", "is not a whole answer"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is not a whole answer"),
+        (b"\x05\x00", "is not a whole answer"),
+        (OK.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 33_000), "is not a whole answer"),
+        (b"HTTP/1.1 abc\r\n\r\n", "is not valid HTTP"),
+        (b"HTTP/1.1 200 OK\r\nno field\r\n\r\n", "is not valid HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: a\nb\r\n\r\n", "is not valid HTTP"),
+        (OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "sent something behind its answer"),
+    ],
+)
+async def test_what_an_http_proxy_must_not_say(said: bytes, words: str, start_gateway: StartGateway) -> None:
+    """Any status but 2xx, what is no head, a head without end, and bytes that would be Azure's answer: each a 502."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(said)
+
+    async with RawUpstream(script) as proxy:
+        gateway = await start_gateway("http://azure.test", YAML, env={"WAY": proxy.endpoint})
+        status, message = await refusal(gateway)
+        assert (status, words in message) == (502, True), message
+        assert "the proxy of the Azure resource 'azure'" in message
+        await until(lambda: proxy.open == 0)
+
+
+async def test_a_proxy_s_answer_without_end_is_given_up(start_gateway: StartGateway) -> None:
+    """At 32 KiB of head, not when time is up."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            writer.write(b"X: " + b"x" * 1000 + b"\r\n")
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+    async with RawUpstream(script) as proxy:
+        gateway = await start_gateway("http://azure.test", YAML, env={"WAY": proxy.endpoint}, timeouts={"connect": 3})
+        status, message = await refusal(gateway)
+        assert (status, "is not a whole answer" in message) == (502, True), message
+        await until(lambda: proxy.open == 0)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ([b"\x05\x00", b"\x05\x05\x00\x01" + bytes(6)], "Connection refused by destination host"),
+        ([b"\x05\x00", b"\x05\x02\x00\x01" + bytes(6)], "Connection not allowed by ruleset"),
+        ([b"\x05\x00", b"\x05\x00\x00\x09" + bytes(6)], "the proxy of"),
+        ([b"\x05\x00", b"\x05\x00"], "the proxy of"),
+        ([b"\x05\x09"], "the proxy of"),
+        ([b"\x05\x02"], "the proxy of"),
+        ([b"\x04\x00"], "the proxy of"),
+        ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], "the proxy of"),
+        ([b""], "the proxy of"),
+    ],
+)
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+async def test_what_a_socks_proxy_must_not_say(
+    said: list[bytes], words: str, reset: bool, start_gateway: StartGateway
+) -> None:
+    """A refusal has its reason; what is not SOCKS 5, is cut, or ends in a reset, is a 502 as well."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for part in said:
+            await reader.read(1000)
+            writer.write(part)
+            await writer.drain()
+        if reset:
+            await asyncio.sleep(0.02)
+            hard_close(writer)
+
+    async with RawUpstream(script) as proxy:
+        gateway = await start_gateway("http://azure.test", YAML, env={"WAY": f"socks5://127.0.0.1:{proxy.port}"})
+        status, message = await refusal(gateway)
+        assert status == 502
+        assert words in message
+        await until(lambda: proxy.open == 0)
+
+
+LEAKS = """
+from gateway import Stage
+
+class Leaks(Stage):
+    async def __call__(self, request, call_next):
+        proxy = request.target.resource.proxy
+        raise RuntimeError(f"{request.target} {proxy!r} {proxy.password}")
+"""
+
+
+async def test_a_stage_s_error_does_not_log_the_password(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Even where the stage puts it into the error."""
+    yaml = "plugins_path: mine\n" + YAML.replace("sse_newline", "leaks")
+    files = {"mine/leaks.py": LEAKS}
+    gateway = await start_gateway(azure.endpoint, yaml, files, env={"WAY": "http://user:sesame@127.0.0.1:1"})
+    async with gateway.post() as answer:
+        assert answer.status == 500
+        assert "sesame" not in await answer.text()
+    assert [event["error"] for event in gateway.events if event["event"] == "a stage failed"] == ["RuntimeError"]
+    assert "sesame" not in str(gateway.events)
+
+
+@KINDS
+async def test_literal_addresses_go_through_as_they_are(
+    kind: Kind, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """IPv6 in brackets where that is how it is written."""
+    async with kind() as proxy:
+        for host in ("127.0.0.1", "[::1]"):
+            gateway = await start_gateway(f"http://{host}:{azure.port}", YAML, env={"WAY": proxy.url()})
+            async with gateway.post() as answer:
+                assert answer.status == 200
+            assert proxy.asked[-1] == (host.strip("[]"), azure.port)
+
+
+async def test_a_proxy_with_two_addresses_of_which_one_is_dead(
+    start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one is used: what a name resolves to is tried one after the other."""
+    async with ConnectProxy() as proxy:
+        loop = asyncio.get_running_loop()
+        ask = loop.getaddrinfo
+
+        async def both(host: Any, port: Any, **more: Any) -> Any:
+            if host != "proxy.test":
+                return await ask(host, port, **more)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", each)) for each in (1, port)]
+
+        gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": f"http://proxy.test:{proxy.port}"})
+        # No name of this machine has two addresses for certain.
+        monkeypatch.setattr(loop, "getaddrinfo", both, raising=False)
+        async with gateway.post() as answer:
+            assert answer.status == 200, await answer.text()
