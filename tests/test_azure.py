@@ -14,12 +14,12 @@ def filled(row: Operation) -> str:
     return re.sub(r"\{(\w+)\}", r"\1-1", row.path)
 
 
-@pytest.mark.parametrize("row", OPERATIONS, ids=lambda row: row.name)
-def test_every_line_is_found_by_its_method_and_path(row: Operation) -> None:
-    """And says where it saw that Azure has it, or that it has not."""
-    assert find_operation(row.method, filled(row)) is row
-    assert row.evidence
-    assert row.on_azure or (row.model is None and row.since is None)
+def test_every_line_is_found_by_its_method_and_path() -> None:
+    """And says where it was seen that Azure has it, or that it has not."""
+    for row in OPERATIONS:
+        assert find_operation(row.method, filled(row)) is row
+        assert row.evidence
+        assert row.on_azure or (row.model is None and row.since is None)
 
 
 def test_no_two_lines_are_one() -> None:
