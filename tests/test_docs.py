@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gateway import Response
+from gateway.azure import OPERATIONS
 from gateway.cli import _parser
 from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.show import show
@@ -116,3 +117,23 @@ def test_the_go_proxy_s_document_names_the_flags_and_the_import() -> None:
     (line,) = (line for block in blocks(text, "console") for line in block.splitlines() if "gateway import" in line)
     options = _parser().parse_args(line.removeprefix("$ gateway ").partition(" >")[0].split())
     assert (options.path, options.env_file) == (Path("config.yaml"), Path("keys.env"))
+
+
+def test_every_operation_is_documented() -> None:
+    """By its name, or its kind, in the table of docs/operations.md; with the first api-version where that is known."""
+    rows = [line for line in (ROOT / "docs" / "operations.md").read_text().splitlines() if line.startswith("| `")]
+    for operation in (each for each in OPERATIONS if each.on_azure and each.method != "WS"):
+        kinds = operation.name.split(".")
+        names = {operation.name, *(".".join([*kinds[:size], "*"]) for size in range(1, len(kinds)))}
+        lines = [line for line in rows if any(f"`{name}`" in line for name in names)]
+        assert lines, operation.name
+        classic, v1 = lines[0].split("|")[2:4]
+        if not operation.local:
+            assert bool(classic.strip()) == (operation.classic is not None) or operation.name in ONLY_IN_PART
+            assert v1.strip() or not operation.v1, operation.name
+        if operation.since is not None and operation.name not in ("chat.completions", "completions", "embeddings"):
+            assert operation.since in classic, operation.name
+
+
+# Operations that are on one API alone, in a family that is on both.
+ONLY_IN_PART = {"responses.compact"}
