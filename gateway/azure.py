@@ -109,7 +109,7 @@ def find_operation(method: str, path: str) -> Operation | None:
     return _EXACT.get((method, path)) or _find(method, path)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _find(method: str, path: str) -> Operation | None:
     parts = path.split("/")
     for segments, row in _WITH_PARAMETERS.get((method, len(parts)), ()):

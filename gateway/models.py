@@ -73,6 +73,8 @@ async def _json_model(request: Request, *, nested: bool) -> object:
     else:
         data = await request._body.read()
         if not data.strip():
+            if request._row is not None and not request._row.needs_model:
+                return None
             raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
         peeked = decoded_json(data, _session.decode if nested else _peek.decode)
         if isinstance(peeked, _Peek):

@@ -32,7 +32,7 @@ class Place(NamedTuple):
     model: str | None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def place_of(path: str) -> Place | None:
     """Read a client's path; None where it is no API's."""
     openai, azure = path.find("/v1/"), path.find("/openai/")
