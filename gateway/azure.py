@@ -51,6 +51,14 @@ class Operation:
         """Whether Azure has it, or the gateway answers in its place."""
         return self.local or self.v1 or self.classic is not None
 
+    def is_in(self, version: str) -> bool:
+        """Whether an api-version (`2024-10-21`, `v1`) is known to have it, or not known to lack it."""
+        if self.local:
+            return True
+        if version == "v1":
+            return self.v1
+        return self.classic is not None and (self.since is None or version[:10] >= self.since[:10])
+
     @property
     def versions(self) -> str:
         """The api-versions that have it, in words."""

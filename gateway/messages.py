@@ -133,6 +133,10 @@ class Request:
         """The client's address; from `X-Forwarded-For` only where a trusted proxy says it."""
         return self._address()
 
+    def is_in(self, api_version: str) -> bool:
+        """Whether an api-version has the operation, as far as is known; True where there is no operation."""
+        return self._row is None or not self._row.on_azure or self._row.is_in(api_version)
+
     @property
     def api_versions(self) -> str:
         """The api-versions that are known to have the operation, in words; "" where there is none."""

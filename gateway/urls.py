@@ -67,12 +67,15 @@ def upstream_path(operation: Operation, target: Target, path: str, query: str = 
     kept = other_query(query)
     if operation.model and (operation.classic == "deployment" or target.deployment is not None):
         _check_name(target.deployment)
+    if not operation.is_in(version):
+        raise ApiError(
+            404,
+            f"{operation.name} is not in Azure's api-version {version}, which this gateway is set to; it needs "
+            f"{operation.versions} (the operator sets it: the stage api_version, `otherwise` or `operations`)",
+            code="operation_not_supported",
+        )
     if target.is_v1:
-        if not operation.v1:
-            raise _not_there(operation, version)
         return f"/openai/v1{path}" + (f"?{kept}" if kept else "")
-    if operation.classic is None or (operation.since is not None and version[:10] < operation.since[:10]):
-        raise _not_there(operation, version)
     if operation.classic_path != operation.path:
         path = operation.classic_path
     if operation.classic == "deployment":
@@ -88,15 +91,6 @@ def _check_name(deployment: str | None) -> None:
             param="model",
             code="model_not_found",
         )
-
-
-def _not_there(operation: Operation, version: str) -> ApiError:
-    return ApiError(
-        404,
-        f"{operation.name} is not in Azure's api-version {version}, which this gateway is set to; it needs "
-        f"{operation.versions} (the operator sets it: the stage api_version, `operations`)",
-        code="operation_not_supported",
-    )
 
 
 def other_query(query: str) -> str:

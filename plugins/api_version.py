@@ -34,6 +34,11 @@ class ApiVersion(Stage):
         Meta(description="another version for single operations (images.edits), or all of a kind (responses.*)"),
     ] = field(default_factory=dict)
 
+    otherwise: Annotated[
+        list[Version],
+        Meta(description="for an operation that the version does not have: the first of these that has it"),
+    ] = field(default_factory=list)
+
     provides = ("api_version",)
 
     def __post_init__(self) -> None:
@@ -54,8 +59,11 @@ class ApiVersion(Stage):
         version = self.version
         if self.operations and (of_operation := self._version_of(request.operation or "")) is not None:
             version = of_operation
-        elif self.models and (model := await request.model()) is not None:
-            version = self.models.get(model.strip(), version)
+        else:
+            if self.models and (model := await request.model()) is not None:
+                version = self.models.get(model.strip(), version)
+            if self.otherwise and not request.is_in(version):
+                version = next((each for each in self.otherwise if request.is_in(each)), version)
         request.target = request.target.replace(api_version=version)
         return await call_next(request)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from gateway.azure import OPERATIONS, Operation, find_operation, unknown_operation
+from gateway.azure import BY_NAME, OPERATIONS, Operation, find_operation, unknown_operation
 
 
 def filled(row: Operation) -> str:
@@ -65,6 +65,23 @@ def test_what_azure_lacks_is_named() -> None:
     assert error.status == 404
     assert "POST /v1/images/generations" in error.message
     assert unknown_operation("POST", "/nonsense").code == "unknown_url"
+
+
+def test_what_is_known_of_api_versions() -> None:
+    """A dated one has what is as old as it; v1 is none of them."""
+    for name, version, there in (
+        ("chat.completions", "2024-10-21", True),
+        ("responses", "2025-02-01-preview", False),
+        ("responses", "2025-03-01-preview", True),
+        ("responses", "v1", True),
+        ("threads.create", "v1", False),
+        ("videos.create", "2025-04-01-preview", False),
+        ("files.list", "2023-05-15", True),
+        ("models.list", "v1", True),
+        ("moderations", "v1", False),
+        ("moderations", "2024-10-21", False),
+    ):
+        assert BY_NAME[name].is_in(version) is there, (name, version)
 
 
 def test_a_websocket_is_said_to_be_one() -> None:

@@ -77,7 +77,7 @@ def test_a_comment_says_which_api_version_has_it(call: Call) -> None:
 
 async def test_every_call_works(start_gateway: StartGateway) -> None:
     """In their order, with the setting of docs/operating.md, and ids put where the comments say that they go."""
-    [setting] = re.findall(r"```yaml\n(- api_version:\n.*?)```", OPERATING, re.DOTALL)
+    [setting] = re.findall(r"```yaml\n(- api_version:.*?)```", OPERATING, re.DOTALL)
     models = {value: f"my-{value}" for name, value in COLLECTION.variables.items() if name.endswith("_model")}
     pipeline = ["auth_passthrough", {"model_map": {"models": models, "unmapped": "refuse"}}, *yaml.safe_load(setting)]
     async with FakeAzure(deployments=tuple(models.values()), own_ids=True) as azure:

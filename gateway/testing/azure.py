@@ -72,6 +72,7 @@ class FakeAzure:
     tag: str = "fake"
     own_ids: bool = False
     ids: set[str] = field(default_factory=set)
+    _made: int = 0
     respond: Callable[[Seen, web.BaseRequest], Awaitable[web.StreamResponse | None]] | None = None
     requests: list[Seen] = field(default_factory=list)
     streaming: int = 0
@@ -184,18 +185,19 @@ class FakeAzure:
         self, seen: Seen, request: web.BaseRequest, operation: str, body: dict[str, Any]
     ) -> web.StreamResponse:
         """Answer what is made, kept and looked up, by ids."""
-        known = surface.prefix_of(operation)
-        asked = [part for part in operation.split("/")[1:] if part.startswith(known)]
-        if self.own_ids and not set(asked) <= self.ids:
-            return _json({"error": {"code": "NotFound", "message": f"No such object: {asked[0]}"}}, 404)
+        strange = surface.ids_of(operation) - self.ids
+        if self.own_ids and strange:
+            return _json({"error": {"code": "NotFound", "message": f"No such object: {min(strange)}"}}, 404)
         if seen.method != "DELETE" and surface.BINARY.fullmatch(operation):
             response = web.Response(body=b"\x00\x01binary", headers={**_LIMITS})
             response.content_type = "application/octet-stream"
             return response
-        made = f"{known}{self.tag}{len(self.ids) + 1:08d}"
-        content = surface.content_of(seen.method, operation, made)
-        if content.get("id") == made:
-            self.ids.add(made)
+        self._made += 1
+        content, made = surface.content_of(seen.method, operation, f"{self.tag}{self._made:08d}")
+        if seen.method == "DELETE":
+            self.ids.discard(content["id"])
+        if made:
+            self.ids.add(content["id"])
             for name in ("model", "input_file_id", "previous_response_id"):
                 if name in body:
                     content[name] = body[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ("BINARY", "content_of", "needs_deployment", "on_deployment", "on_resource", "on_v1", "prefix_of")
+__all__ = ("BINARY", "content_of", "ids_of", "needs_deployment", "on_deployment", "on_resource", "on_v1")
 
 _FIRST = {
     "completions": "2022-12-01",
@@ -45,18 +45,24 @@ _WITH_MODEL = re.compile(
 )
 BINARY = re.compile(r"(?!vector_stores/).*/content|audio/speech|realtime/calls")
 
-# How ids begin, by the path's first segment; the second where there are two kinds below it.
+# How ids begin of what a POST to a collection makes; a POST to anything else acts on what is there already.
 _PREFIXES = {
     "responses": "resp_",
     "conversations": "conv_",
     "files": "file-",
+    "containers/files": "cfile_",
     "batches": "batch_",
     "vector_stores": "vs_",
+    "vector_stores/file_batches": "vsfb_",
     "threads": "thread_",
+    "threads/runs": "run_",
+    "threads/messages": "msg_",
     "assistants": "asst_",
-    "fine_tuning": "ftjob-",
+    "fine_tuning/jobs": "ftjob-",
     "evals": "eval_",
+    "evals/runs": "evalrun_",
     "uploads": "upload_",
+    "uploads/parts": "part_",
     "containers": "cntr_",
     "videos": "video_",
 }
@@ -83,32 +89,40 @@ def needs_deployment(method: str, path: str) -> bool:
     return method == "POST" and _WITH_MODEL.fullmatch(path) is not None
 
 
-def prefix_of(path: str) -> str:
-    """Return how the ids of what a path makes begin."""
-    return _PREFIXES.get(path.split("/", maxsplit=1)[0], "obj_")
-
-
-def content_of(method: str, path: str, made: str) -> dict[str, Any]:
-    """Return an answer's JSON; `made` is the id of what a POST makes."""
+def collection_of(path: str) -> str:
+    """Return a path without its ids: `threads/thread_1/runs` is `threads/runs`."""
     parts = path.split("/")
+    first = "/".join(parts[:2]) if parts[0] in ("fine_tuning", "chat") else parts[0]
+    rest = parts[first.count("/") + 1 :]
+    return "/".join([first, *rest[1::2]])
+
+
+def ids_of(path: str) -> set[str]:
+    """Return the ids in a path that are of a kind that the fake makes."""
+    return {part for part in path.split("/") if part.startswith(tuple(_PREFIXES.values()))}
+
+
+def content_of(method: str, path: str, number: str) -> tuple[dict[str, Any], bool]:
+    """Return an answer's JSON, and whether it made something; `number` ends the id of what a POST makes."""
+    parts = path.split("/")
+    collection = collection_of(path)
+    at_collection = len(parts) % 2 == (0 if parts[0] in ("fine_tuning", "chat") else 1)
     if method == "DELETE":
-        return {"id": parts[-1], "object": "deleted", "deleted": True}
-    if method == "GET" and len(parts) % 2:
-        return {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+        return {"id": parts[-1], "object": "deleted", "deleted": True}, False
+    if method == "GET" and at_collection:
+        return {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}, False
     if parts[0] == "audio":
-        return {"text": "Hello there!"}
+        return {"text": "Hello there!"}, False
     if parts[0] == "images":
-        return {"created": 0, "data": [{"b64_json": "aGVsbG8="}]}
+        return {"created": 0, "data": [{"b64_json": "aGVsbG8="}]}, False
+    if path == "realtime/client_secrets":
+        return {"value": f"ek_{number}", "expires_at": 0, "session": {"type": "realtime"}}, False
+    makes = method == "POST" and at_collection and collection in _PREFIXES
+    made = {"id": _PREFIXES[collection] + number} if makes else {"id": parts[min(1, len(parts) - 1)]}
+    if method != "POST" or not makes:
+        made = {"id": parts[-1] if method == "GET" else made["id"]}
     if parts[0] == "responses":
         text = {"type": "output_text", "text": "Hello there!", "annotations": []}
         message = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [text]}
-        return {
-            "id": parts[1] if len(parts) > 1 and parts[1] != "compact" else made,
-            "object": "response",
-            "status": "completed",
-            "output": [message],
-            "created_at": 0,
-        }
-    if method == "GET" or len(parts) > 1:
-        return {"id": parts[min(1, len(parts) - 1)], "object": parts[0], "status": "completed"}
-    return {"id": made, "object": parts[0], "status": "completed"}
+        return {**made, "object": "response", "status": "completed", "output": [message], "created_at": 0}, makes
+    return {**made, "object": parts[0], "status": "completed"}, makes

@@ -47,6 +47,25 @@ async def test_a_version_for_single_operations() -> None:
         assert version == sent.reached.target.api_version, path
 
 
+async def test_what_the_version_does_not_have_goes_to_one_that_has_it() -> None:
+    """The first of `otherwise`; the version itself where it has the operation, or none has."""
+    stage = ApiVersion("2024-10-21", otherwise=["v1", "2025-04-01-preview"], operations={"videos.list": "2024-10-21"})
+    for method, path, version in (
+        ("POST", "/chat/completions", "2024-10-21"),
+        ("POST", "/responses", "v1"),
+        ("GET", "/chat/completions", "2025-04-01-preview"),
+        ("GET", "/videos", "2024-10-21"),
+        ("POST", "/videos", "v1"),
+        ("POST", "/moderations", "2024-10-21"),
+        ("GET", "/nonsense", "2024-10-21"),
+    ):
+        sent = await send([stage], method, path, json=CHAT if method == "POST" else None)
+        assert sent.reached is not None
+        assert version == sent.reached.target.api_version, path
+    sent = await send([ApiVersion("v1", otherwise=["v1"])], "GET", "/threads/t")
+    assert sent.reached.target.api_version == "v1"  # type: ignore[union-attr]
+
+
 async def test_an_operation_s_name_must_be_one() -> None:
     """`gateway check` says which is not."""
     names = ["responses", "responses.*", "moderations", "vector_stores.files.*", "embeddings.*", "chat.*"]
