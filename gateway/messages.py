@@ -20,7 +20,7 @@ from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
 from gateway.jsonbody import decoded_json
 from gateway.keys import Credential, presented_key
-from gateway.models import map_several, read_model
+from gateway.models import SEVERAL, map_several, model_in, read_model
 from gateway.multipart import FormReader
 from gateway.proxy import Proxy
 from gateway.stream import EventFilter, Filter, link
@@ -192,7 +192,11 @@ class Request:
         Raises ApiError 400 where it is missing, or no name.
         """
         if not self._model_read:
-            self._model = await read_model(self)
+            row = self._row
+            if row is not None and row.model == "body" and self._model_set is None and self._json is None:
+                self._model = model_in(await self._body.read(), row)  # nearly every request, at the least cost
+            else:
+                self._model = await read_model(self)
             self._model_read = True
             if self._model is not None:
                 self.notes["model"] = self._model
@@ -204,7 +208,7 @@ class Request:
         A batch file, or an evaluation, names several: each becomes its deployment, and all must be in one resource.
         Raises what `find` raises, and ApiError 400 where a name is none or the resources differ.
         """
-        if self._row is not None and self._row.model in ("lines", "evals"):
+        if self._row is not None and self._row.model in SEVERAL:
             await map_several(self, find)
         elif (name := await self.model()) is not None:
             found = find(name.strip())

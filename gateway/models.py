@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from gateway.body import Body
     from gateway.messages import Request, Target
 
-__all__ = ("map_several", "placed", "placed_query", "read_model")
+__all__ = ("SEVERAL", "map_several", "model_in", "placed", "placed_query", "read_model")
+
+# The places of more than one model.
+SEVERAL = frozenset({"lines", "evals"})
 
 _MAX_MODEL = 256
 
@@ -60,29 +63,36 @@ async def read_model(request: Request) -> str | None:
     elif row.model == "form" and (form := await read_form(request, "form")) is not None:
         field = form.fields.get("model")
         value = field.text if field is not None else None
+    elif request._json is None:
+        return model_in(await request._body.read(), row)
     else:
-        value = await _json_model(request, nested=row.model == "session.model")
-    if value is None and not row.needs_model:
-        return None
-    return _model_name(value)
+        value = _field_of(request._json, nested=row.model == "session.model")
+    return _checked(value, row)
 
 
-async def _json_model(request: Request, *, nested: bool) -> object:
-    if request._json is not None:
-        fields: Any = request._json
+def model_in(data: bytes, row: Operation) -> str | None:
+    """Return the model that a JSON body names; see `Request.model`."""
+    if not data or data.isspace():
+        if not row.needs_model:
+            return None
+        raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
+    nested = row.model == "session.model"
+    peeked = decoded_json(data, _session.decode if nested else _peek.decode)
+    if peeked.__class__ is _Peek:
+        value = peeked.model
     else:
-        data = await request._body.read()
-        if not data.strip():
-            if request._row is not None and not request._row.needs_model:
-                return None
-            raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
-        peeked = decoded_json(data, _session.decode if nested else _peek.decode)
-        if isinstance(peeked, _Peek):
-            return peeked.model
-        fields = {"session": peeked.session} if isinstance(peeked, _Session) else peeked
+        value = _field_of({"session": peeked.session} if isinstance(peeked, _Session) else peeked, nested=nested)
+    return _checked(value, row)
+
+
+def _field_of(fields: Any, *, nested: bool) -> object:
     if nested:
         fields = fields.get("session") if isinstance(fields, dict) else None
     return fields.get("model") if isinstance(fields, dict) else None
+
+
+def _checked(value: object, row: Operation) -> str | None:
+    return None if value is None and not row.needs_model else _model_name(value)
 
 
 # The fields of a form that name the model; a call's session is JSON, or fields of its own (npm openai writes them so).
