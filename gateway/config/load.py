@@ -203,10 +203,10 @@ class _Loader:
         hosts = [text.lower() for text in _listed(match.host)]
         keys = [text.lower() for text in _listed(match.keys)]
         for prefix in prefixes:
-            if not _PREFIX.fullmatch(prefix) or {"v1", ".", ".."} & set(prefix.split("/")):
+            if not _PREFIX.fullmatch(prefix) or {"v1", "openai", ".", ".."} & set(prefix.split("/")):
                 self.reader.mistake(
                     value_of(node, "path_prefix"),
-                    f"path_prefix {prefix!r} must be a plain path without /v1, such as /research",
+                    f"path_prefix {prefix!r} must be a plain path without /v1 and /openai, such as /research",
                 )
         for host in hosts:
             if not _HOST.fullmatch(host):
