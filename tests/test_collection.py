@@ -13,6 +13,7 @@ import yaml
 
 from gateway.azure import OPERATIONS, Operation, find_operation
 from gateway.testing import FakeAzure
+from gateway.testing.demo import MODELS
 from tests.collection import POSTMAN, SOURCE, Call, fill, postman, read
 from tests.conftest import KEY, StartGateway
 
@@ -176,3 +177,21 @@ def test_what_one_client_alone_understands_is_refused(old: str, new: str, messag
     assert GOOD.count(old) >= 1
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         read(GOOD.replace(old, new, 1))
+
+
+async def test_the_shipped_configuration_has_them_all(start_gateway: StartGateway) -> None:
+    """As `gateway demo` runs it: each operation finds an api-version that has it."""
+    shipped = (Path(__file__).parents[1] / "config" / "gateway.yaml").read_text()
+    async with FakeAzure(deployments=[f"my-{name}" for name in MODELS], own_ids=True) as azure:
+        mapper = ",".join(f"{name}=my-{name}" for name in MODELS)
+        env = {"AZURE_OPENAI_ENDPOINT": azure.endpoint, "AZURE_OPENAI_MODEL_MAPPER": mapper}
+        gateway = await start_gateway(azure.endpoint, shipped, env=env)
+        values = {**COLLECTION.variables, "host": gateway.url, "key": KEY}
+        for call in COLLECTION.calls:
+            headers = {name: fill(value, values) for name, value in call.headers}
+            async with gateway.session.request(
+                call.method, fill(call.url, values), data=call.payload(values) or None, headers=headers
+            ) as answer:
+                assert answer.status == 200, (call.name, await answer.text())
+                for name in re.findall(r"put its id into @(\w+)", call.note, re.IGNORECASE):
+                    values[name] = (await answer.json())["id"]

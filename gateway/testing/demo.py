@@ -15,6 +15,11 @@ _SPEECH = (
     "Hello! This is a fake Azure OpenAI on your own machine; nothing left it. With AZURE_OPENAI_ENDPOINT set to "
     "your resource, the same gateway talks to the real one."
 )
+# The models that the demonstration has, each with a deployment of another name.
+MODELS = (
+    "gpt-4o", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "gpt-4o-mini-tts", "whisper-1", "gpt-image-1",
+    "gpt-4o-batch", "sora-2", "gpt-realtime",
+)  # fmt: skip
 
 
 async def demonstrate(listen: Listen, default: Path) -> None:
@@ -22,12 +27,14 @@ async def demonstrate(listen: Listen, default: Path) -> None:
     from gateway.config import load  # noqa: PLC0415 -- the configuration imports stages, which tests may replace
 
     words = re.findall(r"\s*\S+", _SPEECH)
-    async with FakeAzure(api_key="demo-key", deployments=("my-gpt-4o",), words=words, delay=0.05) as azure:
+    async with FakeAzure(
+        api_key="demo-key", deployments=[f"my-{name}" for name in MODELS], words=words, delay=0.05
+    ) as azure:
         loaded = load(
             default,
             {
                 "AZURE_OPENAI_ENDPOINT": azure.endpoint,
-                "AZURE_OPENAI_MODEL_MAPPER": "gpt-4o=my-gpt-4o",
+                "AZURE_OPENAI_MODEL_MAPPER": ",".join(f"{name}=my-{name}" for name in MODELS),
                 "GATEWAY_LISTEN": str(listen),
             },
         )

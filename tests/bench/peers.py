@@ -20,8 +20,10 @@ PIPELINE = (
     "auth_passthrough",
     "rate_limit: {requests_per_minute: 1000000000}",
     f"model_map: {{models: {{{traffic.MODEL}: {traffic.DEPLOYMENT}}}}}",
-    f"api_version: {traffic.API_VERSION}",
+    f"api_version: {{version: {traffic.API_VERSION}, otherwise: [v1, 2025-04-01-preview]}}",
     "sse_newline",
+    "resource_ids",
+    "openai_errors",
 )
 
 
