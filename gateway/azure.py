@@ -101,6 +101,7 @@ def _read(text: str) -> Iterator[Operation]:
 OPERATIONS = tuple(_read(Path(__file__).with_name("operations.txt").read_text(encoding="utf-8")))
 
 BY_NAME = {row.name: row for row in OPERATIONS}
+_METHODS = {row.method for row in OPERATIONS}
 _EXACT = {(row.method, row.path): row for row in OPERATIONS if "{" not in row.path}
 
 # Those with parameters by method and number of segments, the ones with fewer parameters first: `/threads/runs`
@@ -114,10 +115,9 @@ for _row in sorted(OPERATIONS, key=lambda row: row.path.count("{")):
 
 def find_operation(method: str, path: str) -> Operation | None:
     """Return the operation of a method and a path after `/v1`, or None."""
-    return _EXACT.get((method, path)) or _find(method, path)
+    return _EXACT.get((method, path)) or (_find_short if len(path) <= 128 else _find)(method, path)
 
 
-@lru_cache(maxsize=256)
 def _find(method: str, path: str) -> Operation | None:
     parts = path.split("/")
     for segments, row in _WITH_PARAMETERS.get((method, len(parts)), ()):
@@ -126,18 +126,16 @@ def _find(method: str, path: str) -> Operation | None:
     return None
 
 
+_find_short = lru_cache(maxsize=1024)(_find)
+
+
 def unknown_operation(method: str, path: str) -> ApiError:
     """Return the error for what no line of the table answers, or for what Azure does not have."""
     row = find_operation(method, path)
-    if row is None and method == "GET":
-        row = find_operation("WS", path)
-    if row is not None and row.method == "WS":
-        return ApiError(
-            404, f"{row.name} needs a WebSocket, which this gateway does not offer", code="operation_not_supported"
-        )
     if row is not None:
         return ApiError(404, f"Azure OpenAI does not have the operation {row.name}", code="operation_not_supported")
-    allowed = sorted({row.method for row in OPERATIONS if row.on_azure and find_operation(row.method, path)} - {"WS"})
+    others = [found for each in sorted(_METHODS) if (found := find_operation(each, path)) is not None]
+    allowed = [found.method for found in others if found.on_azure and found.method != "WS"]
     if allowed:
         return ApiError(
             405,
@@ -145,6 +143,18 @@ def unknown_operation(method: str, path: str) -> ApiError:
             headers={"allow": ", ".join(allowed)},
             code="method_not_allowed",
         )
+    for found in others:
+        if found.method == "WS":
+            message = f"{found.name} needs a WebSocket, which this gateway does not offer"
+        else:
+            message = f"Azure OpenAI does not have the operation {found.name}"
+        return ApiError(404, message, code="operation_not_supported")
+    for right, why in (
+        (path.rstrip("/"), "leave the slash at the end out"),
+        (path.removeprefix("/v1"), "the base URL has a /v1 too many"),
+    ):
+        if right != path and any(find_operation(each, right) for each in _METHODS):
+            return ApiError(404, f"there is nothing at /v1{path}; {why}", code="unknown_url")
     family = path.split("/")[1] if "/" in path else ""
     offered = [f"{row.method} /v1{row.path}" for row in OPERATIONS if row.on_azure and row.path.split("/")[1] == family]
     hint = f"of /v1/{family} there is {', '.join(offered)}" if offered else "the OpenAI API has nothing of this name"

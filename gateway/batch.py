@@ -7,10 +7,13 @@ known, since that may come behind the file; then the lines are written anew, in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
+import json
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import IO, TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -20,47 +23,77 @@ from gateway.multipart import FormReader, boundary_of
 from gateway.spool import Spool
 
 if TYPE_CHECKING:
-    from gateway.messages import Request, Resource, Target
+    from gateway.messages import Request, Target
 
 __all__ = ("map_batch",)
 
 _IN_MEMORY = 1024 * 1024
 _PIECE = 256 * 1024
-_MAX_LINE = 64 * 1024 * 1024
+_MAX_LINE = 16 * 1024 * 1024
+# Azure takes 100,000 requests in a file.
+_MAX_LINES = 200_000
+_SHOWN = 20  # names in the log
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+# Threads of their own, and a bound on who waits for them: a file takes seconds.
+_threads = ThreadPoolExecutor(2, "batch")
+_MAX_WAITING = 16
+_waiting = 0
 
 
 async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
     """Write deployments in the lines of an uploaded batch file; any other upload stays as it is.
 
     Raises ApiError 400 that names the line: one that is no request with a `body.model`, or whose model is in
-    another resource than those before it.
+    another resource than those before it; what `find` raises, with the line; 503 where too many files are at work.
     """
-    boundary = boundary_of(request.headers.get("content-type"))
+    boundary = boundary_of(request.headers.getall("content-type"))
     if boundary is None:
-        return
-    form = FormReader(boundary, frozenset({"purpose"}), frozenset({"file"}))
+        raise ApiError(400, "an upload is multipart/form-data, with `purpose` and `file`", code="malformed_form")
+    form = FormReader(boundary, {"purpose": True, "file": False})
+
+    def is_batch() -> bool:
+        purpose = form.fields.get("purpose")
+        return purpose is not None and purpose.text.strip().lower() == "batch"
 
     def watch(data: bytes) -> bool:
         form.feed(data)
-        purpose = form.fields.get("purpose")
-        return form.done or (purpose is not None and purpose.whole and purpose.text != "batch")
+        if not data:
+            form.end()
+        return form.done or ("purpose" in form.fields and form.fields["purpose"].whole and not is_batch())
 
     body = request._body
     request._exchange.defer(lambda _: body.close())
     await body.look(watch, "send the field `purpose` before the file; a batch file must fit whole")
-    purpose, file = form.fields.get("purpose"), form.fields.get("file")
-    if purpose is None or purpose.text != "batch" or file is None or not file.whole:
+    file = form.fields.get("file")
+    if not is_batch() or file is None:
         return
-    looked_at = body.looked_at()
     lines = _Lines(find)
-    made = await asyncio.to_thread(_rewritten, looked_at, file.start, file.end, lines)
+    made = await _in_thread(body.looked_at(), file.start, file.end, lines)
     request._exchange.defer(lambda _: made.close())
-    if lines.resource is not None:
-        request.target = request.target.replace(resource=lines.resource)
-    request.notes["model"] = ", ".join(lines.found)
+    if lines.target is not None:
+        target = request.target
+        request.target = lines.target.replace(api_version=target.api_version, credential=target.credential)
+    request.notes["model"] = ", ".join([*lines.found][:_SHOWN])
     request.notes["batch_lines"] = lines.count
     body.replace(_Made(made))
+
+
+async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:
+    """Write the lines anew in a thread; it stops soon, and leaves nothing, where nobody waits for it any more."""
+    global _waiting  # noqa: PLW0603 -- one for the process, as the threads are
+    if _waiting >= _MAX_WAITING:
+        raise ApiError(503, "too many batch files are being read; try again", code="overloaded")
+    _waiting += 1
+    work = _threads.submit(_rewritten, form, start, end, lines)
+    try:
+        return await asyncio.wrap_future(work)
+    except asyncio.CancelledError:
+        lines.cancelled = True
+        work.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().close())
+        raise
+    finally:
+        _waiting -= 1
 
 
 class _Made:
@@ -73,13 +106,18 @@ class _Made:
 
     async def read(self) -> bytes:
         """Return the next bytes, or b"" at the end."""
-        return await asyncio.to_thread(self._file.read, _PIECE)
+        return await asyncio.get_running_loop().run_in_executor(_threads, self._read, _PIECE)
 
     async def rest(self, limit: int | None) -> bytes:
         """Return all of it, at most `limit` bytes."""
         if limit is not None and self.length is not None and self.length > limit:
             raise too_much(limit)
-        return await asyncio.to_thread(self._file.read)
+        return await asyncio.get_running_loop().run_in_executor(_threads, self._read, -1)
+
+    def _read(self, size: int) -> bytes:
+        with contextlib.suppress(ValueError):  # closed meanwhile: nobody waits for it
+            return self._file.read(size)
+        return b""
 
 
 class _Lines:
@@ -87,48 +125,61 @@ class _Lines:
 
     def __init__(self, find: Callable[[str], Target]) -> None:
         self.found: dict[str, str] = {}
-        self.resource: Resource | None = None
+        self.target: Target | None = None
         self.count = 0
+        self.cancelled = False
         self._find = find
 
     def mapped(self, number: int, line: bytes) -> bytes:
-        """Return a line with its deployment; a blank one, or one that has it, as it is."""
-        if not line.strip():
-            return line
+        """Return a line with its deployment; each key once, so that nobody reads another one's value."""
         self.count += 1
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         try:
-            fields = _fields.decode(text)
-            body = _fields.decode(fields["body"])
-            name: Any = msgspec.json.decode(body["model"])
+            fields, body, name = _read(text)
         except KeyError as exc:
             raise _refused(number, f"it has no `{'body' if exc.args[0] == 'body' else 'body.model'}`") from None
-        except (msgspec.DecodeError, RecursionError, ValueError):
+        except (msgspec.DecodeError, RecursionError, ValueError, TypeError):
             raise _refused(number, "it is not a JSON object with a JSON object `body`") from None
         if not isinstance(name, str):
             raise _refused(number, "its `body.model` must be text")
-        deployment = self.found.get(name)
-        if deployment is None:
-            deployment = self._look_up(number, name)
-        if deployment == name:
-            return line
-        body["model"] = msgspec.Raw(msgspec.json.encode(deployment))
-        fields["body"] = msgspec.Raw(msgspec.json.encode(body))
-        return msgspec.json.encode(fields) + (b"\r" if line.endswith(b"\r") else b"")
+        deployment = self.found.get(name) or self._look_up(number, name)
+        return _written(fields, body, deployment) + (b"\r" if line.endswith(b"\r") else b"")
 
     def _look_up(self, number: int, name: str) -> str:
         try:
-            target = self._find(name.strip())
+            target = self._find(name)
         except ApiError as exc:
             raise _refused(number, exc.message, code=exc.code, status=exc.status) from None
-        if self.found and target.resource != self.resource:
+        if self.target is not None and target.resource != self.target.resource:
             raise _refused(
                 number,
                 f"its model {name!r} is in another Azure resource than those before it; one batch file goes to one",
             )
-        self.resource = target.resource
+        self.target = self.target or target
         self.found[name] = deployment = target.deployment or name
         return deployment
+
+
+def _read(line: bytes) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Return a line's fields, those of its body, and the model in it."""
+    try:
+        fields = _fields.decode(line)
+        body = _fields.decode(fields["body"])
+        return fields, body, msgspec.json.decode(body["model"])
+    except (msgspec.DecodeError, ValueError):
+        # Half of a surrogate pair is JSON, which msgspec does not take; see decoded_json.
+        if b"\\ud" not in line.lower():
+            raise
+    slow = json.loads(line)
+    return slow, slow["body"], slow["body"]["model"]
+
+
+def _written(fields: dict[str, Any], body: dict[str, Any], deployment: str) -> bytes:
+    if not all(isinstance(value, msgspec.Raw) for value in fields.values()):
+        return json.dumps({**fields, "body": {**body, "model": deployment}}, separators=(",", ":")).encode()
+    body["model"] = msgspec.Raw(msgspec.json.encode(deployment))
+    fields["body"] = msgspec.Raw(msgspec.json.encode(body))
+    return msgspec.json.encode(fields)
 
 
 def _refused(number: int, why: str, *, code: str | None = "invalid_batch_file", status: int = 400) -> ApiError:
@@ -137,28 +188,47 @@ def _refused(number: int, why: str, *, code: str | None = "invalid_batch_file", 
 
 def _rewritten(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:
     """Return a file with the whole form, and new lines in it from `start` to `end`."""
-    source: IO[bytes] = form.file() if isinstance(form, Spool) else io.BytesIO(form)
-    made = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, prefix="gateway-")  # noqa: SIM115 -- its user closes it
+    made = cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, prefix="gateway-"))  # noqa: SIM115 -- its user closes it
     try:
-        for piece in _pieces(source, start):
-            made.write(piece)
-        rest = b""
-        number = 0
-        for piece in _pieces(source, end - start):
-            *whole, rest = (rest + piece).split(b"\n")
-            for line in whole:
-                number += 1
-                made.write(lines.mapped(number, line) + b"\n")
-            if len(rest) > _MAX_LINE:
-                raise _refused(number + 1, f"it is longer than {_MAX_LINE} bytes")
-        if rest:
-            made.write(lines.mapped(number + 1, rest))
-        while piece := source.read(_PIECE):
-            made.write(piece)
+        if isinstance(form, Spool):
+            with form.lock:
+                _write(form.file(), start, end, lines, made)
+        else:
+            _write(io.BytesIO(form), start, end, lines, made)
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _write(source: IO[bytes], start: int, end: int, lines: _Lines, made: IO[bytes]) -> None:
+    for piece in _pieces(source, start):
+        made.write(piece)
+    number, size = 0, 0
+    begun: list[bytes] = []  # of a line that has not ended
+    for piece in _pieces(source, end - start):
+        if lines.cancelled:
+            raise ApiError(499, "the client left")
+        first, *others = piece.split(b"\n")
+        begun.append(first)
+        size += len(first)
+        if size > _MAX_LINE:
+            raise _refused(number + 1, f"it is longer than {_MAX_LINE} bytes")
+        if not others:
+            continue
+        out = []
+        for line in (b"".join(begun), *others[:-1]):
+            number += 1
+            out.append(lines.mapped(number, line) if line.strip() else line)
+            out.append(b"\n")
+        if number > _MAX_LINES:
+            raise _refused(number, f"it is one of more than {_MAX_LINES}; Azure takes 100,000 requests")
+        made.write(b"".join(out))
+        begun, size = [others[-1]], len(others[-1])
+    rest = b"".join(begun)
+    made.write(lines.mapped(number + 1, rest) if rest.strip() else rest)
+    while piece := source.read(_PIECE):
+        made.write(piece)
 
 
 def _pieces(source: IO[bytes], size: int) -> Iterator[bytes]:

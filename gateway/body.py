@@ -19,6 +19,8 @@ __all__ = (
 
 
 MOST_LOOKED_AT = 256 * 1024 * 1024
+# As many times that many bytes may be kept on disk at once.
+_FORMS = 8
 
 
 class Incoming(Protocol):
@@ -36,7 +38,7 @@ class Incoming(Protocol):
 class _Replay:
     """What was looked at, with its changes, and then the rest: a body's source again."""
 
-    def __init__(self, spool: Spool, source: Incoming, watch: Callable[[bytes], object]) -> None:
+    def __init__(self, spool: Spool, source: Incoming, watch: Callable[[bytes], bool]) -> None:
         self.length = source.length
         self.ended = False
         self._spool = spool
@@ -44,6 +46,35 @@ class _Replay:
         self._watch = watch
         self._place = 0
         self._edits: list[tuple[int, int, bytes]] = []
+
+    async def look(self, most: int, advice: str) -> None:
+        """Keep what comes until the watcher has seen enough, at most `most` bytes; see `Body.look`."""
+        while not self.ended:
+            piece = await self._source.read()
+            self.ended = not piece
+            await self._spool.write(piece)
+            if self._watch(piece):
+                return
+            if self._spool.size > most:
+                raise ApiError(
+                    413,
+                    f"what is looked for in this form did not come within its first {most} bytes; {advice}",
+                    code="body_too_large",
+                )
+            if Spool.total > _FORMS * most:
+                raise ApiError(503, "too many large forms are on their way at once; try again", code="overloaded")
+
+    async def again(self, watch: Callable[[bytes], bool]) -> bool:
+        """Give what was looked at to another watcher; whether it has seen enough."""
+        first = self._watch
+        self._watch = lambda data: (first(data), watch(data))[1]
+        place = 0
+        while place < self._spool.size:
+            piece = await self._spool.read(place, self._spool.size)
+            place += len(piece)
+            if watch(piece):
+                return True
+        return self.ended and (watch(b"") or True)
 
     def edit(self, start: int, end: int, new: bytes) -> None:
         """Send `new` in place of the bytes from `start` to `end`, which were looked at."""
@@ -67,7 +98,8 @@ class _Replay:
         if self.ended:
             return b""
         piece = await self._source.read()
-        self._watch(piece)
+        if piece:
+            self._watch(piece)
         self.ended = not piece
         return piece
 
@@ -131,33 +163,32 @@ class Body:
         return self._data
 
     async def look(self, watch: Callable[[bytes], bool], advice: str) -> None:
-        """Give the body to `watch`, piece by piece, until it returns True or the body ends; all of it stays to be sent.
+        """Give the body to `watch`, in pieces and b"" at the end, until it returns True; all of it stays to be sent.
 
-        What is looked at is kept in memory, or on disk where it is long. `watch` is given the rest as well, when
-        that is sent. Raises ApiError 413 where `limit` bytes were not enough, BodyConsumed where it was streamed
-        away, and what `watch` raises.
+        What is looked at is kept in memory, or on disk where it is long, and may be looked at again. `watch` is given
+        the rest as well, when that is sent. Raises ApiError: 413 with the advice where the bytes that may be looked at
+        were not enough, 503 where they cannot be kept, and what `watch` raises; BodyConsumed where it is gone.
         """
         if self._data is not None:
-            watch(self._data)
             self._kept = True
+            watch(self._data)
+            watch(b"")
             return
-        if self._streamed or self._source is None or self._spool is not None:
+        if self._streamed or self._source is None:
             raise BodyConsumed(BodyConsumed.__doc__)
-        self._spool = spool = Spool()
-        replay = _Replay(spool, self._source, watch)
-        while not replay.ended:
-            piece = await self._source.read()
-            replay.ended = not piece
-            await spool.write(piece)
-            if watch(piece):
-                break
-            if spool.size > self._most:
-                raise ApiError(
-                    413,
-                    f"what is looked for in this form did not come within its first {self._most} bytes; {advice}",
-                    code="body_too_large",
-                )
-        self._source = replay
+        if isinstance(self._source, _Replay):
+            replay = self._source
+            if await replay.again(watch):
+                return
+        else:
+            self._spool = Spool()
+            self._source = replay = _Replay(self._spool, self._source, watch)
+        try:
+            await replay.look(self._most, advice)
+        except OSError as exc:
+            raise ApiError(
+                503, f"the gateway cannot keep this form on disk: {exc.strerror}", code="out_of_space"
+            ) from None
 
     def edited(self, start: int, end: int, new: bytes) -> bytes | Body:
         """Return the body with `new` in place of the bytes from `start` to `end`, which must have been looked at.

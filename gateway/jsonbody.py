@@ -38,6 +38,8 @@ def with_field(body: bytes, name: str, value: str | bytes | None) -> bytes:
     `value` is text, or JSON already in bytes, or None for no such field.
     """
     fields = decoded_json(body, _raw_fields.decode)
+    if not isinstance(fields, dict):
+        raise ApiError(400, "the body is not a JSON object")
     if not all(isinstance(field, msgspec.Raw) for field in fields.values()):
         fields.pop(name, None)
         if value is not None:

@@ -20,7 +20,7 @@ from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
 from gateway.jsonbody import decoded_json
 from gateway.keys import Credential, presented_key
-from gateway.models import SEVERAL, map_several, model_in, read_model
+from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model
 from gateway.multipart import FormReader
 from gateway.proxy import Proxy
 from gateway.stream import EventFilter, Filter, link
@@ -138,6 +138,11 @@ class Request:
         return self._row is None or not self._row.on_azure or self._row.is_in(api_version)
 
     @property
+    def sent_to(self) -> Target | None:
+        """Where Azure was last asked for this request or a copy of it; None if it was not yet."""
+        return self._exchange.target
+
+    @property
     def api_versions(self) -> str:
         """The api-versions that are known to have the operation, in words; "" where there is none."""
         return self._row.versions if self._row is not None else ""
@@ -213,6 +218,10 @@ class Request:
         elif (name := await self.model()) is not None:
             found = find(name.strip())
             self.target = self.target.replace(resource=found.resource, deployment=found.deployment)
+        elif self._model_set is not None:  # no model is asked for, but a deployment in the path chooses the resource
+            self.target = self.target.replace(resource=find(self._model_set.strip()).resource)
+        if self._row is not None and self._row.name == "responses":
+            map_image_deployment(self, find)
 
     def copy(self, *, target: Target | None = None) -> Request:
         """Return a request of the same exchange that can be changed apart, for a second `call_next`."""

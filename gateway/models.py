@@ -6,9 +6,10 @@ come, wherever it stands, and passed on byte for byte but for its value.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import parse_qsl, quote, unquote, unquote_plus
 
 import msgspec
 
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
     from gateway.body import Body
     from gateway.messages import Request, Target
 
-__all__ = ("SEVERAL", "map_several", "model_in", "placed", "placed_query", "read_model")
+__all__ = (
+    "SEVERAL",
+    "map_image_deployment",
+    "map_several",
+    "model_in",
+    "model_name",
+    "placed",
+    "placed_query",
+    "read_model",
+)
 
 # The places of more than one model.
 SEVERAL = frozenset({"lines", "evals"})
@@ -50,12 +60,12 @@ _session = msgspec.json.Decoder(_Session)
 async def read_model(request: Request) -> str | None:
     """Return the model that a request names; see `Request.model`."""
     row = request._row
-    if row is None or row.model is None or row.model in ("lines", "evals", "frame"):
+    if row is None or row.model is None or row.model in SEVERAL or row.model == "frame":
         return None
     if request._model_set is not None:
         value: object = request._model_set
     elif row.model == "path":
-        value = request.path.rpartition("/")[2]
+        value = unquote(request.path.rpartition("/")[2])
     elif row.model == "query":
         value = _query_model(request.query)
     elif row.model == "session":
@@ -92,7 +102,7 @@ def _field_of(fields: Any, *, nested: bool) -> object:
 
 
 def _checked(value: object, row: Operation) -> str | None:
-    return None if value is None and not row.needs_model else _model_name(value)
+    return None if value is None and not row.needs_model else model_name(value)
 
 
 # The fields of a form that name the model; a call's session is JSON, or fields of its own (npm openai writes them so).
@@ -102,14 +112,16 @@ _IN_FORM = {"form": ("model",), "session": ("session", "session[model]")}
 async def read_form(request: Request, place: str) -> FormReader | None:
     """Read a form until the field that names the model has come, or its end; None where the body is no form."""
     if request._form is None:
-        boundary = boundary_of(request.headers.get("content-type"))
+        boundary = boundary_of(request.headers.getall("content-type"))
         if boundary is None:
             return None
         names = _IN_FORM[place]
-        reader = FormReader(boundary, frozenset(names))
+        reader = FormReader(boundary, dict.fromkeys(names, True), alike=frozenset(names))
 
         def watch(data: bytes) -> bool:
             reader.feed(data)
+            if not data:
+                reader.end()
             return reader.done or any(field.whole for field in reader.fields.values())
 
         request._exchange.defer(lambda _: request._body.close())
@@ -119,23 +131,32 @@ async def read_form(request: Request, place: str) -> FormReader | None:
 
 
 async def _call_model(request: Request) -> object:
-    """Return the model of a realtime call: in its form's JSON, or the query of a plain SDP offer."""
+    """Return the model of a realtime call: in its form's session, or the query of a plain SDP offer."""
+    in_query = _query_model(request.query)
     form = await read_form(request, "session")
     if form is None:
-        return _query_model(request.query)
+        kind = (request.headers.get("content-type") or "").partition(";")[0].strip().lower()
+        if kind != "application/sdp":
+            raise ApiError(400, "a call's body is application/sdp, or multipart/form-data with `sdp` and `session`")
+        return in_query
     if (field := form.fields.get("session[model]")) is not None:
         return field.text
     if (field := form.fields.get("session")) is None:
-        return None
+        return in_query
     session = decoded_json(bytes(field.value), _peek.decode)
-    return session.model if isinstance(session, _Peek) else None
+    model = session.model if isinstance(session, _Peek) else _field_of(session, nested=False)
+    return in_query if model is None else model
 
 
 def _query_model(query: str) -> str | None:
-    return dict(reversed(parse_qsl(query, keep_blank_values=True))).get("model")
+    named = [value for name, value in parse_qsl(query, keep_blank_values=True) if name == "model"]
+    if len(named) > 1:
+        raise ApiError(400, "the query has two models", param="model")
+    return named[0] if named else None
 
 
-def _model_name(value: object) -> str:
+def model_name(value: object) -> str:
+    """Return a model's name. Raises ApiError 400 where it is none."""
     if value is None:
         raise ApiError(400, "you must provide a model: the body has no `model`", param="model")
     if not isinstance(value, str):
@@ -156,26 +177,40 @@ def _model_name(value: object) -> str:
 async def map_several(request: Request, find: Callable[[str], Target]) -> None:
     """Write a deployment in each place of a body that names several models; see `Request.map_models`."""
     if request._row is not None and request._row.model == "lines":
-        await map_batch(request, find)
+        await map_batch(request, lambda name: find(model_name(name).strip()))
         return
-    body = await request.json()
+    try:
+        _map_graders(request, await request.json(), find)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+
+
+def _map_graders(request: Request, body: dict[str, Any], find: Callable[[str], Target]) -> None:
+    """Map the models of an evaluation's graders and its data source."""
     found: dict[str, Target] = {}
 
     def mapped(grader: object) -> object:
+        """Map a grader's model; those of the graders in it, or in a list or a mapping of them."""
+        if isinstance(grader, list):
+            return [mapped(each) for each in grader]
         if not isinstance(grader, dict):
             return grader
+        if not isinstance(grader.get("type"), str):
+            return {name: mapped(each) for name, each in grader.items()}
         made = {**grader}
-        if isinstance(grader.get("graders"), dict):
-            made["graders"] = {name: mapped(each) for name, each in grader["graders"].items()}
+        if "graders" in grader:
+            made["graders"] = mapped(grader["graders"])
         if grader.get("model") is not None:
-            name = _model_name(grader["model"]).strip()
+            name = model_name(grader["model"]).strip()
             found[name] = target = find(name)
             made["model"] = target.deployment
         return made
 
     changed = {**body}
     if isinstance(body.get("data_source"), dict):
-        changed["data_source"] = mapped(body["data_source"])
+        changed["data_source"] = mapped({"type": "", **body["data_source"]})
+        if "type" not in body["data_source"]:
+            del changed["data_source"]["type"]
     if isinstance(body.get("testing_criteria"), list):
         changed["testing_criteria"] = [mapped(each) for each in body["testing_criteria"]]
     if not found:
@@ -184,9 +219,25 @@ async def map_several(request: Request, find: Callable[[str], Target]) -> None:
     if len(resources) > 1:
         raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
     request.notes["model"] = ", ".join(found)
-    request.target = request.target.replace(resource=resources.pop())
+    request.target = next(iter(found.values())).replace(
+        api_version=request.target.api_version, credential=request.target.credential
+    )
     if changed != body:
         request.set_json(changed)
+
+
+_IMAGES = "x-ms-oai-image-generation-deployment"
+
+
+def map_image_deployment(request: Request, find: Callable[[str], Target]) -> None:
+    """Map the model of the image tool, which Azure's Responses API takes from a header of its own."""
+    name = request.headers.get(_IMAGES)
+    if name is None:
+        return
+    found = find(model_name(name).strip())
+    if request.target.deployment is not None and found.resource != request.target.resource:
+        raise ApiError(400, f"the model in {_IMAGES} is in another Azure resource than the other one")
+    request.headers.set(_IMAGES, found.deployment or "")
 
 
 # -- writing -------------------------------------------------------------------------------------------
@@ -199,7 +250,8 @@ async def placed(request: Request, operation: Operation, target: Target) -> byte
     """
     deployment = target.deployment
     in_path = operation.classic == "deployment" and not target.is_v1
-    if deployment is None or operation.model is None or (in_path and not operation.drops_model):
+    place = operation.model
+    if deployment is None or place is None or place in SEVERAL or (in_path and not operation.drops_model):
         return await as_it_is(request)
     if operation.model in ("form", "session"):
         form = await read_form(request, operation.model)
@@ -209,15 +261,14 @@ async def placed(request: Request, operation: Operation, target: Target) -> byte
             return await as_it_is(request)
     body = await request.body()
     if operation.model == "session.model":
-        session = decoded_json(body, _session.decode).session
-        if not isinstance(session, dict) or session.get("model") == deployment:
-            return body
-        return with_field(body, "session", msgspec.json.encode({**session, "model": deployment}))
+        fields = decoded_json(body, msgspec.json.decode)
+        session = fields.get("session") if isinstance(fields, dict) else None
+        return with_field(body, "session", json.dumps({**session, "model": deployment}).encode()) if session else body
     if operation.model not in ("body", "form"):
         return body
     if in_path:
         return with_field(body, "model", None)
-    if request._model_set is None and await request.model() == deployment:
+    if request._model_set is None and await request.model() == deployment and _once(body):
         return body
     return with_field(body, "model", deployment)
 
@@ -228,6 +279,11 @@ async def as_it_is(request: Request) -> bytes | Body:
         return await request.body()
     at_hand = request._body.at_hand()
     return request._body if at_hand is None else at_hand
+
+
+def _once(body: bytes) -> bool:
+    """Whether JSON has the key `model` once at most: of two, Azure might take the one that was not looked at."""
+    return body.count(b'"model"') <= 1 and b"\\u006" not in body
 
 
 def _placed_in_form(request: Request, form: FormReader, operation: Operation, deployment: str | None) -> bytes | Body:
@@ -252,7 +308,5 @@ def placed_query(operation: Operation, query: str, deployment: str | None) -> st
     if deployment is None or operation.model not in ("session", "query"):
         return query
     parts = [part for part in query.split("&") if part]
-    named = [part for part in parts if part.partition("=")[0] == "model"]
-    if not named:
-        return query
-    return "&".join([*(part for part in parts if part not in named), f"model={quote(deployment, safe='')}"])
+    others = [part for part in parts if unquote_plus(part.partition("=")[0]) != "model"]
+    return query if len(others) == len(parts) else "&".join([*others, f"model={quote(deployment, safe='')}"])

@@ -1,11 +1,16 @@
 """Multipart forms (RFC 7578), read as they come and without I/O: where each field of interest begins and ends.
 
 Nothing is changed or unwrapped: what matters are offsets, so that everything else can be passed on byte for byte.
+
+Rule: what two readers could read in two ways is refused, because Azure's may be the other one: a boundary or a name
+that is given twice, a line that is folded or malformed, a delimiter that only some would take for one, anything
+behind the end. What OpenAI's SDKs, browsers and curl send is none of that.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.errors import ApiError
@@ -16,21 +21,51 @@ __all__ = ("Field", "FormReader", "boundary_of")
 _MAX_VALUE = 64 * 1024
 _MAX_HEAD = 16 * 1024
 _MAX_PARTS = 10_000
-_BOUNDARY = re.compile(r';[ \t]*boundary=(?:"([^"\\]{1,70})"|([^\s";,]{1,70}))(?=[\s;]|$)', re.IGNORECASE)
-_DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*((?:;[^\r\n]*)?)", re.IGNORECASE)
-_NAME = re.compile(rb';[ \t]*name=(?:"((?:[^"\\\r\n]|\\.)*)"|([^\s";]+))', re.IGNORECASE)
-_QUOTED = re.compile(rb'"(?:[^"\\\r\n]|\\.)*"')
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# A parameter's value in quotes: a quote is never escaped in it, since readers differ in what a backslash means there.
+_PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_WORD})=(?:({_WORD})|"([^"\r\n]*)")')
+_KIND = re.compile(rf"[ \t]*({_WORD}(?:/{_WORD})?)")
+_LINE = re.compile(rf"({_WORD}):(.*)", re.DOTALL)
+_HALF_BREAK = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 
 
-def boundary_of(content_type: str | None) -> bytes | None:
-    """Return the boundary of a `multipart/form-data` body, or None where it is none."""
-    kind, _, _ = (content_type or "").partition(";")
-    if kind.strip().lower() != "multipart/form-data":
-        return None
-    found = _BOUNDARY.search(content_type or "")
+def _malformed(why: str) -> ApiError:
+    return ApiError(400, f"the form is malformed: {why}", code="malformed_form")
+
+
+def _parameters(text: str) -> tuple[str, list[tuple[str, str]]] | None:
+    """Read `kind; name=value; ...`: the kind in small letters, and the parameters; None where it is no such text."""
+    found = _KIND.match(text)
     if found is None:
-        raise ApiError(400, "the form has no boundary in its Content-Type", code="malformed_form")
-    return (found.group(1) or found.group(2)).encode("latin-1", "replace")
+        return None
+    kind, place = found.group(1).lower(), found.end()
+    parameters = []
+    while (found := _PARAMETER.match(text, place)) is not None:
+        name, token, quoted = found.groups()
+        value = token if token is not None else quoted
+        if value.endswith("\\"):
+            return None
+        parameters.append((name.lower(), value))
+        place = found.end()
+    return (kind, parameters) if not text[place:].strip(" \t;") else None
+
+
+def boundary_of(content_types: list[str]) -> bytes | None:
+    """Return the boundary of a `multipart/form-data` body, given its Content-Type headers; None where it is none.
+
+    Raises ApiError 400 where it is one, and its boundary cannot be told for sure.
+    """
+    kinds = [text.partition(";")[0].strip().lower() for text in content_types]
+    if "multipart/form-data" not in kinds:
+        return None
+    read = _parameters(content_types[0]) if len(content_types) == 1 else None
+    if read is None:
+        raise _malformed("its Content-Type is not one well-formed multipart/form-data")
+    boundaries = [value for name, value in read[1] if name.partition("*")[0] == "boundary"]
+    if len(boundaries) != 1 or "boundary" not in dict(read[1]) or not _BOUNDARY.fullmatch(boundaries[0]):
+        raise _malformed("its Content-Type has no sound boundary")
+    return boundaries[0].encode("ascii")
 
 
 @dataclass
@@ -60,23 +95,25 @@ class Field:
 
 
 class FormReader:
-    """Finds fields in a form: `keep` are those whose values are wanted, `mark` those of which the place is.
+    """Finds fields in a form, by their names without regard to case.
 
-    `fields` are the fields found so far; `first` is where the first part begins, `done` says that the form
-    has ended. A second field of the same name is refused: two readers could take either for the one that counts.
+    `wanted` has the fields of interest, and whether their values are kept. `fields` are those found so far;
+    `first` is where the first part begins, `done` says that the form has ended. Of the fields that `alike` names
+    there may be one, and of each other field of interest one.
     """
 
-    def __init__(self, boundary: bytes, keep: frozenset[str], mark: frozenset[str] = frozenset()) -> None:
+    def __init__(self, boundary: bytes, wanted: Mapping[str, bool], alike: frozenset[str] = frozenset()) -> None:
         self.fields: dict[str, Field] = {}
         self.first = -1
         self.done = False
         self.boundary = boundary
-        self._delimiter = b"\r\n--" + boundary
-        self._keep = keep
-        self._mark = mark
+        self._dashes = b"--" + boundary
+        self._wanted = wanted
+        self._alike = alike
         # The first boundary has no line before it: one is made up.
         self._data = b"\r\n"
         self._offset = -2  # of the first byte of `_data`
+        self._place = 0  # what stands before it has been read
         self._head = False  # a part's head comes next
         self._current: Field | None = None
         self._begins = 0
@@ -84,95 +121,104 @@ class FormReader:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the body. Raises ApiError 400 where they are no form."""
-        if self.done:
-            return
-        self._data = self._data + data if self._data else data
-        while self._take_head() if self._head else self._take_value():
+        self._data = self._data[self._place :] + data
+        self._offset += self._place
+        self._place = 0
+        while self._take_end() if self.done else self._take_head() if self._head else self._take_value():
             pass
+
+    def end(self) -> None:
+        """Note the body's end. Raises ApiError 400 where the form has not ended."""
+        if not self.done:
+            raise _malformed("it breaks off before its last boundary")
 
     def _take_value(self) -> bool:
         """Go on to the next delimiter; whether there was one."""
-        end = self._data.find(self._delimiter)
-        if end < 0:
-            keep = len(self._delimiter) - 1
-            if len(self._data) > keep:
-                self._pass(len(self._data) - keep)
+        data, start = self._data, self._place
+        place = start
+        while (found := data.find(self._dashes, place)) >= 0:
+            before = data[max(0, found - 2) : found]
+            if before == b"\r\n" and found - 2 >= start:
+                break
+            if before[-1:] in (b"\r", b"\n"):
+                raise _malformed("a boundary does not follow a line break of its own")
+            place = found + 1
+        if found < 0:
+            # Half a delimiter, with the line break before it, may be there already.
+            self._collect(max(start, len(data) - len(self._dashes) - 1))
             return False
+        self._collect(found - 2)
         if self._current is not None:
-            self._collect(end)
-            self._current.end = self._offset + end
-            self._current.next = self._offset + end + 2
+            self._current.end = self._offset + found - 2
+            self._current.next = self._offset + found
             self._current = None
-        self._begins = self._offset + end + 2
+        self._begins = self._offset + found
         if self.first < 0:
             self.first = self._begins
-        self._drop(end + len(self._delimiter))
+        self._place = found + len(self._dashes)
         self._head = True
         return True
 
     def _take_head(self) -> bool:
-        """Read a part's head; whether it was there and another part may follow."""
-        if self._data[:2] == b"--":
+        """Read a part's head; whether it was there, or the form has ended."""
+        data, start = self._data, self._place
+        if data.startswith(b"--", start):
             self.done = True
-            self._data = b""
-            return False
-        end = self._data.find(b"\r\n\r\n")
+            self._place += 2
+            return True
+        end = data.find(b"\r\n\r\n", start)
+        # Looked for before the head has ended, which it might never do.
+        if _HALF_BREAK.search(data[start:end] if end >= 0 else data[start:]):
+            raise _malformed("a part's head has half a line break")
+        if end - start > _MAX_HEAD or (end < 0 and len(data) - start > _MAX_HEAD):
+            raise _malformed("a part's head is too long")
         if end < 0:
-            if len(self._data) > _MAX_HEAD:
-                raise ApiError(400, "a part of the form has no end of its head", code="malformed_form")
             return False
-        lines = self._data[:end].split(b"\r\n")
-        if lines[0].strip(b" \t"):
-            # The boundary goes on: it is another one, which only begins like ours.
-            raise ApiError(400, "the form's parts are not divided by its boundary", code="malformed_form")
+        first, *lines = data[start:end].split(b"\r\n")
+        if first.strip(b" \t"):
+            raise _malformed("its parts are not divided by its boundary")
         self._parts += 1
         if self._parts > _MAX_PARTS:
-            raise ApiError(400, f"the form has more than {_MAX_PARTS} parts", code="malformed_form")
-        name = _name(lines[1:])
-        self._drop(end + 4)
+            raise _malformed(f"it has more than {_MAX_PARTS} parts")
+        name = _name(lines).lower()
+        self._place = end + 4
         self._head = False
-        if name in self._keep or name in self._mark:
-            if name in self.fields:
+        if name in self._wanted:
+            if name in self.fields or (name in self._alike and self._alike & self.fields.keys()):
                 raise ApiError(400, f"the form has two fields {name!r}", param=name, code="malformed_form")
-            self._current = Field(name, self._begins, self._offset, keeps=name in self._keep)
+            self._current = Field(name, self._begins, self._offset + self._place, keeps=self._wanted[name])
             self.fields[name] = self._current
-        # An empty value has its delimiter's line break right behind the head.
+            # An empty value has its delimiter's line break right behind the head.
         return True
 
-    def _pass(self, size: int) -> None:
-        if self._current is not None:
-            self._collect(size)
-        self._drop(size)
+    def _take_end(self) -> bool:
+        """Look at what follows the last boundary: blank lines at most."""
+        if self._data[self._place :].strip(b" \t\r\n"):
+            raise _malformed("something follows its last boundary")
+        self._place = len(self._data)
+        return False
 
-    def _collect(self, size: int) -> None:
+    def _collect(self, end: int) -> None:
         current = self._current
         if current is not None and current.keeps:
-            current.value += self._data[:size]
+            current.value += self._data[self._place : end]
             if len(current.value) > _MAX_VALUE:
                 raise ApiError(400, f"the form's field {current.name!r} is too long", param=current.name)
-
-    def _drop(self, size: int) -> None:
-        self._data = self._data[size:]
-        self._offset += size
+        self._place = end
 
 
 def _name(lines: list[bytes]) -> str:
-    """Return the name of a part's field; "" where it has none."""
+    """Return the name of a part's field, by its head. Raises ApiError 400 where it cannot be told for sure."""
+    names = []
     for line in lines:
-        found = _DISPOSITION.fullmatch(line)
-        if found is not None:
-            # What stands in quotes could look like another parameter: names are sought around them.
-            rest = found.group(1)
-            names = [match for match in _NAME.finditer(rest) if not _inside_quotes(rest, match.start())]
-            if len(names) != 1:
-                return ""
-            value = names[0].group(1) if names[0].group(1) is not None else names[0].group(2)
-            text: str = (
-                value.replace(b'\\"', b'"').replace(b"\\\\", b"\\").replace(b"%22", b'"').decode(errors="replace")
-            )
-            return text
-    return ""
-
-
-def _inside_quotes(line: bytes, place: int) -> bool:
-    return any(match.start() < place < match.end() for match in _QUOTED.finditer(line))
+        found = _LINE.fullmatch(line.decode("utf-8", "replace"))
+        if found is None or "\n" in found.group(2) or "\r" in found.group(2):
+            raise _malformed("a line of a part's head is no header field")
+        if found.group(1).lower() == "content-disposition":
+            read = _parameters(found.group(2))
+            if read is None or read[0] != "form-data":
+                raise _malformed("a part's Content-Disposition is no well-formed form-data")
+            names += [(name, value) for name, value in read[1] if name.partition("*")[0] == "name"]
+    if len(names) != 1 or names[0][0] != "name":
+        raise _malformed("a part has not one name")
+    return names[0][1].replace("%22", '"')

@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from typing import IO
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, ClassVar
 
 __all__ = ("Spool",)
 
 # What is kept in memory, and read back at once, in bytes.
 _IN_MEMORY = 1024 * 1024
 PIECE = 256 * 1024
+# Threads of their own: the default ones look host names up, which must not wait for disks.
+_threads = ThreadPoolExecutor(4, "spool")
 
 
 class Spool:
     """Keeps what is written to it, and gives any of it back. `close` lets go of the file."""
+
+    total: ClassVar[int] = 0
+    """The bytes on disk, of all together."""
 
     def __init__(self, in_memory: int = _IN_MEMORY) -> None:
         self.size = 0
         self._in_memory = in_memory
         self._data = bytearray()
         self._file: IO[bytes] | None = None
+        self._on_disk = 0
+        self._closed = False
+        self.lock = threading.Lock()
+        """Held by the thread that works with the file."""
 
     async def write(self, data: bytes) -> None:
         """Keep more. Raises OSError where the disk does not take it."""
         self.size += len(data)
         self._data += data
         if len(self._data) > (PIECE if self._file is not None else self._in_memory):
-            await asyncio.to_thread(self._to_file)
+            await asyncio.get_running_loop().run_in_executor(_threads, self._to_file)
+            Spool.total += self.size - self._on_disk
+            self._on_disk = self.size
 
     def _to_file(self) -> None:
+        with self.lock:
+            if not self._closed:
+                self._write_out()
+
+    def _write_out(self) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="gateway-", buffering=0)  # noqa: SIM115 -- closed by close()
         self._file.seek(0, 2)
@@ -43,25 +61,43 @@ class Spool:
         end = min(end, start + PIECE)
         if self._file is None:
             return bytes(self._data[start:end])
-        return await asyncio.to_thread(self._from_file, start, end)
+        return await asyncio.get_running_loop().run_in_executor(_threads, self._from_file, start, end)
 
     def _from_file(self, start: int, end: int) -> bytes:
-        if self._data:
-            self._to_file()
-        assert self._file is not None  # noqa: S101 -- only called with one
-        self._file.seek(start)
-        return self._file.read(end - start)
+        with self.lock:
+            if self._closed:
+                return b""  # nobody waits for it
+            if self._data or self._file is None:
+                self._write_out()
+            assert self._file is not None  # noqa: S101 -- just made
+            self._file.seek(start)
+            return self._file.read(end - start)
 
     def file(self) -> IO[bytes]:
-        """Return a file with all that was written, at its beginning; for work in another thread."""
-        self._to_file()
+        """Return a file with all that was written, at its beginning; for a thread that holds the lock.
+
+        Raises OSError where it was closed.
+        """
+        if self._closed:
+            raise OSError("closed: nobody waits for it any more")
+        self._write_out()
         assert self._file is not None  # noqa: S101 -- just made
         self._file.seek(0)
         return self._file
 
     def close(self) -> None:
-        """Let go of what is kept."""
-        self._data = bytearray()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Let go of what is kept; the file goes when no thread works with it any more."""
+        Spool.total -= self._on_disk
+        self._on_disk = 0
+        self._closed = True
+        if self._file is None and not self.lock.locked():
+            self._data = bytearray()
+        else:
+            _threads.submit(self._close_file)
+
+    def _close_file(self) -> None:
+        with self.lock:
+            self._data = bytearray()
+            if self._file is not None:
+                self._file.close()
+                self._file = None

@@ -146,6 +146,13 @@ def _head(request: Request, destination: Destination, path: str, credential: Cre
     )
 
 
-@lru_cache(maxsize=1024)
 def _request_line(method: str, base: bytes, path: str, host: bytes) -> bytes:
+    # Only short ones are kept: what a client makes up must not fill the memory.
+    return (_short_line if len(path) <= 128 else _line)(method, base, path, host)
+
+
+def _line(method: str, base: bytes, path: str, host: bytes) -> bytes:
     return b"%b %b%b HTTP/1.1\r\nhost: %b" % (method.encode(), base, path.encode("ascii"), host)
+
+
+_short_line = lru_cache(maxsize=1024)(_line)

@@ -32,9 +32,13 @@ class Place(NamedTuple):
     model: str | None
 
 
-@lru_cache(maxsize=256)
 def place_of(path: str) -> Place | None:
     """Read a client's path; None where it is no API's."""
+    # Only short ones are kept: what a client makes up must not fill the memory.
+    return _short_place(path) if len(path) <= 128 else _place(path)
+
+
+def _place(path: str) -> Place | None:
     openai, azure = path.find("/v1/"), path.find("/openai/")
     if azure < 0 or 0 <= openai < azure:
         if openai < 0:
@@ -48,6 +52,9 @@ def place_of(path: str) -> Place | None:
     if path.startswith("/deployments/"):
         return _named(prefix, path[len("/deployments") :])
     return Place(prefix, path.removeprefix("/v1"), None)
+
+
+_short_place = lru_cache(maxsize=1024)(_place)
 
 
 def _named(prefix: str, path: str) -> Place | None:

@@ -106,25 +106,27 @@ class Answer:
     def feed(self, data: bytes) -> bytes:
         """Take bytes of the body; returns what follows its end. Raises Malformed."""
         extra = b""
+        done = False
         if self._chunks is not None:
             data = self._chunks.feed(data)
-            self.done, extra = self._chunks.done, self._chunks.extra
+            done, extra = self._chunks.done, self._chunks.extra
         elif self._left >= 0:
             left = self._left
             if len(data) > left:
                 data, extra = data[:left], data[left:]
             self._left = left - len(data)
-            self.done = not self._left
+            done = not self._left
         if self._sink is not None:
             if data:
-                self._sink(data)
+                self._sink(data)  # may raise: then it is not done, and whoever waits is told
         elif data:
             self._parts.append(data)
             self._size += len(data)
             if self.whole is None:
                 self._wake()
-                if self._size > _WAITING and not self.done:
+                if self._size > _WAITING and not done:
                     self.hold()
+        self.done = done
         return extra
 
     def end(self, whole: bytes | None = None) -> None:

@@ -1,10 +1,14 @@
 """`model_echo`: answers name the model that the client asked for."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from gateway import Event, EventFilter, Next, Request, Response, Stage
+
+# What is decoded at most, in bytes.
+MOST = 4 * 1024 * 1024
 
 
 @dataclass
@@ -12,7 +16,7 @@ class ModelEcho(Stage):
     """Put the client's own name of the model in answers, where Azure puts its base model or deployment.
 
     In JSON and in each event of a stream: the field `model`, also that of a `response` in it. An empty one,
-    as in Azure's first chunk, stays empty.
+    as in Azure's first chunk, stays empty, and an answer above 4 MB stays as it is.
     """
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -22,12 +26,25 @@ class ModelEcho(Stage):
             return response
         if response.event_stream:
             response.pipe(EchoEvents(model))
-        elif "json" in (response.headers.get("content-type") or ""):
+        elif is_json(response) and length(response) <= MOST:
             content = named(parsed(await response.read()), model)
             if content is not None:
-                response.body = json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+                response.body = json.dumps(content).encode()
                 response.headers.remove("content-length")
         return response
+
+
+def is_json(response: Response) -> bool:
+    """Whether an answer is JSON, by its media type."""
+    return (response.headers.get("content-type") or "").partition(";")[0].strip().lower() == "application/json"
+
+
+def length(response: Response) -> float:
+    """Return the length of an answer, infinite where it is not told."""
+    if isinstance(response.body, bytes):
+        return len(response.body)
+    told = response.headers.get("content-length") or ""
+    return int(told) if told.isdigit() else math.inf
 
 
 class EchoEvents(EventFilter):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import Annotated, Literal
-from urllib.parse import unquote
 
 from gateway import ApiError, Meta, Next, Request, Response, Services, Stage, Target
 
@@ -150,7 +149,7 @@ class ModelMap(Stage):
         if request.operation == "models.list":
             return Response.json({"object": "list", "data": [self._model(name) for name in self._listed]})
         if request.operation == "models.retrieve":
-            name = unquote(request.path.removeprefix("/models/"))
+            name = await request.model() or ""
             if name not in self._listed and self._find(name) is None:
                 raise self._refusal(name)
             return Response.json(self._model(name))

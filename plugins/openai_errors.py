@@ -17,8 +17,8 @@ UNTOLD = 1.0
 MOST = 256 * 1024
 FIELDS = ("message", "type", "param", "code")
 WAIT = re.compile(
-    r"(?:retry|try again)\s+(?:after|in)\s+(?:about\s+)?(\d+(?:\.\d+)?)\s*"
-    r"(ms|milliseconds?|s|seconds?|m|minutes?|h|hours?|d|days?)(?![a-z])(?:(\d+)s\b)?",
+    r"(?:retry|try again)\s+(?:after|in)\s+(?:about\s+)?(\d{1,9}(?:\.\d{1,6})?)\s*"
+    r"(ms|milliseconds?|s|seconds?|m|minutes?|h|hours?|d|days?)(?![a-z])(?:(\d{1,9})s\b)?",
     re.IGNORECASE,
 )
 UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -59,11 +59,16 @@ class OpenAIErrors(Stage):
 
 
 def parsed(data: bytes) -> Any:
-    """Return what is JSON, else None."""
+    """Return what is JSON, else None; what is no number in JSON becomes null."""
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=lambda _: None, parse_float=finite)
     except (ValueError, RecursionError):
         return None
+
+
+def finite(text: str) -> float | None:
+    """Return a number, or None where it is too large for one."""
+    return number if math.isfinite(number := float(text)) else None
 
 
 def read_error(data: bytes) -> dict[str, Any]:
@@ -90,7 +95,8 @@ def spoken(request: Request, status: int, own: dict[str, Any]) -> dict[str, Any]
         code, kind = "invalid_api_key", "invalid_request_error"
     elif code == "DeploymentNotFound":
         code, param = "model_not_found", "model"
-        message += f" (the deployment {request.target.deployment!r}, which the model is mapped to)"
+        named = request.target.deployment
+        message += f" (the deployment {named!r}, which the model is mapped to)" if named else " (no model was named)"
     elif status == 404 and message.rstrip(".").lower() == "resource not found":
         code = "operation_not_supported"
         message = not_found(request)

@@ -2,6 +2,7 @@
 
 import re
 from base64 import b32encode
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -9,13 +10,19 @@ from typing import Any
 from gateway import ApiError, Event, EventFilter, Next, Request, Response, Services, Stage
 
 # How the ids begin of what lives in one resource; what lives inside them (messages, runs) is found through them.
-KINDS = rb"resp|conv|file|assistant|batch|vs|thread|asst|ftjob|cntr|eval|video|upload|chatcmpl"
-# The value of a field `id`, `..._id`, or `conversation`; and the list of a field `..._ids`.
-ONE = re.compile(rb'("(?:id|[a-z_]+_id|conversation)"\s*:\s*")((?:' + KINDS + rb')[-_][A-Za-z0-9_-]+)(?=")')
-SEVERAL = re.compile(rb'"[a-z_]+_ids"\s*:\s*\[[^\[\]]*\]')
-LISTED = re.compile(rb'(")((?:' + KINDS + rb')[-_][A-Za-z0-9_-]+)(?="(?!\s*:))')
+KINDS = rb"(?:resp|conv|file|assistant|batch|vs|thread|asst|ftjob|cntr|eval|video|upload|chatcmpl)[-_][A-Za-z0-9_-]+"
 # An id as it is given to clients: Azure's, a full stop, and the mark of its resource.
-MARKED = re.compile(r"([A-Za-z0-9_-]+)\.(r[a-z2-7]{6})(?![A-Za-z0-9_.-])")
+MARK = rb"\.(r[a-z2-7]{6})"
+# The fields that hold an id, besides `id` and `..._id`; those that hold a list of them end with `_ids`.
+FIELD = rb'("(?:id|[a-z_]+_id|conversation|container|training_file|validation_file)"\s*:\s*")'
+LIST = re.compile(rb'"[a-z_]+_ids"\s*:\s*\[[^\[\]]*\]')
+# What users keep beside their objects is theirs: text, whatever it looks like.
+METADATA = re.compile(rb'("metadata"\s*:\s*\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})')
+ONE = re.compile(FIELD + b"(" + KINDS + b')(?=")')
+LISTED = re.compile(b'(")(' + KINDS + rb')(?="(?!\s*:))')
+ONE_MARKED = re.compile(FIELD + b"(" + KINDS + b")" + MARK + b'(?=")')
+LISTED_MARKED = re.compile(b'(")(' + KINDS + b")" + MARK + rb'(?="(?!\s*:))')
+IN_PATH = re.compile(r"(?<![A-Za-z0-9_-])([A-Za-z0-9_-]{1,128})\.(r[a-z2-7]{6})(?![A-Za-z0-9_.-])")
 FAMILIES = frozenset(
     ("responses", "conversations", "files", "batches", "vector_stores", "threads", "assistants", "fine_tuning",
      "containers", "evals", "videos", "uploads")
@@ -52,13 +59,14 @@ class ResourceIds(Stage):
             return await call_next(request)
         await self._send_home(request)
         response = await call_next(request)
-        resource = request.target.resource
-        mark = self._marks.get(resource.name) if resource is not None else None
-        if mark is None or response.error is not None:
-            return response
+        # A stage below may have asked another resource than the target names.
+        target = request.sent_to
+        mark = self._marks.get(target.resource.name) if target is not None and target.resource is not None else None
+        if mark is None or response.error is not None or "content" in (request.operation or "").split("."):
+            return response  # a file's content is the user's own
         if response.event_stream:
             response.pipe(MarkEvents(mark.encode()))
-        elif "json" in (response.headers.get("content-type") or ""):
+        elif media_type(response.headers.get("content-type")) == "application/json":
             response.body = marked(await response.read(), mark.encode())
             response.headers.remove("content-length")
         return response
@@ -66,34 +74,37 @@ class ResourceIds(Stage):
     async def _concerns(self, request: Request) -> bool:
         operation = request.operation or ""
         if operation == "chat.completions":
-            return b'"store"' in await request.body()  # only stored ones are kept
+            # Only stored ones are kept; but files may be named in any.
+            body = await request.body()
+            return b'"store"' in body or any(f'.{mark}"'.encode() in body for mark in self._resources)
         return operation.partition(".")[0] in FAMILIES or operation.startswith("chat.completions.")
 
     async def _send_home(self, request: Request) -> None:
         """Take the marks off a request's ids, and send it to the resource that they name."""
         found: dict[str, str] = {}
 
-        def unmarked(match: re.Match[str]) -> str:
-            found.setdefault(match.group(2), match.group(1))
+        def in_path(match: re.Match[str]) -> str:
+            found.setdefault(match.group(2), match.group())
             return match.group(1)
 
-        request.path = MARKED.sub(unmarked, request.path)
-        request.query = MARKED.sub(unmarked, request.query)
-        strangers = [mark for mark in found if mark not in self._resources]
-        if strangers:
-            raise ApiError(
-                404,
-                f"{found[strangers[0]]}.{strangers[0]} is from an Azure resource that is not in use for you",
-                code="not_found",
-            )
-        if request.method == "POST" and "json" in (request.headers.get("content-type") or ""):
+        def in_body(match: re.Match[bytes]) -> bytes:
+            mark = match.group(3).decode()
+            if mark not in self._resources:
+                return match.group()
+            found.setdefault(mark, (match.group(2) + b"." + match.group(3)).decode())
+            return match.group(1) + match.group(2)
+
+        request.path = IN_PATH.sub(in_path, request.path)
+        request.query = IN_PATH.sub(in_path, request.query)
+        strange = [example for mark, example in found.items() if mark not in self._resources]
+        if strange:
+            raise ApiError(404, f"{strange[0]} is from an Azure resource that is not in use for you", code="not_found")
+        if request.method == "POST" and not media_type(request.headers.get("content-type")).startswith("multipart/"):
             body = await request.body()
-            marks = [mark for mark in self._resources if f'.{mark}"'.encode() in body]
-            for mark in marks:
-                found.setdefault(mark, "an id of the body")
-                body = body.replace(f'.{mark}"'.encode(), b'"')
-            if marks:
-                request.set_body(body)
+            if any(f'.{mark}"'.encode() in body for mark in self._resources):
+                made = outside_metadata(body, lambda data: changed(data, ONE_MARKED, LISTED_MARKED, in_body))
+                if made != body:
+                    request.set_body(made)
         if len(found) > 1:
             raise ApiError(
                 400,
@@ -105,11 +116,17 @@ class ResourceIds(Stage):
             if request.target.deployment is not None and chosen is not None and chosen.name != resource.name:
                 raise ApiError(
                     400,
-                    f"the model is in another Azure resource than {example}; use the model that made it",
+                    f"the model is in another Azure resource than {example}; use a model of that resource, "
+                    "or make it anew where the model is",
                     param="model",
                     code="resource_mismatch",
                 )
             request.target = request.target.replace(resource=resource)
+
+
+def media_type(content_type: str | None) -> str:
+    """Return a Content-Type without its parameters."""
+    return (content_type or "").partition(";")[0].strip().lower()
 
 
 class MarkEvents(EventFilter):
@@ -130,5 +147,23 @@ def mark_of(endpoint: str) -> str:
 
 def marked(data: bytes, mark: bytes) -> bytes:
     """Return JSON with the mark behind each id of what is kept; every other byte stays."""
-    data = ONE.sub(rb"\g<1>\g<2>." + mark, data)
-    return SEVERAL.sub(lambda listed: LISTED.sub(rb"\g<1>\g<2>." + mark, listed.group()), data)
+
+    def put(match: re.Match[bytes]) -> bytes:
+        return match.group() + b"." + mark
+
+    return outside_metadata(data, lambda part: changed(part, ONE, LISTED, put))
+
+
+def changed(
+    data: bytes, one: re.Pattern[bytes], listed: re.Pattern[bytes], change: Callable[[re.Match[bytes]], bytes]
+) -> bytes:
+    """Change each id, in fields of its own and in lists."""
+    return LIST.sub(lambda found: listed.sub(change, found.group()), one.sub(change, data))
+
+
+def outside_metadata(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """Change JSON, but for users' metadata."""
+    if b'"metadata"' not in data:
+        return change(data)
+    parts: list[bytes] = METADATA.split(data)
+    return b"".join([part if place % 2 else change(part) for place, part in enumerate(parts)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -9,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from gateway import batch
 from gateway.testing import FakeAzure
-from tests.conftest import StartGateway
+from tests.conftest import StartGateway, until
 from tests.test_models import HEADERS, form
+from tests.test_spool import open_files
 
 YAML = """
 resources: {east: {endpoint: "${ENDPOINT}"}, west: {endpoint: "${WEST}"}}
@@ -105,6 +108,44 @@ async def test_a_line_that_cannot_be_used_is_named(
         assert "line 2 of the batch file" in content["error"]["message"]
         assert why in content["error"]["message"]
         assert content["error"]["param"] == "file"
+        assert not east.requests
+
+
+async def test_a_line_keeps_half_a_surrogate_pair(start_gateway: StartGateway) -> None:
+    """JSON allows it, and JavaScript sends it."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        half = rb'{"custom_id":"1","body":{"model":"gpt-4o","x":"\ud83d"}}'
+        status, _, _ = await upload(start_gateway, east, west, purpose="batch", file=half)
+        assert status == 200
+        assert rb'{"custom_id":"1","body":{"model":"prod-4o","x":"\ud83d"}}' in east.requests[0].body
+
+
+async def test_what_a_line_may_be_is_bounded(start_gateway: StartGateway) -> None:
+    """Its length, its model's name, and the number of lines; an error does not repeat what is too long."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        for file, why in (
+            (line(1, "m" * 2_000_000).encode(), "line 1 of the batch file cannot be used: `model` must be 1 to 256"),
+            (line(1, input="x" * 17_000_000).encode(), "line 1 of the batch file cannot be used: it is longer than"),
+            (b"\n" * 200_001, "it is one of more than 200000"),
+        ):
+            status, content, _ = await upload(start_gateway, east, west, purpose="batch", file=file)
+            assert status == 400
+            assert why in content["error"]["message"]
+            assert len(content["error"]["message"]) < 200
+        assert not east.requests
+
+
+async def test_a_client_that_leaves_while_its_file_is_read_leaves_nothing(start_gateway: StartGateway) -> None:
+    """The thread stops, and no file stays open."""
+    async with FakeAzure() as east, FakeAzure() as west:
+        gateway = await start_gateway(east.endpoint, YAML.replace("VERSION", "v1"), env={"WEST": west.endpoint})
+        before = open_files()
+        data = form(purpose="batch", file=f"{line(1)}\n".encode() * 150_000)
+        post = asyncio.create_task(gateway.post("/v1/files", None, data=io.BytesIO(data), headers=HEADERS).__aenter__())
+        await until(lambda: batch._waiting)
+        post.cancel()
+        await gateway.idle()
+        await until(lambda: not batch._waiting and open_files() == before, 20)
         assert not east.requests
 
 

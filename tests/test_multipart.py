@@ -18,12 +18,13 @@ def form(parts: list[tuple[str, bytes]], boundary: bytes = b"xyz") -> bytes:
     return b"".join(made) + b"--%b--\r\n" % boundary
 
 
-def read(body: bytes, pieces: list[int], keep: str = "model", mark: str = "file") -> FormReader:
-    reader = FormReader(b"xyz", frozenset({keep}), frozenset({mark}))
+def read(body: bytes, pieces: list[int]) -> FormReader:
+    reader = FormReader(b"xyz", {"model": True, "file": False})
     place = 0
     for end in [*sorted(pieces), len(body)]:
         reader.feed(body[place:end])
         place = end
+    reader.end()
     return reader
 
 
@@ -45,7 +46,7 @@ def test_places_are_exact_at_every_split(
     """Wherever the body is cut, a field's value is `body[start:end]` and its part `body[begins:next]`."""
     fields = [("model", model), ("file", file)] if first else [("file", file), ("model", model)]
     body = form([*others, *fields])
-    if b"\r\n--xyz" in model + file + b"".join(value for _, value in others):
+    if any(b"\n--xyz" in b"\n" + value for _, value in [*others, *fields]):
         return  # no such form can be: the boundary is chosen so that it does not occur
     reader = read(body, [min(piece, len(body)) for piece in pieces])
     assert reader.done
@@ -62,13 +63,15 @@ def test_places_are_exact_at_every_split(
 
 
 def test_a_field_is_there_before_the_form_ends() -> None:
-    """As soon as the line after its value has begun."""
-    reader = FormReader(b"xyz", frozenset({"model"}))
+    """As soon as the line after its value has begun; a form that ends there is none."""
+    reader = FormReader(b"xyz", {"model": True})
     reader.feed(b'--xyz\r\ncontent-disposition: form-data; name="model"\r\n\r\nm-1')
     assert reader.fields["model"].end == -1
     reader.feed(b"\r\n--xyz")
     found = reader.fields["model"]
     assert (found.whole, found.text, reader.done) == (True, "m-1", False)
+    with pytest.raises(ApiError, match="breaks off"):
+        reader.end()
 
 
 @pytest.mark.parametrize(
@@ -76,34 +79,90 @@ def test_a_field_is_there_before_the_form_ends() -> None:
     [
         ('Content-Disposition: form-data; name="model"', "model"),
         ("content-disposition:form-data;name=model", "model"),
+        ('Content-Disposition: form-data; name="Model"', "model"),
         ('Content-Type: text/plain\r\nContent-Disposition: form-data; filename="x"; name="model"', "model"),
-        ('Content-Disposition: form-data; filename="a; name=\\"model\\""; name="file"', "file"),
-        ('Content-Disposition: form-data; name="model"; name="file"', None),
-        ('Content-Disposition: attachment; name="model"', None),
-        ("X: y", None),
+        ("Content-Disposition: form-data; name=\"file\"; filename*=UTF-8''a%20b", "file"),
+        ('Content-Disposition: form-data; filename="; name=model"; name="file"', "file"),
+        ('Content-Disposition: form-data; name="file"; filename="C:\\a b.txt"', "file"),
+        ('Content-Disposition: form-data; name="other"', None),
     ],
 )
 def test_how_a_part_is_named(head: str, name: str | None) -> None:
-    """In quotes or not, in any order; never by what only looks like its name, and two names are none."""
+    """In quotes or not, in any order and case, and never by what only looks like its name."""
     body = f"--xyz\r\n{head}\r\n\r\nv\r\n--xyz--".encode()
     assert list(read(body, []).fields) == ([name] if name else [])
 
 
-def test_a_doubled_field_is_refused() -> None:
+HIDDEN = 'Content-Disposition: form-data; name="model"'
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        'Content-Disposition: form-data; name = "model"',
+        "Content-Disposition: form-data; name*=UTF-8''model",
+        "Content-Disposition: form-data; name=\"x\"; name*=UTF-8''model",
+        'Content-Disposition: form-data;\r\n name="model"',
+        'Content-Disposition: attachment; name="model"',
+        f'Content-Disposition: form-data; name="x"\r\n{HIDDEN}',
+        'Content-Disposition : form-data; name="model"',
+        'Content-Disposition: form-data; filename="a\\"; name="model"',
+        'Content-Disposition: form-data; name="x"; name="model"',
+        f"X: y\n{HIDDEN}\r\nContent-Disposition: form-data; name=x",
+        "Content-Disposition: form-data",
+        "X: y",
+        "",
+    ],
+)
+def test_what_two_readers_could_name_differently_is_refused(head: str) -> None:
+    """Azure might see a `model` there that was not checked."""
+    with pytest.raises(ApiError) as caught:
+        read(f"--xyz\r\n{head}\r\n\r\nv\r\n--xyz--".encode(), [])
+    assert (caught.value.status, caught.value.code) == (400, "malformed_form")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\n--xyz\r\n" + HIDDEN.encode() + b"\r\n\r\nm",
+        b"\r--xyz--",
+        b"\r\n--xyz--X",
+        b"\r\n--xyzX",
+        b"\r\n--xyz--\r\nX",
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_delimiter_that_only_some_readers_see_is_refused(value: bytes, size: int) -> None:
+    """After half a line break, or with more behind it; however the form is cut."""
+    body = form([("prompt", b"a" + value)])
+    with pytest.raises(ApiError, match="malformed"):
+        read(body, list(range(size, len(body), size)))
+
+
+def test_line_feeds_alone_make_no_form() -> None:
+    """Neither do they hide one from those who take them."""
+    with pytest.raises(ApiError, match="malformed"):
+        read(form([("model", b"m")]).replace(b"\r\n", b"\n"), [])
+
+
+@pytest.mark.parametrize("name", ["model", "MODEL", "Model"])
+def test_a_doubled_field_is_refused(name: str) -> None:
     """Azure might take the other one: the model that was checked must be the one that is used."""
     with pytest.raises(ApiError, match="two fields 'model'"):
-        read(form([("model", b"a"), ("x", b""), ("model", b"b")]), [])
+        read(form([("model", b"a"), ("x", b""), (name, b"b")]), [])
+
+
+def test_fields_that_are_alike_are_one() -> None:
+    """Two names for the same thing are a doubled field, too."""
+    reader = FormReader(b"xyz", {"a": True, "b": True}, alike=frozenset({"a", "b"}))
+    with pytest.raises(ApiError, match="two fields 'b'"):
+        reader.feed(form([("a", b""), ("b", b"")]))
 
 
 @pytest.mark.parametrize(
     "body",
-    [
-        b'--xyzz\r\nContent-Disposition: form-data; name="model"\r\n\r\nv\r\n--xyz--',
-        b"--xyz\r\n" + b"a" * 20_000,
-        form([("model", b"m" * 70_000)]),
-        form([("x", b"")] * 10_001),
-    ],
-    ids=["another boundary", "endless head", "endless model", "too many parts"],
+    [b"--xyz\r\n" + b"a" * 20_000, form([("model", b"m" * 70_000)]), form([("x", b"")] * 10_001)],
+    ids=["endless head", "endless model", "too many parts"],
 )
 def test_what_is_no_sound_form_is_refused(body: bytes) -> None:
     """With a 400, before it takes memory."""
@@ -113,15 +172,28 @@ def test_what_is_no_sound_form_is_refused(body: bytes) -> None:
 
 
 def test_boundaries() -> None:
-    """From the Content-Type, in quotes or not; another type has none, and a form without one is refused."""
-    assert boundary_of("multipart/form-data; boundary=abc") == b"abc"
-    assert boundary_of('Multipart/Form-Data; charset=utf-8; Boundary="a b;c"') == b"a b;c"
-    assert boundary_of("application/json") is None
-    assert boundary_of(None) is None
-    for broken in (
-        "multipart/form-data",
-        "multipart/form-data; boundary=",
-        f"multipart/form-data; boundary={'x' * 71}",
-    ):
-        with pytest.raises(ApiError, match="boundary"):
-            boundary_of(broken)
+    """From the Content-Type, in quotes or not; another type has none."""
+    assert boundary_of(["multipart/form-data; boundary=abc"]) == b"abc"
+    assert boundary_of(['Multipart/Form-Data; charset=utf-8; Boundary="a b,c"']) == b"a b,c"
+    assert boundary_of(["application/json"]) is None
+    assert boundary_of([]) is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["multipart/form-data"],
+        ["multipart/form-data; boundary="],
+        [f"multipart/form-data; boundary={'x' * 71}"],
+        ["multipart/form-data; boundary=a; boundary=b"],
+        ["multipart/form-data; boundary =a; boundary=b"],
+        ["multipart/form-data; boundary*=a; boundary=b"],
+        ['multipart/form-data; x="; boundary=a ; boundary=b'],
+        ['multipart/form-data; boundary="a;"'],
+        ["text/plain", "multipart/form-data; boundary=a"],
+    ],
+)
+def test_a_boundary_that_cannot_be_told_for_sure_is_refused(given: list[str]) -> None:
+    """Who reads another one reads another form."""
+    with pytest.raises(ApiError, match="malformed"):
+        boundary_of(given)

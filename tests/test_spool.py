@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.spool import Spool
+from tests.conftest import until
 
 
 def open_files() -> set[str]:
@@ -32,7 +33,8 @@ async def test_what_was_written_is_read_back(pieces: list[bytes], start: int, si
     whole = b"".join(pieces)
     assert spool.size == len(whole)
     assert await spool.read(start, start + size) == whole[start : start + size]
-    assert spool.file().read() == whole
+    with spool.lock:
+        assert spool.file().read() == whole
     spool.close()
 
 
@@ -47,4 +49,15 @@ async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
     assert await spool.read(800, 1000) == b"x" * 200
     spool.close()
     spool.close()
-    assert open_files() == before
+    await until(lambda: open_files() == before)
+    assert Spool.total == 0
+
+
+async def test_what_was_closed_gives_nothing() -> None:
+    """Whoever still reads has lost its client."""
+    spool = Spool(in_memory=10)
+    await spool.write(b"x" * 20)
+    assert Spool.total == 20
+    spool.close()
+    await until(lambda: spool._file is None)
+    assert await spool.read(0, 20) == b""

@@ -148,10 +148,12 @@ class FakeAzure:
             return _json({"error": {"code": "401", "message": message}}, 401)
         form = _FORM_MODEL.search(seen.body)
         body: Any = {"model": form.group(1).decode()} if form is not None else {}
-        if seen.body and (seen.body[:1] == b"{" or "json" in (seen.headers.get("content-type") or "")):
+        if seen.body and (
+            seen.body[:1] == b"{" or (seen.headers.get("content-type") or "").startswith("application/json")
+        ):
             try:
                 body = seen.json()
-            except msgspec.DecodeError:
+            except ValueError:
                 return _json({"error": {"code": "BadRequest", "message": "invalid JSON"}}, 400)
         if deployment is not None and operation.startswith("images/") and "model" in body:
             return _json({"error": {"code": "BadRequest", "message": "model is not allowed here"}}, 400)

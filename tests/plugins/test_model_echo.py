@@ -34,6 +34,17 @@ async def test_events_of_the_responses_api() -> None:
     assert sent.body == expected
 
 
+async def test_large_answers_and_half_surrogates_are_no_trouble() -> None:
+    """What is above 4 MB passes; half of a pair stays as JSON writes it."""
+    large = b'{"model":"x","data":"' + b"A" * 5_000_000 + b'"}'
+    for body, expected in (
+        (large, large),
+        (rb'{"model":"x","text":"\ud83d"}', rb'{"model": "gpt-4o", "text": "\ud83d"}'),
+    ):
+        sent = await post(ModelEcho(), answer=Response(200, body, {"content-type": "application/json"}), json=CHAT)
+        assert sent.body == expected
+
+
 async def test_what_names_no_model_keeps_its_bytes() -> None:
     """So do errors, and what is no JSON object, and a name that is right already."""
     for status, body, kind in (

@@ -173,6 +173,27 @@ async def test_a_429_says_when_to_try_again(
     assert sent.headers.getall("retry-after-ms") == [milliseconds]
 
 
+@pytest.mark.parametrize("digits", ["9" * 400, "9" * 20, "1e400"])
+async def test_a_wait_that_is_no_time_breaks_nothing(digits: str) -> None:
+    """Azure may repeat what a client wrote."""
+    sent, error = await answered(400, {"error": {"message": f"Invalid value: retry after {digits} seconds"}})
+    assert (sent.status, error["type"]) == (400, "invalid_request_error")
+
+
+async def test_what_is_no_json_number_becomes_null() -> None:
+    """Python reads NaN and 1e999, and JSON has neither."""
+    sent, _ = await answered(400, b'{"error": {"message": "x", "a": NaN, "b": 1e999, "c": 1.5}}')
+    error = json.loads(sent.body, parse_constant=lambda name: pytest.fail(name))["error"]
+    assert (error["a"], error["b"], error["c"]) == (None, None, 1.5)
+
+
+async def test_a_request_without_a_model_is_told_so() -> None:
+    """Where Azure finds no deployment, because none was asked for."""
+    body = json.dumps({"error": {"code": "DeploymentNotFound", "message": "It does not exist."}}).encode()
+    sent = await send([OpenAIErrors()], "POST", "/responses", json={"input": "x"}, answer=Response(404, body))
+    assert json.loads(sent.body)["error"]["message"] == "It does not exist. (no model was named)"
+
+
 async def test_a_date_to_try_again_at() -> None:
     """As seconds from now."""
     sent, _ = await answered(503, {}, {"retry-after": formatdate(time() + 60, usegmt=True)})

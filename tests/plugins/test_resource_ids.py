@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -9,11 +10,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from gateway.testing import FakeAzure
+from gateway.testing import FakeAzure, Seen
 from plugins.resource_ids import mark_of, marked
 from tests.conftest import Gateway, StartGateway
-from tests.test_models import HEADERS, form
+from tests.test_models import BOUNDARY, HEADERS, form
 
 YAML = """
 resources:
@@ -142,6 +144,99 @@ async def test_what_cannot_be_together_is_said(start_gateway: StartGateway) -> N
             async with gateway.get(f"/v1/responses/resp_1.{mark}") as answer:
                 assert (answer.status, (await answer.json())["error"]["code"]) == (404, "not_found")
         assert asked == len(east.requests) + len(west.requests)
+
+
+async def test_files_in_chats_and_bodies_of_any_type_lead_back(start_gateway: StartGateway) -> None:
+    """Curl says that JSON is a web form; a chat may name a file."""
+    async with two(start_gateway) as (gateway, east, west):
+        far = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
+        own = far.partition(".")[0]
+        body = {"model": "far", "input": "x", "previous_response_id": far}
+        data, headers = json.dumps(body), {"Content-Type": "application/x-www-form-urlencoded"}
+        async with gateway.post("/v1/responses", None, data=data, headers=headers) as answer:
+            assert answer.status == 200
+        assert west.requests[-1].json()["previous_response_id"] == own
+        content = [{"type": "file", "file": {"file_id": f"file-1.{mark_of(west.endpoint)}"}}]
+        chat = {"model": "far", "messages": [{"role": "user", "content": content}]}
+        async with gateway.post("/v1/chat/completions", chat) as answer:
+            assert answer.status == 200
+        assert west.requests[-1].json()["messages"][0]["content"][0]["file"] == {"file_id": "file-1"}
+        async with gateway.post("/v1/chat/completions", {**chat, "model": "gpt-4o"}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (400, "resource_mismatch")
+        assert len(east.requests) == 0
+
+
+async def test_what_is_the_user_s_own_stays(start_gateway: StartGateway) -> None:
+    """Metadata, texts, and the content of files, whatever they look like; an upload whose boundary says json, too."""
+
+    async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        return web.json_response({"id": "resp_1", "metadata": {"ticket_id": "thread-42", "x": '"{'}})
+
+    async with two(start_gateway) as (gateway, east, west):
+        marked_id = f"resp_abc.{mark_of(west.endpoint)}"
+        body = {"model": "gpt-4o", "input": f"what is {marked_id}", "metadata": {"file_id": marked_id}}
+        async with gateway.post("/v1/responses", body) as answer:
+            assert answer.status == 200
+        assert east.requests[-1].json() == body
+        data = form(purpose="assistants", file=f'see "{marked_id}"'.encode()).replace(BOUNDARY.encode(), b"json")
+        headers = {"Content-Type": "multipart/form-data; boundary=json"}
+        async with gateway.post("/v1/files", None, data=data, headers=headers) as answer:
+            assert answer.status == 200
+        assert east.requests[-1].body == data
+        east.respond = respond
+        async with gateway.post("/v1/responses", {"model": "gpt-4o"}) as answer:
+            metadata = {"ticket_id": "thread-42", "x": '"{'}
+            assert await answer.json() == {"id": f"resp_1.{mark_of(east.endpoint)}", "metadata": metadata}
+        async with gateway.get("/v1/files/file-1/content") as answer:
+            assert (await answer.json())["id"] == "resp_1"
+
+
+async def test_evaluations_go_where_their_models_are(start_gateway: StartGateway) -> None:
+    """And not where an id of another resource would lead them."""
+    async with two(start_gateway) as (gateway, east, west):
+        path = f"/v1/evals/eval_1.{mark_of(west.endpoint)}/runs"
+        async with gateway.post(path, {"data_source": {"type": "completions", "model": "gpt-4o"}}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (400, "resource_mismatch")
+        assert not east.requests
+        assert not west.requests
+
+
+async def test_a_deployment_in_the_path_chooses_the_resource(start_gateway: StartGateway) -> None:
+    """Where nothing else does: a thread, or a file, can be made beside a model that is not in the team's own."""
+    async with two(start_gateway) as (gateway, east, west):
+        thread = await made(gateway, "/openai/deployments/far/threads", {})
+        assert thread.endswith(mark_of(west.endpoint))
+        assert west.requests[0].path == "/openai/threads"
+        assert not east.requests
+
+
+async def test_a_stage_below_may_ask_another_resource(start_gateway: StartGateway) -> None:
+    """The mark is that of the resource which answered."""
+    stage = """
+from gateway import Stage
+
+class Elsewhere(Stage):
+    "Ask the other resource."
+    async def start(self, services):
+        self.west = services.resources["west"]
+
+    async def __call__(self, request, call_next):
+        return await call_next(request.copy(target=request.target.replace(resource=self.west)))
+"""
+    yaml = "plugins_path: mine\n" + YAML.replace("  - openai_errors", "  - elsewhere")
+    async with FakeAzure(tag="e") as east, FakeAzure(tag="w") as west:
+        gateway = await start_gateway(east.endpoint, yaml, {"mine/elsewhere.py": stage}, env={"WEST": west.endpoint})
+        made_id = await made(gateway, "/v1/responses", {"model": "gpt-4o", "input": "x"})
+        assert made_id.endswith(mark_of(west.endpoint))
+
+
+async def test_long_paths_take_no_time(start_gateway: StartGateway) -> None:
+    """A mark is looked for without going back: the answer is there before a second has passed."""
+    async with two(start_gateway) as (gateway, _, _):
+        async with asyncio.timeout(1):
+            for name in ("a", "a-", "a."):
+                async with gateway.get(f"/v1/files?after={name * (15_000 // len(name))}") as answer:
+                    assert answer.status in (200, 400)  # the fake takes no line that long
 
 
 async def test_only_what_azure_keeps_is_marked(start_gateway: StartGateway) -> None:
