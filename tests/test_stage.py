@@ -15,7 +15,7 @@ from gateway.errors import StartError
 from gateway.messages import Target
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure, Seen, post, running, send
-from tests.conftest import CHAT, StartGateway, until
+from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, raw_request, until
 
 
 @dataclass
@@ -320,6 +320,46 @@ async def test_a_stage_may_read_and_replace_the_body() -> None:
         yield b"b"
 
     assert (await post(Shout(), answer=lambda request: Response(200, pieces()))).body == b"AB"
+
+
+async def test_a_filter_that_fails_on_the_last_piece_is_seen(start_gateway: StartGateway) -> None:
+    """Also where the end of the stream came in the same read: the client must not wait for ever."""
+    stage = """
+from gateway import Filter, Stage
+
+class Broken(Filter):
+    def feed(self, data):
+        raise KeyError("choices")
+
+class Breaks(Stage):
+    "Put a broken filter on the answer."
+    async def __call__(self, request, call_next):
+        response = await call_next(request)
+        response.pipe(Broken())
+        return response
+"""
+    yaml = """
+plugins_path: mine
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [access_log, breaks, auth_passthrough, model_map, api_version]
+"""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(0.05)
+        writer.write(b"9\r\ndata: 1\n\n\r\n0\r\n\r\n")
+        await reader.read()
+
+    upstream = RawUpstream(script)
+    async with upstream:
+        gateway = await start_gateway(upstream.endpoint, yaml, {"mine/breaks.py": stage})
+        received = await raw_request(gateway.port, chat_request(stream=True))
+        assert b'data: {"error"' in received
+        assert not received.endswith(b"0\r\n\r\n")
+        await gateway.idle()
+        [event] = gateway.exchanges()
+        assert (event["ended_by"], event["error"]) == ("gateway", "KeyError")
 
 
 @pytest.mark.parametrize("how", ["feed", "close", "generator"])
