@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = (
     "ClientGone",
     "closing_answer",
+    "note_end",
     "write_answer",
 )
 
@@ -85,7 +86,7 @@ async def write_answer(
         _write(connection, exchange, head, b"" if no_body else body)
         if connection.writing_paused:
             await _drained(connection, exchange, patience)
-        _note_end(exchange, response.error)
+        note_end(exchange, response.error)
         return not close
     chunked = not old and not no_body and "content-length" not in response.headers
     writer = _Writer(connection, exchange, patience, linked, chunked=chunked)
@@ -107,7 +108,7 @@ async def write_answer(
     finally:
         if (aclose := getattr(body, "aclose", None)) is not None:
             await aclose()
-    _note_end(exchange, response.error)
+    note_end(exchange, response.error)
     return not close
 
 
@@ -118,13 +119,14 @@ def _check(response: Any) -> None:
     check_body(response.body)
 
 
-def _note_end(exchange: Exchange, error: BaseException | None) -> None:
+def note_end(exchange: Exchange, error: BaseException | None) -> None:
     """Note who ended an exchange, given what went wrong with it, if anything did."""
     if error is None:
         exchange.ended_by = "complete"
         return
     exchange.ended_by = "upstream" if isinstance(error, UpstreamError) else "gateway"
     exchange.error = (error.code or error.type) if isinstance(error, ApiError) else type(error).__name__
+    exchange.reason = error.message if isinstance(error, ApiError) else None
 
 
 def _write(connection: Connection, exchange: Exchange, before: bytes, data: bytes) -> None:
@@ -253,7 +255,7 @@ def _break_off(
     old: bool,
 ) -> None:
     """End a stream that cannot go on so that it is seen to be broken."""
-    _note_end(exchange, exc)
+    note_end(exchange, exc)
     if isinstance(exc, ApiError):
         error = exc
     else:

@@ -33,7 +33,8 @@ class Outcome(msgspec.Struct, frozen=True):
     `status` is the status sent to the client, or 499 where it left before any was. `sent` counts body
     bytes. `first_byte` and `total` are seconds since the request's head had arrived; `first_byte` is None
     when nothing was sent. `ended_by` says who ended it: `complete` is the good end. `target` is where
-    Azure was last asked, None if it never was. `error` is the code or name of what went wrong.
+    Azure was last asked, None if it never was. `error` is the code or name of what went wrong, and `reason`
+    the words that the client was told, where they are the gateway's own.
     """
 
     status: int
@@ -43,6 +44,7 @@ class Outcome(msgspec.Struct, frozen=True):
     ended_by: EndedBy
     target: Target | None
     error: str | None
+    reason: str | None = None
 
 
 class Owned(Protocol):
@@ -61,6 +63,7 @@ class Exchange:
     status = 499
     ended_by: EndedBy = "client"
     error: str | None = None
+    reason: str | None = None
     target: Target | None = None
     _upstream: Owned | None = None
     _over = False
@@ -144,6 +147,7 @@ class Exchange:
             ended_by=self.ended_by,
             target=self.target,
             error=self.error,
+            reason=self.reason,
         )
         # Emptying the list as it runs also breaks the cycle request -> callbacks -> request.
         while callbacks:

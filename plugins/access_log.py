@@ -11,6 +11,7 @@ RESERVED = frozenset(("event", "level", "timestamp", "team", "stage"))
 class AccessLog(Stage):
     """Log each exchange once, at its end: who, what, how it went and how long it took.
 
+    An error that is the gateway's own has its words as `reason`; what is no operation has its method and path.
     Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
     """
 
@@ -36,6 +37,10 @@ class AccessLog(Stage):
                 "total_ms": round(outcome.total * 1000, 1),
                 "bytes": outcome.sent,
             }
+            if outcome.reason is not None:
+                facts["reason"] = outcome.reason
+            if request.operation is None:
+                facts["method"], facts["path"] = request.method, request.path[:200]
             if not RESERVED.isdisjoint(facts):
                 facts = {name: value for name, value in facts.items() if name not in RESERVED}
             self._logger.info("exchange", **facts)

@@ -45,14 +45,12 @@ class ResourceIds(Stage):
         self._marks: dict[str, str] = {}
 
     async def start(self, services: Services) -> None:
-        if len(services.reachable) < 2:
+        # Two with one endpoint, by different keys, are one place to Azure.
+        if len({resource.endpoint for resource in services.reachable.values()}) < 2:
             return
         for name, resource in services.reachable.items():
-            mark = mark_of(resource.endpoint)
-            if mark in self._resources:
-                raise ValueError(f"the resource {name!r} has the endpoint of another one")
-            self._resources[mark] = resource
-            self._marks[name] = mark
+            self._marks[name] = mark = mark_of(resource.endpoint)
+            self._resources.setdefault(mark, resource)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         if not self._resources or not await self._concerns(request):
@@ -112,8 +110,10 @@ class ResourceIds(Stage):
                 code="resource_mismatch",
             )
         for mark, example in found.items():
-            resource, chosen = self._resources[mark], request.target.resource
-            if request.target.deployment is not None and chosen is not None and chosen.name != resource.name:
+            chosen = request.target.resource
+            if chosen is not None and self._marks.get(chosen.name) == mark:
+                continue
+            if chosen is not None and request.target.deployment is not None:
                 raise ApiError(
                     400,
                     f"the model is in another Azure resource than {example}; use a model of that resource, "
@@ -121,7 +121,7 @@ class ResourceIds(Stage):
                     param="model",
                     code="resource_mismatch",
                 )
-            request.target = request.target.replace(resource=resource)
+            request.target = request.target.replace(resource=self._resources[mark])
 
 
 def media_type(content_type: str | None) -> str:

@@ -152,6 +152,9 @@ resources:
     api_key: ${AZURE_OPENAI_KEY_YYY}
     proxy: ${AZURE_OPENAI_SOCKS_PROXY:-${AZURE_OPENAI_HTTP_PROXY:-}}
 
+# Where requests go that name no model: files, threads, lists.
+resource: xxx-east-us
+
 # WHOEVER REACHES THIS GATEWAY SPENDS THE KEYS ABOVE, with any key or none: nothing here authenticates
 # clients, as nothing did in the Go proxy. Let nobody reach it who must not, or list a stage that does.
 auth: none
@@ -167,9 +170,14 @@ pipeline:
       unmapped: refuse
   - api_version:
       version: 2024-02-01
+      otherwise:
+        - v1
+        - 2025-04-01-preview
       models:
         gpt-3.5-turbo: 2023-05-15
   - sse_newline
+  - resource_ids
+  - openai_errors
 """
     )
     assert keys == {"AZURE_OPENAI_KEY_XXX_EAST_US": "sesame-east", "AZURE_OPENAI_KEY_YYY": "sesame-west"}

@@ -21,6 +21,8 @@ __all__ = ("Imported", "convert", "is_go_proxy")
 LISTEN = "${GATEWAY_LISTEN:-:8080}"
 PROXY = "${AZURE_OPENAI_SOCKS_PROXY:-${AZURE_OPENAI_HTTP_PROXY:-}}"
 VERSION = "2024-10-21"
+# For what the versions of the file do not have, as the shipped configuration says it.
+OTHERWISE = ("v1", "2025-04-01-preview")
 
 _NAMES = ("deployment_name", "model_name", "endpoint")
 _FIELDS = (*_NAMES, "api_key", "api_version")
@@ -87,6 +89,8 @@ class _Conversion:
                 place = self.settings["deployment_config"][1]
                 self.reader.mistake(place, "deployment_config lists nothing that can work")
             raise ConfigError(self.reader.mistakes)
+        resources = self._resources(entries)
+        several = len(resources.value) > 1
         stored = any(entry.texts["api_key"] for entry in entries)
         pipeline: list[Node] = [
             _scalar("access_log", self.root),
@@ -94,11 +98,14 @@ class _Conversion:
             _mapping(self.root, model_map=self._model_map(entries)),
             _mapping(self.root, api_version=self._api_version(entries)),
             _scalar("sse_newline", self.root),
+            *([_scalar("resource_ids", self.root)] if several else []),
+            _scalar("openai_errors", self.root),
         ]
         listen = self.settings.get("listen")
         parts: dict[str, Node] = {
             "listen": _scalar(LISTEN, self.root) if listen is None else _copy(listen[1]),
-            "resources": self._resources(entries),
+            "resources": resources,
+            **({"resource": _scalar(entries[0].resource, entries[0].node)} if several else {}),
             **({"auth": _scalar("none", self.root)} if stored else {}),
             "pipeline": SequenceNode("tag:yaml.org,2002:seq", pipeline, self.root.start_mark),
         }
@@ -112,6 +119,8 @@ class _Conversion:
                 "WHOEVER REACHES THIS GATEWAY SPENDS THE KEYS ABOVE, with any key or none: nothing here authenticates\n"
                 "clients, as nothing did in the Go proxy. Let nobody reach it who must not, or list a stage that does."
             )
+        if several:
+            self.made.comments["resource",] = "Where requests go that name no model: files, threads, lists."
         self.made.comments["listen",] = "Every interface, as the Go proxy. Behind nginx: 127.0.0.1:8080"
         self.made.root = _mapping(self.root, **parts)
         return self.made
@@ -270,6 +279,8 @@ class _Conversion:
             if version != usual
         ]
         parts: dict[str, Node] = {"version": _scalar(_plain(usual), place)}
+        otherwise = [_scalar(version, self.root) for version in OTHERWISE]
+        parts["otherwise"] = SequenceNode("tag:yaml.org,2002:seq", otherwise, self.root.start_mark)
         if others:
             parts["models"] = _node(self.root, others)
         return _mapping(self.root, **parts)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.answer import note_end
 from gateway.azure import find_operation
 from gateway.body import Body
 from gateway.errors import ApiError
@@ -129,7 +130,7 @@ class Running:
                     if leave_after is not None and len(received) >= leave_after:
                         return bytes(received[:leave_after])
             received += linked.close()
-            exchange.ended_by = "complete" if response.error is None else "gateway"
+            note_end(exchange, response.error)
         except ApiError as exc:
             exchange.ended_by = "upstream"
             exchange.error = exc.code
