@@ -25,7 +25,7 @@ from gateway.spool import Spool
 if TYPE_CHECKING:
     from gateway.messages import Request, Target
 
-__all__ = ("map_batch",)
+__all__ = ("batch_models", "map_batch")
 
 _IN_MEMORY = 1024 * 1024
 _PIECE = 256 * 1024
@@ -47,6 +47,30 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
     Raises ApiError 400 that names the line: one that is no request with a `body.model`, or whose model is in
     another resource than those before it; what `find` raises, with the line; 503 where too many files are at work.
     """
+    lines = _Lines(find)
+    made = await _read_upload(request, lines)
+    if made is None:
+        return
+    request._exchange.defer(lambda _: made.close())
+    if lines.target is not None:
+        target = request.target
+        request.target = lines.target.replace(api_version=target.api_version, credential=target.credential)
+    request.notes["model"] = ", ".join([*lines.found][:_SHOWN])
+    request.notes["batch_lines"] = lines.count
+    request._body.replace(_Made(made))
+
+
+async def batch_models(request: Request) -> tuple[str, ...]:
+    """Return the models that the lines of an uploaded batch file name; raises as `map_batch` does."""
+    lines = _Lines(lambda name: request.target.replace(deployment=name))
+    made = await _read_upload(request, lines)
+    if made is not None:
+        made.close()
+    return tuple(lines.found)
+
+
+async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
+    """Read a form, and write it anew with the lines of its batch file; None where it has none."""
     boundary = boundary_of(request.headers.getall("content-type"))
     if boundary is None:
         raise ApiError(400, "an upload is multipart/form-data, with `purpose` and `file`", code="malformed_form")
@@ -67,16 +91,8 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
     await body.look(watch, "send the field `purpose` before the file; a batch file must fit whole")
     file = form.fields.get("file")
     if not is_batch() or file is None:
-        return
-    lines = _Lines(find)
-    made = await _in_thread(body.looked_at(), file.start, file.end, lines)
-    request._exchange.defer(lambda _: made.close())
-    if lines.target is not None:
-        target = request.target
-        request.target = lines.target.replace(api_version=target.api_version, credential=target.credential)
-    request.notes["model"] = ", ".join([*lines.found][:_SHOWN])
-    request.notes["batch_lines"] = lines.count
-    body.replace(_Made(made))
+        return None
+    return await _in_thread(body.looked_at(), file.start, file.end, lines)
 
 
 async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:

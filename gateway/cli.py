@@ -33,6 +33,7 @@ gateway: nothing is configured. Do one of these:
                                       AZURE_OPENAI_MODEL_MAPPER=gpt-4=my-gpt4,gpt-4o=my-gpt-4o
                                       AZURE_OPENAI_API_VER=2024-10-21
   gateway serve --config gateway.yaml your own configuration (or GATEWAY_CONFIG=gateway.yaml)
+  gateway check gateway.yaml          whether that file is right
   gateway demo                        no Azure at all: in front of a fake one, to try it
 """
 
@@ -94,7 +95,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT|unix:PATH",
         help="where to listen, instead of `listen:`; :PORT is every interface",
     )
-    serve.add_argument("-s", "--cors", nargs="?", choices=("true", "false"), const="true", help="not built yet")
+    serve.add_argument(
+        "-s",
+        "--cors",
+        nargs="?",
+        choices=("true", "false"),
+        const="true",
+        help="CORS is not built yet: a warning says so",
+    )
     serve.add_argument(
         "--workers",
         metavar="N|auto",
@@ -134,14 +142,14 @@ def _parser() -> argparse.ArgumentParser:
         "stages", help="list the stages, or the settings of one", description="List the stages, or one's settings."
     )
     stages.add_argument("name", metavar="NAME", nargs="?", help="a stage's name")
-    stages.add_argument("--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
+    stages.add_argument("-c", "--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
     stages.set_defaults(run=_stages)
 
     schema = commands.add_parser(
         "schema", help="print the configuration's JSON Schema", description="Print the JSON Schema, for editors."
     )
     schema.add_argument("--team", action="store_true", help="of a team's file instead of gateway.yaml")
-    schema.add_argument("--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
+    schema.add_argument("-c", "--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
     schema.set_defaults(run=_schema)
 
     demo = commands.add_parser(

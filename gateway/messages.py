@@ -20,7 +20,7 @@ from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
 from gateway.jsonbody import decoded_json
 from gateway.keys import Credential, presented_key
-from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model
+from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
 from gateway.proxy import Proxy
 from gateway.stream import EventFilter, Filter, link
@@ -193,7 +193,7 @@ class Request:
     async def model(self) -> str | None:
         """Return the model that the request names, where its operation has it: in JSON, a form, the path or the query.
 
-        None where the operation has none, or where it was left out and may be. Nothing is read that need not be.
+        None where the operation has none or several, or where it may be left out and was. Nothing is read in vain.
         Raises ApiError 400 where it is missing, or no name.
         """
         if not self._model_read:
@@ -206,6 +206,16 @@ class Request:
             if self._model is not None:
                 self.notes["model"] = self._model
         return self._model
+
+    async def models(self) -> tuple[str, ...]:
+        """Return every model that the request names, each once: also those of a batch file's lines and an evaluation.
+
+        Such a file is read whole for it. Raises ApiError 400 as `model` does, or with the line that is wrong.
+        """
+        if self._row is not None and self._row.model in SEVERAL:
+            return await several_models(self)
+        name = await self.model()
+        return () if name is None else (name,)
 
     async def map_models(self, find: Callable[[str], Target]) -> None:
         """Go where `find` says for the model that the request names: its resource and its deployment.

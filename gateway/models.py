@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, quote, unquote, unquote_plus
 
 import msgspec
 
-from gateway.batch import map_batch
+from gateway.batch import batch_models, map_batch
 from gateway.errors import ApiError
 from gateway.jsonbody import decoded_json, with_field
 from gateway.multipart import FormReader, boundary_of
@@ -179,14 +179,29 @@ async def map_several(request: Request, find: Callable[[str], Target]) -> None:
     if request._row is not None and request._row.model == "lines":
         await map_batch(request, lambda name: find(model_name(name).strip()))
         return
-    try:
-        _map_graders(request, await request.json(), find)
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply") from None
+    body = await request.json()
+    changed, found = _mapped_graders(body, find)
+    if not found:
+        return
+    if len({target.resource for target in found.values()}) > 1:
+        raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
+    request.notes["model"] = ", ".join(found)
+    target = request.target
+    request.target = next(iter(found.values())).replace(api_version=target.api_version, credential=target.credential)
+    if changed != body:
+        request.set_json(changed)
 
 
-def _map_graders(request: Request, body: dict[str, Any], find: Callable[[str], Target]) -> None:
-    """Map the models of an evaluation's graders and its data source."""
+async def several_models(request: Request) -> tuple[str, ...]:
+    """Return the models of a body that names several; see `Request.models`."""
+    if request._row is not None and request._row.model == "lines":
+        return await batch_models(request)
+    _, found = _mapped_graders(await request.json(), lambda name: request.target.replace(deployment=name))
+    return tuple(found)
+
+
+def _mapped_graders(body: dict[str, Any], find: Callable[[str], Target]) -> tuple[dict[str, Any], dict[str, Target]]:
+    """Return an evaluation with the models of its graders and its data source mapped, and the targets of each."""
     found: dict[str, Target] = {}
 
     def mapped(grader: object) -> object:
@@ -197,33 +212,24 @@ def _map_graders(request: Request, body: dict[str, Any], find: Callable[[str], T
             return grader
         if not isinstance(grader.get("type"), str):
             return {name: mapped(each) for name, each in grader.items()}
-        made = {**grader}
-        if "graders" in grader:
-            made["graders"] = mapped(grader["graders"])
-        if grader.get("model") is not None:
-            name = model_name(grader["model"]).strip()
-            found[name] = target = find(name)
-            made["model"] = target.deployment
-        return made
+        return with_model({**grader, "graders": mapped(grader["graders"])} if "graders" in grader else grader)
+
+    def with_model(named: dict[str, Any]) -> dict[str, Any]:
+        if named.get("model") is None:
+            return named
+        name = model_name(named["model"]).strip()
+        found[name] = target = find(name)
+        return {**named, "model": target.deployment}
 
     changed = {**body}
-    if isinstance(body.get("data_source"), dict):
-        changed["data_source"] = mapped({"type": "", **body["data_source"]})
-        if "type" not in body["data_source"]:
-            del changed["data_source"]["type"]
-    if isinstance(body.get("testing_criteria"), list):
-        changed["testing_criteria"] = [mapped(each) for each in body["testing_criteria"]]
-    if not found:
-        return
-    resources = {target.resource for target in found.values()}
-    if len(resources) > 1:
-        raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
-    request.notes["model"] = ", ".join(found)
-    request.target = next(iter(found.values())).replace(
-        api_version=request.target.api_version, credential=request.target.credential
-    )
-    if changed != body:
-        request.set_json(changed)
+    try:
+        if isinstance(body.get("data_source"), dict):
+            changed["data_source"] = with_model(body["data_source"])
+        if isinstance(body.get("testing_criteria"), list):
+            changed["testing_criteria"] = [mapped(each) for each in body["testing_criteria"]]
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    return changed, found
 
 
 _IMAGES = "x-ms-oai-image-generation-deployment"

@@ -156,6 +156,8 @@ def _checked(found: object, name: str) -> type[Stage]:
         raise UnknownStage(f"{name!r} is not a subclass of gateway.Stage")
     if "__dataclass_fields__" not in vars(found) and getattr(found, "__annotations__", {}):
         raise UnknownStage(f"{name!r} has settings but is no dataclass; put @dataclass above its class")
+    if not inspect.iscoroutinefunction(found.__call__):
+        raise UnknownStage(f"the stage {name!r} cannot be used: its __call__ must be `async def`")
     try:
         check_settings(found)
     except TypeError as exc:

@@ -67,8 +67,10 @@ class Listen:
                 raise ValueError("unix: needs the path of a socket, as in unix:/run/gateway.sock")
             return cls(unix=text[5:])
         host, colon, port = text.rpartition(":")
-        host = host.removeprefix("[").removesuffix("]")
-        if not colon or not port.isdigit() or not 0 <= int(port) <= 65_535:
+        inside = host.removeprefix("[").removesuffix("]")
+        odd = "/" in host or (":" in host and host != f"[{inside}]")
+        host = inside
+        if odd or not colon or not port.isdigit() or not 0 <= int(port) <= 65_535:
             raise ValueError(f"{text!r} is not HOST:PORT or unix:PATH, as in 127.0.0.1:8080")
         return cls(host=host or "0.0.0.0", port=int(port))  # noqa: S104 -- what `:8080` means
 

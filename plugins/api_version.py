@@ -7,7 +7,7 @@ from typing import Annotated
 
 from gateway import Meta, Next, Request, Response, Services, Stage
 
-VERSION = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}(-preview)?|v1)$"
+VERSION = r"^(20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])(-preview)?|v1)$"
 Version = Annotated[str, Meta(pattern=VERSION, examples=["2024-10-21, 2025-04-01-preview or v1"])]
 
 

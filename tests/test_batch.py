@@ -159,6 +159,35 @@ async def test_line_ends_blank_lines_and_a_byte_order_mark_do_no_harm(start_gate
         assert b"}\r\n\r\n{" in east.requests[0].body
 
 
+async def test_a_stage_can_look_at_every_model(start_gateway: StartGateway) -> None:
+    """Of a batch file too, small or on disk, before or after they are mapped; what it looks at is sent all the same."""
+    stage = """
+from gateway import ApiError, Stage
+
+class Allowed(Stage):
+    "Let some models through."
+    async def __call__(self, request, call_next):
+        for name in await request.models():
+            if name == "o3":
+                raise ApiError(403, f"{name} is not for you", code="model_not_allowed")
+        return await call_next(request)
+"""
+    yaml = "plugins_path: mine\n" + YAML.replace("VERSION", "v1").replace("  - model_map", "  - allowed\n  - model_map")
+    criteria = [{"type": "label_model", "model": "o3"}]
+    async with FakeAzure() as east, FakeAzure() as west:
+        gateway = await start_gateway(east.endpoint, yaml, {"mine/allowed.py": stage}, env={"WEST": west.endpoint})
+        for count in (1, 20_000):
+            good = f"{line(1)}\n".encode() * count
+            for file, status in ((good, 200), (good + line(2, "o3").encode(), 403)):
+                data = io.BytesIO(form(file=file, purpose="batch"))
+                async with gateway.post("/v1/files", None, data=data, headers=HEADERS) as answer:
+                    assert answer.status == status, await answer.text()
+            assert east.requests[-1].body.count(b'"model":"prod-4o"') == count
+        async with gateway.post("/v1/evals", {"testing_criteria": criteria}) as answer:
+            assert answer.status == 403
+        assert len(east.requests) == 2
+
+
 async def test_other_files_go_up_as_they_are(start_gateway: StartGateway) -> None:
     """Whatever is in them, to the team's resource."""
     async with FakeAzure() as east, FakeAzure() as west:

@@ -6,7 +6,8 @@
 * `FakeAzure` is a real server on loopback that answers as Azure does, and records what it saw.
 """
 
+from gateway.messages import Resource
 from gateway.testing.azure import FakeAzure, Seen
 from gateway.testing.stages import Running, Sent, every_split, post, running, send
 
-__all__ = ("FakeAzure", "Running", "Seen", "Sent", "every_split", "post", "running", "send")
+__all__ = ("FakeAzure", "Resource", "Running", "Seen", "Sent", "every_split", "post", "running", "send")

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from structlog.testing import capture_logs
 
 from gateway import ApiError, Next, Request, Response, Stage
-from gateway.testing import post
+from gateway.testing import post, send
 from plugins.access_log import AccessLog
 from plugins.auth_passthrough import AuthPassthrough
 from plugins.model_map import ModelMap
@@ -39,6 +39,19 @@ async def test_one_event_with_the_facts_and_no_secret() -> None:
     assert {"first_byte_ms", "total_ms", "bytes", "request_id", "deployment", "resource"} <= set(event)
     assert "sk-1234567" not in str(event)
     assert "messages" not in str(event)
+
+
+async def test_an_error_has_its_words_and_what_is_no_operation_its_path() -> None:
+    """Where they are the gateway's own; of Azure's answers the status says what there is to say."""
+    with capture_logs() as events:
+        await post(AccessLog(), answer=ApiError(502, "the host name of 'east' was not found", code="upstream_error"))
+        await send([AccessLog()], "GET", "/nonsense/" + "x" * 300)
+        await post(AccessLog(), answer=Response(401, b"{}"))
+    assert (events[0]["error"], events[0]["reason"]) == ("upstream_error", "the host name of 'east' was not found")
+    assert (events[1]["operation"], events[1]["method"]) == (None, "GET")
+    assert events[1]["path"] == "/nonsense/" + "x" * 190
+    assert "reason" not in events[2]
+    assert "path" not in events[2]
 
 
 async def test_the_event_comes_when_the_stream_is_over() -> None:
