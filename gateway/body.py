@@ -146,6 +146,12 @@ class Body:
             self._data, self._streamed = None, True
         return data
 
+    def keep(self) -> bytes | None:
+        """Return the bytes, if they are here, and keep them; `read` without the wait."""
+        if self._data is not None:
+            self._kept = True
+        return self._data
+
     async def read(self, limit: int | None = None) -> bytes:
         """Read it whole and keep it.
 

@@ -199,7 +199,9 @@ class Request:
         if not self._model_read:
             row = self._row
             if row is not None and row.model == "body" and self._model_set is None and self._json is None:
-                self._model = model_in(await self._body.read(), row)  # nearly every request, at the least cost
+                # Nearly every request, at the least cost.
+                data = self._body.keep()
+                self._model = model_in(await self._body.read() if data is None else data, row)
             else:
                 self._model = await read_model(self)
             self._model_read = True

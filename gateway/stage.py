@@ -37,6 +37,9 @@ class Stage:
     id: str = ""
     """The name in the pipeline, such as `burst` for `rate_limit as burst`; set when it is loaded."""
 
+    idle = False
+    """Set by `start` where the stage has nothing to do for this team: it is left out of the requests' way."""
+
     @property
     def needs(self) -> Iterable[str]:
         """What stages further up must have provided."""

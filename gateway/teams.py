@@ -52,7 +52,7 @@ class Team:
         except BaseException:
             await self._stop(started)
             raise
-        self.pipeline = compile_pipeline([(stage.id, stage) for stage in self.stages], end)
+        self.pipeline = compile_pipeline([(stage.id, stage) for stage in self.stages if not stage.idle], end)
 
     async def stop(self) -> None:
         """Stop the stages, in reverse order."""

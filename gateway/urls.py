@@ -70,8 +70,21 @@ def upstream_path(operation: Operation, target: Target, path: str, query: str = 
     needs one. Raises ApiError 404 where the deployment's name cannot be one, or where this api-version does
     not have the operation.
     """
+    key = (operation.name, target.api_version, target.deployment)
+    before, own_path, version = _ways.get(key) or _find_way(key, operation, target)
+    found = f"{before}{own_path or path}{version}"
+    if query and (kept := other_query(query)):
+        return f"{found}{'&' if version else '?'}{kept}"
+    return found
+
+
+# What stands before and behind a path, and what stands in its place, once it was found to be right.
+_ways: dict[tuple[str, str | None, str | None], tuple[str, str, str]] = {}
+_MOST_WAYS = 1024
+
+
+def _find_way(key: tuple[str, str | None, str | None], operation: Operation, target: Target) -> tuple[str, str, str]:
     version = target.api_version or ""
-    kept = other_query(query)
     if operation.model and (operation.classic == "deployment" or target.deployment is not None):
         _check_name(target.deployment)
     if not operation.is_in(version):
@@ -82,12 +95,15 @@ def upstream_path(operation: Operation, target: Target, path: str, query: str = 
             code="operation_not_supported",
         )
     if target.is_v1:
-        return f"/openai/v1{path}" + (f"?{kept}" if kept else "")
-    if operation.classic_path != operation.path:
-        path = operation.classic_path
-    if operation.classic == "deployment":
-        path = f"/deployments/{target.deployment}{path}"
-    return f"/openai{path}?api-version={version}" + (f"&{kept}" if kept else "")
+        way = ("/openai/v1", "", "")
+    else:
+        own_path = operation.classic_path if operation.classic_path != operation.path else ""
+        deployment = f"/deployments/{target.deployment}" if operation.classic == "deployment" else ""
+        way = (f"/openai{deployment}", own_path, f"?api-version={version}")
+    if len(_ways) >= _MOST_WAYS:
+        _ways.clear()
+    _ways[key] = way
+    return way
 
 
 def _check_name(deployment: str | None) -> None:

@@ -43,6 +43,7 @@ class ApiVersion(Stage):
 
     def __post_init__(self) -> None:
         self._of_operation: dict[str, str | None] = {}
+        self._chosen: dict[tuple[str | None, str], str] = {}
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
         for name in self.models:
@@ -62,10 +63,19 @@ class ApiVersion(Stage):
         else:
             if self.models and (model := await request.model()) is not None:
                 version = self.models.get(model.strip(), version)
-            if self.otherwise and not request.is_in(version):
-                version = next((each for each in self.otherwise if request.is_in(each)), version)
+            if self.otherwise:
+                version = self._with(request, version)
         request.target = request.target.replace(api_version=version)
         return await call_next(request)
+
+    def _with(self, request: Request, version: str) -> str:
+        """Return the version, or the first other one that has the operation where this one does not."""
+        place = (request.operation, version)
+        found = self._chosen.get(place)
+        if found is None:
+            there = [each for each in (version, *self.otherwise) if request.is_in(each)]
+            found = self._chosen[place] = there[0] if there else version
+        return found
 
     def _version_of(self, operation: str) -> str | None:
         """Return an operation's own version: what is given for its name, else for the longest kind it is of."""

@@ -46,14 +46,13 @@ class ResourceIds(Stage):
 
     async def start(self, services: Services) -> None:
         # Two with one endpoint, by different keys, are one place to Azure.
-        if len({resource.endpoint for resource in services.reachable.values()}) < 2:
-            return
+        self.idle = len({resource.endpoint for resource in services.reachable.values()}) < 2
         for name, resource in services.reachable.items():
             self._marks[name] = mark = mark_of(resource.endpoint)
             self._resources.setdefault(mark, resource)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        if not self._resources or not await self._concerns(request):
+        if not await self._concerns(request):
             return await call_next(request)
         await self._send_home(request)
         response = await call_next(request)

@@ -172,7 +172,7 @@ async def running(
         for stage in stages:
             started.append(stage)
             await stage.start(services[id(stage)])
-        run._pipeline = compile_pipeline([(stage.id, stage) for stage in stages], run._end)
+        run._pipeline = compile_pipeline([(stage.id, stage) for stage in stages if not stage.idle], run._end)
         yield run
     finally:
         for stage in reversed(started):
