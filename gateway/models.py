@@ -182,14 +182,14 @@ async def map_several(request: Request, find: Callable[[str], Target]) -> None:
     body = await request.json()
     changed, found = _mapped_graders(body, find)
     if not found:
+        request.set_json(body)  # each key once: of two, Azure might take the one that was not looked at
         return
     if len({target.resource for target in found.values()}) > 1:
         raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
     request.notes["model"] = ", ".join(found)
     target = request.target
     request.target = next(iter(found.values())).replace(api_version=target.api_version, credential=target.credential)
-    if changed != body:
-        request.set_json(changed)
+    request.set_json(changed)
 
 
 async def several_models(request: Request) -> tuple[str, ...]:
@@ -257,8 +257,10 @@ async def placed(request: Request, operation: Operation, target: Target) -> byte
     deployment = target.deployment
     in_path = operation.classic == "deployment" and not target.is_v1
     place = operation.model
-    if deployment is None or place is None or place in SEVERAL or (in_path and not operation.drops_model):
+    if place is None or place in SEVERAL or (in_path and not operation.drops_model):
         return await as_it_is(request)
+    if deployment is None:
+        return await as_it_is(request) if await request.model() is not None else await _without_model(request, place)
     if operation.model in ("form", "session"):
         form = await read_form(request, operation.model)
         if form is not None:
@@ -277,6 +279,27 @@ async def placed(request: Request, operation: Operation, target: Target) -> byte
     if request._model_set is None and await request.model() == deployment and _once(body):
         return body
     return with_field(body, "model", deployment)
+
+
+async def _without_model(request: Request, place: str) -> bytes | Body:
+    """Return the body of a request that names no model, without what only some readers would find in its place."""
+    if place in ("form", "session") and (form := await read_form(request, place)) is not None:
+        field = form.fields.get("session")
+        if field is None:
+            return await as_it_is(request)
+        return request._body.edited(field.start, field.end, with_field(bytes(field.value), "model", None))
+    if place not in ("body", "form", "session.model"):
+        return await as_it_is(request)
+    body = await request.body()
+    if b"model" not in body and b"\\u006" not in body:
+        return body
+    if place != "session.model":
+        return with_field(body, "model", None)
+    fields = decoded_json(body, msgspec.json.decode)
+    session = fields.get("session") if isinstance(fields, dict) else None
+    if isinstance(session, dict):
+        session.pop("model", None)
+    return with_field(body, "session", None if session is None else json.dumps(session).encode())
 
 
 async def as_it_is(request: Request) -> bytes | Body:
