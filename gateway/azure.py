@@ -132,7 +132,7 @@ _find_short = lru_cache(maxsize=1024)(_find)
 def unknown_operation(method: str, path: str) -> ApiError:
     """Return the error for what no line of the table answers, or for what Azure does not have."""
     row = find_operation(method, path)
-    if row is not None:
+    if row is not None and row.method != "WS":
         return ApiError(404, f"Azure OpenAI does not have the operation {row.name}", code="operation_not_supported")
     others = [found for each in sorted(_METHODS) if (found := find_operation(each, path)) is not None]
     allowed = [found.method for found in others if found.on_azure and found.method != "WS"]

@@ -49,7 +49,7 @@ class Upstream:
         Raises UpstreamError (502) and UpstreamTimeout (504); ApiError where the request cannot be sent.
         """
         operation = BY_NAME.get(request.operation or "")
-        if operation is None or not operation.on_azure:
+        if operation is None or not operation.on_azure or operation.method == "WS":
             raise unknown_operation(request.method, request.path)
         if operation.local:
             raise ApiError(404, f"no stage of this pipeline answers {operation.name}; list model_map in it")

@@ -67,6 +67,24 @@ def test_what_azure_lacks_is_named() -> None:
     assert unknown_operation("POST", "/nonsense").code == "unknown_url"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "words"),
+    [
+        ("GET", "/moderations", 404, "Azure OpenAI does not have the operation moderations"),
+        ("GET", "/responses", 405, "GET is not allowed on /v1/responses; use POST"),
+        ("WS", "/realtime", 404, "realtime.connect needs a WebSocket"),
+        ("POST", "/chat/completions/", 404, "leave the slash at the end out"),
+        ("POST", "/embeddings/", 404, "leave the slash at the end out"),
+        ("POST", "/v1/chat/completions", 404, "the base URL has a /v1 too many"),
+    ],
+)
+def test_what_is_nearly_right_is_told_what_would_be(method: str, path: str, status: int, words: str) -> None:
+    """A method that only Azure lacks, a WebSocket, a slash or a /v1 too many."""
+    error = unknown_operation(method, path)
+    assert error.status == status
+    assert words in error.message
+
+
 def test_what_is_known_of_api_versions() -> None:
     """A dated one has what is as old as it; v1 is none of them."""
     for name, version, there in (
