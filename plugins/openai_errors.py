@@ -77,7 +77,8 @@ def read_error(data: bytes) -> dict[str, Any]:
     if isinstance(content, dict):
         error: Any = content.get("error", content)
         if isinstance(error, dict):
-            return error
+            # The specification spells it otherwise than Azure does.
+            return {"innererror": error["inner_error"], **error} if "inner_error" in error else error
         return {**content, "message": content.get("message") or str(error)}
     text = data.decode("utf-8", "replace").strip()
     if not text or text.startswith("<"):

@@ -632,3 +632,23 @@ pipeline: [leaky: STAGESECRET, auth_passthrough, model_map, api_version]
     assert "Leaky" in logged
     assert "STAGESECRET" not in logged
     assert "azure-key" not in logged
+
+
+async def test_a_stage_with_nothing_to_do_is_left_out() -> None:
+    """What it finds when it starts decides; it costs no request anything then."""
+
+    class Perhaps(Stage):
+        def __init__(self, *, idle: bool) -> None:
+            self._wanted = not idle
+
+        async def start(self, services: Services) -> None:
+            self.idle = not self._wanted
+
+        async def __call__(self, request: Request, call_next: Next) -> Response:
+            request.notes["seen"] = True
+            return await call_next(request)
+
+    for idle in (False, True):
+        sent = await post(Perhaps(idle=idle))
+        assert sent.reached is not None
+        assert ("seen" in sent.reached.notes) is not idle

@@ -80,6 +80,12 @@ CASES: list[tuple[str, int, Any, dict[str, Any]]] = [
         },
     ),
     (
+        "a filtered prompt, spelled as the specification has it",
+        400,
+        {"error": {"message": "m", "code": "content_filter", "inner_error": {"content_filter_results": FILTERED}}},
+        {"code": "content_filter", "innererror": {"content_filter_results": FILTERED}},
+    ),
+    (
         "an unknown argument",
         400,
         {
