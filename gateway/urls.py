@@ -51,7 +51,7 @@ def _place(path: str) -> Place | None:
     prefix, path = path[:azure], path[azure + len("/openai") :]
     if path.startswith("/deployments/"):
         return _named(prefix, path[len("/deployments") :])
-    return Place(prefix, path.removeprefix("/v1"), None)
+    return Place(prefix, path[len("/v1") :] if path.startswith("/v1/") else path, None)
 
 
 _short_place = lru_cache(maxsize=1024)(_place)
