@@ -20,7 +20,7 @@ import msgspec
 from gateway.body import too_much
 from gateway.errors import ApiError
 from gateway.multipart import FormReader, boundary_of
-from gateway.spool import Spool
+from gateway.spool import DISK, Spool
 
 if TYPE_CHECKING:
     from gateway.messages import Request, Target
@@ -122,13 +122,13 @@ class _Made:
 
     async def read(self) -> bytes:
         """Return the next bytes, or b"" at the end."""
-        return await asyncio.get_running_loop().run_in_executor(_threads, self._read, _PIECE)
+        return await asyncio.get_running_loop().run_in_executor(DISK, self._read, _PIECE)
 
     async def rest(self, limit: int | None) -> bytes:
         """Return all of it, at most `limit` bytes."""
         if limit is not None and self.length is not None and self.length > limit:
             raise too_much(limit)
-        return await asyncio.get_running_loop().run_in_executor(_threads, self._read, -1)
+        return await asyncio.get_running_loop().run_in_executor(DISK, self._read, -1)
 
     def _read(self, size: int) -> bytes:
         with contextlib.suppress(ValueError):  # closed meanwhile: nobody waits for it

@@ -8,13 +8,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, ClassVar
 
-__all__ = ("Spool",)
+__all__ = ("DISK", "Spool")
 
 # What is kept in memory, and read back at once, in bytes.
 _IN_MEMORY = 1024 * 1024
 PIECE = 256 * 1024
 # Threads of their own: the default ones look host names up, which must not wait for disks.
-_threads = ThreadPoolExecutor(4, "spool")
+DISK = ThreadPoolExecutor(4, "spool")
 
 
 class Spool:
@@ -38,7 +38,7 @@ class Spool:
         self.size += len(data)
         self._data += data
         if len(self._data) > (PIECE if self._file is not None else self._in_memory):
-            await asyncio.get_running_loop().run_in_executor(_threads, self._to_file)
+            await asyncio.get_running_loop().run_in_executor(DISK, self._to_file)
             Spool.total += self.size - self._on_disk
             self._on_disk = self.size
 
@@ -61,7 +61,7 @@ class Spool:
         end = min(end, start + PIECE)
         if self._file is None:
             return bytes(self._data[start:end])
-        return await asyncio.get_running_loop().run_in_executor(_threads, self._from_file, start, end)
+        return await asyncio.get_running_loop().run_in_executor(DISK, self._from_file, start, end)
 
     def _from_file(self, start: int, end: int) -> bytes:
         with self.lock:
@@ -93,7 +93,7 @@ class Spool:
         if self._file is None and not self.lock.locked():
             self._data = bytearray()
         else:
-            _threads.submit(self._close_file)
+            DISK.submit(self._close_file)
 
     def _close_file(self) -> None:
         with self.lock:
