@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import io
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from gateway.body import too_much
+from gateway.body import Body, too_much
 from gateway.errors import ApiError
 from gateway.multipart import FormReader, boundary_of
 from gateway.spool import DISK, Spool
@@ -32,6 +33,7 @@ _PIECE = 256 * 1024
 _MAX_LINE = 16 * 1024 * 1024
 # Azure takes 100,000 requests in a file.
 _MAX_LINES = 200_000
+_PURPOSE = re.compile(r"[A-Za-z_-]{1,64}")
 _SHOWN = 20  # names in the log
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -57,7 +59,8 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
         request.target = lines.target.replace(api_version=target.api_version, credential=target.credential)
     request.notes["model"] = ", ".join([*lines.found][:_SHOWN])
     request.notes["batch_lines"] = lines.count
-    request._body.replace(_Made(made))
+    # Copies of the request keep what came: whoever asks again maps it again.
+    request._body = Body(_Made(made))
 
 
 async def batch_models(request: Request) -> tuple[str, ...]:
@@ -78,7 +81,12 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
 
     def is_batch() -> bool:
         purpose = form.fields.get("purpose")
-        return purpose is not None and purpose.text.strip().lower() == "batch"
+        if purpose is None or not purpose.whole:
+            return False
+        text = purpose.text.strip(" \t\r\n")
+        if not _PURPOSE.fullmatch(text):
+            raise ApiError(400, "`purpose` must be one word, such as batch or assistants", param="purpose")
+        return text.lower() == "batch"
 
     def watch(data: bytes) -> bool:
         form.feed(data)
@@ -90,8 +98,10 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
     request._exchange.defer(lambda _: body.close())
     await body.look(watch, "send the field `purpose` before the file; a batch file must fit whole")
     file = form.fields.get("file")
-    if not is_batch() or file is None:
+    if not is_batch():
         return None
+    if file is None:
+        raise ApiError(400, "a batch needs a `file`", param="file")
     return await _in_thread(body.looked_at(), file.start, file.end, lines)
 
 

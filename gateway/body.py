@@ -45,7 +45,8 @@ class _Replay:
         self._source = source
         self._watch = watch
         self._place = 0
-        self._edits: list[tuple[int, int, bytes]] = []
+        self._edit = (0, 0, b"")
+        self._edited = False
 
     async def look(self, most: int, advice: str) -> None:
         """Keep what comes until the watcher has seen enough, at most `most` bytes; see `Body.look`."""
@@ -77,21 +78,21 @@ class _Replay:
         return self.ended and (watch(b"") or True)
 
     def edit(self, start: int, end: int, new: bytes) -> None:
-        """Send `new` in place of the bytes from `start` to `end`, which were looked at."""
-        self._edits.append((start, end, new))
-        self._edits.sort()
-        if self.length is not None:
-            self.length += len(new) - (end - start)
+        """Send `new` in place of the bytes from `start` to `end`, which were looked at, and nothing else otherwise."""
+        self._edit = (start, end, new)
+        if self._source.length is not None:
+            self.length = self._source.length + len(new) - (end - start)
 
     async def read(self) -> bytes:
         """Return the next bytes, or b"" at the end."""
         while self._place < self._spool.size:
-            if self._edits and self._place == self._edits[0][0]:
-                _, self._place, new = self._edits.pop(0)
+            start, end, new = self._edit
+            if self._place == start < max(end, start + len(new)) and not self._edited:
+                self._place, self._edited = end, True
                 if new:
                     return new
                 continue
-            piece = await self._spool.read(self._place, self._edits[0][0] if self._edits else self._spool.size)
+            piece = await self._spool.read(self._place, start if self._place < start else self._spool.size)
             self._place += len(piece)
             return piece
         self._spool.close()
@@ -161,6 +162,8 @@ class Body:
             if self._streamed or self._source is None:
                 raise BodyConsumed(BodyConsumed.__doc__)
             self._streamed = True
+            if isinstance(self._source, _Replay):
+                self._source.edit(0, 0, b"")
             self._data = await self._source.rest(limit)
             self._source = None
         if limit is not None and len(self._data) > limit:
@@ -207,10 +210,12 @@ class Body:
             self._source.edit(start, end, new)
         return self
 
-    def replace(self, source: Incoming) -> None:
-        """Send what `source` gives instead; what was looked at is let go of."""
-        self.close()
-        self._data, self._source, self._streamed = None, source, False
+    def as_it_came(self) -> bytes | Body:
+        """Return the bytes if they are at hand, else the body itself, with nothing in it written anew."""
+        if isinstance(self._source, _Replay):
+            self._source.edit(0, 0, b"")
+        at_hand = self.at_hand()
+        return self if at_hand is None else at_hand
 
     def looked_at(self) -> Spool | bytes:
         """Return all that was looked at."""

@@ -306,8 +306,7 @@ async def as_it_is(request: Request) -> bytes | Body:
     """Return the body as it came, or as a stage left it: its bytes if they are at hand, else as it streams."""
     if request._json_set:
         return await request.body()
-    at_hand = request._body.at_hand()
-    return request._body if at_hand is None else at_hand
+    return request._body.as_it_came()
 
 
 def _once(body: bytes) -> bool:

@@ -23,7 +23,11 @@ _MAX_HEAD = 16 * 1024
 _MAX_PARTS = 10_000
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # A parameter's value in quotes: a quote is never escaped in it, since readers differ in what a backslash means there.
-_PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_WORD})=(?:({_WORD})|"([^"\r\n]*)")')
+_PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_WORD})=(?:({_WORD})[ \t]*(?=;|$)|"([^"\r\n]*)")')
+# File names and boundaries are often written without the quotes that they need; no reader can find a parameter in them.
+_LOOSE = re.compile(r'[ \t]*;[ \t]*(filename\*?|boundary)=([^;"\r\n]+)(?=;|$)', re.IGNORECASE)
+# Neither can one in a last file name, whatever its quotes and backslashes mean, where it has no semicolon.
+_LAST = re.compile(r'[ \t]*;[ \t]*(filename)="([^;\r\n]*)"[ \t]*', re.IGNORECASE)
 _KIND = re.compile(rf"[ \t]*({_WORD}(?:/{_WORD})?)")
 _LINE = re.compile(rf"({_WORD}):(.*)", re.DOTALL)
 _HALF_BREAK = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
@@ -41,12 +45,17 @@ def _parameters(text: str) -> tuple[str, list[tuple[str, str]]] | None:
         return None
     kind, place = found.group(1).lower(), found.end()
     parameters = []
-    while (found := _PARAMETER.match(text, place)) is not None:
-        name, token, quoted = found.groups()
-        value = token if token is not None else quoted
-        if value.endswith("\\"):
-            return None
-        parameters.append((name.lower(), value))
+    while place < len(text):
+        if (found := _LAST.fullmatch(text, place) or _LOOSE.match(text, place)) is not None:
+            name, value = found.groups()
+        elif (found := _PARAMETER.match(text, place)) is not None:
+            name, token, quoted = found.groups()
+            value = token if token is not None else quoted
+            if value.endswith("\\"):
+                return None
+        else:
+            break
+        parameters.append((name.lower(), value.strip(" \t")))
         place = found.end()
     return (kind, parameters) if not text[place:].strip(" \t;") else None
 
@@ -114,6 +123,7 @@ class FormReader:
         self._data = b"\r\n"
         self._offset = -2  # of the first byte of `_data`
         self._place = 0  # what stands before it has been read
+        self._new = 0  # about where the bytes begin that came last
         self._head = False  # a part's head comes next
         self._current: Field | None = None
         self._begins = 0
@@ -121,6 +131,7 @@ class FormReader:
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes of the body. Raises ApiError 400 where they are no form."""
+        self._new = max(0, len(self._data) - self._place - 1)
         self._data = self._data[self._place :] + data
         self._offset += self._place
         self._place = 0
@@ -168,7 +179,7 @@ class FormReader:
             return True
         end = data.find(b"\r\n\r\n", start)
         # Looked for before the head has ended, which it might never do.
-        if _HALF_BREAK.search(data[start:end] if end >= 0 else data[start:]):
+        if _HALF_BREAK.search(data, max(start, self._new), end if end >= 0 else len(data)):
             raise _malformed("a part's head has half a line break")
         if end - start > _MAX_HEAD or (end < 0 and len(data) - start > _MAX_HEAD):
             raise _malformed("a part's head is too long")
@@ -180,10 +191,12 @@ class FormReader:
         self._parts += 1
         if self._parts > _MAX_PARTS:
             raise _malformed(f"it has more than {_MAX_PARTS} parts")
-        name = _name(lines).lower()
+        name, plain = _name(lines)
         self._place = end + 4
         self._head = False
         if name in self._wanted:
+            if not plain:
+                raise _malformed(f"the field {name!r} is encoded, or in another charset than UTF-8")
             if name in self.fields or (name in self._alike and self._alike & self.fields.keys()):
                 raise ApiError(400, f"the form has two fields {name!r}", param=name, code="malformed_form")
             self._current = Field(name, self._begins, self._offset + self._place, keeps=self._wanted[name])
@@ -207,18 +220,35 @@ class FormReader:
         self._place = end
 
 
-def _name(lines: list[bytes]) -> str:
-    """Return the name of a part's field, by its head. Raises ApiError 400 where it cannot be told for sure."""
+# A field's name that every reader reads alike: not one that some decode (RFC 2047), unescape or trim.
+_NAME = re.compile(r"(?!.*=\?)[!-~](?:[ -~]*[!-~])?")
+_PLAIN = ("7bit", "8bit", "binary")
+
+
+def _name(lines: list[bytes]) -> tuple[str, bool]:
+    """Return the name of a part's field, in small letters, and whether its value is plain text, by its head.
+
+    Raises ApiError 400 where the name cannot be told for sure.
+    """
     names = []
+    plain = True
     for line in lines:
         found = _LINE.fullmatch(line.decode("utf-8", "replace"))
         if found is None or "\n" in found.group(2) or "\r" in found.group(2):
             raise _malformed("a line of a part's head is no header field")
-        if found.group(1).lower() == "content-disposition":
-            read = _parameters(found.group(2))
+        field, value = found.group(1).lower(), found.group(2)
+        if field == "content-disposition":
+            read = _parameters(value)
             if read is None or read[0] != "form-data":
-                raise _malformed("a part's Content-Disposition is no well-formed form-data")
+                raise _malformed("a part's Content-Disposition is no well-formed form-data, its file name perhaps")
             names += [(name, value) for name, value in read[1] if name.partition("*")[0] == "name"]
-    if len(names) != 1 or names[0][0] != "name":
-        raise _malformed("a part has not one name")
-    return names[0][1].replace("%22", '"')
+        elif field == "content-transfer-encoding":
+            plain = plain and value.strip(" \t").lower() in _PLAIN
+        elif field == "content-type" and "charset" in value.lower():
+            read = _parameters(value)
+            charsets = [value.lower() for name, value in read[1] if name == "charset"] if read else []
+            plain = plain and charsets in (["utf-8"], ["us-ascii"])
+    name = names[0][1] if len(names) == 1 and names[0][0] == "name" else ""
+    if not _NAME.fullmatch(name) or "\\" in name:
+        raise _malformed("a part has not one plain name")
+    return name.replace("%22", '"').lower(), plain

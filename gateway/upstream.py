@@ -70,8 +70,7 @@ class Upstream:
         if request._json_set or operation.drops_model or operation.classic != "deployment" or target.is_v1:
             body: bytes | Body = await placed(request, operation, target)
         else:  # nearly every request: the path names the deployment, and the body is not looked at
-            at_hand = request._body.at_hand()
-            body = request._body if at_hand is None else at_hand
+            body = request._body.as_it_came()
         destination = self._pool.destination(resource)
         head = _head(request, destination, path, credential, body)
         timeouts = self._timeouts

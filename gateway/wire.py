@@ -19,7 +19,7 @@ from aiohttp.base_protocol import BaseProtocol
 
 from gateway.body import Body
 from gateway.deadline import Deadline
-from gateway.errors import UpstreamError, UpstreamTimeout
+from gateway.errors import GatewayError, UpstreamError, UpstreamTimeout
 from gateway.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, parse_response
 
 if TYPE_CHECKING:
@@ -295,9 +295,12 @@ class Wire(BaseProtocol):
 
         Raises ApiError where the client fails, UpstreamTimeout where Azure takes nothing for `patience` seconds.
         """
-        chunked = body.length is None
+        told = body.length
+        chunked = told is None
+        sent = 0
         self._write(head)
         async for chunk in body.stream():
+            sent += len(chunk)
             self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             if self._paused:
                 try:
@@ -307,6 +310,8 @@ class Wire(BaseProtocol):
                     raise UpstreamTimeout(f"Azure took no more of the request for {patience:g} s") from None
         if chunked:
             self._write(b"0\r\n\r\n")
+        elif sent != told:
+            raise GatewayError(f"a body of {told} bytes was sent as {sent}")
 
     def _write(self, data: bytes) -> None:
         # Where the connection is lost, the answer has been told, and its exchange ends the upload.

@@ -15,14 +15,18 @@ KINDS = rb"(?:resp|conv|file|assistant|batch|vs|thread|asst|ftjob|cntr|eval|vide
 MARK = rb"\.(r[a-z2-7]{6})"
 # The fields that hold an id, besides `id` and `..._id`; those that hold a list of them end with `_ids`.
 FIELD = rb'("(?:id|[a-z_]+_id|conversation|container|training_file|validation_file)"\s*:\s*")'
-LIST = re.compile(rb'"[a-z_]+_ids"\s*:\s*\[[^\[\]]*\]')
+LIST = re.compile(rb'"(?:[a-z_]+_ids|result_files)"\s*:\s*\[[^\[\]]*\]')
 # What users keep beside their objects is theirs: text, whatever it looks like.
-METADATA = re.compile(rb'("metadata"\s*:\s*\{(?:[^"{}]|"(?:[^"\\]|\\.)*")*\})')
+# (Possessive: what is no such object is left after one look.)
+METADATA = re.compile(rb'("(?:metadata|attributes)"\s*:\s*\{(?:[^"{}\\]++|"(?:[^"\\]++|\\.)*+")*+\})')
 ONE = re.compile(FIELD + b"(" + KINDS + b')(?=")')
 LISTED = re.compile(b'(")(' + KINDS + rb')(?="(?!\s*:))')
 ONE_MARKED = re.compile(FIELD + b"(" + KINDS + b")" + MARK + b'(?=")')
 LISTED_MARKED = re.compile(b'(")(' + KINDS + b")" + MARK + rb'(?="(?!\s*:))')
-IN_PATH = re.compile(r"(?<![A-Za-z0-9_-])([A-Za-z0-9_-]{1,128})\.(r[a-z2-7]{6})(?![A-Za-z0-9_.-])")
+IN_PATH = re.compile(
+    rf"(?<![A-Za-z0-9_-])({KINDS.decode().removesuffix('+')}{{1,128}})\.(r[a-z2-7]{{6}})(?![A-Za-z0-9_.-])"
+)
+MOST = 64 * 1024 * 1024  # of a JSON answer, in bytes
 FAMILIES = frozenset(
     ("responses", "conversations", "files", "batches", "vector_stores", "threads", "assistants", "fine_tuning",
      "containers", "evals", "videos", "uploads")
@@ -64,7 +68,7 @@ class ResourceIds(Stage):
         if response.event_stream:
             response.pipe(MarkEvents(mark.encode()))
         elif media_type(response.headers.get("content-type")) == "application/json":
-            response.body = marked(await response.read(), mark.encode())
+            response.body = marked(await response.read(MOST), mark.encode())
             response.headers.remove("content-length")
         return response
 
@@ -162,7 +166,7 @@ def changed(
 
 def outside_metadata(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
     """Change JSON, but for users' metadata."""
-    if b'"metadata"' not in data:
+    if b'"metadata"' not in data and b'"attributes"' not in data:
         return change(data)
     parts: list[bytes] = METADATA.split(data)
     return b"".join([part if place % 2 else change(part) for place, part in enumerate(parts)])

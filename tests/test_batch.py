@@ -188,6 +188,30 @@ class Allowed(Stage):
         assert len(east.requests) == 2
 
 
+async def test_a_batch_can_be_sent_twice(start_gateway: StartGateway) -> None:
+    """A stage that keeps the body may ask again, small or on disk: each copy is mapped from what came."""
+    stage = """
+from gateway import Stage
+
+class Twice(Stage):
+    "Ask twice."
+    async def __call__(self, request, call_next):
+        await request.buffer(100_000_000)
+        await call_next(request.copy())
+        return await call_next(request.copy())
+"""
+    yaml = "plugins_path: mine\n" + YAML.replace("VERSION", "v1").replace("  - model_map", "  - twice\n  - model_map")
+    async with FakeAzure() as east, FakeAzure() as west:
+        gateway = await start_gateway(east.endpoint, yaml, {"mine/twice.py": stage}, env={"WEST": west.endpoint})
+        for count in (1, 20_000):
+            data = io.BytesIO(form(file=f"{line(1)}\n".encode() * count, purpose="batch"))
+            async with gateway.post("/v1/files", None, data=data, headers=HEADERS) as answer:
+                assert answer.status == 200, await answer.text()
+            one, two = east.requests[-2:]
+            assert one.body == two.body
+            assert one.body.count(b'"model":"prod-4o"') == count
+
+
 async def test_other_files_go_up_as_they_are(start_gateway: StartGateway) -> None:
     """Whatever is in them, to the team's resource."""
     async with FakeAzure() as east, FakeAzure() as west:

@@ -207,6 +207,46 @@ async def test_every_model_of_an_evaluation(start_gateway: StartGateway) -> None
             assert (answer.status, (await answer.json())["error"]["code"]) == (404, "model_not_found")
 
 
+@pytest.mark.parametrize("size", [100, 3_000_000])
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("keep", [False, True], ids=["streamed", "kept"])
+async def test_a_form_that_is_sent_again_is_whole(
+    size: int, chunked: bool, keep: bool, start_gateway: StartGateway
+) -> None:
+    """Where a first resource cannot be reached, the second gets every byte, and the deployment once."""
+    stage = f"""
+from gateway import Stage
+
+class Fallback(Stage):
+    "Ask a resource that is not there, then the right one."
+    needs = ("deployment",)
+
+    async def start(self, services):
+        self.gone = services.resources["gone"]
+
+    async def __call__(self, request, call_next):
+        await call_next(request.copy(target=request.target.replace(resource=self.gone)))
+        if {keep}:
+            await request.buffer(100_000_000)
+        return await call_next(request.copy())
+"""
+    yaml = "plugins_path: mine\nresource: azure\n" + V1.replace("whisper-1: hear", "whisper-1: hear-long-name")
+    yaml = yaml.replace('"}}', '"}, gone: {endpoint: "http://127.0.0.1:9"}}')
+    yaml = yaml.replace("  - api_version", "  - fallback\n  - api_version")
+    body = form(model="whisper-1", file=os.urandom(size), language="en")
+
+    async def pieces() -> Any:
+        for place in range(0, len(body), 50_000):
+            yield body[place : place + 50_000]
+
+    async with FakeAzure(deployments=("hear-long-name",)) as fake:
+        gateway = await start_gateway(fake.endpoint, yaml, {"mine/fallback.py": stage})
+        data = pieces() if chunked else io.BytesIO(body)
+        async with gateway.post("/v1/audio/transcriptions", None, data=data, headers=HEADERS) as answer:
+            assert answer.status == 200, await answer.text()
+        assert fake.requests[-1].body == body.replace(b"whisper-1", b"hear-long-name", 1)
+
+
 async def test_a_second_model_in_a_form_ends_the_upload(start_gateway: StartGateway) -> None:
     """Also where it comes long after the first, while the file streams: which one counts must never be a guess."""
     async with azure() as fake:

@@ -85,6 +85,16 @@ def test_a_field_is_there_before_the_form_ends() -> None:
         ('Content-Disposition: form-data; filename="; name=model"; name="file"', "file"),
         ('Content-Disposition: form-data; name="file"; filename="C:\\a b.txt"', "file"),
         ('Content-Disposition: form-data; name="other"', None),
+        (r'Content-Disposition: form-data; name="file"; filename="q\"uote.mp3"', "file"),
+        (r'Content-Disposition: form-data; name="file"; filename="end\"', "file"),
+        ('Content-Disposition: form-data; name="file"; filename="a"b.mp3"', "file"),
+        ("Content-Disposition: form-data; name=file; filename=a@b (1).mp3", "file"),
+        ("Content-Disposition: form-data; name=file; filename=a.mp3; filename*=UTF-8''a(1).mp3", "file"),
+        ('Content-Disposition: form-data; name="file"; filename="\u00e9 x.wav"', "file"),
+        (
+            'Content-Disposition: form-data; name="model"\r\nContent-Type: a/b; charset=UTF-8\r\nContent-Length: 1',
+            "model",
+        ),
     ],
 )
 def test_how_a_part_is_named(head: str, name: str | None) -> None:
@@ -109,6 +119,15 @@ HIDDEN = 'Content-Disposition: form-data; name="model"'
         'Content-Disposition: form-data; filename="a\\"; name="model"',
         'Content-Disposition: form-data; name="x"; name="model"',
         f"X: y\n{HIDDEN}\r\nContent-Disposition: form-data; name=x",
+        'Content-Disposition: form-data; name="=?utf-8?B?bW9kZWw=?="',
+        r'Content-Disposition: form-data; name="mo\del"',
+        'Content-Disposition: form-data; name="model\0"',
+        'Content-Disposition: form-data; name="model "x"',
+        'Content-Disposition: form-data; name="m\u00f6del"',
+        "Content-Disposition: form-data; name=session[model]",
+        r'Content-Disposition: form-data; filename="a\"; name="model"; x="',
+        'Content-Disposition: form-data; name="model"\r\nContent-Transfer-Encoding: base64',
+        'Content-Disposition: form-data; name="model"\r\nContent-Type: text/plain; charset=utf-16',
         "Content-Disposition: form-data",
         "X: y",
         "",
@@ -175,6 +194,8 @@ def test_boundaries() -> None:
     """From the Content-Type, in quotes or not; another type has none."""
     assert boundary_of(["multipart/form-data; boundary=abc"]) == b"abc"
     assert boundary_of(['Multipart/Form-Data; charset=utf-8; Boundary="a b,c"']) == b"a b,c"
+    assert boundary_of(["multipart/form-data; boundary=----=_Part_1_2.3; charset=utf-8"]) == b"----=_Part_1_2.3"
+    assert boundary_of(["multipart/form-data; boundary=a/b"]) == b"a/b"
     assert boundary_of(["application/json"]) is None
     assert boundary_of([]) is None
 

@@ -230,6 +230,21 @@ class Elsewhere(Stage):
         assert made_id.endswith(mark_of(west.endpoint))
 
 
+@pytest.mark.parametrize("body", [b'"metadata":{\\"' * 20_000, b'{"metadata":{' + b" " * 3_000_000 + b"}}"])
+@pytest.mark.timeout(20)
+def test_hostile_metadata_takes_no_time(body: bytes) -> None:
+    """It is looked at once, wherever its braces and quotes are."""
+    assert marked(body, b"M") == body
+
+
+async def test_what_only_looks_like_a_mark_is_left_alone(start_gateway: StartGateway) -> None:
+    """In a query: `plan.revised` is no id."""
+    async with two(start_gateway) as (gateway, east, _):
+        async with gateway.get("/v1/files?name=plan.revised") as answer:
+            assert answer.status == 200
+        assert ("name", "plan.revised") in east.requests[0].query
+
+
 async def test_long_paths_take_no_time(start_gateway: StartGateway) -> None:
     """A mark is looked for without going back: the answer is there before a second has passed."""
     async with two(start_gateway) as (gateway, _, _):
