@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,17 @@ def decoded_json(data: bytes, decode: Callable[[bytes], Any]) -> Any:
     except (msgspec.DecodeError, RecursionError, ValueError) as exc:
         if b"\\ud" in data or b"\\uD" in data:
             with contextlib.suppress(ValueError, RecursionError):
-                return json.loads(data)
+                return json.loads(data, parse_float=_number, parse_constant=_number)
         detail = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
         raise ApiError(400, f"the body is not a JSON object: {detail}") from None
+
+
+def _number(text: str) -> float:
+    """Return a number that JSON can say again. Raises ValueError for `NaN`, `Infinity` and what is as large."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that can be sent on")
+    return number
 
 
 def with_field(body: bytes, name: str, value: str | bytes | None) -> bytes:

@@ -35,6 +35,13 @@ def test_half_a_surrogate_pair_survives() -> None:
     assert b"model" not in with_field(body, "model", None)
 
 
+@pytest.mark.parametrize("number", [b"1e400", b"NaN", b"-Infinity"])
+def test_the_slow_way_makes_no_number_that_is_none(number: bytes) -> None:
+    """Python would write them in a way that JSON does not have."""
+    with pytest.raises(ApiError, match="not a JSON object"):
+        with_field(b'{"t": "\\ud83d", "n": %b}' % number, "model", "d")
+
+
 def test_what_is_no_object_is_refused() -> None:
     """With the place of the mistake."""
     with pytest.raises(ApiError, match="not a JSON object"):
