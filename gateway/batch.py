@@ -20,6 +20,7 @@ import msgspec
 
 from gateway.body import Body, too_much
 from gateway.errors import ApiError
+from gateway.jsonbody import decoded_json
 from gateway.multipart import FormReader, boundary_of
 from gateway.spool import DISK, Spool
 
@@ -55,8 +56,7 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
         return
     request._exchange.defer(lambda _: made.close())
     if lines.target is not None:
-        target = request.target
-        request.target = lines.target.replace(api_version=target.api_version, credential=target.credential)
+        request.target = request.target.replace(resource=lines.target.resource, deployment=lines.target.deployment)
     request.notes["model"] = ", ".join([*lines.found][:_SHOWN])
     request.notes["batch_lines"] = lines.count
     # Copies of the request keep what came: whoever asks again maps it again.
@@ -164,7 +164,7 @@ class _Lines:
             fields, body, name = _read(text)
         except KeyError as exc:
             raise _refused(number, f"it has no `{'body' if exc.args[0] == 'body' else 'body.model'}`") from None
-        except (msgspec.DecodeError, RecursionError, ValueError, TypeError):
+        except (ApiError, RecursionError, TypeError):
             raise _refused(number, "it is not a JSON object with a JSON object `body`") from None
         if not isinstance(name, str):
             raise _refused(number, "its `body.model` must be text")
@@ -193,10 +193,7 @@ def _read(line: bytes) -> tuple[dict[str, Any], dict[str, Any], Any]:
         body = _fields.decode(fields["body"])
         return fields, body, msgspec.json.decode(body["model"])
     except (msgspec.DecodeError, ValueError):
-        # Half of a surrogate pair is JSON, which msgspec does not take; see decoded_json.
-        if b"\\ud" not in line.lower():
-            raise
-    slow = json.loads(line)
+        slow = decoded_json(line, msgspec.json.decode)  # which knows what msgspec does not take
     return slow, slow["body"], slow["body"]["model"]
 
 

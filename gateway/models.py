@@ -187,8 +187,8 @@ async def map_several(request: Request, find: Callable[[str], Target]) -> None:
     if len({target.resource for target in found.values()}) > 1:
         raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
     request.notes["model"] = ", ".join(found)
-    target = request.target
-    request.target = next(iter(found.values())).replace(api_version=target.api_version, credential=target.credential)
+    first = next(iter(found.values()))
+    request.target = request.target.replace(resource=first.resource, deployment=first.deployment)
     request.set_json(changed)
 
 

@@ -93,6 +93,8 @@ async def test_the_models_choose_the_resource(start_gateway: StartGateway) -> No
         ('{"custom_id": "x"}', "it has no `body`", 400),
         ('{"body": {}}', "it has no `body.model`", 400),
         ('{"body": {"model": 4}}', "must be text", 400),
+        ('{"body": "x"}', "not a JSON object", 400),
+        (r'{"body": {"model": "gpt-4o", "x": "\ud83d", "n": 1e400}}', "not a JSON object", 400),
         (line(2, "unknown"), "the model 'unknown' is not mapped", 404),
         ("[" * 100_000, "not a JSON object", 400),
     ],
