@@ -6,7 +6,7 @@ what tests of a stage need.
 
 from msgspec import Meta
 
-from gateway.errors import ApiError
+from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.headers import Headers
 from gateway.keys import Credential
@@ -31,4 +31,5 @@ __all__ = (
     "Services",
     "Stage",
     "Target",
+    "UpstreamError",
 )

@@ -20,6 +20,7 @@ from gateway.hops import WRITTEN
 from gateway.keys import secrets
 from gateway.logs import get_logger, masked
 from gateway.messages import Response, check_body
+from gateway.pacing import Pacer
 from gateway.stream import Linked, link, unfinished_event
 from gateway.wire import Answer
 
@@ -89,7 +90,7 @@ async def write_answer(
         note_end(exchange, response.error)
         return not close
     chunked = not old and not no_body and "content-length" not in response.headers
-    writer = _Writer(connection, exchange, patience, linked, chunked=chunked)
+    writer = _Writer(connection, exchange, patience, linked, chunked=chunked, pace=response.pace)
     try:
         _write(connection, exchange, _head(response, request_id, close=close, chunked=chunked, length=None), b"")
         if not no_body:
@@ -164,7 +165,7 @@ class _Writer:
     A client that does not read is waited for: where the body is pumped from Azure, Azure is told to wait.
     """
 
-    __slots__ = ("_exchange", "_linked", "_patience", "_pumped", "_timer", "chunked", "connection", "tail")
+    __slots__ = ("_exchange", "_linked", "_pacer", "_patience", "_pumped", "_timer", "chunked", "connection", "tail")
 
     def __init__(
         self,
@@ -174,6 +175,7 @@ class _Writer:
         linked: Linked | None = None,
         *,
         chunked: bool = False,
+        pace: float | None = None,
     ) -> None:
         self.connection = connection
         self.tail = b""
@@ -183,6 +185,7 @@ class _Writer:
         self.chunked = chunked
         self._pumped: Answer | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._pacer = Pacer(pace, self._put, asyncio.get_running_loop()) if pace is not None else None
 
     def _put(self, data: bytes, after: bytes = b"") -> None:
         """Write a piece of a stream, framed."""
@@ -197,24 +200,39 @@ class _Writer:
         if self._linked is not None:
             chunk = self._linked.feed(chunk)
         if chunk:
-            self._put(chunk)
+            if self._pacer is None:
+                self._put(chunk)
+            else:
+                self._pacer.take(chunk)
 
     async def stream(self, body: AsyncIterator[bytes]) -> None:
         """Write a whole body, and its end. Raises what its source raises, and ClientGone."""
-        if isinstance(body, Answer):
+        if isinstance(body, Answer) or self._pacer is not None:
             await self._drained()  # what came before may not be taken yet
-            self._pumped = body
             self.connection.on_flow = self._flow
-            try:
+        try:
+            if isinstance(body, Answer):
+                self._pumped = body
                 await body.pump(self._take)
-            finally:
-                self.connection.on_flow = None
-                self._stop_timer()
-        else:
-            async for chunk in body:
-                self._take(chunk)
-                await self._drained()
-        left = self._linked.close() if self._linked is not None else b""
+            else:
+                async for chunk in body:
+                    self._take(chunk)
+                    await self._drained()
+            left = self._linked.close() if self._linked is not None else b""
+            if self._pacer is not None:
+                if left:
+                    self._pacer.take(left)
+                left = b""
+                await self._pacer.end()
+        except BaseException:
+            if self._pacer is not None and not self.connection.gone:
+                self._pacer.flush()  # what came before it broke is the client's
+            raise
+        finally:
+            self.connection.on_flow = None
+            self._stop_timer()
+            if self._pacer is not None:
+                self._pacer.stop()
         if left:
             self._put(left, _LAST_CHUNK if self.chunked else b"")
         elif self.chunked:
@@ -228,13 +246,12 @@ class _Writer:
     def _flow(self, paused: bool) -> None:
         """Let Azure wait for a client that does not read fast enough, but not for ever."""
         self._stop_timer()
-        if self._pumped is None:
-            return
         if paused:
-            self._pumped.hold()
             self._timer = asyncio.get_running_loop().call_later(self._patience, self._give_up)
-        else:
-            self._pumped.release()
+        if self._pumped is not None:
+            (self._pumped.hold if paused else self._pumped.release)()
+        if self._pacer is not None:
+            (self._pacer.hold if paused else self._pacer.release)()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

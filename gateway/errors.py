@@ -97,8 +97,16 @@ class ApiError(GatewayError):
 class UpstreamError(ApiError):
     """Azure could not be reached, or what it answered is not a whole HTTP answer."""
 
-    def __init__(self, message: str, *, status: int = 502, code: str = "upstream_error") -> None:
-        super().__init__(status, message, code=code)
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 502,
+        type: str | None = None,  # noqa: A002 -- OpenAI's own word
+        param: str | None = None,
+        code: str = "upstream_error",
+    ) -> None:
+        super().__init__(status, message, type=type, param=param, code=code)
 
 
 class UpstreamTimeout(UpstreamError):

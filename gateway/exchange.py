@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
@@ -25,6 +26,8 @@ EndedBy = Literal["complete", "client", "upstream", "gateway"]
 
 # After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
 _AGAIN = 1.0
+# What is counted in most exchanges.
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -34,7 +37,7 @@ class Outcome(msgspec.Struct, frozen=True):
     bytes. `first_byte` and `total` are seconds since the request's head had arrived; `first_byte` is None
     when nothing was sent. `ended_by` says who ended it: `complete` is the good end. `target` is where
     Azure was last asked, None if it never was. `error` is the code or name of what went wrong, and `reason`
-    the words that the client was told, where they are the gateway's own.
+    the words that the client was told, where they are the gateway's own. `counts` is what `request.count` counted.
     """
 
     status: int
@@ -45,6 +48,7 @@ class Outcome(msgspec.Struct, frozen=True):
     target: Target | None
     error: str | None
     reason: str | None = None
+    counts: Mapping[str, int] = _NONE
 
 
 class Owned(Protocol):
@@ -65,6 +69,7 @@ class Exchange:
     error: str | None = None
     reason: str | None = None
     target: Target | None = None
+    counts: dict[str, int] | None = None
     _upstream: Owned | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
@@ -80,6 +85,12 @@ class Exchange:
         if self._over:
             raise RuntimeError("the exchange is over; register with request.defer() before call_next")
         self._callbacks.append(callback)
+
+    def count(self, name: str) -> None:
+        """Add one to what is counted under `name`."""
+        if self.counts is None:
+            self.counts = {}
+        self.counts[name] = self.counts.get(name, 0) + 1
 
     def own(self, upstream: Owned) -> None:
         """Take charge of a connection; the one before it is closed, and this one if the exchange is over."""
@@ -148,6 +159,7 @@ class Exchange:
             target=self.target,
             error=self.error,
             reason=self.reason,
+            counts=self.counts or _NONE,
         )
         # Emptying the list as it runs also breaks the cycle request -> callbacks -> request.
         while callbacks:

@@ -5,6 +5,8 @@ Both are plain objects that stages read and change.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from gateway.jsonbody import decoded_json
 from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
+from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
 from gateway.stream import EventFilter, Filter, link
 
@@ -268,6 +271,10 @@ class Request:
         """
         self._exchange.defer(callback)
 
+    def count(self, name: str) -> None:
+        """Count something that a stage or its filter did, such as a repair; `Outcome.counts` has the sums."""
+        self._exchange.count(name)
+
     def __repr__(self) -> str:
         return f"<Request {self.id} {self.method} {self.path}>"
 
@@ -276,10 +283,11 @@ class Response:
     """What the client will be answered. Nothing is sent until the whole chain has returned.
 
     `body` is bytes, or an async iterator of bytes that nobody has read yet. `error` is the exception that
-    a stage or Azure's connection raised, if this answer stands for one.
+    a stage or Azure's connection raised, if this answer stands for one. `pace` spreads the events of a stream that
+    come together: seconds that each may be kept for it, None for not at all.
     """
 
-    __slots__ = ("_filters", "body", "error", "headers", "status")
+    __slots__ = ("_filters", "body", "error", "headers", "pace", "status")
 
     def __init__(
         self,
@@ -294,6 +302,7 @@ class Response:
         self.body = body
         self.headers = headers if isinstance(headers, Headers) else Headers(headers or {})
         self.error = error
+        self.pace: float | None = None
         self._filters: list[Filter | EventFilter] = []
 
     @classmethod
@@ -316,6 +325,24 @@ class Response:
             if field[0] == b"content-type":
                 return _is_event_stream(field[1])
         return False
+
+    async def peek(self, enough: Callable[[bytes], bool], seconds: float) -> bytes:
+        """Return the first bytes of the body, before any filter; they stay in it.
+
+        Waits until `enough` says of what has come that it is enough, at most so many seconds or 64 KiB, or to the
+        body's end. Raises UpstreamError where Azure breaks off.
+        """
+        if isinstance(self.body, bytes):
+            return self.body
+        if isinstance(self.body, Peekable):
+            body = self.body
+        else:
+            self.body = body = Peeked(self.body)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not enough(body.peeked()) and await body.grow():
+                    pass
+        return body.peeked()
 
     def pipe(self, *filters: Filter | EventFilter) -> None:
         """Put filters on the body; the one put on first, nearest Azure, runs first."""

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -68,6 +69,8 @@ class Server:
         self._listener: Listener | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._stopped = False
+        self.counts: Counter[str] = Counter()
+        """What stages counted since the start, such as repairs; told when the server stops."""
         self.address = self.settings.listen
         """Where the server listens: the true port, once it does, where 0 was asked for."""
 
@@ -130,6 +133,8 @@ class Server:
         await http.shutdown(timeout=1)
         if self._listener is not None:
             self._listener.remove()
+        if self.counts:
+            get_logger().info("counted", **self.counts)
         await self.teams.stop()
         await self.upstream.close()
 
@@ -182,6 +187,8 @@ class Server:
                 exchange.finish()
             finally:
                 self._running.discard(task)
+                if exchange.counts:
+                    self.counts.update(exchange.counts)
 
     async def _exchange(self, arrived: Arrived, exchange: Exchange, task: asyncio.Task[Any]) -> bool:
         head, headers, connection = arrived.head, arrived.headers, arrived.connection

@@ -21,7 +21,7 @@ import msgspec
 
 from gateway.errors import StreamBroken
 
-__all__ = ("Event", "EventFilter", "Filter", "link")
+__all__ = ("Event", "EventFilter", "Filter", "Linked", "Splitter", "link", "unfinished_event")
 
 MAX_EVENT = 64 * 1024 * 1024
 
@@ -94,6 +94,13 @@ class Event:
 class EventFilter:
     """A filter on server-sent events. Give it one event, get back that event, others, or None to drop it."""
 
+    def wants(self, raw: bytes) -> bool:
+        """Tell from an event's bytes whether `event` is to be asked; where no filter is, the event is not even cut out.
+
+        It must change nothing, and should cost no more than a search or two: `b'"error"' in raw`.
+        """
+        return True
+
     def event(self, event: Event) -> Event | list[Event] | None:
         """Return what takes the event's place."""
         return event
@@ -103,25 +110,35 @@ class EventFilter:
         return []
 
 
-class _Events(Filter):
-    """Cuts bytes into events and runs neighbouring event filters on each."""
+class Splitter:
+    """Cuts bytes into events, terminators and all. Blank lines between events are pieces of their own."""
 
-    def __init__(self, filters: Sequence[EventFilter]) -> None:
-        self._filters = filters
-        self._rest = bytearray()
-        self._scan = 0  # no event ends before this place in _rest
+    __slots__ = ("_after_cr", "_scan", "half", "rest")
+
+    def __init__(self) -> None:
+        self.rest = bytearray()
+        """The event that has not ended yet."""
+        self.half = False
+        """Whether the first piece of the last `feed` is the LF that belongs to the CR before it."""
+        self._scan = 0  # no event ends before this place in `rest`
         self._after_cr = False  # the last event ended with a CR: a LF next is the rest of its line ending
-        self._half_sent = False  # ... and that CR went on, so the LF does too
 
-    def feed(self, data: bytes) -> bytes:
+    @property
+    def between(self) -> bool:
+        """Whether what comes next is the beginning of an event, whatever it is."""
+        return not (self.rest or self._after_cr)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Return the events that end in `data`. Raises StreamBroken where one does not end within `MAX_EVENT`."""
         out: list[bytes] = []
+        self.half = False
         if self._after_cr and data:
             if data[:1] == b"\n":
                 data = data[1:]
-                if self._half_sent:
-                    out.append(b"\n")
+                out.append(b"\n")
+                self.half = True
             self._after_cr = False
-        rest = self._rest
+        rest = self.rest
         rest += data
         start = 0
         while True:
@@ -133,14 +150,66 @@ class _Events(Filter):
                 if found is None:
                     break
                 end = found.end()
-            self._pass_on(Event(bytes(rest[start:end])), 0, out)
+            out.append(bytes(rest[start:end]))
             start = end
         self._after_cr = start == len(rest) and start > 0 and rest[-1:] == b"\r"
         del rest[:start]
         self._scan = max(0, len(rest) - 3)
         if len(rest) > MAX_EVENT:
             raise StreamBroken(f"an event is larger than {MAX_EVENT} bytes")
+        return out
+
+    def close(self) -> bytes:
+        """Return the event that no blank line ended."""
+        rest = bytes(self.rest)
+        self.rest.clear()
+        return rest
+
+
+class _Events(Filter):
+    """Cuts bytes into events and runs neighbouring event filters on each."""
+
+    def __init__(self, filters: Sequence[EventFilter]) -> None:
+        self._filters = filters
+        self._wants = [each.wants for each in filters]
+        self._splitter = Splitter()
+        self._between = True  # what comes next begins an event
+        self._half_sent = False  # the last event ended with a CR that went on, so a LF next does too
+
+    def feed(self, data: bytes) -> bytes:
+        # Nearly every read of nearly every stream: one whole event, in lines that end with LF, that no filter wants.
+        if self._between and data.endswith(b"\n\n") and b"\r" not in data:
+            if data.find(b"\n\n") + 2 == len(data):
+                for wants in self._wants:
+                    if wants(data):
+                        break
+                else:
+                    return data
+            elif self._unwanted(data):
+                return data
+        out: list[bytes] = []
+        splitter = self._splitter
+        pieces = splitter.feed(data)
+        self._between = splitter.between
+        if splitter.half:
+            piece = pieces.pop(0)
+            if self._half_sent:
+                out.append(piece)
+        for piece in pieces:
+            self._pass_on(Event(piece), 0, out)
         return b"".join(out)
+
+    def _unwanted(self, data: bytes) -> bool:
+        """Whether no filter wants any of these whole events."""
+        start = 0
+        while start < len(data):
+            end = data.find(b"\n\n", start) + 2
+            event = data[start:end]
+            for wants in self._wants:
+                if wants(event):
+                    return False
+            start = end
+        return True
 
     def _pass_on(self, event: Event, first: int, out: list[bytes]) -> None:
         """Run `event` through the filters from `first` on, and what they make of it after them."""
@@ -152,6 +221,9 @@ class _Events(Filter):
         for each in self._filters[first:]:
             made: list[Event] = []
             for one in events:
+                if not each.wants(one.raw):
+                    made.append(one)
+                    continue
                 result = each.event(one)
                 if isinstance(result, Event):
                     made.append(result)
@@ -163,10 +235,9 @@ class _Events(Filter):
 
     def close(self) -> bytes:
         out: list[bytes] = []
-        if self._rest:
-            # An event that no blank line ended: whoever wants it completed lists `sse_newline` first.
-            self._pass_on(Event(bytes(self._rest)), 0, out)
-            self._rest.clear()
+        if rest := self._splitter.close():
+            # An event that no blank line ended: whoever wants it completed lists `sse_newline` below.
+            self._pass_on(Event(rest), 0, out)
         for place, each in enumerate(self._filters):
             for event in each.close():
                 self._pass_on(event, place + 1, out)
@@ -207,8 +278,13 @@ class Linked:
 
     def __init__(self, filters: Sequence[Filter]) -> None:
         self._filters = filters
-        # One filter is the common case: its own method is called, with nothing in between.
-        self.feed: Callable[[bytes], bytes] = filters[0].feed if len(filters) == 1 else self._feed
+        # One or two filters are the common case: their own methods are called, with little in between.
+        self.feed: Callable[[bytes], bytes] = self._feed
+        if len(filters) == 1:
+            self.feed = filters[0].feed
+        elif len(filters) == 2:
+            first, second = filters[0].feed, filters[1].feed
+            self.feed = lambda data: second(first(data))
 
     def _feed(self, data: bytes) -> bytes:
         for each in self._filters:

@@ -176,6 +176,19 @@ class Answer:
             self.release()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def peeked(self) -> bytes:
+        """Return what has come of the body and was not taken yet; it stays."""
+        if len(self._parts) > 1:
+            self._parts = [b"".join(self._parts)]
+        return self._parts[0] if self._parts else b""
+
+    async def grow(self) -> bool:
+        """Wait for more of the body; False at its end, or where no more is kept unread. Raises UpstreamError."""
+        if self.done or self._held:
+            return False
+        await self._wait()
+        return True
+
     async def pump(self, sink: Callable[[bytes], None]) -> None:
         """Hand every piece of the body to `sink` as it arrives; returns at the clean end.
 

@@ -11,7 +11,8 @@ RESERVED = frozenset(("event", "level", "timestamp", "team", "stage"))
 class AccessLog(Stage):
     """Log each exchange once, at its end: who, what, how it went and how long it took.
 
-    An error that is the gateway's own has its words as `reason`; what is no operation has its method and path.
+    An error that is the gateway's own has its words as `reason`; what is no operation has its method and path;
+    `counts` has what stages did to the answer, such as repairs.
     Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
     """
 
@@ -39,6 +40,8 @@ class AccessLog(Stage):
             }
             if outcome.reason is not None:
                 facts["reason"] = outcome.reason
+            if outcome.counts:
+                facts["counts"] = dict(outcome.counts)
             if request.operation is None:
                 facts["method"], facts["path"] = request.method, request.path[:200]
             if not RESERVED.isdisjoint(facts):

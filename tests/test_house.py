@@ -59,7 +59,7 @@ def test_the_public_api_is_these_names() -> None:
     """What a plugin author may import; a change here is a change for strangers."""
     assert set(gateway.__all__) == {
         "ApiError", "Credential", "Event", "EventFilter", "Filter", "Headers", "Meta", "Next", "Outcome", "Request",
-        "Response", "Services", "Stage", "Target",
+        "Response", "Services", "Stage", "Target", "UpstreamError",
     }  # fmt: skip
     for name in gateway.__all__:
         assert getattr(gateway, name).__doc__ or name in ("Next", "Meta")

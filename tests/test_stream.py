@@ -134,6 +134,40 @@ def test_a_dropped_event_takes_its_whole_line_ending_along() -> None:
         assert out == b"", pieces
 
 
+class Mark(EventFilter):
+    """Marks events that hold an `x`, and knows which it was asked about."""
+
+    def __init__(self, *, search: bool) -> None:
+        self._search = search
+        self.asked: list[bytes] = []
+
+    def wants(self, raw: bytes) -> bool:
+        return b"x" in raw if self._search else True
+
+    def event(self, event: Event) -> Event | list[Event]:
+        self.asked.append(event.raw)
+        return [event, Event(b"data: X\n\n")] if b"x" in event.raw else event
+
+
+@given(
+    lines=st.lists(st.sampled_from([b"", b"data: x", b": c", b"data: y", b"x"]), max_size=12),
+    endings=st.lists(st.sampled_from(ENDINGS), min_size=12, max_size=12),
+    plain=st.booleans(),
+    cuts=st.lists(st.integers(0, 80), max_size=6),
+)
+def test_a_filter_that_says_what_it_wants_makes_what_it_made(
+    lines: list[bytes], endings: list[bytes], plain: bool, cuts: list[int]
+) -> None:
+    """It is asked about no other event, and the stream is the same as if it were asked about each."""
+    endings = [b"\n"] * 12 if plain else endings
+    stream = b"".join(line + ending for line, ending in zip(lines, endings, strict=False))
+    places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    pieces = [stream[a:b] for a, b in itertools.pairwise(places)]
+    searching = Mark(search=True)
+    assert fed([Mark(search=False), Mark(search=False)], pieces) == fed([Mark(search=True), searching], pieces)
+    assert all(b"x" in raw for raw in searching.asked)
+
+
 def test_json_of_an_event_is_lazy_and_none_where_it_is_no_json() -> None:
     """`[DONE]` and broken JSON are None; a BOM before the first event does not hide it."""
     assert Event(b'\xef\xbb\xbfdata: {"a":1}\n\n').json() == {"a": 1}
