@@ -175,8 +175,12 @@ pipeline:
         - 2025-04-01-preview
       models:
         gpt-3.5-turbo: 2023-05-15
-  - sse_newline
+  - missing_message
+  - missing_fields
+  - missing_delta
+  - prompt_filter_chunk
   - resource_ids
+  - sse_newline
   - openai_errors
 """
     )

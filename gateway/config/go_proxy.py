@@ -28,6 +28,8 @@ _NAMES = ("deployment_name", "model_name", "endpoint")
 _FIELDS = (*_NAMES, "api_key", "api_version")
 _ENDPOINT = re.compile(r"(https?://[^/?#]+)/?(.*)", re.DOTALL)
 _ADDRESS = re.compile(r"[0-9.]+|\[.*")
+# As the shipped configuration has them.
+_REPAIRS = ("missing_message", "missing_fields", "missing_delta", "prompt_filter_chunk")
 
 
 @dataclass
@@ -97,8 +99,9 @@ class _Conversion:
             *([] if stored else [_scalar("auth_passthrough", self.root)]),
             _mapping(self.root, model_map=self._model_map(entries)),
             _mapping(self.root, api_version=self._api_version(entries)),
-            _scalar("sse_newline", self.root),
+            *(_scalar(name, self.root) for name in _REPAIRS),
             *([_scalar("resource_ids", self.root)] if several else []),
+            _scalar("sse_newline", self.root),
             _scalar("openai_errors", self.root),
         ]
         listen = self.settings.get("listen")

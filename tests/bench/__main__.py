@@ -33,6 +33,7 @@ OURS: dict[str, Callable[[Place], list[Row]]] = {
     "models": growth.models,
     "stages": growth.stages,
     "streams": growth.streams,
+    "repairs": growth.repairs,
     "workers": workers.workers,
     "restarts": workers.restarts,
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from tests.bench import limits, traffic
 from tests.bench.load import Traffic
 from tests.bench.measure import rounds, say
-from tests.bench.peers import PIPELINE, Peer, Setup
+from tests.bench.peers import PIPELINE, REPAIRS, Peer, Setup
 from tests.bench.place import Place
 from tests.bench.rows import Row
 
@@ -67,6 +67,23 @@ def stages(place: Place) -> list[Row]:
         Row(f"a request, {2 * len(PIPELINE)} stages instead of {len(PIPELINE)}", "% more CPU", limits.STAGES,
             _more(figures)),
     ]  # fmt: skip
+
+
+def repairs(place: Place) -> list[Row]:
+    """Measure events of paced streams, with the stages that mend Azure's streams and without them."""
+    file = place.workplace.write("repairs.request", _request(stream=True))
+    load = Traffic(file, place.azure.event, events=10_000_000, connections=FEW, opening=64)
+
+    def measure(name: str, peer: Peer) -> float:
+        place.azure.stream(load.events, 1000 * FEW // EVENTS_PER_SECOND)
+        cpu = place.meter.hold(peer, load, place.seconds)
+        say(f"repairs: {name}: {cpu:.1f} us for an event")
+        return cpu
+
+    without = Setup([stage for stage in PIPELINE if stage not in REPAIRS])
+    pair = {"few": place.ours(without), "many": place.ours()}
+    figures = rounds(2 * place.rounds, {name: functools.partial(measure, name, peer) for name, peer in pair.items()})
+    return [Row("an event, with the default repairs instead of without", "% more CPU", limits.REPAIRS, _more(figures))]
 
 
 def streams(place: Place) -> list[Row]:

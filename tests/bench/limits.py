@@ -46,6 +46,7 @@ MODELS = Limit(5, inf)  # % more with 200 models in the map instead of one
 STAGE = Limit(0.3, inf)  # us for a stage that does nothing
 STAGES = Limit(5, inf)  # % more with twice the stages
 STREAMS = Limit(20, inf)  # % more CPU for an event with 5,000 open streams instead of 100
+REPAIRS = Limit(5, 8)  # % more CPU for an event with the default repairs instead of without
 UPLOAD = Limit(None, 8)  # MB of memory for an upload of 1 GB
 WORKERS = Limit(None, 10)  # % more CPU for a request with two workers instead of one
 RESTARTS = Limit(None, 0)  # failed requests in three rolling restarts

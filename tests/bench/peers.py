@@ -21,10 +21,16 @@ PIPELINE = (
     "rate_limit: {requests_per_minute: 1000000000}",
     f"model_map: {{models: {{{traffic.MODEL}: {traffic.DEPLOYMENT}}}}}",
     f"api_version: {{version: {traffic.API_VERSION}, otherwise: [v1, 2025-04-01-preview]}}",
-    "sse_newline",
+    "missing_message",
+    "missing_fields",
+    "missing_delta",
+    "prompt_filter_chunk: drop",
     "resource_ids",
+    "sse_newline",
     "openai_errors",
 )
+# Those of them that mend what is in Azure's answers.
+REPAIRS = ("missing_message", "missing_fields", "missing_delta", "prompt_filter_chunk: drop")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""`missing_message`: a completion that the filter withheld has a message to read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gateway import Response
+from gateway.testing import post, send
+from plugins.missing_message import MissingMessage
+
+JSON = {"content-type": "application/json", "content-length": "1"}
+WITHHELD = {"content_filter_results": {}, "finish_reason": "content_filter", "index": 0, "logprobs": None}
+SAID = {"finish_reason": "stop", "index": 1, "message": {"role": "assistant", "content": "Hi"}}
+
+
+async def test_a_withheld_choice_gets_an_empty_message() -> None:
+    """Its reason to end stays, and so do the choices beside it."""
+    content = {"choices": [WITHHELD, SAID], "id": "chatcmpl-1", "usage": {"total_tokens": 3}}
+    sent = await post(MissingMessage(), answer=Response(200, json.dumps(content).encode(), JSON), json={})
+    message = {"role": "assistant", "content": "", "refusal": None}
+    assert sent.json() == {**content, "choices": [{**WITHHELD, "message": message}, SAID]}
+    assert "content-length" not in sent.headers
+    assert dict(sent.outcome.counts) == {"MissingMessage": 1}
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "body"),
+    [
+        ("/chat/completions", 200, b'{"choices":[{"finish_reason":"content_filter","message":{"content":"cut"}}]}'),
+        ("/chat/completions", 200, b'{ "choices" : [ {"finish_reason":"stop"} ] }'),
+        ("/chat/completions", 200, b'{"choices":[1,null],"content_filter":1} "content_filter"'),
+        ("/chat/completions", 200, b'["content_filter"]'),
+        ("/chat/completions", 400, b'{"error":{"code":"content_filter"},"choices":[{}]}'),
+        ("/completions", 200, b'{"choices":[{"finish_reason":"content_filter","text":""}]}'),
+    ],
+)
+async def test_everything_else_keeps_its_bytes(path: str, status: int, body: bytes) -> None:
+    """What has a message, was not withheld, is no completion of a chat, or no JSON."""
+    sent = await send([MissingMessage()], path=path, answer=Response(status, body, JSON))
+    assert (sent.body, sent.outcome.counts) == (body, {})
+
+
+async def test_an_answer_in_pieces_is_mended_too() -> None:
+    """A gateway of Azure may send one in chunks."""
+
+    async def pieces() -> object:
+        for byte in json.dumps({"choices": [WITHHELD]}).encode():
+            yield bytes([byte])
+
+    sent = await post(MissingMessage(), answer=lambda _: Response(200, pieces(), JSON), json={})  # type: ignore[arg-type]
+    assert sent.json()["choices"][0]["message"]["content"] == ""

@@ -1,0 +1,177 @@
+"""`stream_errors`: an error inside a stream of status 200 is an error to clients, too."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway import Response, UpstreamError
+from gateway.stream import link
+from gateway.testing import FakeAzure, Seen, post
+from plugins.openai_errors import OpenAIErrors
+from plugins.stream_errors import StreamErrors, events_of, has_begun
+from tests.chunks import DONE, PLAIN, PROMPT, USAGE, cuts, event, stream
+from tests.conftest import CHAT, YAML, StartGateway
+
+EVENTS = {"content-type": "text/event-stream", "x-ratelimit-remaining-tokens": "0"}
+LIMIT = {"error": {"code": "429", "message": "Rate limit is exceeded. Try again in 9 seconds."}}
+FILTERED = {"error": {"code": "content_filter", "message": "filtered", "type": None, "param": "prompt"}}
+STAGES = YAML + "  - openai_errors\n  - stream_errors\n"
+
+
+def pieces(*data: bytes) -> Any:
+    """Return an end of the pipeline that answers with a stream in these pieces."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for piece in data:
+            await asyncio.sleep(0)
+            yield piece
+
+    return lambda _: Response(200, body(), EVENTS)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (LIMIT, 429),
+        (FILTERED, 400),
+        ({"error": {"status": 503, "message": "busy"}}, 503),
+        ({"error": {"code": None, "type": "server_error", "message": "oh"}}, 500),
+        ({"error": {"code": "TooManyRequests", "message": "slow"}}, 429),
+        ({"error": {"code": 1234, "message": "what"}}, 500),
+        ({"error": "out of words"}, 500),
+    ],
+)
+async def test_an_error_at_the_beginning_has_its_own_status(error: dict[str, Any], status: int) -> None:
+    """Also behind comments and the chunk of findings about the prompt; the headers of the answer stay."""
+    for before in (b"", b": ping\n\n", event(PROMPT)):
+        sent = await post(StreamErrors(), answer=pieces(before, event(error)), json={})
+        own = error["error"] if isinstance(error["error"], dict) else {"message": error["error"]}
+        assert (sent.status, sent.json()) == (status, {"error": own})
+        assert sent.headers.get("content-type") == "application/json"
+        assert sent.headers.get("x-ratelimit-remaining-tokens") == "0"
+        assert dict(sent.outcome.counts) == {"StreamErrors": 1}
+
+
+async def test_openai_errors_above_it_gives_it_openai_s_words() -> None:
+    """And says when to try again."""
+    sent = await post(OpenAIErrors(), StreamErrors(), answer=pieces(event(LIMIT)), json={})
+    assert (sent.status, sent.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert sent.headers.get("retry-after") == "9"
+
+
+async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
+    """What came before it has been sent; the error is what the client raises."""
+    sent_on = stream(PROMPT, *PLAIN[:2], done=b"")
+    both = await post(StreamErrors(), answer=pieces(sent_on + event(FILTERED)), json={})  # in one read
+    assert (both.status, both.outcome.ended_by) == (200, "upstream")
+    answer = await post(StreamErrors(), answer=pieces(sent_on), json={})
+    linked = link(answer.response.filters)
+    assert linked.feed(sent_on) == sent_on
+    with pytest.raises(UpstreamError, match="filtered") as caught:
+        linked.feed(event(FILTERED))
+    assert (caught.value.code, caught.value.param) == ("content_filter", "prompt")
+
+
+@given(st.lists(st.integers(0, 3000), max_size=6), st.sampled_from([stream(*PLAIN), stream(PROMPT, *PLAIN, USAGE)]))
+async def test_a_stream_without_errors_keeps_its_bytes(places: list[int], data: bytes) -> None:
+    """Wherever its reads end, and whether it has the word in a text or not."""
+    data = data.replace(b"Hello", b'say \\"error\\"')
+    sent = await post(StreamErrors(), answer=pieces(*cuts(data, places)), json={})
+    assert (sent.status, sent.body, sent.outcome.counts) == (200, data, {})
+
+
+@pytest.mark.parametrize("data", [b"", DONE, b": ping\n\n", b"data: {\n\n", b"no event at all", event(PROMPT), b"\n\n"])
+async def test_streams_that_say_nothing_pass(data: bytes) -> None:
+    """To the byte."""
+    sent = await post(StreamErrors(), answer=pieces(data), json={})
+    assert (sent.status, sent.body) == (200, data)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"type": "error", "error": {"message": "its own"}}, {"error": None, "choices": []}, {**PLAIN[0], "error": {}}],
+)
+async def test_what_is_no_error_of_a_chat_stream_passes(content: object) -> None:
+    """The Responses API has error events of its own, which its clients read."""
+    data = stream(content, *PLAIN)
+    sent = await post(StreamErrors(), answer=pieces(data), json={})
+    assert (sent.status, sent.body) == (200, data)
+
+
+async def test_the_head_waits_no_longer_than_it_may() -> None:
+    """A model that thinks for long keeps no client from its head; not a byte of the stream is lost."""
+    first = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield event(PROMPT)
+        await first.wait()
+        yield stream(*PLAIN)
+
+    def answer(_: object) -> Response:
+        asyncio.get_running_loop().call_later(0.1, first.set)
+        return Response(200, slow(), EVENTS)
+
+    sent = await post(StreamErrors(wait=0.01), answer=answer, json={})
+    assert (sent.status, sent.body) == (200, stream(PROMPT, *PLAIN))
+
+
+async def test_over_sockets(start_gateway: StartGateway) -> None:
+    """A 429 in a stream is one to the client; a later error ends a chunked answer without its last chunk."""
+    later = asyncio.Event()
+
+    async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        if later.is_set():
+            await response.write(stream(PROMPT, *PLAIN[:2], done=b""))
+        await response.write(event(LIMIT))
+        return response
+
+    async with FakeAzure(respond=respond) as azure:
+        gateway = await start_gateway(azure.endpoint, STAGES)
+        async with gateway.post(json={**CHAT, "stream": True}) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (429, "rate_limit_exceeded")
+            assert answer.headers["retry-after-ms"] == "9000"
+        later.set()
+        async with gateway.post(json={**CHAT, "stream": True}) as answer:
+            assert answer.status == 200
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
+        await gateway.idle()
+    refused, broken = gateway.exchanges()
+    assert (refused["status"], refused["counts"]) == (429, {"stream_errors": 1})
+    assert (broken["ended_by"], broken["error"], broken["counts"]) == ("upstream", "429", {"stream_errors": 1})
+
+
+async def test_a_stream_that_breaks_before_its_first_event_is_a_502(start_gateway: StartGateway) -> None:
+    """Nothing was sent yet, so the client gets a status that says so."""
+
+    async def cut(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(event(PROMPT))
+        assert request.transport is not None
+        request.transport.abort()
+        return response
+
+    async with FakeAzure(respond=cut) as azure:
+        gateway = await start_gateway(azure.endpoint, STAGES)
+        async with gateway.post(json={**CHAT, "stream": True}) as answer:
+            assert (answer.status, json.loads(await answer.read())["error"]["code"]) == (502, "upstream_error")
+
+
+def test_whether_a_stream_has_begun() -> None:
+    """Only an event that is whole and says something tells."""
+    assert not has_begun(event(PROMPT) + event(PLAIN[0])[:-1])
+    assert has_begun(event(PROMPT) + event(PLAIN[0]))
+    assert has_begun(event(LIMIT))
+    assert [len(each.raw) for each in events_of(b"data: 1\r\n\r\ndata: 2\n\nda")] == [11, 9]
