@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gateway.errors import ApiError, StreamBroken, UpstreamError
 from gateway.exchange import failure
@@ -21,12 +21,15 @@ from gateway.keys import secrets
 from gateway.logs import get_logger, masked
 from gateway.messages import Response, check_body
 from gateway.pacing import Pacer
-from gateway.stream import Linked, link, unfinished_event
+from gateway.relay import Relay
+from gateway.stream import EventFilter, Linked, link, unfinished_event
+from gateway.websocket import WebSocket, accepted, chosen_protocol, offered_protocols
 from gateway.wire import Answer
 
 if TYPE_CHECKING:
     from gateway.connection import Arrived, Connection
     from gateway.exchange import Exchange
+    from gateway.settings import Limits, Timeouts
 
 __all__ = (
     "ClientGone",
@@ -55,7 +58,14 @@ def closing_answer(error: ApiError) -> bytes:
 
 
 async def write_answer(
-    arrived: Arrived, response: Response, exchange: Exchange, *, request_id: str, close: bool, patience: float
+    arrived: Arrived,
+    response: Response,
+    exchange: Exchange,
+    *,
+    request_id: str,
+    close: bool,
+    timeouts: Timeouts,
+    limits: Limits,
 ) -> bool:
     """Write an answer and its whole body; returns whether the connection goes on.
 
@@ -65,12 +75,20 @@ async def write_answer(
     connection, request = arrived.connection, arrived.head
     old = request.old
     close = close or request.close
+    if isinstance(opened := response.body, WebSocket):
+        try:
+            _check_socket(response)
+        except TypeError as exc:
+            response = _unreadable(exc, _secrets(arrived, exchange))
+        else:
+            return await _relay(arrived, response, opened, exchange, request_id, timeouts, limits)
     linked: Linked | None = None
+    patience = timeouts.client
     try:
         if old and not response.event_stream and _over_unix_socket(connection):
             # There the end of the connection is all that ends a body, and it cannot be told from a break.
             await response.read()
-        body = response.body
+        body = cast("bytes | AsyncIterator[bytes]", response.body)
         _check(response)
         if response.filters:
             linked = link(response.filters, response.headers.get("content-encoding"))
@@ -79,7 +97,7 @@ async def write_answer(
                 body = linked.feed(body) + linked.close()
     except Exception as exc:
         response = _unreadable(exc, _secrets(arrived, exchange))
-        body = response.body
+        body = cast(bytes, response.body)
     exchange.status = response.status
     no_body = request.method == "HEAD" or response.status in (204, 304)
     if isinstance(body, bytes):
@@ -117,7 +135,59 @@ def _check(response: Any) -> None:
     """Refuse what a stage without types may have made of a response."""
     if not isinstance(response.status, int):
         raise TypeError(f"a stage set the status {response.status!r}, which is no number")
+    if response.status == 101:
+        raise TypeError("a stage answered with status 101 and no WebSocket")
     check_body(response.body)
+
+
+def _check_socket(response: Response) -> None:
+    """Refuse what cannot be done with a WebSocket."""
+    if response.status != 101:
+        raise TypeError(f"a stage gave a WebSocket the status {response.status}")
+    if not all(isinstance(each, EventFilter) for each in response.filters):
+        raise TypeError("a stage put a filter on a WebSocket that is no event filter")
+
+
+async def _relay(
+    arrived: Arrived,
+    response: Response,
+    socket: WebSocket,
+    exchange: Exchange,
+    request_id: str,
+    timeouts: Timeouts,
+    limits: Limits,
+) -> bool:
+    """Tell the client that its WebSocket is open, and relay it to its end; the connection ends with it."""
+    connection = arrived.connection
+    relay = Relay(
+        connection,
+        socket.wire,
+        exchange,
+        up=socket.up,
+        down=[each for each in response.filters if isinstance(each, EventFilter)],
+        most=limits.body,
+        ping=timeouts.ping,
+        patience=(timeouts.client, timeouts.idle),
+        hidden=_secrets(arrived, exchange),
+    )
+    for name, value in (
+        ("connection", "Upgrade"),
+        ("upgrade", "websocket"),
+        ("sec-websocket-accept", accepted(arrived.headers.get("sec-websocket-key") or "").decode()),
+        ("sec-websocket-protocol", chosen_protocol(offered_protocols(arrived.headers), socket.protocol)),
+    ):
+        if value is not None:
+            response.headers.set(name, value)
+    exchange.status = response.status
+    _write(connection, exchange, _head(response, request_id, close=False, chunked=False, length=None), b"")
+    try:
+        await relay.run()
+        note_end(exchange, None)
+    except ApiError as exc:
+        note_end(exchange, exc)
+    if connection.writing_paused:
+        await _drained(connection, exchange, timeouts.client)
+    return False
 
 
 def note_end(exchange: Exchange, error: BaseException | None) -> None:

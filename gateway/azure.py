@@ -29,7 +29,8 @@ class Operation:
     `model` is where the model's name sits, or None; `needs_model` says that it may not be left out,
     `drops_model` that it must not stay in the body where the path names the deployment.
     `classic` and `v1` are None where Azure does not have it; `classic_path` is its path below
-    `/openai` or `/openai/deployments/{deployment}`. `local` is answered by the gateway itself.
+    `/openai` or `/openai/deployments/{deployment}`. `previews` says that of the dated api-versions only previews
+    have it. `local` is answered by the gateway itself.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Operation:
     classic_path: str
     v1: bool
     since: str | None
+    previews: bool
     local: bool
     evidence: str
 
@@ -57,12 +59,15 @@ class Operation:
             return True
         if version == "v1":
             return self.v1
-        return self.classic is not None and (self.since is None or version[:10] >= self.since[:10])
+        if self.classic is None or (self.previews and not version.endswith("-preview")):
+            return False
+        return self.since is None or version[:10] >= self.since[:10]
 
     @property
     def versions(self) -> str:
         """The api-versions that have it, in words."""
-        dated = f"{self.since} or later" if self.since is not None else "a dated api-version"
+        later = "a later preview" if self.previews else "later"
+        dated = f"{self.since} or {later}" if self.since is not None else "a dated api-version"
         return ", or ".join(([dated] if self.classic is not None else []) + (["v1"] if self.v1 else []))
 
 
@@ -92,7 +97,8 @@ def _read(text: str) -> Iterator[Operation]:
             classic=where,
             classic_path=classic if classic.startswith("/") else path,
             v1=v1 == "yes",
-            since=None if since == "-" else since,
+            since=None if since == "-" else since.rstrip("!"),
+            previews=since.endswith("!"),
             local=classic == "gateway",
             evidence=evidence,
         )
@@ -143,11 +149,16 @@ def unknown_operation(method: str, path: str) -> ApiError:
             headers={"allow": ", ".join(allowed)},
             code="method_not_allowed",
         )
-    for found in others:
-        if found.method == "WS":
-            message = f"{found.name} needs a WebSocket, which this gateway does not offer"
-        else:
-            message = f"Azure OpenAI does not have the operation {found.name}"
+    for found in sorted(others, key=lambda found: found.method != "WS"):
+        if found.method == "WS" and found.on_azure:
+            return ApiError(
+                426,
+                f"{found.name} is a WebSocket: open one to this URL (ws:// or wss://); a proxy on the way must pass "
+                "the headers Upgrade and Connection on",
+                headers={"upgrade": "websocket"},
+                code="upgrade_required",
+            )
+        message = f"Azure OpenAI does not have the operation {found.name}"
         return ApiError(404, message, code="operation_not_supported")
     for right, why in (
         (path.rstrip("/"), "leave the slash at the end out"),

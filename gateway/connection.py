@@ -75,6 +75,7 @@ class Connection(BaseProtocol):
         "_limits",
         "_manager",
         "_outbox",
+        "_relay",
         "_task_handler",
         "_timeouts",
         "_unsent",
@@ -106,6 +107,7 @@ class Connection(BaseProtocol):
         self._head_begun = True  # the time for a head runs
         self._deadline = Deadline(loop)
         self._leave_timer: asyncio.TimerHandle | None = None
+        self._relay: Callable[[bytes], None] | None = None  # who is given what comes, once this is a WebSocket
         self.on_flow: Callable[[bool], None] | None = None
         """Called with True when the client takes no more for now, and with False when it does again."""
 
@@ -187,6 +189,25 @@ class Connection(BaseProtocol):
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.write(unsent)
 
+    # -- a WebSocket -----------------------------------------------------------------------------------
+
+    def start_relay(self, take: Callable[[bytes], None], flow: Callable[[bool], None]) -> None:
+        """Give what comes from now on to a relay."""
+        self.flush()
+        self._relay = take
+        self.on_flow = flow
+        data, self._buffer = self._buffer, b""
+        self.release()
+        if data:
+            take(data)
+        if self.writing_paused:
+            flow(True)
+
+    def stop_relay(self) -> None:
+        """Give nothing to it any more."""
+        self._relay = self.on_flow = None
+        self._closing = True
+
     # -- what arrives ----------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
@@ -199,6 +220,9 @@ class Connection(BaseProtocol):
             data = self._buffer + data
         if self._task_handler is None:
             self._next(data)
+            return
+        if self._relay is not None:
+            self._relay(data)
             return
         self._buffer = data
         if len(data) > _WAITING:

@@ -38,6 +38,7 @@ class Outcome(msgspec.Struct, frozen=True):
     when nothing was sent. `ended_by` says who ended it: `complete` is the good end. `target` is where
     Azure was last asked, None if it never was. `error` is the code or name of what went wrong, and `reason`
     the words that the client was told, where they are the gateway's own. `counts` is what `request.count` counted.
+    `close_code` is a WebSocket's, of the close frame that was seen or sent first (1005 where it had none).
     """
 
     status: int
@@ -49,6 +50,7 @@ class Outcome(msgspec.Struct, frozen=True):
     error: str | None
     reason: str | None = None
     counts: Mapping[str, int] = _NONE
+    close_code: int | None = None
 
 
 class Owned(Protocol):
@@ -70,6 +72,7 @@ class Exchange:
     reason: str | None = None
     target: Target | None = None
     counts: dict[str, int] | None = None
+    close_code: int | None = None
     _upstream: Owned | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
@@ -86,11 +89,11 @@ class Exchange:
             raise RuntimeError("the exchange is over; register with request.defer() before call_next")
         self._callbacks.append(callback)
 
-    def count(self, name: str) -> None:
-        """Add one to what is counted under `name`."""
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to what is counted under `name`."""
         if self.counts is None:
             self.counts = {}
-        self.counts[name] = self.counts.get(name, 0) + 1
+        self.counts[name] = self.counts.get(name, 0) + amount
 
     def own(self, upstream: Owned) -> None:
         """Take charge of a connection; the one before it is closed, and this one if the exchange is over."""
@@ -160,6 +163,7 @@ class Exchange:
             error=self.error,
             reason=self.reason,
             counts=self.counts or _NONE,
+            close_code=self.close_code,
         )
         # Emptying the list as it runs also breaks the cycle request -> callbacks -> request.
         while callbacks:

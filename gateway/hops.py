@@ -15,12 +15,14 @@ _NOT_UP = frozenset(
     transfer-encoding upgrade http2-settings host content-length expect accept-encoding authorization api-key
     x-api-key ocp-apim-subscription-key x-ms-authorization-auxiliary cookie cookie2 forwarded via proxy
     max-forwards range x-real-ip true-client-ip cf-connecting-ip x-client-ip x-original-url x-original-host
-    x-rewrite-url x-host x-http-method x-http-method-override x-method-override x-ms-client-principal
+    x-rewrite-url x-host x-http-method x-http-method-override x-method-override sec-websocket-key
+    sec-websocket-version sec-websocket-protocol sec-websocket-extensions x-ms-client-principal
     x-ms-client-principal-id x-ms-client-principal-name api-version x-request-id""".split()
 )
 _NOT_DOWN = frozenset(
     b"""connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer
-    transfer-encoding upgrade set-cookie set-cookie2 strict-transport-security alt-svc""".split()
+    transfer-encoding upgrade sec-websocket-accept sec-websocket-protocol sec-websocket-extensions set-cookie
+    set-cookie2 strict-transport-security alt-svc""".split()
 )
 _BITS = {
     b"host": FRAMING | OURS,
@@ -28,6 +30,8 @@ _BITS = {
     b"transfer-encoding": FRAMING | OURS,
     b"connection": FRAMING | OURS,
     b"expect": OURS,
+    b"upgrade": OURS,
+    b"sec-websocket-protocol": KEY,
     b"content-encoding": OURS,
     b"x-request-id": OURS | WRITTEN,
     b"authorization": KEY,

@@ -41,7 +41,7 @@ MAX_FIELDS = 128
 _KEPT_LINES = 4096
 _KEPT_LENGTH = 256
 # Values of these are never kept: they are somebody's keys.
-_SECRET = re.compile(rb"auth|key|cookie|secret|credential|principal|-token$", re.IGNORECASE)
+_SECRET = re.compile(rb"auth|key|cookie|secret|credential|principal|protocol|-token$", re.IGNORECASE)
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD = re.compile(rb"(%b):[ \t]*([\t -~\x80-\xff]*)" % _TOKEN)
@@ -74,6 +74,7 @@ class RequestHead(NamedTuple):
     close: bool
     expects: bool  # `100 Continue` is awaited
     given_id: bytes | None  # `X-Request-ID`
+    upgrade: bool = False  # a WebSocket is asked for
 
 
 class ResponseHead(NamedTuple):
@@ -174,9 +175,9 @@ class HeadReader:
             fields = headers.fields.copy()
             name, _, line, bits = fields[self._length_at]
             fields[self._length_at] = Field(name, digits, line[:16] + digits, bits)
-            method, path, query, old, _, _, close, expects, given_id = last
+            method, path, query, old, _, _, close, expects, given_id, upgrade = last
             headers = Headers.of(fields, headers.up(), headers.presenting())
-            return RequestHead(method, path, query, old, headers, length, close, expects, given_id)
+            return RequestHead(method, path, query, old, headers, length, close, expects, given_id, upgrade)
         read = parse_request(head, limit)
         self._same = None
         for place, field in enumerate(read.headers.fields):
@@ -204,7 +205,7 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
         fields = _read_fields(lines)
     except Malformed:
         raise malformed_request() from None
-    host = chunked = close = expects = False
+    host = chunked = close = expects = upgrade = False
     length: int | None = None
     given_id: bytes | None = None
     named: list[bytes] = []
@@ -232,6 +233,8 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
             expects = not old
         elif name == b"x-request-id":
             given_id = value
+        elif name == b"upgrade":
+            upgrade = upgrade or (b"websocket" in _tokens(value) and method == "GET" and not old)
         elif name == b"content-encoding" and value.lower() not in (b"", b"identity"):
             raise ApiError(415, "the body must not be compressed; leave Content-Encoding out")
     if not host and not old:
@@ -243,9 +246,21 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
     if named:
         close = b"close" in named
         fields = [field for field in fields if field[0] not in named]
+    upgrade = upgrade and b"upgrade" in named
+    if upgrade and (chunked or length):
+        raise ApiError(400, "a request for a WebSocket has no body", code="malformed_request")
     expects = expects and (chunked or bool(length))
     return RequestHead(
-        method, path, query, old, Headers.of(fields), None if chunked else length or 0, close or old, expects, given_id
+        method,
+        path,
+        query,
+        old,
+        Headers.of(fields),
+        None if chunked else length or 0,
+        close or old,
+        expects,
+        given_id,
+        upgrade,
     )
 
 

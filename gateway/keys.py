@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from gateway.messages import Target
 
 __all__ = (
+    "KEY_PROTOCOL",
     "Credential",
     "is_key",
     "key_digest",
     "presented_key",
     "secrets",
 )
+
+# How a browser's WebSocket, which can set no header, presents a key: as one of the subprotocols that it offers.
+KEY_PROTOCOL = "openai-insecure-api-key."
 
 # A bearer token's alphabet (RFC 6750, 2.1), which Azure's and OpenAI's keys keep to.
 _KEY = re.compile(r"[A-Za-z0-9._~+/-]+=*")
@@ -55,6 +59,13 @@ def presented_key(headers: Headers) -> Credential | None:
             if scheme.lower() != b"bearer":
                 raise _bad_key("the Authorization header must be `Bearer YOUR_KEY`")
             found = _credential(token, authorization=True)
+        elif name == b"sec-websocket-protocol":
+            tokens = key_protocols(value)
+            if not tokens:
+                continue
+            found = _credential(tokens[0], authorization=True)
+            if any(token != tokens[0] for token in tokens):
+                raise _bad_key("two different keys were presented; send one")
         else:
             found = _credential(value, authorization=False)
         if shown is not None and found.value != shown.value:
@@ -62,6 +73,13 @@ def presented_key(headers: Headers) -> Credential | None:
         if shown is None or found.bearer:
             shown = found
     return shown
+
+
+def key_protocols(value: bytes) -> list[bytes]:
+    """Return the keys among the subprotocols of a WebSocket's handshake."""
+    prefix = KEY_PROTOCOL.encode()
+    offered = [each.strip(b" \t") for each in value.split(b",")]
+    return [each[len(prefix) :] for each in offered if each.startswith(prefix)]
 
 
 def _credential(raw: bytes, *, authorization: bool) -> Credential:
@@ -99,6 +117,8 @@ def secrets(headers: Headers, target: Target | None) -> list[str]:
     """Return what must not be printed if some text holds it: every value of a request that may be a key."""
     found = [value for name, value in headers if name.lower() in ("authorization", "api-key")]
     found += [value.rpartition(" ")[2] for value in found]
+    for value in headers.getall("sec-websocket-protocol"):
+        found += [key.decode("latin-1") for key in key_protocols(value.encode("latin-1"))]
     if target is not None:
         stored = target.resource.credential if target.resource is not None else None
         found += [each.value for each in (target.credential, stored) if each is not None]

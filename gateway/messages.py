@@ -11,7 +11,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -27,6 +27,7 @@ from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
 from gateway.stream import EventFilter, Filter, link
+from gateway.websocket import WebSocket
 
 __all__ = ("Request", "Resource", "Response", "Target", "check_body")
 
@@ -75,6 +76,7 @@ class Request:
         "_address",
         "_body",
         "_exchange",
+        "_find",
         "_form",
         "_json",
         "_json_set",
@@ -127,6 +129,7 @@ class Request:
         self._json_set = False
         self._row = operation
         self._form: FormReader | None = None
+        self._find: Callable[[str], Target] | None = None  # for the models that a WebSocket's messages name
         self._model_set = model  # the path names it
         self._model: str | None = None
         self._model_read = False
@@ -226,10 +229,13 @@ class Request:
         """Go where `find` says for the model that the request names: its resource and its deployment.
 
         A batch file, or an evaluation, names several: each becomes its deployment, and all must be in one resource.
+        So do the messages of a WebSocket, each when it is sent.
         Raises what `find` raises, and ApiError 400 where a name is none or the resources differ.
         """
         if self._row is not None and self._row.model in SEVERAL:
             await map_several(self, find)
+        elif self._row is not None and self._row.model == "frame":
+            self._find = find
         elif (name := await self.model()) is not None:
             found = find(name.strip())
             self.target = self.target.replace(resource=found.resource, deployment=found.deployment)
@@ -260,6 +266,7 @@ class Request:
         twin._json = self._json
         twin._json_set = self._json_set
         twin._form = self._form
+        twin._find = self._find
         twin._model = self._model
         twin._model_read = self._model_read
         return twin
@@ -282,9 +289,9 @@ class Request:
 class Response:
     """What the client will be answered. Nothing is sent until the whole chain has returned.
 
-    `body` is bytes, or an async iterator of bytes that nobody has read yet. `error` is the exception that
-    a stage or Azure's connection raised, if this answer stands for one. `pace` spreads the events of a stream that
-    come together: seconds that each may be kept for it, None for not at all.
+    `body` is bytes, or an async iterator of bytes that nobody has read yet; that of a 101 is a WebSocket. `error` is
+    the exception that a stage or Azure's connection raised, if this answer stands for one. `pace` spreads the events
+    of a stream that come together: seconds that each may be kept for it, None for not at all.
     """
 
     __slots__ = ("_filters", "body", "error", "headers", "pace", "status")
@@ -292,7 +299,7 @@ class Response:
     def __init__(
         self,
         status: int = 200,
-        body: bytes | AsyncIterator[bytes] = b"",
+        body: bytes | AsyncIterator[bytes] | WebSocket = b"",
         headers: Headers | Mapping[str, str] | None = None,
         *,
         error: BaseException | None = None,
@@ -334,6 +341,8 @@ class Response:
         """
         if isinstance(self.body, bytes):
             return self.body
+        if isinstance(self.body, WebSocket):
+            raise TypeError("a WebSocket has no body to look at")
         if isinstance(self.body, Peekable):
             body = self.body
         else:
@@ -344,8 +353,21 @@ class Response:
                     pass
         return body.peeked()
 
-    def pipe(self, *filters: Filter | EventFilter) -> None:
-        """Put filters on the body; the one put on first, nearest Azure, runs first."""
+    def pipe(self, *filters: Filter | EventFilter, direction: Literal["down", "up"] = "down") -> None:
+        """Put filters on the body; the one put on first, nearest Azure, runs first.
+
+        On a WebSocket they are event filters, and see its messages as events: what Azure sends (`down`), or what the
+        client sends (`up`; there the one put on last, nearest the client, runs first).
+        """
+        if isinstance(self.body, WebSocket):
+            events = [each for each in filters if isinstance(each, EventFilter)]
+            if len(events) < len(filters):
+                raise TypeError("the filters of a WebSocket are event filters")
+            if direction == "up":
+                self.body.up[:0] = reversed(events)
+                return
+        elif direction == "up":
+            raise ValueError("only a WebSocket has messages that go up")
         self._filters.extend(filters)
         # The length is another one now, and is not known yet.
         self.headers.remove("content-length")
@@ -362,6 +384,8 @@ class Response:
         """
         if isinstance(self.body, bytes) and not self._filters:
             return self.body
+        if isinstance(self.body, WebSocket):
+            raise TypeError("a WebSocket cannot be read whole")
         linked = link(self._filters, self.headers.get("content-encoding"))
         if self._filters:
             self.headers.remove("content-encoding")
@@ -389,7 +413,7 @@ def _is_event_stream(content_type: bytes) -> bool:
 
 def check_body(body: object) -> None:
     """Raise TypeError for what can be no response's body."""
-    if not isinstance(body, bytes) and not hasattr(body, "__aiter__"):
+    if not isinstance(body, bytes | WebSocket) and not hasattr(body, "__aiter__"):
         raise TypeError(f"a response's body is bytes or an async iterator of bytes, not {type(body).__name__}")
 
 

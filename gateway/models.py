@@ -17,6 +17,7 @@ from gateway.batch import batch_models, map_batch
 from gateway.errors import ApiError
 from gateway.jsonbody import decoded_json, with_field
 from gateway.multipart import FormReader, boundary_of
+from gateway.stream import Event, EventFilter
 
 if TYPE_CHECKING:
     from gateway.azure import Operation
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "SEVERAL",
+    "FrameModels",
     "map_image_deployment",
     "map_several",
     "model_in",
@@ -67,7 +69,7 @@ async def read_model(request: Request) -> str | None:
     elif row.model == "path":
         value = unquote(request.path.rpartition("/")[2])
     elif row.model == "query":
-        value = _query_model(request.query)
+        value = _query_model(request.query, ("model", "deployment") if row.method == "WS" else ("model",))
     elif row.model == "session":
         value = await _call_model(request)
     elif row.model == "form" and (form := await read_form(request, "form")) is not None:
@@ -148,8 +150,8 @@ async def _call_model(request: Request) -> object:
     return in_query if model is None else model
 
 
-def _query_model(query: str) -> str | None:
-    named = [value for name, value in parse_qsl(query, keep_blank_values=True) if name == "model"]
+def _query_model(query: str, names: tuple[str, ...] = ("model",)) -> str | None:
+    named = [value for name, value in parse_qsl(query, keep_blank_values=True) if name in names]
     if len(named) > 1:
         raise ApiError(400, "the query has two models", param="model")
     return named[0] if named else None
@@ -331,10 +333,58 @@ def _placed_in_form(request: Request, form: FormReader, operation: Operation, de
     return body.edited(form.first, form.first, part)
 
 
-def placed_query(operation: Operation, query: str, deployment: str | None) -> str:
+def placed_query(operation: Operation, query: str, target: Target) -> str:
     """Return the query to send: where it names the model, it names the deployment instead."""
+    deployment = target.deployment
     if deployment is None or operation.model not in ("session", "query"):
         return query
+    socket = operation.method == "WS"
+    names = ("model", "deployment") if socket else ("model",)
     parts = [part for part in query.split("&") if part]
-    others = [part for part in parts if unquote_plus(part.partition("=")[0]) != "model"]
-    return query if len(others) == len(parts) else "&".join([*others, f"model={quote(deployment, safe='')}"])
+    others = [part for part in parts if unquote_plus(part.partition("=")[0]) not in names]
+    name = "deployment" if socket and not target.is_v1 else "model"
+    return query if len(others) == len(parts) else "&".join([*others, f"{name}={quote(deployment, safe='')}"])
+
+
+class FrameModels(EventFilter):
+    """Puts deployments in the place of models in what a client sends on a WebSocket of the Responses API."""
+
+    def __init__(self, request: Request, find: Callable[[str], Target]) -> None:
+        self._request = request
+        self._find = find
+
+    def wants(self, raw: bytes) -> bool:
+        """Whether a message may name a model."""
+        return not _names_none(raw)
+
+    def event(self, event: Event) -> Event:
+        """Map the models of a message. Raises ApiError, which the client is told."""
+        content = decoded_json(event.raw, msgspec.json.decode)
+        if not isinstance(content, dict):
+            raise ApiError(400, "a message must be a JSON object")
+        if "model" in content:
+            event.raw = with_field(event.raw, "model", self._deployment(content["model"]))
+        inner = content.get("response")
+        if isinstance(inner, dict) and "model" in inner:
+            made = json.dumps({**inner, "model": self._deployment(inner["model"])}).encode()
+            event.raw = with_field(event.raw, "response", made)
+        return event
+
+    def _deployment(self, model: object) -> str:
+        name = model_name(model).strip()
+        found = self._find(name)
+        asked = self._request.sent_to
+        if asked is None or found.resource != asked.resource:
+            raise ApiError(
+                400,
+                f"the model {name!r} is in another Azure resource than the one that this WebSocket is open to",
+                param="model",
+                code="resource_mismatch",
+            )
+        self._request.notes.setdefault("model", name)
+        return found.deployment or ""
+
+
+def _names_none(data: bytes) -> bool:
+    """Whether JSON surely has no key `model`, however it is written."""
+    return b'"model"' not in data and b"\\u006" not in data

@@ -200,7 +200,8 @@ class Server:
                 team, place = self._team(head.path, headers)
                 request = Request(
                     id=request_id,
-                    operation=find_operation(head.method, place.path),
+                    operation=(find_operation("WS", place.path) if head.upgrade else None)
+                    or find_operation(head.method, place.path),
                     method=head.method,
                     path=place.path,
                     query=head.query,
@@ -229,7 +230,8 @@ class Server:
             exchange,
             request_id=request_id,
             close=self.draining,
-            patience=self.settings.timeouts.client,
+            timeouts=self.settings.timeouts,
+            limits=self.settings.limits,
         )
 
     def _probe(self, method: str, path: str) -> Response:

@@ -24,6 +24,9 @@ class Timeouts:
     idle: Annotated[float, Meta(gt=0, description="for the next bytes of an answer that has begun")] = 300.0
     head: Annotated[float, Meta(gt=0, description="for a client to send the head of a request")] = 20.0
     client: Annotated[float, Meta(gt=0, description="for a client to send, or to take, the next bytes")] = 60.0
+    ping: Annotated[
+        float, Meta(gt=0, description="of silence on a WebSocket until its other end is asked whether it is there")
+    ] = 30.0
     keep_alive: Annotated[
         float,
         Meta(gt=0, description="for the next request on a client's connection; keep it above nginx's 60"),
@@ -39,7 +42,9 @@ class Timeouts:
 class Limits:
     """How much the gateway takes from clients."""
 
-    body: Annotated[int, Meta(gt=0, description="the most bytes of a request's body")] = 100 * 1024 * 1024
+    body: Annotated[
+        int, Meta(gt=0, description="the most bytes of a request's body, or of a message of a WebSocket")
+    ] = 100 * 1024 * 1024
     form: Annotated[
         int, Meta(gt=0, description="the most bytes of a form that are kept on disk until its `model` has come")
     ] = MOST_LOOKED_AT

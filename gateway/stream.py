@@ -21,7 +21,7 @@ import msgspec
 
 from gateway.errors import StreamBroken
 
-__all__ = ("Event", "EventFilter", "Filter", "Linked", "Splitter", "link", "unfinished_event")
+__all__ = ("Event", "EventFilter", "Filter", "Linked", "Splitter", "link", "through", "unfinished_event")
 
 MAX_EVENT = 64 * 1024 * 1024
 
@@ -108,6 +108,24 @@ class EventFilter:
     def close(self) -> list[Event]:
         """Return events to add at the clean end of the stream."""
         return []
+
+
+def through(filters: Sequence[EventFilter], event: Event) -> list[Event]:
+    """Return what filters make of an event, one after the other."""
+    events = [event]
+    for each in filters:
+        made: list[Event] = []
+        for one in events:
+            if not each.wants(one.raw):
+                made.append(one)
+                continue
+            result = each.event(one)
+            if isinstance(result, Event):
+                made.append(result)
+            elif result is not None:
+                made.extend(result)
+        events = made
+    return events
 
 
 class Splitter:
@@ -217,19 +235,7 @@ class _Events(Filter):
             self._half_sent = True
             out.append(event.raw)
             return
-        events = [event]
-        for each in self._filters[first:]:
-            made: list[Event] = []
-            for one in events:
-                if not each.wants(one.raw):
-                    made.append(one)
-                    continue
-                result = each.event(one)
-                if isinstance(result, Event):
-                    made.append(result)
-                elif result is not None:
-                    made.extend(result)
-            events = made
+        events = through(self._filters[first:], event)
         self._half_sent = bool(events) and events[-1].raw.endswith(b"\r")
         out.extend(one.raw for one in events)
 

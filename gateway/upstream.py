@@ -15,14 +15,16 @@ from functools import lru_cache
 from gateway.azure import BY_NAME, unknown_operation
 from gateway.body import Body
 from gateway.errors import ApiError, GatewayError, UpstreamError
+from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.hops import DOWN
 from gateway.keys import Credential
 from gateway.messages import Request, Resource, Response, Target
-from gateway.models import placed, placed_query
+from gateway.models import FrameModels, placed, placed_query
 from gateway.pool import Destination, Pool
 from gateway.settings import Timeouts
 from gateway.urls import upstream_path
+from gateway.websocket import WebSocket, check_asked, new_key, offered_protocols, opening, taken
 from gateway.wire import Answer, Wire
 
 __all__ = ("Upstream",)
@@ -49,7 +51,7 @@ class Upstream:
         Raises UpstreamError (502) and UpstreamTimeout (504); ApiError where the request cannot be sent.
         """
         operation = BY_NAME.get(request.operation or "")
-        if operation is None or not operation.on_azure or operation.method == "WS":
+        if operation is None or not operation.on_azure:
             raise unknown_operation(request.method, request.path)
         if operation.local:
             raise ApiError(404, f"no stage of this pipeline answers {operation.name}; list model_map in it")
@@ -62,21 +64,54 @@ class Upstream:
                 code="no_resource",
             )
         resource, credential = _complete(target)
-        query = request.query and placed_query(operation, request.query, target.deployment)
+        query = request.query and placed_query(operation, request.query, target)
         path = upstream_path(operation, target, request.path, query)
         exchange = request._exchange
         exchange.target = target
         exchange.release()
+        if operation.method == "WS":
+            return await self._open(request, resource, path, credential)
         if request._json_set or operation.drops_model or operation.classic != "deployment" or target.is_v1:
             body: bytes | Body = await placed(request, operation, target)
         else:  # nearly every request: the path names the deployment, and the body is not looked at
             body = request._body.as_it_came()
         destination = self._pool.destination(resource)
-        head = _head(request, destination, path, credential, body)
+        length = len(body) if isinstance(body, bytes) else body.length
+        head = _head(
+            request,
+            destination,
+            path,
+            credential,
+            b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length,
+        )
+        answer = await self._ask(exchange, destination, head, body)
+        return _response(answer)
+
+    async def _open(self, request: Request, resource: Resource, path: str, credential: Credential) -> Response:
+        """Open a WebSocket and return it as the body of a 101, or Azure's answer where it says no."""
+        check_asked(request.headers)
+        exchange, key = request._exchange, new_key()
+        destination = self._pool.destination(resource)
+        head = _head(request, destination, path, credential, opening(key, offered_protocols(request.headers)))
+        answer = await self._ask(exchange, destination, head, b"", upgrade=True)
+        if answer.status != 101:
+            return _response(answer)
+        socket = WebSocket(answer.switched())
+        exchange.own(socket)
+        socket.protocol = taken(answer.fields, key)
+        if (find := request._find) is not None:
+            socket.up.append(FrameModels(request, find))
+        return Response(101, socket, _down(answer))
+
+    async def _ask(
+        self, exchange: Exchange, destination: Destination, head: bytes, body: bytes | Body, *, upgrade: bool = False
+    ) -> Answer:
+        """Ask on a connection, and on another one where a kept one turns out to be closed. Raises UpstreamError."""
         timeouts = self._timeouts
         while True:
             wire = self._pool.kept(destination) or await self._pool.connect(destination)
             answer = wire.ask(timeouts.first_byte, timeouts.idle)
+            answer.upgrade = upgrade
             exchange.own(answer)
             try:
                 if isinstance(body, bytes):
@@ -89,7 +124,7 @@ class Upstream:
                 if wire.used and wire.lost and not wire.received and isinstance(body, bytes):
                     continue
                 raise
-            return _response(answer)
+            return answer
 
     async def _upload(self, wire: Wire, answer: Answer, head: bytes, body: Body) -> None:
         """Stream the body up while waiting for the answer, whichever comes first."""
@@ -110,8 +145,11 @@ class Upstream:
 
 def _response(answer: Answer) -> Response:
     """Return Azure's answer as stages see it."""
-    down = [each for each in answer.fields if each[3] & DOWN]
-    return Response(answer.status, answer if answer.whole is None else answer.whole, Headers.of(down))
+    return Response(answer.status, answer if answer.whole is None else answer.whole, _down(answer))
+
+
+def _down(answer: Answer) -> Headers:
+    return Headers.of([each for each in answer.fields if each[3] & DOWN])
 
 
 def _complete(target: Target) -> tuple[Resource, Credential]:
@@ -132,8 +170,7 @@ def _complete(target: Target) -> tuple[Resource, Credential]:
     return resource, credential
 
 
-def _head(request: Request, destination: Destination, path: str, credential: Credential, body: bytes | Body) -> bytes:
-    length = len(body) if isinstance(body, bytes) else body.length
+def _head(request: Request, destination: Destination, path: str, credential: Credential, last: bytes) -> bytes:
     # Filters read text, and Azure compresses nothing by itself: ask for it plain.
     return b"%b\r\n%b\r\naccept-encoding: identity\r\nx-request-id: %b\r\n%b%b\r\n%b\r\n\r\n" % (
         _request_line(request.method, destination.base, path, destination.host_header),
@@ -141,7 +178,7 @@ def _head(request: Request, destination: Destination, path: str, credential: Cre
         request.id.encode(),
         b"authorization: Bearer " if credential.bearer else b"api-key: ",
         credential.value.encode(),
-        b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length,
+        last,
     )
 
 

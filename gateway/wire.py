@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from gateway.headers import Field
     from gateway.outbox import Outbox
+    from gateway.relay import Relay
 
 __all__ = ("Answer", "Home", "Wire")
 
@@ -60,6 +61,7 @@ class Answer:
     done = False
     close = False
     upload: asyncio.Task[None] | None = None
+    upgrade = False  # a WebSocket was asked for
     _chunks: Chunks | None = None
     _left = 0  # bytes still to come, where that is known; -1 for all until the connection closes
     _size = 0  # of the parts
@@ -153,9 +155,20 @@ class Answer:
             waiter.set_result(None)
 
     @property
+    def switching(self) -> bool:
+        """Whether its connection becomes a WebSocket."""
+        return self.status == 101
+
+    @property
     def uploading(self) -> bool:
         """Whether the request's body is still on its way."""
         return self.upload is not None and not self.upload.done()
+
+    def switched(self) -> Wire:
+        """Hand over the connection, which has become a WebSocket."""
+        wire, self._wire = self._wire, None
+        assert wire is not None, "a connection is handed over twice"  # noqa: S101 -- a bug of ours
+        return wire
 
     # -- the reader's side -----------------------------------------------------------------------------
 
@@ -235,11 +248,13 @@ class Wire(BaseProtocol):
         "_answer",
         "_buffer",
         "_deadline",
+        "_early",
         "_first_byte",
         "_home",
         "_idle",
         "_interim",
         "_outbox",
+        "_relay",
         "_unsent",
         "closed",
         "connection",
@@ -266,6 +281,8 @@ class Wire(BaseProtocol):
         self._home: Home | None = None
         self._outbox: Outbox | None = None
         self._unsent = b""
+        self._relay: Relay | None = None
+        self._early = b""  # what came behind a 101
         self._answer: Answer | None = None
         self._buffer = b""
         self._interim = 0
@@ -337,6 +354,9 @@ class Wire(BaseProtocol):
         """Take what came."""
         answer = self._answer
         if answer is None:
+            if self._relay is not None:
+                self._relay.from_azure(data)
+                return
             # Nobody asked for these bytes, and the next caller must not get them.
             self.abort()
             return
@@ -347,6 +367,9 @@ class Wire(BaseProtocol):
                 if rest is None:
                     return
                 data = rest
+                if answer.switching:
+                    self._switch(answer, data)
+                    return
                 if answer.whole is not None and len(data) == answer._left:
                     # Nearly every plain answer: it came in one piece, head and all.
                     self._end(answer, b"")
@@ -380,13 +403,55 @@ class Wire(BaseProtocol):
                 return None
             head = parse_response(data[:end])
             data = data[end + 4 :]
-            if 200 <= head.status <= 599:
+            if 200 <= head.status <= 599 or (head.status == 101 and answer.upgrade):
                 break
             self._interim += 1
             if head.status == 101 or not 100 <= head.status < 200 or self._interim > _MAX_INTERIM:
                 raise Malformed(f"the status {head.status} is none that was asked for")
         answer.begin(head)
         return data
+
+    def _switch(self, answer: Answer, early: bytes) -> None:
+        """Become a WebSocket; what has come of it waits for the relay."""
+        self._answer = None
+        self._deadline.clear()
+        self._early = early
+        self.hold_relay()
+        answer.done = True
+        answer._wake()
+
+    def start_relay(self, relay: Relay) -> None:
+        """Give what comes from now on to a relay."""
+        self._relay = relay
+        early, self._early = self._early, b""
+        if early:
+            relay.from_azure(early)
+        if self.lost:
+            relay.azure_lost()
+        else:
+            self.release_relay()
+
+    def hold_relay(self) -> None:
+        """Take nothing more of the WebSocket for now."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def release_relay(self) -> None:
+        """Go on taking."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def pause_writing(self) -> None:
+        """Note that Azure does not read fast enough."""
+        super().pause_writing()
+        if self._relay is not None:
+            self._relay.azure_flow(True)
+
+    def resume_writing(self) -> None:
+        """Note that it does again."""
+        super().resume_writing()
+        if self._relay is not None:
+            self._relay.azure_flow(False)
 
     def _end(self, answer: Answer, extra: bytes) -> None:
         """Send the connection home after an answer, or close it."""
@@ -415,6 +480,8 @@ class Wire(BaseProtocol):
         self._forget()
         answer, self._answer = self._answer, None
         if answer is None:
+            if self._relay is not None:
+                self._relay.azure_lost()
             return
         if answer.status and answer._left < 0 and answer._chunks is None and exc is None:
             answer.end()

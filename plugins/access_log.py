@@ -42,6 +42,8 @@ class AccessLog(Stage):
                 facts["reason"] = outcome.reason
             if outcome.counts:
                 facts["counts"] = dict(outcome.counts)
+            if outcome.close_code is not None:
+                facts["close_code"] = outcome.close_code
             if request.operation is None:
                 facts["method"], facts["path"] = request.method, request.path[:200]
             if not RESERVED.isdisjoint(facts):

@@ -65,8 +65,10 @@ class ResourceIds(Stage):
         mark = self._marks.get(target.resource.name) if target is not None and target.resource is not None else None
         if mark is None or response.error is not None or "content" in (request.operation or "").split("."):
             return response  # a file's content is the user's own
-        if response.event_stream:
+        if response.event_stream or response.status == 101:
             response.pipe(MarkEvents(mark.encode()))
+            if response.status == 101:
+                response.pipe(UnmarkEvents(mark.encode(), frozenset(map(str.encode, self._resources))), direction="up")
         elif media_type(response.headers.get("content-type")) == "application/json":
             response.body = marked(await response.read(MOST), mark.encode())
             response.headers.remove("content-length")
@@ -141,6 +143,32 @@ class MarkEvents(EventFilter):
     def event(self, event: Event) -> Event:
         raw = marked(event.raw, self._mark)
         return event if raw == event.raw else Event(raw)
+
+
+class UnmarkEvents(EventFilter):
+    """Takes the marks off the ids in what a client sends on a WebSocket, which leads to one resource."""
+
+    def __init__(self, mark: bytes, known: frozenset[bytes]) -> None:
+        self._mark = mark
+        self._known = known
+
+    def wants(self, raw: bytes) -> bool:
+        return any(b"." + mark + b'"' in raw for mark in self._known)
+
+    def event(self, event: Event) -> Event:
+        def unmarked(match: re.Match[bytes]) -> bytes:
+            if match.group(3) not in self._known:
+                return match.group()
+            if match.group(3) != self._mark:
+                marked_id = (match.group(2) + b"." + match.group(3)).decode()
+                raise ApiError(
+                    400,
+                    f"{marked_id} is in another Azure resource than the one that this WebSocket is open to",
+                    code="resource_mismatch",
+                )
+            return match.group(1) + match.group(2)
+
+        return Event(outside_metadata(event.raw, lambda data: changed(data, ONE_MARKED, LISTED_MARKED, unmarked)))
 
 
 def mark_of(endpoint: str) -> str:

@@ -72,7 +72,8 @@ def test_what_azure_lacks_is_named() -> None:
     [
         ("GET", "/moderations", 404, "Azure OpenAI does not have the operation moderations"),
         ("GET", "/responses", 405, "GET is not allowed on /v1/responses; use POST"),
-        ("WS", "/realtime", 404, "realtime.connect needs a WebSocket"),
+        ("GET", "/realtime", 426, "realtime.connect is a WebSocket"),
+        ("GET", "/live/sessions", 404, "Azure OpenAI does not have the operation live.sessions.connect"),
         ("POST", "/chat/completions/", 404, "leave the slash at the end out"),
         ("POST", "/embeddings/", 404, "leave the slash at the end out"),
         ("POST", "/v1/chat/completions", 404, "the base URL has a /v1 too many"),
@@ -102,6 +103,13 @@ def test_what_is_known_of_api_versions() -> None:
         assert BY_NAME[name].is_in(version) is there, (name, version)
 
 
-def test_a_websocket_is_said_to_be_one() -> None:
-    """Its operations are known, and not offered yet."""
-    assert "realtime.connect needs a WebSocket" in unknown_operation("GET", "/realtime").message
+def test_what_only_previews_have() -> None:
+    """Of the dated api-versions; v1 is its own matter."""
+    row = BY_NAME["realtime.connect"]
+    assert [row.is_in(version) for version in ("2024-10-21", "2024-10-01-preview", "2025-04-01-preview", "v1")] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert row.versions == "2024-10-01-preview or a later preview, or v1"

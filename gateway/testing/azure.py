@@ -74,6 +74,7 @@ class FakeAzure:
     ids: set[str] = field(default_factory=set)
     _made: int = 0
     respond: Callable[[Seen, web.BaseRequest], Awaitable[web.StreamResponse | None]] | None = None
+    speak: Callable[[Seen, web.WebSocketResponse], Awaitable[None]] | None = None
     requests: list[Seen] = field(default_factory=list)
     streaming: int = 0
 
@@ -137,6 +138,8 @@ class FakeAzure:
         versions = [value for name, value in seen.query if name == "api-version"]
         found = _PATH.fullmatch(seen.path.removeprefix(self.base_path))
         v1, deployment, operation = found.groups() if found else (None, None, "")
+        if (seen.headers.get("upgrade") or "").lower() == "websocket" and not v1:
+            versions = [version for version in versions if surface.on_socket(operation, version)]
         # Azure answers a wrong path and a missing or unknown version with the same words.
         if not self._has(v1, deployment, operation, versions):
             return _json({"error": {"code": "404", "message": "Resource not found"}}, 404)
@@ -157,6 +160,8 @@ class FakeAzure:
                 return _json({"error": {"code": "BadRequest", "message": "invalid JSON"}}, 400)
         if deployment is not None and operation.startswith("images/") and "model" in body:
             return _json({"error": {"code": "BadRequest", "message": "model is not allowed here"}}, 400)
+        if (seen.headers.get("upgrade") or "").lower() == "websocket":
+            return await self._open(seen, request, operation)
         if deployment is None and surface.needs_deployment(seen.method, operation):
             deployment = body.get("model", "")
         if deployment is not None and deployment not in self.deployments:
@@ -173,6 +178,47 @@ class FakeAzure:
                 return await self._stream(request, body, chat=operation != "completions")
             return _json(_completion(self.text, chat=operation != "completions"))
         return await self._outline(seen, request, operation, body)
+
+    async def _open(self, seen: Seen, request: web.BaseRequest, operation: str) -> web.StreamResponse:
+        """Answer a WebSocket's handshake, and what comes on it."""
+        named = [value for name, value in seen.query if name in ("model", "deployment")]
+        if operation == "realtime" and any(name not in self.deployments for name in named):
+            return _json({"error": {"code": "DeploymentNotFound", "message": "No such deployment"}}, 404)
+        socket = web.WebSocketResponse(protocols=("realtime",), autoping=False, max_msg_size=0)
+        await socket.prepare(request)
+        self.streaming += 1
+        try:
+            await (self.speak or self._speak)(seen, socket)
+        finally:
+            self.streaming -= 1
+        return socket
+
+    async def _speak(self, seen: Seen, socket: web.WebSocketResponse) -> None:
+        """Answer each `response.create` as the Realtime and the Responses API do."""
+        named = [value for name, value in seen.query if name in ("model", "deployment")]
+        if named:
+            await socket.send_json({"type": "session.created", "session": {"id": "sess_1", "model": named[0]}})
+        async for message in socket:
+            if message.type is web.WSMsgType.PING:
+                await socket.pong(message.data)
+            if message.type is not web.WSMsgType.TEXT:
+                continue
+            event = message.json()
+            if not isinstance(event, dict) or event.get("type") != "response.create":
+                await socket.send_json({"type": "echo", "event": event})
+                continue
+            model = event.get("model") or (named[0] if named else "")
+            if model not in self.deployments:
+                error = {"type": "invalid_request_error", "code": "DeploymentNotFound", "message": f"no {model!r}"}
+                await socket.send_json({"type": "error", "status": 404, "error": error})
+                continue
+            self._made += 1
+            response = {"id": f"resp_{self.tag}{self._made:08d}", "object": "response", "model": model}
+            await socket.send_json({"type": "response.created", "response": {**response, "status": "in_progress"}})
+            for word in self.words:
+                await socket.send_json({"type": "response.output_text.delta", "delta": word})
+            done = "response.done" if named else "response.completed"
+            await socket.send_json({"type": done, "response": {**response, "status": "completed"}})
 
     def _has(self, v1: str | None, deployment: str | None, operation: str, versions: list[str]) -> bool:
         if v1:

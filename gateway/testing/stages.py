@@ -20,6 +20,7 @@ from gateway.messages import Request, Resource, Response, Target
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
 from gateway.stream import EventFilter, Filter, link
+from gateway.websocket import WebSocket
 
 __all__ = ("Running", "Sent", "every_split", "post", "running", "send")
 
@@ -124,7 +125,7 @@ class Running:
         try:
             if isinstance(response.body, bytes):
                 received += linked.feed(response.body)
-            else:
+            elif not isinstance(response.body, WebSocket):
                 async for chunk in response.body:
                     received += linked.feed(chunk)
                     if leave_after is not None and len(received) >= leave_after:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ("BINARY", "content_of", "ids_of", "needs_deployment", "on_deployment", "on_resource", "on_v1")
+__all__ = ("BINARY", "content_of", "ids_of", "needs_deployment", "on_deployment", "on_resource", "on_socket", "on_v1")
 
 _FIRST = {
     "completions": "2022-12-01",
@@ -29,6 +29,7 @@ _RESOURCE = {
     "batches": "2024-07-01",
     "uploads": "2024-08-01",
     "realtimeapi": "2024-10-01",
+    "realtime": "2024-10-01",
     "chat": "2025-02-01",
     "responses": "2025-03-01",
     "evals": "2025-04-01",
@@ -77,6 +78,11 @@ def on_resource(path: str, version: str) -> bool:
     """Whether the resource has the path (after `/openai/`) at an api-version."""
     first = path.split("/", maxsplit=1)[0]
     return first in _RESOURCE and version[:10] >= _RESOURCE[first]
+
+
+def on_socket(path: str, version: str) -> bool:
+    """Whether the resource has a WebSocket at the path (after `/openai/`) at an api-version: in previews alone."""
+    return path == "realtime" and version.endswith("-preview")
 
 
 def on_v1(path: str) -> bool:

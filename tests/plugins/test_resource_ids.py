@@ -14,7 +14,7 @@ from aiohttp import web
 
 from gateway.testing import FakeAzure, Seen
 from plugins.resource_ids import mark_of, marked
-from tests.conftest import Gateway, StartGateway
+from tests.conftest import KEY, Gateway, StartGateway
 from tests.test_models import BOUNDARY, HEADERS, form
 
 YAML = """
@@ -83,6 +83,32 @@ async def test_streamed_ids_are_marked(start_gateway: StartGateway) -> None:
         [own] = west.ids
         assert text.count(f'"id":"{own}.{mark_of(west.endpoint)}"') == 2
         assert text.startswith("event: response.created\ndata: {")
+
+
+async def test_messages_of_a_websocket_have_marked_ids(start_gateway: StartGateway) -> None:
+    """Both ways: Azure hears its own; an id of another resource is an error event that says so."""
+    heard: list[str] = []
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        async for message in opened:
+            heard.append(message.data)
+            await opened.send_str('{"type":"response.created","response":{"id":"resp_e1"}}')
+
+    async with two(start_gateway) as (gateway, east, _):
+        east.speak = speak
+        far = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
+        url, headers = f"{gateway.url}/v1/responses", {"Authorization": f"Bearer {KEY}"}
+        async with gateway.session.ws_connect(url, headers=headers) as socket:
+            await socket.send_str('{"type":"response.create","model":"gpt-4o"}')
+            created = (await socket.receive_json())["response"]["id"]
+            assert created == f"resp_e1.{mark_of(east.endpoint)}"
+            await socket.send_str(f'{{"type":"response.create","previous_response_id":"{created}"}}')
+            await socket.receive_json()
+            await socket.send_str(f'{{"type":"response.create","previous_response_id":"{far}"}}')
+            told = await socket.receive_json()
+            assert (told["type"], told["error"]["code"]) == ("error", "resource_mismatch")
+            assert far in told["error"]["message"]
+    assert heard[1:] == ['{"type":"response.create","previous_response_id":"resp_e1"}']
 
 
 async def test_ids_survive_a_restart(start_gateway: StartGateway) -> None:

@@ -1,0 +1,324 @@
+"""A WebSocket through the gateway: what either side sends goes to the other, until both have said goodbye.
+
+Frames go on as they come, mask and all, unless a filter reads messages. Pings, pongs, and close frames with their
+codes go through. A side that does not read makes the other wait. Where one side is lost, or sends what is no frame,
+the other is told by a close frame. A side that has been silent for a while is asked by a ping of the gateway's own
+whether it is there; the answer goes no further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from gateway.errors import ApiError, UpstreamError, UpstreamTimeout
+from gateway.exchange import failure
+from gateway.frames import (
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    BadFrame,
+    Control,
+    Frames,
+    Message,
+    Passed,
+    close_frame,
+    frame,
+)
+from gateway.logs import get_logger, masked
+from gateway.stream import Event, EventFilter, through
+
+if TYPE_CHECKING:
+    from gateway.connection import Connection
+    from gateway.exchange import Exchange
+    from gateway.wire import Wire
+
+__all__ = ("Relay",)
+
+# The payload of the gateway's own pings.
+_OURS = b"gateway"
+# How long, in seconds, a side may take to answer a close frame.
+_CLOSING = 10.0
+
+
+class _MessageEvent(Event):
+    """A message, as filters see it: its raw bytes are its data."""
+
+    __slots__ = ()
+
+    @property
+    def data(self) -> bytes:
+        return self.raw
+
+    def set_json(self, content: object) -> None:
+        self.raw = msgspec.json.encode(content)
+        self._json = content
+        self._parsed = True
+
+
+class _Side:
+    """One of the two ends: how it is read, written to, and made to wait."""
+
+    def __init__(
+        self,
+        *,
+        client: bool,
+        filters: Sequence[EventFilter],
+        most: int,
+        write: Callable[[bytes], None],
+        hold: Callable[[], None],
+        release: Callable[[], None],
+    ) -> None:
+        self.client = client
+        self.filters = filters  # on what it sends
+        self.frames = Frames(masked=client, most=most, whole=bool(filters))
+        self.write = write
+        self.hold = hold
+        self.release = release
+        self.held = False
+        self.heard = True
+        self.pinged = False
+        self.lost = False
+        self.told = False  # it was sent a close frame
+        self.messages = 0  # that it has sent
+        self.timer: asyncio.TimerHandle | None = None  # while it takes nothing
+
+
+class Relay:
+    """The two directions of one WebSocket."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        wire: Wire,
+        exchange: Exchange,
+        *,
+        up: Sequence[EventFilter],
+        down: Sequence[EventFilter],
+        most: int,
+        ping: float,
+        patience: tuple[float, float],
+        hidden: Sequence[str],
+    ) -> None:
+        self._connection = connection
+        self._wire = wire
+        self._exchange = exchange
+        self._ping = ping
+        self._patience = patience  # with a client, and with Azure, that takes nothing
+        self._hidden = list(hidden)
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._client = _Side(
+            client=True, filters=up, most=most,
+            write=self._to_client, hold=connection.hold, release=connection.release,
+        )  # fmt: skip
+        self._azure = _Side(
+            client=False, filters=down, most=most,
+            write=self._to_azure, hold=wire.hold_relay, release=wire.release_relay,
+        )  # fmt: skip
+        self._asker: asyncio.TimerHandle | None = None
+        self._closer: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Relay until it is over. Raises what ended it otherwise than by goodbyes; both connections are closed then."""
+        self._asker = self._loop.call_later(self._ping, self._ask)
+        try:
+            self._connection.start_relay(self.from_client, self.client_flow)
+            self._wire.start_relay(self)
+            await self._over
+        except asyncio.CancelledError:
+            # Only the client's own end takes its transport away; else the gateway stops.
+            left = self._connection.transport is None
+            self._client.lost = left
+            self._say_goodbye(1001, "the client left" if left else "the gateway is stopping")
+            raise
+        finally:
+            for timer in (self._asker, self._closer, self._client.timer, self._azure.timer):
+                if timer is not None:
+                    timer.cancel()
+            self._exchange.count("messages_up", self._client.messages)
+            self._exchange.count("messages_down", self._azure.messages)
+            self._connection.stop_relay()
+            self._wire.close()
+            # One that takes nothing any more would never be closed.
+            self._loop.call_later(_CLOSING, self._wire.abort)
+            if self._over.done() and not self._over.cancelled():
+                self._over.exception()  # whoever was cancelled meanwhile does not ask for it
+
+    # -- what comes ------------------------------------------------------------------------------------
+
+    def from_client(self, data: bytes) -> None:
+        """Take what the client sent."""
+        self._take(self._client, self._azure, data)
+
+    def from_azure(self, data: bytes) -> None:
+        """Take what Azure sent."""
+        self._take(self._azure, self._client, data)
+
+    def azure_lost(self) -> None:
+        """Note that Azure has closed the connection."""
+        self._azure.lost = True
+        if self._azure.frames.closed:
+            self._end()
+        else:
+            self._fail(UpstreamError("Azure's WebSocket broke off"))
+
+    def _take(self, side: _Side, other: _Side, data: bytes) -> None:
+        if self._over.done():
+            return
+        side.heard, side.pinged = True, False
+        try:
+            for each in side.frames.feed(data):
+                if isinstance(each, Passed):
+                    side.messages += each.messages
+                    other.write(each.data)
+                elif isinstance(each, Message):
+                    side.messages += 1
+                    self._filter(side, other, each)
+                else:
+                    self._control(side, other, each)
+        except BadFrame as exc:
+            if side.client:
+                self._fail(ApiError(400, exc.reason, code="malformed_frame"), code=exc.code)
+            else:
+                self._fail(UpstreamError(f"what Azure sent is no WebSocket frame: {exc.reason}"))
+        except Exception as exc:
+            get_logger().error("a filter failed", **masked(failure(exc), self._hidden))
+            self._fail(ApiError(500, "the gateway failed on this message"))
+
+    def _control(self, side: _Side, other: _Side, control: Control) -> None:
+        if control.opcode == PONG and control.payload == _OURS:
+            return
+        if control.opcode != CLOSE:
+            other.write(control.raw)
+            return
+        for place, each in enumerate(side.filters):
+            for left in each.close():
+                self._send(other, TEXT, through(side.filters[place + 1 :], left))
+        if self._exchange.close_code is None:
+            self._exchange.close_code = control.code or 1005
+        if not other.told:
+            other.told = True
+            other.write(control.raw)
+        if other.frames.closed:
+            self._end()
+        elif self._closer is None:
+            self._closer = self._loop.call_later(_CLOSING, self._end)
+
+    def _filter(self, side: _Side, other: _Side, message: Message) -> None:
+        event = _MessageEvent(message.payload)
+        try:
+            events = through(side.filters, event)
+        except ApiError as exc:
+            if not side.client:
+                raise
+            # The client is told, as the API tells it of what it cannot do, and may go on.
+            self._send(side, TEXT, [_MessageEvent(_error_event(exc, message.payload))])
+            return
+        self._send(other, message.opcode, events)
+
+    def _send(self, side: _Side, opcode: int, events: Sequence[Event]) -> None:
+        for each in events:
+            side.write(frame(opcode, each.raw, masked=not side.client))
+
+    # -- what leaves -----------------------------------------------------------------------------------
+
+    def _to_client(self, data: bytes) -> None:
+        self._exchange.sent += len(data)
+        self._connection.write(data)
+
+    def _to_azure(self, data: bytes) -> None:
+        if self._wire.is_connected():
+            self._wire.transport.write(data)  # type: ignore[union-attr] # it is connected
+
+    # -- flow ------------------------------------------------------------------------------------------
+
+    def client_flow(self, paused: bool) -> None:
+        """Let Azure wait for a client that does not read."""
+        self._flow(self._client, self._azure, paused)
+
+    def azure_flow(self, paused: bool) -> None:
+        """Let the client wait for Azure."""
+        self._flow(self._azure, self._client, paused)
+
+    def _flow(self, side: _Side, other: _Side, paused: bool) -> None:
+        if side.timer is not None:
+            side.timer.cancel()
+            side.timer = None
+        other.held = paused
+        if paused:
+            other.hold()
+            patience = self._patience[0 if side.client else 1]
+            side.timer = self._loop.call_later(patience, self._not_taken, side)
+        else:
+            other.heard = True
+            other.release()
+
+    def _not_taken(self, side: _Side) -> None:
+        if side.client:
+            self._exchange.error = "client_not_reading"
+            self._client.lost = True
+            if self._connection.transport is not None:
+                self._connection.transport.abort()
+        else:
+            self._fail(UpstreamTimeout(f"Azure took nothing for {self._patience[1]:g} s"))
+
+    # -- whether they are there ------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        """Ask a side that has been silent; one that was asked and stayed silent is gone."""
+        self._asker = self._loop.call_later(self._ping, self._ask)
+        for side, other in ((self._client, self._azure), (self._azure, self._client)):
+            if side.heard or side.held:
+                side.heard = False
+            elif side.pinged:
+                self._silent(side)
+                return
+            elif other.frames.between:
+                side.pinged = True
+                side.write(frame(PING, _OURS, masked=not side.client))
+
+    def _silent(self, side: _Side) -> None:
+        if side.client:
+            silent = ApiError(408, f"the client was silent for {2 * self._ping:g} s", code="request_timeout")
+            self._fail(silent, code=1001)
+        else:
+            self._fail(UpstreamTimeout(f"Azure was silent for {2 * self._ping:g} s"))
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """End well: both have said goodbye, or have had the time to."""
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _fail(self, error: ApiError, code: int = 1011) -> None:
+        """End by an error, which both sides are told."""
+        if not self._over.done():
+            self._say_goodbye(code, error.message)
+            self._over.set_exception(error)
+
+    def _say_goodbye(self, code: int, reason: str) -> None:
+        """Send a close frame to each side that can take one: in the middle of a frame it would be part of it."""
+        for side, other in ((self._client, self._azure), (self._azure, self._client)):
+            if not side.told and not side.lost and other.frames.between:
+                side.told = True
+                side.write(close_frame(code, reason, masked=not side.client))
+        if self._exchange.close_code is None:
+            self._exchange.close_code = code
+
+
+def _error_event(error: ApiError, message: bytes) -> bytes:
+    """Return the event that tells a client what is wrong with its message, in the shape of OpenAI's."""
+    told: dict[str, Any] = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
+    try:
+        sent = msgspec.json.decode(message)
+        if isinstance(sent, dict) and isinstance(sent.get("event_id"), str):
+            told["event_id"] = sent["event_id"]
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        pass
+    return msgspec.json.encode({"type": "error", "status": error.status, "error": told})

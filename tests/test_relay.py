@@ -1,0 +1,917 @@
+"""WebSockets through a running gateway, with a real client and a fake Azure: every frame, both ways, to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import websockets
+from aiohttp import WSMsgType, web
+from websockets.asyncio.client import ClientConnection, connect
+
+from gateway.frames import BINARY, CLOSE, PING, TEXT, Control, Frames, close_frame, frame
+from gateway.testing import FakeAzure, Seen
+from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
+
+REALTIME = YAML.replace("2024-10-21", "v1")
+URL = "/v1/realtime?model=gpt-4o"
+HANDSHAKE = (
+    b"GET /v1/realtime?model=gpt-4o HTTP/1.1\r\nHost: gw.test\r\nAuthorization: Bearer azure-key\r\n"
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+async def echo(seen: Seen, opened: web.WebSocketResponse) -> None:
+    """Send back what comes, answer pings, and say goodbye with the client's own code."""
+    async for message in opened:
+        if message.type is WSMsgType.TEXT:
+            await opened.send_str(message.data)
+        elif message.type is WSMsgType.BINARY:
+            await opened.send_bytes(message.data)
+        elif message.type is WSMsgType.PING:
+            await opened.pong(message.data)
+
+
+@pytest.fixture
+async def echoing() -> AsyncIterator[FakeAzure]:
+    """A fake Azure whose WebSockets are echoes."""
+    async with FakeAzure(speak=echo) as running:
+        yield running
+
+
+def opened(gateway: Gateway, path: str = URL, *, key: str | None = KEY, **more: Any) -> Any:
+    """Open a WebSocket through a gateway, as `websockets.connect` does."""
+    headers = {**more.pop("headers", {}), **({"Authorization": f"Bearer {key}"} if key else {})}
+    return connect(f"ws://{gateway.server.address}{path}", additional_headers=headers, max_size=None, **more)
+
+
+async def refused(gateway: Gateway, path: str = URL, **more: Any) -> tuple[int, dict[str, Any]]:
+    """Return the status and the error of a handshake that is not answered with 101."""
+    with pytest.raises(websockets.InvalidStatus) as caught:
+        await opened(gateway, path, **more)
+    answer = caught.value.response
+    assert answer.body is not None
+    return answer.status_code, json.loads(answer.body)["error"]
+
+
+async def events(opened: ClientConnection, until_type: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while not found or found[-1]["type"] != until_type:
+        found.append(json.loads(await opened.recv()))
+    return found
+
+
+# -- opening ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "path", "query"),
+    [
+        ("v1", "/openai/v1/realtime", [("model", "gpt-4o")]),
+        (
+            "2025-04-01-preview",
+            "/openai/realtime",
+            [("api-version", "2025-04-01-preview"), ("deployment", "gpt-4o")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("asked", [URL, "/openai/realtime?api-version=2024-01-01&deployment=gpt-4o"])
+async def test_realtime_is_asked_for_where_azure_has_it(
+    start_gateway: StartGateway, azure: FakeAzure, version: str, path: str, query: list[tuple[str, str]], asked: str
+) -> None:
+    """By `model=` on v1, by `deployment=` and `api-version=` on a dated preview, whichever way the client asks."""
+    gateway = await start_gateway(azure.endpoint, YAML.replace("2024-10-21", version))
+    async with opened(gateway, asked) as client:
+        assert json.loads(await client.recv())["session"]["model"] == "gpt-4o"
+        await client.send(json.dumps({"type": "response.create"}))
+        types = [event["type"] for event in await events(client, "response.done")]
+    assert types == ["response.created", *["response.output_text.delta"] * 3, "response.done"]
+    seen = azure.requests[0]
+    assert (seen.path, sorted(seen.query)) == (path, query)
+    assert (seen.headers.get("api-key"), seen.headers.get("authorization")) == (KEY, None)
+
+
+async def test_the_model_is_mapped(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """And other parameters of the query stay; those that would choose the version or a key do not."""
+    yaml = REALTIME.replace("{unmapped: own_name_without_dots}", "{models: {mine: gpt-4o}, unmapped: refuse}")
+    gateway = await start_gateway(azure.endpoint, yaml)
+    async with opened(gateway, "/v1/realtime?intent=x&model=mine&api-key=stolen"):
+        pass
+    assert azure.requests[0].query == [("intent", "x"), ("model", "gpt-4o")]
+    assert (await refused(gateway, "/v1/realtime?model=other"))[0] == 404
+    assert (await refused(gateway, "/v1/realtime?model=mine&deployment=gpt-4o"))[0] == 400
+    assert len(azure.requests) == 1
+
+
+async def test_a_version_without_it_is_refused_or_another_one_is_used(
+    start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """Of the dated versions only previews have it."""
+    gateway = await start_gateway(azure.endpoint)
+    status, error = await refused(gateway)
+    assert (status, error["code"]) == (404, "operation_not_supported")
+    gateway = await start_gateway(azure.endpoint, YAML.replace("2024-10-21", "{otherwise: [v1]}"))
+    async with opened(gateway) as client:
+        await client.recv()
+    assert azure.requests[0].path == "/openai/v1/realtime"
+
+
+async def test_headers_go_both_ways(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the handshake itself are each side's own; the id is the one in the log."""
+    monkeypatch.setattr("gateway.relay._CLOSING", 0.1)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await upstream.request(reader)
+        writer.write(
+            switching(head, b"x-ms-region: East US 2\r\nset-cookie: a=b\r\n") + frame(TEXT, b"hi", masked=False)
+        )
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway, headers={"OpenAI-Beta": "realtime=v1", "X-Request-ID": "mine-1"}) as client:
+            answer = client.response
+            assert answer is not None
+            assert await client.recv() == "hi"
+            assert answer.headers["x-ms-region"] == "East US 2"
+            assert answer.headers["x-request-id"] == "mine-1"
+            assert "set-cookie" not in answer.headers
+            assert "content-length" not in answer.headers
+    head = upstream.heads[0].lower()
+    assert b"openai-beta: realtime=v1\r\n" in head
+    assert b"x-request-id: mine-1\r\n" in head
+    assert head.count(b"sec-websocket-key: ") == head.count(b"upgrade: websocket") == 1
+    assert b"permessage-deflate" not in head
+
+
+def switching(head: bytes, more: bytes = b"") -> bytes:
+    """Return Azure's 101 to a handshake."""
+    import hashlib
+
+    key = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key")).split(b": ")[1]
+    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())  # noqa: S324
+    return (
+        b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-accept: " + accept + b"\r\n" + more + b"\r\n"
+    )
+
+
+async def test_a_key_among_the_subprotocols_is_a_key_and_goes_no_further(
+    start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """As browsers must present it. It is no subprotocol to Azure, none that is chosen, and is in no log."""
+    gateway = await start_gateway(azure.endpoint, REALTIME)
+    protocols: Any = ["realtime", f"openai-insecure-api-key.{KEY}", "openai-beta.realtime-v1"]
+    async with opened(gateway, key=None, subprotocols=protocols) as client:
+        assert client.subprotocol == "realtime"
+        await client.recv()
+    seen = azure.requests[0].headers
+    assert seen.get("api-key") == KEY
+    assert seen.get("sec-websocket-protocol") == "realtime, openai-beta.realtime-v1"
+    await gateway.idle()
+    assert gateway.exchanges()[0]["caller"].startswith("sha256:")
+    assert KEY not in json.dumps(gateway.events)
+    wrong: Any = ["realtime", "openai-insecure-api-key.wrong"]
+    assert (await refused(gateway, key=None, subprotocols=wrong))[0] == 401
+    assert (await refused(gateway, key=KEY, subprotocols=wrong))[0] == 401
+    assert (await refused(gateway, key=None))[0] == 401
+
+
+async def test_azure_s_refusal_is_the_answer(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """As plain HTTP, through the stages; the client's connection goes on."""
+    gateway = await start_gateway(azure.endpoint, REALTIME + "  - openai_errors\n")
+    status, error = await refused(gateway, key="wrong")
+    assert (status, error["code"]) == (401, "invalid_api_key")
+    status, error = await refused(gateway, "/v1/realtime?model=nothing")
+    assert (status, error["code"]) == (404, "model_not_found")
+    await gateway.idle()
+    assert [event["status"] for event in gateway.exchanges()] == [401, 404]
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ((b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Version: 8"), 426),
+        ((b"Sec-WebSocket-Version: 13\r\n", b""), 426),
+        ((b"dGhlIHNhbXBsZSBub25jZQ==", b"short"), 400),
+        ((b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", b""), 400),
+        ((b"\r\n\r\n", b"\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"), 400),
+        ((b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\nab"), 400),
+        ((b"Connection: Upgrade\r\n", b""), 426),
+        ((b"Upgrade: websocket\r\n", b""), 426),
+        ((b"Upgrade: websocket", b"Upgrade: h2c"), 426),
+        ((b"GET", b"POST"), 426),
+        ((b"/v1/realtime?model=gpt-4o", b"/v1/embeddings"), 405),
+        ((b"/v1/realtime?model=gpt-4o", b"/v1/nothing"), 404),
+        ((b"/v1/realtime?model=gpt-4o", b"/v1/live/sessions"), 404),
+    ],
+)
+async def test_handshakes_that_are_none(
+    start_gateway: StartGateway, azure: FakeAzure, change: tuple[bytes, bytes], status: int
+) -> None:
+    """Are refused with a status that says what is wrong, and nothing is asked of Azure."""
+    gateway = await start_gateway(azure.endpoint, REALTIME)
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(HANDSHAKE.replace(*change))
+    line = await reader.readline()
+    writer.close()
+    assert int(line.split()[1]) == status
+    assert azure.requests == []
+
+
+async def test_a_plain_get_is_told_to_open_a_websocket(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """With the status and the header of RFC 9110 (15.5.22)."""
+    gateway = await start_gateway(azure.endpoint, REALTIME)
+    async with gateway.get("/v1/realtime?model=gpt-4o") as answer:
+        assert (answer.status, answer.headers["upgrade"]) == (426, "websocket")
+        assert (await answer.json())["error"]["code"] == "upgrade_required"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda head: switching(head.replace(b"sec-websocket-key: ", b"sec-websocket-key: x")),
+        lambda head: switching(head, b"sec-websocket-extensions: permessage-deflate\r\n"),
+        lambda _: b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+        lambda _: b"HTTP/1.1 103 Early Hints\r\n\r\n",
+        lambda _: b"",
+    ],
+)
+async def test_an_answer_of_azure_that_is_none(start_gateway: StartGateway, answer: Any) -> None:
+    """Is a 502, and its connection is closed."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(await upstream.request(reader)))
+        if answer(b"sec-websocket-key: a\r\n").startswith(b"HTTP/1.1 101"):
+            await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        assert (await refused(gateway))[0] == 502
+        await until(lambda: upstream.open == 0)
+
+
+async def test_an_unasked_101_is_still_none(start_gateway: StartGateway) -> None:
+    """To a plain request it is no answer."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n")
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        async with gateway.post() as answer:
+            assert answer.status == 502
+
+
+# -- frames ----------------------------------------------------------------------------------------------------
+
+
+async def test_ten_thousand_frames_both_ways(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """Of every size, text and binary, in order and byte for byte."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME)
+    sizes = (0, 1, 10, 125, 126, 500, 2000)
+    messages: list[str | bytes] = [
+        f"{number}:" + "ä" * sizes[number % 7] if number % 3 else os.urandom(sizes[number % 7])
+        for number in range(10_000)
+    ]
+    messages[5000:5000] = ["x" * 300_000, os.urandom(70_000)]
+    received: list[str | bytes] = []
+
+    async with opened(gateway) as client:
+
+        async def read() -> None:
+            while len(received) < len(messages):
+                received.append(await client.recv())
+
+        reading = asyncio.create_task(read())
+        for message in messages:
+            await client.send(message)
+        await reading
+    assert received == messages
+    await gateway.idle()
+    (event,) = gateway.exchanges()
+    assert (event["status"], event["ended_by"], event["close_code"]) == (101, "complete", 1000)
+    assert event["counts"] == {"messages_up": len(messages), "messages_down": len(messages)}
+    assert (event["operation"], event["model"], event["deployment"]) == ("realtime.connect", "gpt-4o", "gpt-4o")
+
+
+async def test_fragments_pings_and_pongs_go_through(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """A ping is answered by the other end, whatever is in it."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME)
+    async with opened(gateway) as client:
+        for payload in (b"", b"are you there", b"x" * 125):
+            pong = await client.ping(payload)
+            async with asyncio.timeout(5):
+                await pong
+        await client.send(["in ", "three ", "pieces"])
+        assert await client.recv() == "in three pieces"
+
+
+async def test_azure_s_fragments_and_pings_reach_the_client(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames cut anywhere by the network, fragments with a ping between them; and the client's pong reaches Azure."""
+    monkeypatch.setattr("gateway.relay._CLOSING", 0.1)
+    ponged = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await upstream.request(reader)
+        data = b"\x01\x03one" + frame(PING, b"p", masked=False) + b"\x00\x01 " + b"\x80\x03two"
+        for byte in switching(head) + data:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        frames = Frames(masked=True, most=1000)
+        while chunk := await reader.read(100):
+            if any(isinstance(each, Control) and each.payload == b"p" for each in frames.feed(chunk)):
+                ponged.set()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            assert await client.recv() == "one two"
+            await asyncio.wait_for(ponged.wait(), 5)
+
+
+async def test_what_came_with_the_handshake_is_not_lost(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """A client that does not wait for the answer is too early, and harmless."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME)
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(HANDSHAKE + frame(TEXT, b"early", masked=True))
+    await reader.readuntil(b"\r\n\r\n")
+    assert await reader.readexactly(7) == b"\x81\x05early"
+    writer.close()
+
+
+# -- ends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 3000, 4321])
+async def test_the_client_s_close_code_reaches_azure(start_gateway: StartGateway, code: int) -> None:
+    """With its reason; Azure's answer comes back, and both connections end."""
+    told: list[tuple[int | None, str]] = []
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        message = await opened.receive()
+        told.append((message.data, message.extra or ""))
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            await client.close(code, "that is all")
+        assert told == [(code, "that is all")]
+        assert client.close_code == 1000  # with which this Azure answers
+        await gateway.idle()
+        await until(lambda: azure.connections == 0)
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["close_code"]) == ("complete", code)
+
+
+@pytest.mark.parametrize("code", [1000, 1008, 1011, 4000])
+async def test_azure_s_close_code_reaches_the_client(start_gateway: StartGateway, code: int) -> None:
+    """With its reason, behind everything that Azure sent before it."""
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        await opened.send_str("last words")
+        await opened.close(code=code, message=b"session over")
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            assert await client.recv() == "last words"
+            with pytest.raises(websockets.ConnectionClosed):
+                await client.recv()
+            assert (client.close_code, client.close_reason) == (code, "session over")
+        await gateway.idle()
+        await until(lambda: azure.connections == 0)
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["close_code"]) == ("complete", code)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_a_client_that_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
+    """Azure is told at once, by a close frame; what the stages deferred runs once."""
+    told: list[tuple[WSMsgType, Any]] = []
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        await opened.send_str("hello")
+        message = await opened.receive()
+        told.append((message.type, message.data))
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"hello")
+        if reset:
+            hard_close(writer)
+        else:
+            writer.close()
+        await until(lambda: told)
+        await gateway.idle()
+        await until(lambda: azure.connections == 0)
+    assert told == [(WSMsgType.CLOSE, 1001)]
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["close_code"]) == ("client", 1001)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+async def test_azure_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
+    """The client is told by a close frame that it was no good end."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + frame(TEXT, b"hello", masked=False))
+        await writer.drain()
+        await asyncio.sleep(0.02)
+        if reset:
+            hard_close(writer)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            assert await client.recv() == "hello"
+            with pytest.raises(websockets.ConnectionClosedError):
+                await client.recv()
+            assert (client.close_code, client.close_reason) == (1011, "Azure's WebSocket broke off")
+        await gateway.idle()
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["error"], event["close_code"]) == ("upstream", "upstream_error", 1011)
+
+
+async def test_azure_hangs_up_in_the_middle_of_a_frame(start_gateway: StartGateway) -> None:
+    """No close frame can be put there: the connection ends, and the client sees that the message is not whole."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + frame(TEXT, b"x" * 1000, masked=False)[:500])
+        await writer.drain()
+        await asyncio.sleep(0.02)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            with pytest.raises(websockets.ConnectionClosedError):
+                await client.recv()
+            assert client.close_code == 1006
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"\x81\x05plain", 1002),
+        (b"\xc1\x80\x00\x00\x00\x00", 1002),
+        (b"\x88\x82\x00\x00\x00\x00\x03\xee", 1002),
+        (frame(BINARY, b"x" * 5000, masked=True), 1009),
+        (b"GET / HTTP/1.1\r\n\r\n", 1002),
+    ],
+)
+async def test_what_is_no_frame_of_a_client_ends_it(
+    start_gateway: StartGateway, echoing: FakeAzure, data: bytes, code: int
+) -> None:
+    """Both sides are told, by the code that says why, and not a byte of it reaches Azure."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME, limits={"body": 4000})
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(HANDSHAKE)
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(data)
+    (control,) = Frames(masked=False, most=1000).feed(await reader.read())
+    writer.close()
+    assert isinstance(control, Control)
+    assert (control.opcode, control.code) == (CLOSE, code)
+    await gateway.idle()
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["close_code"], event["error"]) == ("gateway", code, "malformed_frame")
+    await until(lambda: echoing.connections == 0)
+
+
+async def test_what_is_no_frame_of_azure_ends_it(start_gateway: StartGateway) -> None:
+    """The client is told that it is Azure's fault."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + b"\x81\x85masked-though")
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            with pytest.raises(websockets.ConnectionClosedError):
+                await client.recv()
+            assert client.close_code == 1011
+        await gateway.idle()
+        await until(lambda: upstream.open == 0)
+    assert gateway.exchanges()[0]["ended_by"] == "upstream"
+
+
+async def test_a_gateway_that_stops_says_goodbye(start_gateway: StartGateway) -> None:
+    """To both sides, when the grace period is over: 1001, going away."""
+    told: list[Any] = []
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        message = await opened.receive()
+        told.append(message.data)
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"grace": 0.1})
+        async with opened(gateway) as client:
+            stopping = asyncio.create_task(gateway.server.stop())
+            with pytest.raises(websockets.ConnectionClosed):
+                await client.recv()
+            assert (client.close_code, client.close_reason) == (1001, "the gateway is stopping")
+            await stopping
+        await until(lambda: told)
+    assert told == [1001]
+    assert gateway.exchanges()[0]["ended_by"] == "gateway"
+
+
+async def test_a_side_that_does_not_answer_a_goodbye_is_not_waited_for_for_ever(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had the time to."""
+    monkeypatch.setattr("gateway.relay._CLOSING", 0.1)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        await reader.read()  # and the close frame, too, is only read
+        await asyncio.sleep(60)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway, close_timeout=0.2) as client:
+            await client.close(1000)
+        await gateway.idle()
+    assert gateway.exchanges()[0]["close_code"] == 1000
+
+
+# -- who is slow, who is silent --------------------------------------------------------------------------------
+
+
+async def test_azure_waits_for_a_client_that_reads_slowly(start_gateway: StartGateway) -> None:
+    """Not a byte is lost, and what Azure could send meanwhile is bounded."""
+    sent = 0
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        nonlocal sent
+        for number in range(600):
+            await opened.send_bytes(struct.pack("!I", number) * 25_000)
+            sent += 1
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        async with opened(gateway, max_queue=1) as client:
+            await asyncio.sleep(0.5)
+            assert sent < 300  # of 60 MB, what sockets hold
+            for number in range(600):
+                assert await client.recv() == struct.pack("!I", number) * 25_000
+    await gateway.idle()
+
+
+async def test_a_client_waits_for_azure_that_reads_slowly(start_gateway: StartGateway) -> None:
+    """The other way round."""
+    go_on = asyncio.Event()
+    received = 0
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        nonlocal received
+        await go_on.wait()
+        async for message in opened:
+            received += len(message.data)
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        sent = 0
+        async with opened(gateway) as client:
+
+            async def send() -> None:
+                nonlocal sent
+                for _ in range(600):
+                    await client.send(bytes(100_000))
+                    sent += 1
+
+            sending = asyncio.create_task(send())
+            await asyncio.sleep(0.5)
+            assert sent < 300
+            go_on.set()
+            await sending
+        assert received == 60_000_000
+
+
+async def test_a_client_that_never_reads_is_given_up(start_gateway: StartGateway) -> None:
+    """After the time for clients; Azure is told, nothing stays open."""
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        while True:
+            await opened.send_bytes(bytes(100_000))
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"client": 0.3})
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
+        writer.write(HANDSHAKE)
+        await until(lambda: gateway.exchanges())
+        await until(lambda: azure.connections == 0)
+        writer.transport.abort()
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["error"]) == ("client", "client_not_reading")
+
+
+async def test_azure_that_never_reads_is_given_up(start_gateway: StartGateway) -> None:
+    """After the idle time; the client is told."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        await asyncio.sleep(60)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME, timeouts={"idle": 0.3})
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(frame(BINARY, bytes(100_000), masked=True) * 200)
+        (control,) = Frames(masked=False, most=1000).feed(await reader.read(1000))
+        writer.transport.abort()
+        assert isinstance(control, Control)
+        assert (control.code, control.payload[2:]) == (1011, b"Azure took nothing for 0.3 s")
+        await gateway.idle()
+        await until(lambda: upstream.open <= 1)
+    assert gateway.exchanges()[0]["error"] == "upstream_timeout"
+
+
+async def test_silence_is_asked_about_and_the_answer_goes_no_further(start_gateway: StartGateway) -> None:
+    """Both sides get pings of the gateway's; those that answer live on, and see no pong of the other."""
+    seen: list[WSMsgType] = []
+
+    async def speak(_: Seen, opened: web.WebSocketResponse) -> None:
+        async for message in opened:
+            seen.append(message.type)
+            if message.type is WSMsgType.PING:
+                await opened.pong(message.data)
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"ping": 0.05})
+        async with opened(gateway, ping_interval=None) as client:
+            await asyncio.sleep(0.5)
+            assert client.close_code is None
+    await gateway.idle()
+    assert set(seen) == {WSMsgType.PING}
+    assert gateway.exchanges()[0]["ended_by"] == "complete"
+
+
+async def test_a_silent_client_is_given_up(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """One that answers no ping: its machine is gone, or it hangs."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME, timeouts={"ping": 0.05})
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(HANDSHAKE)
+    await until(lambda: gateway.exchanges())
+    assert (await reader.read()).endswith(b"the client was silent for 0.1 s")
+    writer.close()
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["error"]) == ("gateway", "request_timeout")
+    await until(lambda: echoing.connections == 0)
+
+
+async def test_a_silent_azure_is_given_up(start_gateway: StartGateway) -> None:
+    """The client is told."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME, timeouts={"ping": 0.05})
+        async with opened(gateway, ping_interval=None) as client:
+            with pytest.raises(websockets.ConnectionClosed):
+                await client.recv()
+            assert (client.close_code, client.close_reason) == (1011, "Azure was silent for 0.1 s")
+        await until(lambda: upstream.open == 0)
+
+
+async def test_two_hundred_at_once_leave_nothing_open(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """A third says goodbye, a third hangs up, a third is closed by a mistake; no descriptor is left."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME)
+    async with opened(gateway) as client:
+        await client.send("warm")
+        await client.recv()
+    await gateway.idle()
+    await until(lambda: echoing.connections == 0)
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def one(number: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(5):
+            message = os.urandom(200)
+            writer.write(frame(BINARY, message, masked=True))
+            assert (await reader.readexactly(204))[4:] == message
+        await asyncio.sleep(0.05)
+        if number % 3 == 0:
+            writer.write(close_frame(1000, "", masked=True))
+            await reader.read()
+        elif number % 3 == 1:
+            writer.write(b"\xff")
+            writer.write(b"\xff" * 20)
+            await reader.read()
+        writer.close()
+
+    await asyncio.gather(*map(one, range(200)))
+    await gateway.idle()
+    await until(lambda: echoing.connections == 0)
+    await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+    assert len(gateway.exchanges()) == 201
+
+
+# -- stages ----------------------------------------------------------------------------------------------------
+
+
+async def test_limits_hold_for_as_long_as_it_is_open(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """One in flight is one WebSocket; above the limit the handshake is a 429, and its end gives the place back."""
+    yaml = REALTIME.replace("  - model_map", "  - rate_limit: {in_flight: 1}\n  - model_map")
+    gateway = await start_gateway(echoing.endpoint, yaml)
+    async with opened(gateway):
+        assert (await refused(gateway))[0] == 429
+        async with gateway.post(json=CHAT) as answer:
+            assert answer.status == 429
+    await gateway.idle()
+    async with opened(gateway) as client:
+        await client.send("again")
+        assert await client.recv() == "again"
+
+
+FILTERING = """
+from gateway import ApiError, Event, EventFilter, Stage
+
+class Mark(EventFilter):
+    def __init__(self, word):
+        self.word = word
+    def event(self, event):
+        content = event.json()
+        if content == "refuse":
+            raise ApiError(400, "not this one", code="refused")
+        if content == "fail":
+            raise ValueError("a bug")
+        if content == "drop":
+            return None
+        if content == "twice":
+            return [event, event]
+        event.set_json(f"{self.word}({content})")
+        return event
+    def close(self):
+        return [Event(f'"{self.word} closed"'.encode())]
+
+class Marks(Stage):
+    async def __call__(self, request, call_next):
+        response = await call_next(request)
+        if response.status == 101:
+            response.pipe(Mark("down-" + self.id))
+            response.pipe(Mark("up-" + self.id), direction="up")
+        return response
+"""
+FILTERED = "plugins_path: mine\n" + REALTIME + "  - marks as far\n  - marks as near\n"
+
+
+@pytest.mark.parametrize("binary", [False, True])
+async def test_filters_see_messages_in_both_directions(
+    start_gateway: StartGateway, echoing: FakeAzure, binary: bool
+) -> None:
+    """As events; down the one nearest Azure runs first, up the one nearest the client; fragments are one message."""
+    gateway = await start_gateway(echoing.endpoint, FILTERED, {"mine/marks.py": FILTERING})
+    async with opened(gateway) as client:
+        await client.send(['"a', 'b"'] if not binary else [b'"a', b'b"'])
+        wanted = "down-far(down-near(up-near(up-far(ab))))"
+        answer = await client.recv()
+        assert json.loads(answer) == wanted
+        assert isinstance(answer, bytes) is binary
+        await client.send('"drop"')
+        await client.send('"twice"')
+        twice = [json.loads(await client.recv()) for _ in range(16)]
+        assert twice == ["twice"] * 16
+        await client.send('"end"')
+        assert "end" in str(await client.recv())
+
+
+async def test_an_api_error_of_a_filter_is_told_and_the_websocket_goes_on(
+    start_gateway: StartGateway, echoing: FakeAzure
+) -> None:
+    """As an error event; any other error of a filter ends it, and both sides are told."""
+    gateway = await start_gateway(echoing.endpoint, FILTERED, {"mine/marks.py": FILTERING})
+    async with opened(gateway) as client:
+        await client.send('"refuse"')
+        told = json.loads(await client.recv())
+        error = {"type": "invalid_request_error", "code": "refused", "message": "not this one", "param": None}
+        assert told == {"type": "error", "status": 400, "error": error}
+        await client.send('"more"')
+        assert "more" in str(await client.recv())
+        await client.send('"fail"')
+        with pytest.raises(websockets.ConnectionClosed):
+            await client.recv()
+        assert client.close_code == 1011
+    await gateway.idle()
+    assert gateway.exchanges()[0]["ended_by"] == "gateway"
+    assert any(event["event"] == "a filter failed" for event in gateway.events)
+
+
+WRONG = """
+from gateway import Filter, Response, Stage
+
+class Wrong(Stage):
+    async def __call__(self, request, call_next):
+        if self.id == "made":
+            return Response(101)
+        response = await call_next(request)
+        if self.id == "bytes":
+            response.pipe(Filter())
+        elif self.id == "status":
+            response.status = 200
+        elif self.id == "read":
+            await response.read()
+        elif self.id == "peek":
+            await response.peek(lambda data: True, 1)
+        return response
+"""
+
+
+@pytest.mark.parametrize("mistake", ["made", "bytes", "status", "read", "peek"])
+async def test_what_a_stage_cannot_do_with_it_is_a_500(
+    start_gateway: StartGateway, echoing: FakeAzure, mistake: str
+) -> None:
+    """Said in the log; the connection to Azure is closed."""
+    yaml = "plugins_path: mine\n" + REALTIME.replace("  - access_log\n", f"  - access_log\n  - wrong as {mistake}\n")
+    gateway = await start_gateway(echoing.endpoint, yaml, {"mine/wrong.py": WRONG})
+    assert (await refused(gateway))[0] == 500
+    await gateway.idle()
+    await until(lambda: echoing.connections == 0)
+    assert any(event["level"] == "error" for event in gateway.events)
+
+
+# -- responses -------------------------------------------------------------------------------------------------
+
+TWO = """
+resources:
+  azure: {endpoint: "${ENDPOINT}"}
+  other: {endpoint: "http://127.0.0.1:1"}
+resource: azure
+pipeline:
+  - access_log
+  - auth_passthrough
+  - model_map: {models: {mine: gpt-4o, far: other/gpt-4o}, unmapped: refuse}
+  - api_version: {version: 2024-10-21, otherwise: [v1]}
+"""
+
+
+async def test_responses_name_their_model_in_each_message(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """It becomes the deployment; one that is not mapped, or elsewhere, is an error event, and the next one works."""
+    gateway = await start_gateway(azure.endpoint, TWO)
+    async with opened(gateway, "/v1/responses") as client:
+        for message, code in (
+            ({"model": "unknown"}, "model_not_found"),
+            ({"model": "far"}, "resource_mismatch"),
+            ({"model": 5}, None),
+            ({"response": {"model": "unknown"}}, "model_not_found"),
+        ):
+            await client.send(json.dumps({"type": "response.create", "event_id": "e1", **message}))
+            told = json.loads(await client.recv())
+            assert (told["type"], told["error"]["code"], told["error"]["event_id"]) == ("error", code, "e1")
+        for text in ('no json "model"', '"model"', '{"model"', '["model"]'):
+            await client.send(text)
+            assert json.loads(await client.recv())["error"]["type"] == "invalid_request_error"
+        await client.send('{"type":"response.create","model":"mine","n":1e2}')
+        types = [event["type"] for event in await events(client, "response.completed")]
+        assert types == ["response.created", *["response.output_text.delta"] * 3, "response.completed"]
+        await client.send(r'{"type":"response.create","mod\u0065l":"mine"}')
+        assert (await events(client, "response.completed"))[0]["response"]["model"] == "gpt-4o"
+    await gateway.idle()
+    assert azure.requests[0].path == "/openai/v1/responses"
+    assert gateway.exchanges()[0]["model"] == "mine"
+
+
+async def test_two_models_in_one_message_are_one(start_gateway: StartGateway) -> None:
+    """Of a doubled key Azure might take the other: only the mapped one is sent on."""
+    heard: list[str] = []
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        async for message in opened:
+            heard.append(message.data)
+            await opened.send_str("ok")
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, TWO)
+        async with opened(gateway, "/v1/responses") as client:
+            await client.send('{"type":"response.create","model":"forbidden","model":"mine","input":1.50}')
+            await client.recv()
+    assert heard == ['{"type":"response.create","model":"gpt-4o","input":1.50}']
+
+
+def test_descriptors_are_counted() -> None:
+    """The test above counts what this system counts."""
+    before = len(os.listdir("/proc/self/fd"))
+    with socket.socket():
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert Path("/proc/self/fd").is_dir()
