@@ -9,11 +9,19 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from gateway import Response
+from gateway import EventFilter, Response
 from gateway.stream import link
 from gateway.testing import FakeAzure, Seen, every_split, post
+from plugins.missing_delta import Deltas
+from plugins.missing_fields import Fill
+from plugins.missing_message import MissingMessage
 from plugins.openai_errors import OpenAIErrors
+from plugins.prompt_filter_chunk import Drop as PromptFilterDrop
+from plugins.prompt_filter_chunk import Merge as PromptFilterMerge
 from plugins.sse_newline import CompleteEvents
+from plugins.stream_errors import StreamErrors
+from plugins.strip_azure_fields import StripAzureFields
+from tests.chunks import Count, fed
 from tests.conftest import CHAT, StartGateway
 from tests.test_stream import Keep
 
@@ -34,6 +42,58 @@ def test_streams_pass_filters_unchanged(path: Path) -> None:
             assert stream == b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
         for _, out in every_split(stream[-1500:], make):
             assert stream[-1500:] == out
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if "stream" in path.name], ids=lambda path: path.stem)
+def test_repairs_change_what_is_odd_and_nothing_else(path: Path) -> None:
+    """In reads of every size: the first chunk is dropped, merged or filled, every other event keeps its bytes."""
+    stream = path.read_bytes()
+    first, rest = stream.split(b"\n\n", 1)
+    second = rest.split(b"\n\n", 1)[0]
+    named = {name: json.loads(second[6:])[name] for name in ("id", "object", "created", "model")}
+    found = json.loads(first[6:])["prompt_filter_results"]
+
+    def filters() -> dict[str, list[EventFilter]]:
+        drop, merge = PromptFilterDrop(Count()), PromptFilterMerge(Count())
+        fill, deltas = Fill(Count(), {}), Deltas(Count(), drop=False)
+        return {"all": [drop, deltas, fill], "merge": [merge], "fill": [fill], "deltas": [deltas]}
+
+    for size in (1, 2, 3, 7, 64, 1000, len(stream)):
+        pieces = [stream[place : place + size] for place in range(0, len(stream), size)]
+        made = {name: fed(pieces, *each) for name, each in filters().items()}
+        assert made["all"] == rest
+        assert made["deltas"] == stream
+        merged, others = made["merge"].split(b"\n\n", 1)
+        assert json.loads(merged[6:]) == {**json.loads(second[6:]), "prompt_filter_results": found}
+        assert rest == second + b"\n\n" + others
+        filled, others = made["fill"].split(b"\n\n", 1)
+        assert json.loads(filled[6:]) == {**json.loads(first[6:]), **named}
+        assert others == rest
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if "stream" in path.name], ids=lambda path: path.stem)
+async def test_other_repairs_of_recorded_streams(path: Path) -> None:
+    """No error is seen where there is none, and Azure's own fields are gone where they are to be."""
+    stream = path.read_bytes()
+    headers = {"content-type": "text/event-stream"}
+    passed = await post(StreamErrors(), answer=Response(200, stream, headers), json=CHAT)
+    assert (passed.status, passed.body) == (200, stream)
+    stripped = (await post(StripAzureFields(), answer=Response(200, stream, headers), json=CHAT)).body
+    assert b"content_filter_results" not in stripped
+    assert b"obfuscation" not in stripped
+    assert stripped.count(b"\n\n") == stream.count(b"\n\n")
+
+
+async def test_a_recorded_completion_without_a_message_gets_one() -> None:
+    """The one that the filter withheld; the others keep their bytes."""
+    for path in (path for path in BODIES if "chat-json" in path.name):
+        body = path.read_bytes()
+        answer = Response(200, body, {"content-type": "application/json"})
+        sent = await post(MissingMessage(), answer=answer, json=CHAT)
+        if "content-filtered" in path.name:
+            assert sent.json()["choices"][0]["message"]["content"] == ""
+        else:
+            assert sent.body == body
 
 
 @pytest.mark.parametrize("path", BODIES, ids=lambda path: path.stem)

@@ -54,7 +54,8 @@ class FakeAzure:
     ones are a 404 without a content type, as recorded in 2026), and streams `words`, one chunk each, `delay`
     seconds apart, after Azure's first chunk without choices. What it makes has an id that begins with `tag`;
     with `own_ids` it knows only those that it made. `ending` is how a stream ends: Azure has sent all of `[DONE]\n\n`,
-    `[DONE]\n` and `[DONE]`. `respond`, where set, answers in its place.
+    `[DONE]\n` and `[DONE]`. With the `asynchronous_filter`, chats have chunks of findings, without a delta. A WebSocket
+    answers each `response.create`. `respond` and `speak`, where set, answer and speak in its place.
 
         async with FakeAzure(ending=b"data: [DONE]") as azure:
             ...  # azure.endpoint, azure.requests
@@ -66,6 +67,7 @@ class FakeAzure:
     delay: float = 0.0
     ending: bytes = b"data: [DONE]\n\n"
     newline: bytes = b"\n"
+    asynchronous_filter: bool = False
     content_type: str = "text/event-stream; charset=utf-8"
     base_path: str = ""
     port: int = 0
@@ -277,7 +279,7 @@ class FakeAzure:
         self.streaming += 1
         try:
             await response.prepare(request)
-            for chunk in _chunks(self.words, body, chat=chat):
+            for chunk in _chunks(self.words, body, chat=chat, findings=chat and self.asynchronous_filter):
                 data = b"data: " + msgspec.json.encode(chunk) + self.newline * 2
                 await response.write(data)
                 if self.delay:
@@ -328,8 +330,22 @@ def _completion(text: str, *, chat: bool) -> dict[str, Any]:
 _USAGE = {"completion_tokens": 3, "prompt_tokens": 9, "total_tokens": 12}
 
 
-def _chunks(words: Sequence[str], body: Any, *, chat: bool) -> Iterator[dict[str, Any]]:
+def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> Iterator[dict[str, Any]]:
     """Yield a stream's chunks as Azure's: keys in order, an empty first one, usage if it was asked for."""
+    found: dict[str, Any] = {
+        "choices": [
+            {
+                "content_filter_offsets": {"check_offset": 44, "start_offset": 44, "end_offset": 198},
+                "content_filter_results": _SAFE,
+                "finish_reason": None,
+                "index": 0,
+            }
+        ],
+        "created": 0,
+        "id": "",
+        "model": "",
+        "object": "",
+    }
     yield {
         "choices": [],
         "created": 0,
@@ -363,7 +379,11 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool) -> Iterator[dict[str
     yield chunk([first])
     for word in words:
         yield chunk([choice(word, None)])
+        if findings:
+            yield found
     yield chunk([choice(None, "stop")])
+    if findings:
+        yield found
     if (body.get("stream_options") or {}).get("include_usage"):
         yield chunk([], _USAGE)
 

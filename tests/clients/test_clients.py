@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -34,10 +35,15 @@ async def azure(request: pytest.FixtureRequest) -> AsyncIterator[FakeAzure]:
         yield running
 
 
-async def node(script: str, gateway: Gateway) -> Any:
+async def node(
+    script: str, gateway: Gateway, *arguments: str, url: str | None = None, env: dict[str, str] | None = None
+) -> Any:
     """Run a script of this folder against a gateway and return the JSON that it prints."""
     process = await asyncio.create_subprocess_exec(
-        "node", str(HERE / script), gateway.url, KEY, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *("node", str(HERE / script), url or gateway.url, KEY, *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **(env or {})},
     )
     out, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0, err.decode()
