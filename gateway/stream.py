@@ -220,13 +220,13 @@ class _Events(Filter):
     def _unwanted(self, data: bytes) -> bool:
         """Whether no filter wants any of these whole events."""
         start = 0
-        while start < len(data):
-            end = data.find(b"\n\n", start) + 2
-            event = data[start:end]
+        # (What may be left is a blank line of its own.)
+        while (found := data.find(b"\n\n", start)) >= 0:
+            event = data[start : found + 2]
             for wants in self._wants:
                 if wants(event):
                     return False
-            start = end
+            start = found + 2
         return True
 
     def _pass_on(self, event: Event, first: int, out: list[bytes]) -> None:

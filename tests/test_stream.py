@@ -134,6 +134,14 @@ def test_a_dropped_event_takes_its_whole_line_ending_along() -> None:
         assert out == b"", pieces
 
 
+def test_blank_lines_behind_an_event_are_no_event() -> None:
+    """One, two or three more of them: each passes, and is asked about by nobody."""
+    for count in range(5):
+        stream = b"data: y\n\ndata: z\n\n" + b"\n" * count
+        assert stream == fed([Mark(search=True)], [stream])
+        assert stream + b"data: y\n\n" == fed([Mark(search=True)], [stream, b"data: y\n\n"])
+
+
 class Mark(EventFilter):
     """Marks events that hold an `x`, and knows which it was asked about."""
 
