@@ -185,6 +185,8 @@ async def _relay(
         note_end(exchange, None)
     except ApiError as exc:
         note_end(exchange, exc)
+    finally:
+        socket.ended = True
     if connection.writing_paused:
         await _drained(connection, exchange, timeouts.client)
     return False

@@ -45,16 +45,19 @@ class WebSocket:
     which they run; those on what Azure sends are the response's.
     """
 
-    __slots__ = ("protocol", "up", "wire")
+    __slots__ = ("ended", "protocol", "up", "wire")
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.protocol: str | None = None
         self.up: list[EventFilter] = []
+        self.ended = False
+        """It was relayed to its end, and its connection is closing with what is still to be written."""
 
     def abort(self) -> None:
-        """Close the connection to Azure at once."""
-        self.wire.abort()
+        """Close the connection to Azure at once, unless it is closing by itself."""
+        if not self.ended:
+            self.wire.abort()
 
 
 def check_asked(headers: Headers) -> str:
