@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from gateway.errors import ApiError
 
-__all__ = ("decoded_json", "with_field")
+__all__ = ("decoded_json", "of_fields", "raw_fields", "with_field")
 
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -59,3 +60,44 @@ def with_field(body: bytes, name: str, value: str | bytes | None) -> bytes:
     else:
         fields[name] = msgspec.Raw(value if isinstance(value, bytes) else msgspec.json.encode(value))
     return msgspec.json.encode(fields)
+
+
+def raw_fields(body: bytes, names: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Return the fields of a JSON object, each value as the bytes it has there; only those named, if any are.
+
+    Of a doubled field it is the last one, as all readers of JSON at hand have it. Raises ApiError 400 where the body
+    is no JSON object.
+    """
+    found = decoded_json(body, _named(names).decode if names else _raw_fields.decode)
+    if isinstance(found, dict):
+        wanted = found.items() if not names else [(name, found[name]) for name in names if name in found]
+        return {name: _bytes(value) for name, value in wanted}
+    if not isinstance(found, msgspec.Struct):
+        raise ApiError(400, "the body is not a JSON object")
+    values = msgspec.structs.astuple(found)
+    # Nearly always there are none.
+    return (
+        {}
+        if values == (None,) * len(names)
+        else {name: bytes(value) for name, value in zip(names, values, strict=True) if value is not None}
+    )
+
+
+def of_fields(fields: Mapping[str, bytes]) -> bytes:
+    """Return the JSON object of fields whose values are JSON already."""
+    try:
+        return msgspec.json.encode({name: msgspec.Raw(value) for name, value in fields.items()})
+    except UnicodeEncodeError:  # half of a surrogate pair in a name
+        return b"{%b}" % b",".join(json.dumps(name).encode() + b":" + value for name, value in fields.items())
+
+
+def _bytes(value: object) -> bytes:
+    return bytes(value) if isinstance(value, msgspec.Raw) else json.dumps(value).encode()
+
+
+@lru_cache(maxsize=256)
+def _named(names: tuple[str, ...]) -> msgspec.json.Decoder[msgspec.Struct]:
+    """Return a decoder that keeps the bytes of these fields and skips the others unread."""
+    places = {f"f{place}": name for place, name in enumerate(names)}
+    fields = [(place, msgspec.Raw, None) for place in places]
+    return msgspec.json.Decoder(msgspec.defstruct("_Named", fields, rename=places))
