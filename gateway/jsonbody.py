@@ -68,19 +68,19 @@ def raw_fields(body: bytes, names: tuple[str, ...] = ()) -> dict[str, bytes]:
     Of a doubled field it is the last one, as all readers of JSON at hand have it. Raises ApiError 400 where the body
     is no JSON object.
     """
-    found = decoded_json(body, _named(names).decode if names else _raw_fields.decode)
-    if isinstance(found, dict):
-        wanted = found.items() if not names else [(name, found[name]) for name in names if name in found]
-        return {name: _bytes(value) for name, value in wanted}
-    if not isinstance(found, msgspec.Struct):
+    if names:
+        decode, none = _named(names)
+        found = decoded_json(body, decode)
+        if found == none:  # nearly always
+            return {}
+    else:
+        found = decoded_json(body, _raw_fields.decode)
+    if isinstance(found, msgspec.Struct):
+        values = zip(names, msgspec.structs.astuple(found), strict=True)
+        return {name: bytes(value) for name, value in values if value is not None}
+    if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object")
-    values = msgspec.structs.astuple(found)
-    # Nearly always there are none.
-    return (
-        {}
-        if values == (None,) * len(names)
-        else {name: bytes(value) for name, value in zip(names, values, strict=True) if value is not None}
-    )
+    return {name: _bytes(found[name]) for name in names or found if name in found}
 
 
 def of_fields(fields: Mapping[str, bytes]) -> bytes:
@@ -96,8 +96,8 @@ def _bytes(value: object) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _named(names: tuple[str, ...]) -> msgspec.json.Decoder[msgspec.Struct]:
-    """Return a decoder that keeps the bytes of these fields and skips the others unread."""
+def _named(names: tuple[str, ...]) -> tuple[Callable[[bytes], Any], msgspec.Struct]:
+    """Return what decodes the bytes of these fields and skips the others unread, and what it returns of none."""
     places = {f"f{place}": name for place, name in enumerate(names)}
-    fields = [(place, msgspec.Raw, None) for place in places]
-    return msgspec.json.Decoder(msgspec.defstruct("_Named", fields, rename=places))
+    kind = msgspec.defstruct("_Named", [(place, msgspec.Raw, None) for place in places], rename=places)
+    return msgspec.json.Decoder(kind).decode, kind()

@@ -193,7 +193,8 @@ class Request:
         To name a few costs next to nothing, and the rest is not decoded. Raises ApiError 400 where the body is no
         JSON object.
         """
-        return raw_fields(await self.body(), names)
+        data = None if self._json_set else self._body.keep()
+        return raw_fields(await self.body() if data is None else data, names)
 
     def set_fields(self, fields: Mapping[str, bytes]) -> None:
         """Send a JSON object of these fields instead: what `fields()` returned, with changes.

@@ -14,6 +14,7 @@ MOST = 256 * 1024 * 1024
 
 # One entry of an array, behind what stands between entries. Only these two kinds are several inputs; an array of
 # numbers is one, in tokens. Each is passed in one go, without a way back: what clients send cannot make it slow.
+FIRST = re.compile(rb'\[\s*(["\[])')
 TEXT = re.compile(rb'[\s,]*("[^"\\]*+(?:\\.[^"\\]*+)*+")')
 TOKENS = re.compile(rb"[\s,]*(\[[^\[\]\"]*+\])")
 
@@ -77,9 +78,12 @@ class EmbeddingsSplit(Stage):
 
         No more are looked at than may be sent, however many there are.
         """
-        if given[:1] != b"[" or given.count(b",") < self.most_inputs:
+        if (first := FIRST.match(given)) is None:
             return ()
-        kind = TEXT if TEXT.match(given, 1) else TOKENS
+        kind, begins, signs = (TEXT, b'"', 2) if first.group(1) == b'"' else (TOKENS, b"[", 1)
+        # Nearly always this tells already that there are few, and nothing is looked at one by one.
+        if given.count(begins, 1) // signs <= self.most_inputs:
+            return ()
         spans: list[tuple[int, int]] = []
         place = 1
         while (found := kind.match(given, place)) is not None:

@@ -130,8 +130,6 @@ class Parameters(Stage):
             return await call_next(request)
         fields = await request.fields()
         changes = adapt(fields, plan)
-        if not changes:
-            return await call_next(request)
         request.set_fields(fields)
         for change in changes:
             request.adapted(change)

@@ -15,7 +15,7 @@ from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import ApiError, Request, Response
+from gateway import ApiError, Next, Request, Response, Stage
 from gateway.testing import FakeAzure, Sent, running, send
 from gateway.testing.azure import Seen
 from plugins.embeddings_split import EmbeddingsSplit
@@ -84,7 +84,7 @@ async def test_many_inputs_are_sent_in_parts_and_answered_as_one() -> None:
     [
         b'"one text, two, three, four"', b'["a","b"]', b'["a, b, c, d, e"]', b"[1, 2, 3, 4, 5]",
         b"[[1,2,3],[4,5,6]]",
-        b"[]", b"null", b"5", b'{"a":[1,2,3,4]}', b'["a", 1, "b", 2]', b'["a",["b"],"c","d"]',
+        b"[]", b"null", b"5", b'{"a":[1,2,3,4]}', b'["a", 1, "b", 2]', b'["a",["b"],"c","d"]', b'["a","b","c",1]',
         b'[["a","b"],["c"],["d"]]',
         b"[[1],[2],[[3]]]", b"[true,true,true]", b"[1.5,2,3]",
     ],
@@ -113,6 +113,8 @@ async def test_more_than_may_be_sent_is_a_400() -> None:
         sent = await embed(EmbeddingsSplit(2, most_parts=most_parts), b'{"input":["a","b","c","d","e"]}', azure)
         assert sent.status == status
         assert bool(azure.bodies) == (status == 200)
+    # What comes behind the one too many is not looked at.
+    assert (await embed(EmbeddingsSplit(1, most_parts=2), b'{"input":["a","b","c",1]}', Azure())).status == 400
     error = (await embed(EmbeddingsSplit(), b'{"input":[' + b'"",' * 1_000_000 + b'""]}', Azure())).json()["error"]
     assert error["param"] == "input"
     assert "more than the 32768 entries" in error["message"]
@@ -205,6 +207,21 @@ async def test_an_answer_that_cannot_be_put_together_is_a_502(change: Any) -> No
     assert sent.status == 502
     assert "part 2 of 2 of `input`" in sent.json()["error"]["message"]
     assert sent.headers.get("x-gateway-adapted") == "input: sent in 2 parts"
+
+
+class Above(Stage):
+    """Keeps the request."""
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        self.request = request
+        return await call_next(request)
+
+
+async def test_the_request_itself_stays_as_it_is() -> None:
+    """A stage above may send it again, to another deployment."""
+    above, body = Above(), b'{"input":["a","b" , "c"]}'
+    await send([above, EmbeddingsSplit(1)], "POST", "/embeddings", body=body, answer=Azure())
+    assert await above.request.body() == body
 
 
 async def test_entries_of_an_answer_in_another_order() -> None:

@@ -177,6 +177,8 @@ async def test_rules_go_above_the_table() -> None:
         Rule("GPT-5.1-chat*", drop=["top_p", "user"], operations=["chat.completions"]),
         Rule("o3*", rename={"max_completion_tokens": "max_tokens"}),
         Rule("Llama*", drop=["seed"]),
+        Rule("gpt-4.1", drop=["user", "seed"]),
+        Rule("gpt-4.1", rename={"seed": "user"}),
     ]
     asked = {"max_tokens": 5, "temperature": 1, "top_p": 1, "user": "u", "seed": 1}
     for model, operation, wanted in (
@@ -187,6 +189,7 @@ async def test_rules_go_above_the_table() -> None:
         ("gpt-5.1-chat", "responses", set(asked)),
         ("o3", "chat.completions", {"max_tokens", "user", "seed"}),
         ("Llama-4", "chat.completions", set(asked) - {"seed"}),
+        ("gpt-4.1", "chat.completions", set(asked) - {"seed"}),
     ):
         found = await reached(Parameters(rules=rules), asked, model=model, operation=operation)
         assert set(found) == wanted, model
