@@ -91,9 +91,9 @@ class Parameters(Stage):
             "where the name does not tell: {prod-chat: gpt-5-mini}"
         ),
     ] = field(default_factory=dict)
-    rules: Annotated[list[Rule], Meta(description="more than the table has, or less; a later rule goes first")] = field(
-        default_factory=list
-    )
+    rules: Annotated[
+        list[Rule], Meta(description="more than the table has, or less; a later rule goes above an earlier one")
+    ] = field(default_factory=list)
     header: Annotated[bool, Meta(description="say in the answer's header x-gateway-adapted what was changed")] = False
 
     needs = ("deployment", "api_version")
