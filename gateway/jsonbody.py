@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
 
 from gateway.errors import ApiError
 
-__all__ = ("decoded_json", "with_field")
+__all__ = ("decoded_json", "of_fields", "raw_fields", "with_field")
 
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -59,3 +60,44 @@ def with_field(body: bytes, name: str, value: str | bytes | None) -> bytes:
     else:
         fields[name] = msgspec.Raw(value if isinstance(value, bytes) else msgspec.json.encode(value))
     return msgspec.json.encode(fields)
+
+
+def raw_fields(body: bytes, names: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Return the fields of a JSON object, each value as the bytes it has there; only those named, if any are.
+
+    Of a doubled field it is the last one, as all readers of JSON at hand have it. Raises ApiError 400 where the body
+    is no JSON object.
+    """
+    if names:
+        decode, none = _named(names)
+        found = decoded_json(body, decode)
+        if found == none:  # nearly always
+            return {}
+    else:
+        found = decoded_json(body, _raw_fields.decode)
+    if isinstance(found, msgspec.Struct):
+        values = zip(names, msgspec.structs.astuple(found), strict=True)
+        return {name: bytes(value) for name, value in values if value is not None}
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body is not a JSON object")
+    return {name: _bytes(found[name]) for name in names or found if name in found}
+
+
+def of_fields(fields: Mapping[str, bytes]) -> bytes:
+    """Return the JSON object of fields whose values are JSON already."""
+    try:
+        return msgspec.json.encode({name: msgspec.Raw(value) for name, value in fields.items()})
+    except UnicodeEncodeError:  # half of a surrogate pair in a name
+        return b"{%b}" % b",".join(json.dumps(name).encode() + b":" + value for name, value in fields.items())
+
+
+def _bytes(value: object) -> bytes:
+    return bytes(value) if isinstance(value, msgspec.Raw) else json.dumps(value).encode()
+
+
+@lru_cache(maxsize=256)
+def _named(names: tuple[str, ...]) -> tuple[Callable[[bytes], Any], msgspec.Struct]:
+    """Return what decodes the bytes of these fields and skips the others unread, and what it returns of none."""
+    places = {f"f{place}": name for place, name in enumerate(names)}
+    kind = msgspec.defstruct("_Named", [(place, msgspec.Raw, None) for place in places], rename=places)
+    return msgspec.json.Decoder(kind).decode, kind()

@@ -20,7 +20,7 @@ from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
-from gateway.jsonbody import decoded_json
+from gateway.jsonbody import decoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
@@ -190,6 +190,22 @@ class Request:
         self._model_read = False
         return body
 
+    async def fields(self, *names: str) -> dict[str, bytes]:
+        """Return the fields of the JSON body, each value as its bytes of JSON; only those named, if any are.
+
+        To name a few costs next to nothing, and the rest is not decoded. Raises ApiError 400 where the body is no
+        JSON object.
+        """
+        data = None if self._json_set else self._body.keep()
+        return raw_fields(await self.body() if data is None else data, names)
+
+    def set_fields(self, fields: Mapping[str, bytes]) -> None:
+        """Send a JSON object of these fields instead: what `fields()` returned, with changes.
+
+        Values are bytes of JSON and are sent as they are.
+        """
+        self.set_body(of_fields(fields))
+
     def set_body(self, body: bytes) -> None:
         """Send these bytes instead of what the client sent."""
         self._body = Body(body)
@@ -281,6 +297,12 @@ class Request:
     def count(self, name: str) -> None:
         """Count something that a stage or its filter did, such as a repair; `Outcome.counts` has the sums."""
         self._exchange.count(name)
+
+    def adapted(self, change: str) -> None:
+        """Note a change that a stage made to what the client sent, for the log event; names, never values."""
+        changes = self.notes.setdefault("adapted", [])
+        if isinstance(changes, list) and change not in changes:  # a second try makes it again
+            changes.append(change)
 
     def __repr__(self) -> str:
         return f"<Request {self.id} {self.method} {self.path}>"

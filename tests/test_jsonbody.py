@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway import ApiError
-from gateway.jsonbody import with_field
+from gateway.jsonbody import of_fields, raw_fields, with_field
 
 BODY = b'{"x":1.0e2,"model":"a","n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]},"model":"b"}'
 
@@ -46,3 +46,32 @@ def test_what_is_no_object_is_refused() -> None:
     """With the place of the mistake."""
     with pytest.raises(ApiError, match="not a JSON object"):
         with_field(b"[1]", "model", "d")
+
+
+def test_fields_have_the_bytes_that_they_came_with() -> None:
+    """All of them, or those named that are there; of a doubled one the last."""
+    assert raw_fields(BODY, ("x", "o", "no")) == {"x": b"1.0e2", "o": b'{"b":1,"a":[1.50]}'}
+    assert raw_fields(BODY, ("model",)) == {"model": b'"b"'}
+    assert raw_fields(BODY, ("no",)) == {}
+    assert list(raw_fields(BODY)) == ["x", "model", "n", "o"]
+    assert of_fields(raw_fields(BODY)) == BODY.replace(b'"model":"a"', b'"model":"b"')[: -len(b',"model":"b"}')] + b"}"
+
+
+def test_a_name_in_escapes_and_a_null_are_found() -> None:
+    """As any reader of JSON finds them."""
+    assert raw_fields(b'{"\\u0074emperature": null}', ("temperature",)) == {"temperature": b"null"}
+
+
+def test_fields_beside_half_a_surrogate_pair() -> None:
+    """Decoded the slow way; a name may hold one too."""
+    body = b'{"t": "\\ud83d", "n": 1, "\\ud83d": [2]}'
+    assert raw_fields(body, ("n", "t", "no")) == {"n": b"1", "t": b'"\\ud83d"'}
+    assert of_fields(raw_fields(body)) == b'{"t":"\\ud83d","n":1,"\\ud83d":[2]}'
+
+
+@pytest.mark.parametrize("body", [b"[1]", b'["\\ud83d"]', b"", b"{", b'{"a": NaN}', b'{"a": 1} x', b"null"])
+@pytest.mark.parametrize("names", [(), ("a",)])
+def test_fields_of_what_is_no_object_are_a_400(body: bytes, names: tuple[str, ...]) -> None:
+    """Whatever it is."""
+    with pytest.raises(ApiError, match="not a JSON object"):
+        raw_fields(body, names)

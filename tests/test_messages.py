@@ -116,3 +116,22 @@ def test_a_response_is_bytes_or_a_stream() -> None:
     """A body of another kind is the author's mistake, said where it was made."""
     with pytest.raises(TypeError, match="bytes or an async iterator"):
         Response(200, "text")  # type: ignore[arg-type]
+
+
+async def test_fields_can_be_changed_one_by_one() -> None:
+    """The others keep their bytes; a copy is changed apart, and what `set_json` set is seen."""
+    one = request(b'{"model": "m", "a": 1.50, "b": {"c" : 1e400}}')
+    twin = one.copy()
+    twin.set_fields({name: value for name, value in (await one.fields()).items() if name != "a"})
+    assert (await twin.body(), await twin.model()) == (b'{"model":"m","b":{"c" : 1e400}}', "m")
+    assert await one.fields("a", "z") == {"a": b"1.50"}
+    one.set_json({"model": "n"})
+    assert await one.fields() == {"model": b'"n"'}
+
+
+def test_what_was_adapted_is_noted_once() -> None:
+    """Also where a stage tries again with a copy."""
+    one = request()
+    for _ in range(2):
+        one.copy().adapted("temperature: dropped")
+    assert one.notes == {"adapted": ["temperature: dropped"]}

@@ -1,0 +1,234 @@
+"""`parameters`: requests say what the deployment's model and the api-version understand."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Annotated, NamedTuple
+
+from gateway import Meta, Next, Request, Response, Services, Stage
+
+CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = "chat.completions", "completions", "responses", "embeddings"
+OPERATIONS = (CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS)
+
+# -- the table: by base model ----------------------------------------------------------------------------------------
+# Models and parameters: Microsoft's page "Azure OpenAI reasoning models" (2026-02-24): its tables of models, "Not
+# Supported" and the notes on `max_completion_tokens` and `max_output_tokens`. o1-mini, o1-preview: the page of 2025-02.
+# gpt-5-chat is none of them (BerriAI/litellm #15198), while gpt-5.1-chat and later are (the page; Aider #4707), and so
+# is gpt-chat-latest (IBM/mcp-context-forge #5021).
+REASONING = ("o1", "o1-*", "o3", "o3-*", "o4-*", "gpt-5*", "codex-mini*", "gpt-chat-latest*")
+NOT_REASONING = ("gpt-5-chat*", "gpt-5chat*")
+REASONING_DROPS = {
+    CHAT: (
+        "temperature", "top_p", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias",
+    ),
+    RESPONSES: ("temperature", "top_p", "top_logprobs"),
+}  # fmt: skip
+# In Chat Completions alone: the limit of the Responses API is `max_output_tokens` for every model.
+REASONING_RENAMES = {CHAT: {"max_tokens": "max_completion_tokens"}}
+# The page's row "Parallel Tool Calls".
+ONE_TOOL_CALL = ("o1", "o1-*", "o3", "o3-*", "o4-*", "codex-mini*", "gpt-5*-pro*")
+ONE_TOOL_CALL_DROPS = ("parallel_tool_calls",)
+
+# -- the table: by api-version ---------------------------------------------------------------------------------------
+# The first with a parameter: Microsoft's page "API version lifecycle", and Azure/azure-rest-api-specs #30909 for those
+# of 2024-09-01-preview. v1 has them all. Not here is what would change what is answered, such as `audio`, `modalities`
+# and `response_format`: Azure refuses it, and the client learns of it.
+SINCE = {
+    CHAT: {
+        "stream_options": "2024-09-01", "parallel_tool_calls": "2024-09-01", "store": "2024-12-01",
+        "metadata": "2024-12-01", "reasoning_effort": "2024-12-01", "prediction": "2025-01-01",
+    },
+    COMPLETIONS: {"stream_options": "2024-09-01"},
+}  # fmt: skip
+LIMIT_SINCE = "2024-09-01"  # `max_completion_tokens`, which was `max_tokens` before (openai-python #1724)
+
+# What in a deployment's name tells a model: prod-gpt-5-mini, gpt5-mini, gpt4o_eu, xc-o3; from there on it is the model.
+TELLING = re.compile(r"(?<![a-z0-9])(gpt-?(?=[0-9])|gpt-(?:oss|chat)|o[134](?![a-z0-9])|codex-mini)")
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+@dataclass
+class Rule:
+    """What the models of a name get, above the table."""
+
+    models: Annotated[str, Meta(description="base models, as a glob: gpt-oss-*", min_length=1)]
+    rename: Annotated[
+        dict[str, Name], Meta(description="parameters to rename: {max_tokens: max_completion_tokens}")
+    ] = field(default_factory=dict)
+    drop: Annotated[list[Name], Meta(description="parameters to leave out")] = field(default_factory=list)
+    keep: Annotated[
+        list[Name], Meta(description="parameters to leave alone, whatever is said above or in the table")
+    ] = field(default_factory=list)
+    operations: Annotated[
+        list[str], Meta(description="chat.completions and responses if it is left out; also completions, embeddings")
+    ] = field(default_factory=lambda: [CHAT, RESPONSES])
+
+
+class Plan(NamedTuple):
+    """What is done to the parameters of one operation, model and api-version."""
+
+    rename: dict[str, str]
+    drop: frozenset[str]
+    looked_for: tuple[str, ...]
+
+
+@dataclass
+class Parameters(Stage):
+    """Rename and leave out what the deployment's model or the api-version refuses, by a built-in table.
+
+    The model is the deployment's base model: what `base_models` says, else what the deployment's name tells, else the
+    client's own name of the model. A request that needs no change is sent as it came, byte for byte; of a changed one
+    all other values are. What was changed is in the log event, as `adapted`, by names and never values.
+    """
+
+    base_models: Annotated[
+        dict[str, str],
+        Meta(
+            description="the base model of a deployment (NAME or RESOURCE/NAME), or of a model as clients name it, "
+            "where the name does not tell: {prod-chat: gpt-5-mini}"
+        ),
+    ] = field(default_factory=dict)
+    rules: Annotated[
+        list[Rule], Meta(description="more than the table has, or less; a later rule goes above an earlier one")
+    ] = field(default_factory=list)
+    header: Annotated[bool, Meta(description="say in the answer's header x-gateway-adapted what was changed")] = False
+
+    needs = ("deployment", "api_version")
+
+    def __post_init__(self) -> None:
+        # Names may be a client's own: what is kept is bounded.
+        self._plan = lru_cache(maxsize=1024)(self._made_plan)
+
+    def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        for name, base in self.base_models.items():
+            resource, slash, deployment = name.rpartition("/")
+            if not deployment.strip() or not base.strip():
+                yield ("base_models", name), f"{name}: {base} is not deployment: base model; both need a name"
+            elif slash and resource not in services.resources:
+                known = ", ".join(services.resources) or "none"
+                yield ("base_models", name), f"there is no resource {resource!r} for {name!r}; there is {known}"
+        for place, rule in enumerate(self.rules):
+            for path, problem in found_in(rule):
+                yield ("rules", place, *path), problem
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        operation = request.operation
+        if operation not in OPERATIONS:
+            return await call_next(request)
+        target = request.target
+        plan = self._plan(
+            operation,
+            target.resource.name if target.resource is not None else "",
+            target.deployment or "",
+            await request.model() or "",
+            target.api_version or "",
+        )
+        if plan is None or not await request.fields(*plan.looked_for):
+            return await call_next(request)
+        fields = await request.fields()
+        changes = adapt(fields, plan)
+        request.set_fields(fields)
+        for change in changes:
+            request.adapted(change)
+        request.count(self.id)
+        response = await call_next(request)
+        if self.header:
+            response.headers.add("x-gateway-adapted", ", ".join(changes))
+        return response
+
+    def _made_plan(self, operation: str, resource: str, deployment: str, model: str, version: str) -> Plan | None:
+        names = self._models(resource, deployment, model.strip())
+        drop: set[str] = set()
+        rename: dict[str, str] = {}
+        dated = version[:10] if version[:1].isdigit() else "9999"  # v1 has everything
+        drop.update(name for name, since in SINCE.get(operation, {}).items() if dated < since)
+        if any(matches(name, REASONING) and not matches(name, NOT_REASONING) for name in names):
+            drop.update(REASONING_DROPS.get(operation, ()))
+            rename.update(REASONING_RENAMES.get(operation, {}))
+        elif operation == CHAT and dated < LIMIT_SINCE:
+            rename["max_completion_tokens"] = "max_tokens"
+        if operation in (CHAT, RESPONSES) and any(matches(name, ONE_TOOL_CALL) for name in names):
+            drop.update(ONE_TOOL_CALL_DROPS)
+        for rule in self.rules:
+            if operation in rule.operations and any(matches(name, (rule.models.lower(),)) for name in names):
+                apply(rule, rename, drop)
+        looked_for = tuple(dict.fromkeys([*rename, *sorted(drop)]))
+        return Plan(rename, frozenset(drop), looked_for) if looked_for else None
+
+    def _models(self, resource: str, deployment: str, model: str) -> tuple[str, ...]:
+        """Return the base model, as far as anything tells it; else the names that there are."""
+        for name in (f"{resource}/{deployment}", deployment, model):
+            if (told := self.base_models.get(name)) is not None:
+                return (told.strip().lower(),)
+        for name in (deployment, model):
+            if (guessed := base_model(name)) is not None:
+                return (guessed,)
+        return tuple(name.lower() for name in (deployment, model) if name)
+
+
+def base_model(name: str) -> str | None:
+    """Return the base model that a name tells, such as gpt-5-mini for prod-gpt5-mini; None where it tells none."""
+    found = TELLING.search(lowered := name.lower().replace("_", "-"))
+    if found is None:
+        return None
+    return lowered[found.start() :].replace("gpt", "gpt-", 1).replace("gpt--", "gpt-", 1)
+
+
+def matches(name: str, globs: tuple[str, ...]) -> bool:
+    """Whether any of the globs is the name."""
+    return any(fnmatchcase(name, each) for each in globs)
+
+
+def apply(rule: Rule, rename: dict[str, str], drop: set[str]) -> None:
+    """Put a rule above what was said before."""
+    for name in rule.keep:
+        rename.pop(name, None)
+        drop.discard(name)
+    for name in rule.drop:
+        rename.pop(name, None)
+        drop.add(name)
+    for old, new in rule.rename.items():
+        rename.pop(new, None)
+        drop -= {old, new}
+        rename[old] = new
+
+
+def adapt(fields: dict[str, bytes], plan: Plan) -> list[str]:
+    """Change a body's fields; return what was changed.
+
+    Where a parameter is there under both of its names, the one that is known stays, unless it is null.
+    """
+    changes: list[str] = []
+    before = dict(fields)
+    fields.clear()
+    for name, value in before.items():
+        new = plan.rename.get(name)
+        if name in plan.drop or (new is not None and before.get(new, b"null") != b"null"):
+            changes.append(f"{name}: dropped")
+        elif new is not None:
+            changes.append(f"{name}: renamed {new}")
+            fields[new] = value
+        elif value != b"null" or name not in fields:
+            fields[name] = value
+    return changes
+
+
+def found_in(rule: Rule) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield what is wrong in a rule."""
+    if not (rule.rename or rule.drop or rule.keep):
+        yield (), f"the rule for {rule.models!r} says nothing; give it rename, drop or keep"
+    for name in rule.operations:
+        if name not in OPERATIONS:
+            yield ("operations",), f"{name!r} is none of the operations with parameters: {', '.join(OPERATIONS)}"
+    for old, new in rule.rename.items():
+        if old == new or new in rule.rename:
+            yield ("rename", old), f"{old!r} cannot become {new!r}, which is renamed itself"
+    said = [*rule.rename, *rule.drop, *rule.keep]
+    for name in dict.fromkeys(said):
+        if said.count(name) > 1:
+            yield (), f"the rule for {rule.models!r} says two things of {name!r}"
+        if name == "model":
+            yield (), "the parameter 'model' is model_map's"
