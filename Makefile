@@ -40,7 +40,7 @@ test: .venv/dev ## all tests in Python, those of the wire on both event loops, a
 	$(PYTEST) -q -n 2 -m "not clients"
 	GATEWAY_TEST_LOOP=speed $(PYTEST) -q -n 2 -m "not clients" $(WIRE)
 
-test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, and nginx, through a running gateway
+test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, a browser, and nginx, through a running gateway
 	$(PYTEST) -q -m clients
 
 tests/clients/node_modules/installed: tests/clients/package-lock.json

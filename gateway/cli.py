@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=("true", "false"),
         const="true",
-        help="CORS is not built yet: a warning says so",
+        help="let any page use it from a browser, where the configuration lists no stage `cors`",
     )
     serve.add_argument(
         "--workers",
@@ -195,7 +195,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     notify = systemd.Notifier(os.environ)
     passed = systemd.listen_fds(os.environ)
-    loaded = load(_config_path(options.config))
+    loaded = load(_config_path(options.config), cors=options.cors == "true")
     settings = loaded.settings
     if options.listen is not None:
         settings = dataclasses.replace(settings, listen=_listen(options.listen))
@@ -207,14 +207,12 @@ def _serve(options: argparse.Namespace) -> int:
             advice="make one of the gateway's own of it: gateway import azure-openai-proxy FILE > gateway.yaml",
             differences=[str(each) for each in loaded.differences],
         )
-    if options.cors == "true":
-        logs.get_logger().warning("CORS is not built yet: --cors does nothing, browsers of other origins are refused")
     listener = Listener.inherited(passed) if passed else None
     if options.workers == 1:
         server = Server(loaded.teams, settings)
         run(lambda: serve(server, notify.ready, stopping=notify.stopping, listener=listener))
         return 0
-    command = worker_command(options.config)
+    command = worker_command(options.config, cors=options.cors == "true")
     asyncio.run(Supervisor(listener or Listener.open(settings.listen), command, options.workers, notify).run())
     return 0
 
@@ -231,7 +229,7 @@ def _work(options: argparse.Namespace) -> int:
     handover = Handover.parse(options.handover)
     line = Line(handover.line)
     try:
-        loaded = load(_config_path(options.config))
+        loaded = load(_config_path(options.config), cors=options.cors == "true")
         logs.configure(loaded.log.level, loaded.log.format)
         listener = Listener.inherited(handover.sockets)
         server = Server(loaded.teams, loaded.settings)

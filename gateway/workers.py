@@ -29,11 +29,11 @@ _FIRST_DELAY, _LAST_DELAY, _LONG_LIFE = 0.5, 30.0, 60.0
 _LAST_WORDS = 10.0
 
 
-def worker_command(config: Path | None) -> list[str]:
+def worker_command(config: Path | None, *, cors: bool = False) -> list[str]:
     """Return the command that starts a worker, but for its handover."""
     # -m looks for modules in the working directory first; where this process does not, its workers must not.
     here = sys.path[0] in ("", os.getcwd())
-    command = [sys.executable, *(() if here else ("-P",)), "-m", "gateway", "serve"]
+    command = [sys.executable, *(() if here else ("-P",)), "-m", "gateway", "serve", *(("--cors",) if cors else ())]
     return command if config is None else [*command, "--config", str(config)]
 
 

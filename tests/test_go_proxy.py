@@ -217,7 +217,6 @@ def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
     """Everything that is left out, or means something else; never a key."""
     text, notes, keys = imported(ODD, tmp_path)
     assert notes.splitlines() == [
-        "config.yaml:2:1: cors: this gateway does not answer browsers of other origins yet",
         "config.yaml:4:1: 'colour' means nothing in such a file; it is left out",
         (
             "config.yaml:6:5: the model 'm' stands here again further down, and the last one counts, as in the Go "
@@ -239,11 +238,77 @@ def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
         "config.yaml:10:5: this entry has no model_name and no endpoint, so it cannot have worked; it is left out",
     ]
     assert "listen: 127.0.0.1:9000" in text
+    assert "auth: none" in text
     assert '"~gpt\\\\-4\\\\*": e-2/c' in text, "a name is no pattern there"
     assert keys == {"AZURE_OPENAI_KEY_E": "sesame", "AZURE_OPENAI_KEY_E_2": "other"}
     left_out = ODD.replace("deployment_name: a, model_name: m", "deployment_name: a, model_name: n")
     _, notes, _ = imported(left_out, tmp_path)
     assert "config.yaml:6:51: the path behind the endpoint's host is left out: the Go proxy did not use it" in notes
+
+
+@pytest.mark.parametrize("way", ["imported", "as it is"])
+async def test_cors_lets_every_page_in(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
+    """Its `cors: true` is the stage `cors`, which answers preflights before anything asks them for a key."""
+    async with FakeAzure(api_key="sesame", deployments=["xxx"]) as azure:
+        yaml = "cors: true\ndeployment_config: [{deployment_name: xxx, model_name: gpt-4o, "
+        yaml += f"endpoint: '{azure.endpoint}', api_version: 2024-02-01}}]\n"
+        if way == "imported":
+            yaml, notes, _ = imported(yaml, tmp_path)
+            assert notes == ""
+            assert (
+                """
+pipeline:
+  - access_log
+  - cors:
+      # Any page may use this gateway from a browser, as with the Go proxy's `cors`. Better list the
+      # origins of your own pages: gateway stages cors
+      origins:
+        - "*"
+  - auth_passthrough
+"""
+                in yaml
+            )
+        gateway = await start_gateway("", yaml)
+        asked = {"Origin": "https://any.test", "Access-Control-Request-Method": "POST"}
+        async with gateway.session.options(f"{gateway.url}/v1/chat/completions", headers=asked) as answer:
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (204, "*")
+        async with gateway.post(key="sesame", headers={"Origin": "https://any.test"}) as answer:
+            assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, "*")
+    assert "cors" not in imported(REAL, tmp_path)[0]
+    assert "cors" not in imported(f"cors: false\n{REAL}", tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "expected"),
+    [
+        ("[access_log, auth_passthrough, MORE]", ["access_log", "cors", "auth_passthrough"]),
+        ("[access_log as log, auth_passthrough, MORE]", ["log", "cors", "auth_passthrough"]),
+        ("[auth_passthrough, access_log, MORE]", ["cors", "auth_passthrough", "access_log"]),
+        ("[access_log, cors: ['https://a.test'], auth_passthrough, MORE]", ["access_log", "cors", "auth_passthrough"]),
+        ("[cors as pages: ['https://a.test'], auth_passthrough, MORE]", ["pages", "auth_passthrough"]),
+    ],
+)
+def test_the_flag_adds_the_stage_where_there_is_none(pipeline: str, expected: list[str], tmp_path: Path) -> None:
+    """To any configuration: behind `access_log`, above what asks for a key; teams that inherit have it too."""
+    yaml = "resources: {azure: {endpoint: https://x.openai.azure.com}}\nteams: team.yaml\npipeline: "
+    yaml += pipeline.replace("MORE", "model_map, api_version")
+    files = {"gateway.yaml": yaml, "team.yaml": "match: {path_prefix: /team}\npipeline: [inherit, sse_newline]"}
+    loaded = load(write_files(tmp_path, files), {}, cors=True)
+    for team in loaded.teams.all:
+        assert [stage.id for stage in team.stages][: len(expected)] == expected
+    assert ("origins=[*]" in show(loaded)) == ("a.test" not in pipeline)
+
+
+def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
+    """A pipeline that is no list, or has what is no stage, is told as ever."""
+    for pipeline, words in (
+        ("access_log", "pipeline must be a list"),
+        ("[{}, [a]]", "one entry of the pipeline is one stage"),
+        ("", "there is no `pipeline:`"),
+    ):
+        path = write_files(tmp_path, {"gateway.yaml": f"pipeline: {pipeline}\n"})
+        with pytest.raises(ConfigError, match=words):
+            load(path, {}, cors=True)
 
 
 @pytest.mark.parametrize("importing", [False, True], ids=["as it is", "imported"])

@@ -410,6 +410,7 @@ async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure
 def test_workers_import_from_where_the_supervisor_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory may hold any gateway.py: it counts where `python -m gateway` looked there already."""
     monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
+    assert workers.worker_command(None, cors=True)[-2:] == ["serve", "--cors"]
     assert workers.worker_command(None) == [sys.executable, "-m", "gateway", "serve"]
     monkeypatch.setattr(sys, "path", ["/opt/gateway/bin", *sys.path])
     assert workers.worker_command(Path("g.yaml"))[1:] == ["-P", "-m", "gateway", "serve", "--config", "g.yaml"]

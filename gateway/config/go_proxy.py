@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from gateway.config.nodes import Reader
+from gateway.config.pipeline import with_cors
 from gateway.errors import ConfigError, Mistake
 
 __all__ = ("Imported", "convert", "is_go_proxy")
@@ -77,6 +78,7 @@ class _Conversion:
         self.reader = reader
         self.root = root
         self.importing = importing
+        self.cors = False
         self.made = Imported(root, [])
         self.settings = {key.lower(): (place, value) for key, place, value in reader.pairs(root)}
 
@@ -104,13 +106,20 @@ class _Conversion:
             _scalar("sse_newline", self.root),
             _scalar("openai_errors", self.root),
         ]
+        listed: Node = SequenceNode("tag:yaml.org,2002:seq", pipeline, self.root.start_mark)
+        if self.cors:
+            listed = with_cors(listed)
+            self.made.comments["pipeline", "cors", "origins"] = (
+                "Any page may use this gateway from a browser, as with the Go proxy's `cors`. Better list the\n"
+                "origins of your own pages: gateway stages cors"
+            )
         listen = self.settings.get("listen")
         parts: dict[str, Node] = {
             "listen": _scalar(LISTEN, self.root) if listen is None else _copy(listen[1]),
             "resources": resources,
             **({"resource": _scalar(entries[0].resource, entries[0].node)} if several else {}),
             **({"auth": _scalar("none", self.root)} if stored else {}),
-            "pipeline": SequenceNode("tag:yaml.org,2002:seq", pipeline, self.root.start_mark),
+            "pipeline": listed,
         }
         if stored:
             self.note(
@@ -136,8 +145,7 @@ class _Conversion:
                 if text.strip("/") not in ("", "v1") or not isinstance(value, ScalarNode):
                     self._other_base(value, text)
             elif name == "cors":
-                if text == "true":
-                    self.note(key, "cors: this gateway does not answer browsers of other origins yet")
+                self.cors = text == "true"
             elif name not in ("deployment_config", "listen"):
                 self.note(key, f"{name!r} means nothing in such a file; it is left out")
 

@@ -15,7 +15,7 @@ from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
-from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline
+from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError, Mistake
 from gateway.messages import Resource, Target
@@ -49,10 +49,13 @@ class Loaded:
     """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
 
 
-def load(path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None) -> Loaded:
+def load(
+    path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None, *, cors: bool = False
+) -> Loaded:
     """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is.
 
-    A file of the Go proxy's is read as what `import_go_proxy` makes of it.
+    A file of the Go proxy's is read as what `import_go_proxy` makes of it. With `cors`, a pipeline of `gateway.yaml`
+    that lists no stage `cors` gets one.
     """
     reader = Reader(env=os.environ if env is None else env)
     root = reader.read(path)
@@ -62,7 +65,7 @@ def load(path: Path, env: Mapping[str, str] | None = None, shared: Shared | None
         root, differences = imported.root, tuple(imported.notes)
     if root is None:
         raise ConfigError(reader.mistakes)
-    return replace(_Loader(reader, path, shared or Shared()).load(root), differences=differences)
+    return replace(_Loader(reader, path, shared or Shared()).load(root, cors=cors), differences=differences)
 
 
 def import_go_proxy(path: Path) -> Imported:
@@ -100,7 +103,7 @@ class _Loader:
         self.resources: dict[str, Resource] = {}
         self.whole = True
 
-    def load(self, root: MappingNode) -> Loaded:
+    def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
         reader = self.reader
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
@@ -112,7 +115,8 @@ class _Loader:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
             entries: list[Entry] = []
         else:
-            entries = read_pipeline(reader, main.pipeline, registry, None)
+            pipeline = main.pipeline
+            entries = read_pipeline(reader, with_cors(pipeline) if cors else pipeline, registry, None)
         # The order says something only of a pipeline whose stages are all known.
         self.whole = len(reader.mistakes) == before
         default = self._team("default", main, entries, root, main, Match(), self.whole)

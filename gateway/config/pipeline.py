@@ -16,7 +16,7 @@ from gateway.registry import Registry, UnknownStage
 from gateway.services import Services
 from gateway.stage import Stage
 
-__all__ = ("Entry", "build", "changed", "check_order", "read_pipeline")
+__all__ = ("Entry", "build", "changed", "check_order", "read_pipeline", "with_cors")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]*")
 INHERIT = "inherit"
@@ -68,6 +68,29 @@ def read_pipeline(reader: Reader, node: Node, registry: Registry, inherited: Seq
             )
         seen.setdefault(entry.id, entry)
     return list(seen.values())
+
+
+def with_cors(pipeline: Node) -> Node:
+    """Return a `pipeline:` that lists `cors` for every page there is, where it lists none.
+
+    Behind `access_log`, which then tells of preflights too, and above all that could ask them for a key.
+    """
+    if not isinstance(pipeline, SequenceNode):
+        return pipeline  # a mistake, reported where it is read
+    names = [_name_in(item) for item in pipeline.value]
+    if "cors" in names:
+        return pipeline
+    at, place = pipeline.start_mark, 1 if names[:1] == ["access_log"] else 0
+    every = SequenceNode("tag:yaml.org,2002:seq", [ScalarNode("tag:yaml.org,2002:str", "*", at)], at)
+    origins = MappingNode("tag:yaml.org,2002:map", [(ScalarNode("tag:yaml.org,2002:str", "origins", at), every)], at)
+    cors = MappingNode("tag:yaml.org,2002:map", [(ScalarNode("tag:yaml.org,2002:str", "cors", at), origins)], at)
+    return SequenceNode(pipeline.tag, [*pipeline.value[:place], cors, *pipeline.value[place:]], at)
+
+
+def _name_in(item: Node) -> str:
+    """Return the name of the stage that an entry of the list is of; "" where that cannot be told."""
+    key = item.value[0][0] if isinstance(item, MappingNode) and item.value else item
+    return _split_id(key.value)[0] if isinstance(key, ScalarNode) else ""
 
 
 def _read_entry(reader: Reader, item: Node, registry: Registry) -> Entry | None:
