@@ -349,13 +349,11 @@ def placed_query(operation: Operation, query: str, target: Target) -> str:
 class FrameModels(EventFilter):
     """Puts deployments in the place of models in what a client sends on a WebSocket of the Responses API."""
 
+    finds = (b'"model"', b"\\u006")  # the key, however it is written
+
     def __init__(self, request: Request, find: Callable[[str], Target]) -> None:
         self._request = request
         self._find = find
-
-    def wants(self, raw: bytes) -> bool:
-        """Whether a message may name a model."""
-        return not _names_none(raw)
 
     def event(self, event: Event) -> Event:
         """Map the models of a message. Raises ApiError, which the client is told."""
@@ -383,8 +381,3 @@ class FrameModels(EventFilter):
             )
         self._request.notes.setdefault("model", name)
         return found.deployment or ""
-
-
-def _names_none(data: bytes) -> bool:
-    """Whether JSON surely has no key `model`, however it is written."""
-    return b'"model"' not in data and b"\\u006" not in data

@@ -1,14 +1,14 @@
 """`missing_delta`: the chunks in which Azure's filter tells its findings have the `delta` that clients read."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from gateway import Event, EventFilter, Meta, Next, Request, Response, Services, Stage
 
-DELTA = re.compile(rb'"delta"\s*:')
+# The empty id of a chunk of findings: one with several choices may lack a delta in one of them alone.
+EMPTY = (b'""',)
 
 
 @dataclass
@@ -37,23 +37,21 @@ class MissingDelta(Stage):
 class Deltas(EventFilter):
     """Completes choices, or drops them."""
 
+    lacks = (b'"delta"',)
+
     def __init__(self, count: Callable[[], None], *, drop: bool) -> None:
         self._count = count
         self._drop = drop
         self._id: str | None = None
-
-    def wants(self, raw: bytes) -> bool:
-        # What a chunk with several choices may lack in one of them comes with the place of what was found.
-        return b'"delta":' not in raw or b'"content_filter_offsets"' in raw or self._id is None
+        self.finds: Sequence[bytes] = EventFilter.finds  # until the stream has told its id
 
     def event(self, event: Event) -> Event | None:
-        if DELTA.search(event.raw) and self._id is not None and b'"content_filter_offsets"' not in event.raw:
-            return event  # it is only written with spaces
         chunk = event.json()
         if not isinstance(chunk, dict) or not isinstance(choices := chunk.get("choices"), list):
             return event
         if self._id is None and isinstance(own := chunk.get("id"), str) and own:
             self._id = own
+            self.finds = EMPTY
         if not any(lacks_delta(choice) for choice in choices):
             return event
         self._count()

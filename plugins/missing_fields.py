@@ -1,6 +1,6 @@
 """`missing_fields`: every chunk of a stream has the id, object, time and model that clients go by."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import time
@@ -10,6 +10,9 @@ from gateway import Event, EventFilter, Next, Request, Response, Stage
 
 FIELDS = ("id", "object", "created", "model")
 OBJECTS = {"chat.completions": "chat.completion.chunk", "completions": "text_completion"}
+# What is empty, however the chunk is written: inside a text, two quotes are never neighbours. (`created` is 0 only
+# where the others are empty.)
+EMPTY = (b'""',)
 # How many chunks wait for the first one that has an id. They have nothing to show.
 MOST = 16
 
@@ -44,10 +47,7 @@ class Fill(EventFilter):
         self._made_up = made_up
         self._known: dict[str, Any] | None = None
         self._held: list[Event] = []
-
-    def wants(self, raw: bytes) -> bool:
-        # (Inside a text, two quotes are never neighbours.)
-        return self._known is None or b'""' in raw or b'"created":0' in raw
+        self.finds: Sequence[bytes] = EventFilter.finds  # until the stream has told its id
 
     def event(self, event: Event) -> Event | list[Event] | None:
         chunk = event.json()
@@ -61,6 +61,7 @@ class Fill(EventFilter):
                 return None
             else:
                 self._known = self._made_up
+        self.finds = EMPTY
         held, self._held = self._held, []
         return [self._filled(each) for each in (*held, event)]
 

@@ -50,11 +50,13 @@ def length(response: Response) -> float:
 class EchoEvents(EventFilter):
     """Names the model in events."""
 
+    finds = (b'"model"',)
+
     def __init__(self, model: str) -> None:
         self._model = model
 
     def event(self, event: Event) -> Event:
-        if b'"model"' in event.raw and (content := named(event.json(), self._model)) is not None:
+        if (content := named(event.json(), self._model)) is not None:
             event.set_json(content)
         return event
 

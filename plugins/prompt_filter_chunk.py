@@ -1,6 +1,6 @@
 """`prompt_filter_chunk`: Azure's first chunk, which has no choices, no longer breaks `choices[0]`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -38,11 +38,10 @@ class PromptFilterChunk(Stage):
 class Drop(EventFilter):
     """Drops the chunk."""
 
+    finds = (b'"prompt_',)
+
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
-
-    def wants(self, raw: bytes) -> bool:
-        return b'"prompt_' in raw
 
     def event(self, event: Event) -> Event | None:
         if not found_in(event.json()):
@@ -57,16 +56,16 @@ class Merge(EventFilter):
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
         self._held: list[Event] = []
-
-    def wants(self, raw: bytes) -> bool:
-        return bool(self._held) or b'"prompt_' in raw
+        self.finds: Sequence[bytes] = Drop.finds
 
     def event(self, event: Event) -> Event | list[Event] | None:
         chunk = event.json()
         if found_in(chunk):
             self._held.append(event)
+            self.finds = EventFilter.finds  # whatever comes next
             return None
         held, self._held = self._held, []
+        self.finds = Drop.finds
         if not isinstance(chunk, dict) or not chunk.get("choices"):
             return [*held, event]  # an error, or the end: there is nothing to put it into
         found: dict[str, list[Any]] = {}

@@ -151,9 +151,7 @@ class UnmarkEvents(EventFilter):
     def __init__(self, mark: bytes, known: frozenset[bytes]) -> None:
         self._mark = mark
         self._known = known
-
-    def wants(self, raw: bytes) -> bool:
-        return any(b"." + mark + b'"' in raw for mark in self._known)
+        self.finds = [b"." + each + b'"' for each in known]
 
     def event(self, event: Event) -> Event:
         def unmarked(match: re.Match[bytes]) -> bytes:

@@ -45,11 +45,11 @@ class CompleteEvents(Filter):
             return b""
         # Nearly every read of nearly every stream: whole events, none of them the last.
         if not (self._line or self._waits) and b"[DONE]" not in data:
-            for ending in (b"\n", b"\r\n"):
-                if data.endswith(ending * 2):
-                    self._open = self._data = False
-                    self._ending, self._styled = ending, True
-                    return data
+            ending = b"\n" if data.endswith(b"\n\n") else b"\r\n" if data.endswith(b"\r\n\r\n") else None
+            if ending is not None:
+                self._open = self._data = False
+                self._ending, self._styled = ending, True
+                return data
         return self._follow(data)
 
     def _follow(self, data: bytes) -> bytes:

@@ -52,12 +52,11 @@ class StreamErrors(Stage):
 class BreakOff(EventFilter):
     """Ends a stream at an error."""
 
+    finds = (b'"error"',)
+
     def __init__(self, request: Request, name: str) -> None:
         self._request = request
         self._name = name
-
-    def wants(self, raw: bytes) -> bool:
-        return b'"error"' in raw
 
     def event(self, event: Event) -> Event:
         error = error_in(event)

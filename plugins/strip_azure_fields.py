@@ -1,7 +1,7 @@
 """`strip_azure_fields`: answers have no fields but those that OpenAI's own have."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -30,25 +30,21 @@ class StripAzureFields(Stage):
     async def start(self, services: Services) -> None:
         self.idle = not self.fields
         self._names = frozenset(self.fields)
-        self._needles = tuple(json.dumps(name).encode() for name in self.fields)
+        self.finds = tuple(json.dumps(name).encode() for name in self.fields)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         if response.error is not None or response.status >= 400:
             return response
         if response.event_stream:
-            response.pipe(Strip(self.concerns, self.stripped, partial(request.count, self.id)))
+            response.pipe(Strip(self.finds, self.stripped, partial(request.count, self.id)))
         elif is_json(response) and "content" not in (request.operation or "").split("."):
             body = await response.read(MOST)
-            if self.concerns(body) and (made := self.stripped(parsed(body))) is not None:
+            if any(name in body for name in self.finds) and (made := self.stripped(parsed(body))) is not None:
                 response.body = json.dumps(made).encode()
                 response.headers.remove("content-length")
                 request.count(self.id)
         return response
-
-    def concerns(self, data: bytes) -> bool:
-        """Whether any of the fields may be there."""
-        return any(needle in data for needle in self._needles)
 
     def stripped(self, content: Any) -> dict[str, Any] | None:
         """Return an answer without the fields; None where it has none of them."""
@@ -72,16 +68,13 @@ class Strip(EventFilter):
 
     def __init__(
         self,
-        concerns: Callable[[bytes], bool],
+        finds: Sequence[bytes],
         stripped: Callable[[Any], dict[str, Any] | None],
         count: Callable[[], None],
     ) -> None:
-        self._concerns = concerns
+        self.finds = finds
         self._stripped = stripped
         self._count = count
-
-    def wants(self, raw: bytes) -> bool:
-        return self._concerns(raw)
 
     def event(self, event: Event) -> Event:
         if (made := self._stripped(event.json())) is not None:

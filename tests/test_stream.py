@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import zlib
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -134,6 +135,23 @@ def test_a_dropped_event_takes_its_whole_line_ending_along() -> None:
         assert out == b"", pieces
 
 
+def test_a_filter_is_asked_about_what_lacks_something() -> None:
+    """In each event of a read by itself, and it may change its mind from one event to the next."""
+
+    class Lacking(EventFilter):
+        finds: Sequence[bytes] = ()
+        lacks: Sequence[bytes] = (b"z",)
+
+        def event(self, event: Event) -> None:
+            if b"!" in event.raw:
+                self.lacks, self.finds = (), (b"z",)
+
+    events = [b"data: %b\n\n" % text for text in (b"z1", b"y1", b"z2", b"!", b"z3", b"y2")]
+    for pieces, out in every_split(b"".join(events), Lacking):
+        assert out == b"data: z1\n\ndata: z2\n\ndata: y2\n\n", pieces
+    assert fed([Filter(), Lacking()], events) == b"data: z1\n\ndata: z2\n\ndata: y2\n\n"
+
+
 def test_blank_lines_behind_an_event_are_no_event() -> None:
     """One, two or three more of them: each passes, and is asked about by nobody."""
     for count in range(5):
@@ -146,11 +164,9 @@ class Mark(EventFilter):
     """Marks events that hold an `x`, and knows which it was asked about."""
 
     def __init__(self, *, search: bool) -> None:
-        self._search = search
         self.asked: list[bytes] = []
-
-    def wants(self, raw: bytes) -> bool:
-        return b"x" in raw if self._search else True
+        if search:
+            self.finds = (b"x",)
 
     def event(self, event: Event) -> Event | list[Event]:
         self.asked.append(event.raw)

@@ -66,6 +66,8 @@ def test_one_of_several_choices() -> None:
     both: dict[str, Any] = {**NAMED, "choices": [chunk("a")["choices"][0], findings(index=1)["choices"][0]]}
     completed = contents(fed([stream(both)], complete()))[0]["choices"]
     assert completed == [both["choices"][0], {**both["choices"][1], "delta": {}}]
+    nameless = contents(fed([stream(PLAIN[0]), stream({**both, **EMPTY})], complete()))
+    assert nameless[1]["choices"] == completed
     assert contents(fed([stream(both)], drop()))[0]["choices"] == both["choices"][:1]
     told = {**findings(), "usage": USAGE["usage"]}
     assert contents(fed([stream(told)], drop())) == [{**told, "choices": []}]
