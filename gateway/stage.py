@@ -51,6 +51,11 @@ class Stage:
         return ()
 
     @property
+    def above(self) -> Iterable[str]:
+        """What no stage further up may have provided: this stage stands above those that do."""
+        return ()
+
+    @property
     def reaches(self) -> Iterable[str]:
         """The names of the resources that this stage may send requests to; asked after `check`."""
         return ()

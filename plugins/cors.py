@@ -79,6 +79,8 @@ class Cors(Stage):
         if "*" in self.expose and self.credentials:
             yield ("expose", self.expose.index("*")), "'*' means nothing where `credentials` is true; list the names"
 
+    above = ("caller",)  # a preflight has no key
+
     async def start(self, services: Services) -> None:
         self._every = "*" in self.origins
         self._match = re.compile("|".join(map(pattern_of, self.origins))).fullmatch

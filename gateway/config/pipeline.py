@@ -201,12 +201,13 @@ def check_stage(reader: Reader, entry: Entry, stage: Stage, services: Services) 
 
 
 def names_of(reader: Reader, entry: Entry, stage: Stage, which: str) -> tuple[str, ...]:
-    """Return what a stage needs or provides, as it says itself."""
+    """Return what a stage needs, provides or stands above, as it says itself."""
     try:
         names = getattr(stage, which)
         return (names,) if isinstance(names, str) else tuple(names)
     except Exception as exc:
-        reader.mistake(entry.node, f"stage {entry.id!r} cannot tell what it {which}: {type(exc).__name__}: {exc}")
+        what = "must stand above" if which == "above" else which
+        reader.mistake(entry.node, f"stage {entry.id!r} cannot tell what it {what}: {type(exc).__name__}: {exc}")
         return ()
 
 
@@ -229,9 +230,9 @@ def check_order(
     end: Node,
     have: Sequence[str] = (),
 ) -> set[str]:
-    """Note each stage that needs what no stage above it provides; `end` stands for what Azure needs.
+    """Note each stage that needs what no stage above it provides, or stands below one that it must stand above.
 
-    Returns what the whole pipeline provides.
+    `end` stands for what Azure needs. Returns what the whole pipeline provides.
     """
     says = [
         (entry, names_of(reader, entry, stage, "needs"), names_of(reader, entry, stage, "provides"))
@@ -239,7 +240,14 @@ def check_order(
     ]
     providers = {name: entry.id for entry, _, provides in says for name in provides}
     provided = set(have)
-    for entry, needs, provides in says:
+    seen: dict[str, str] = {}
+    for (entry, needs, provides), (_, stage) in zip(says, made, strict=True):
+        for name in names_of(reader, entry, stage, "above"):
+            if name in seen:
+                reader.mistake(
+                    entry.node, f"stage {entry.id!r} must stand above {seen[name]!r}, which provides {name!r}"
+                )
+        seen.update(dict.fromkeys(provides, entry.id))
         for name in needs:
             if name not in provided:
                 reader.mistake(entry.node, f"stage {entry.id!r} needs {name!r}, {_advice(name, providers)}")
