@@ -19,7 +19,7 @@ from gateway.azure import Operation
 from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
-from gateway.headers import Headers
+from gateway.headers import Field, Headers
 from gateway.jsonbody import decoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
@@ -316,7 +316,7 @@ class Response:
     of a stream that come together: seconds that each may be kept for it, None for not at all.
     """
 
-    __slots__ = ("_filters", "body", "error", "headers", "pace", "status")
+    __slots__ = ("_event_stream", "_filters", "_looked_at", "_looked_to", "body", "error", "headers", "pace", "status")
 
     def __init__(
         self,
@@ -332,6 +332,10 @@ class Response:
         self.headers = headers if isinstance(headers, Headers) else Headers(headers or {})
         self.error = error
         self.pace: float | None = None
+        # The fields of which `event_stream` is known, and how many they were.
+        self._looked_at: list[Field] | None = None
+        self._looked_to: int
+        self._event_stream: bool
         self._filters: list[Filter | EventFilter] = []
 
     @classmethod
@@ -350,10 +354,16 @@ class Response:
     @property
     def event_stream(self) -> bool:
         """Whether the body is server-sent events, by its media type, whatever its parameters."""
-        for field in self.headers.fields:
-            if field[0] == b"content-type":
-                return _is_event_stream(field[1])
-        return False
+        fields = self.headers.fields
+        # Asked by most stages, of the same fields: those that are changed are another list, or a longer one.
+        if self._looked_at is not fields or self._looked_to != len(fields):
+            self._looked_at, self._looked_to = fields, len(fields)
+            self._event_stream = False
+            for field in fields:
+                if field[0] == b"content-type":
+                    self._event_stream = _is_event_stream(field[1])
+                    break
+        return self._event_stream
 
     async def peek(self, enough: Callable[[bytes], bool], seconds: float) -> bytes:
         """Return the first bytes of the body, before any filter; they stay in it.

@@ -22,7 +22,7 @@ class MissingMessage(Stage):
         response = await call_next(request)
         if request.operation != "chat.completions" or response.status != 200 or response.event_stream:
             return response
-        body = await response.read(MOST)
+        body = response.body if isinstance(response.body, bytes) else await response.read(MOST)
         if b'"content_filter"' in body and (made := completed(body)) is not None:
             response.body = json.dumps(made).encode()
             response.headers.remove("content-length")

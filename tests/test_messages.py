@@ -26,6 +26,23 @@ def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request
     )
 
 
+def test_what_kind_of_answer_it_is_follows_its_headers() -> None:
+    """However they are changed after it was asked."""
+    response = Response(200, b"", {"x": "y"})
+    seen = [response.event_stream]
+    response.headers.set("content-type", "text/event-stream; charset=utf-8")
+    seen.append(response.event_stream)
+    response.headers.set("Content-Type", "application/json")
+    seen.append(response.event_stream)
+    response.headers.remove("content-type")
+    seen.append(response.event_stream)
+    response.headers.add("content-type", "TEXT/event-stream")
+    seen.append(response.event_stream)
+    response.headers = Headers({"content-type": "text/plain"})
+    seen.append(response.event_stream)
+    assert seen == [False, True, False, False, True, False]
+
+
 def test_headers_are_found_without_regard_to_case_and_keep_their_order() -> None:
     """A light list of pairs: the wire's bytes, several fields of one name."""
     headers = Headers([(b"X-A", b"1"), (b"x-b", b"2"), (b"x-a", b"3")])
