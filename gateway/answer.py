@@ -22,7 +22,7 @@ from gateway.logs import get_logger, masked
 from gateway.messages import Response, check_body
 from gateway.pacing import Pacer
 from gateway.relay import Relay
-from gateway.stream import EventFilter, Linked, link, unfinished_event
+from gateway.stream import CutShort, EventFilter, Linked, link, unfinished_event
 from gateway.websocket import WebSocket, accepted, chosen_protocol, offered_protocols
 from gateway.wire import Answer
 
@@ -94,7 +94,7 @@ async def write_answer(
             linked = link(response.filters, response.headers.get("content-encoding"))
             response.headers.remove("content-encoding")
             if isinstance(body, bytes):
-                body = linked.feed(body) + linked.close()
+                body = linked.whole(body)
     except Exception as exc:
         response = _unreadable(exc, _secrets(arrived, exchange))
         body = cast(bytes, response.body)
@@ -170,6 +170,7 @@ async def _relay(
         patience=(timeouts.client, timeouts.idle),
         hidden=_secrets(arrived, exchange),
     )
+    response.headers.remove("content-length")  # RFC 9110, 8.6
     for name, value in (
         ("connection", "Upgrade"),
         ("upgrade", "websocket"),
@@ -270,7 +271,14 @@ class _Writer:
     def _take(self, chunk: bytes) -> None:
         """Pass a piece on: the one way of every streamed byte."""
         if self._linked is not None:
-            chunk = self._linked.feed(chunk)
+            try:
+                chunk = self._linked.feed(chunk)
+            except CutShort as exc:
+                self._pass(exc.left)
+                raise exc.cause from None
+        self._pass(chunk)
+
+    def _pass(self, chunk: bytes) -> None:
         if chunk:
             if self._pacer is None:
                 self._put(chunk)
@@ -290,12 +298,12 @@ class _Writer:
                 async for chunk in body:
                     self._take(chunk)
                     await self._drained()
-            left = self._linked.close() if self._linked is not None else b""
+            left = self._closed()
             if self._pacer is not None:
                 if left:
                     self._pacer.take(left)
                 left = b""
-                await self._pacer.end()
+                await self._end_pacing(self._pacer)
         except BaseException:
             if self._pacer is not None and not self.connection.gone:
                 self._pacer.flush()  # what came before it broke is the client's
@@ -310,6 +318,27 @@ class _Writer:
         elif self.chunked:
             _write(self.connection, self._exchange, _LAST_CHUNK, b"")
         await self._drained()
+
+    async def _end_pacing(self, pacer: Pacer) -> None:
+        """Wait until the last event has left; a gateway that stops lets them leave at once, and the answer is whole."""
+        try:
+            await pacer.end()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self.connection.gone or task is None:
+                raise
+            task.uncancel()
+            pacer.flush()
+
+    def _closed(self) -> bytes:
+        """Return what the filters leave at the end."""
+        if self._linked is None:
+            return b""
+        try:
+            return self._linked.close()
+        except CutShort as exc:
+            self._pass(exc.left)
+            raise exc.cause from None
 
     async def _drained(self) -> None:
         if self.connection.writing_paused:

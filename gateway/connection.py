@@ -153,6 +153,12 @@ class Connection(BaseProtocol):
         self.flush()
         if self.transport is not None:
             self.transport.close()
+            # A client that takes nothing more would never let it be closed.
+            self._deadline.set(self._timeouts.client, self._abort)
+
+    def _abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- aiohttp's server calls it
         """Close, as aiohttp's server asks of its connections."""

@@ -83,13 +83,14 @@ class Frames:
         "_kept",
         "_left",
         "_masked",
+        "_message",
         "_missing",
         "_most",
         "_opcode",
-        "_parts",
         "_size",
         "_whole",
         "closed",
+        "error",
     )
 
     def __init__(self, *, masked: bool, most: int, whole: bool = False) -> None:
@@ -101,17 +102,25 @@ class Frames:
         self._left = 0  # bytes to come of a data frame that is passed on
         self._in_message = False  # its last fragment is still to come
         self._opcode = TEXT  # of the message whose fragments come
-        self._parts: list[bytes] = []
+        self._message = bytearray()  # what has come of it
         self._size = 0  # of the message
-        self.closed = False  # it has said that nothing more comes
+        self.closed = False
+        """It has said that nothing more comes, or what came was no frame."""
+        self.error: BadFrame | None = None
+        """What was wrong with what came last; what was right before it was returned."""
 
     @property
     def between(self) -> bool:
-        """Whether nothing of a frame was passed on that is not whole: another frame may be put here."""
+        """Whether nothing of a frame was passed on that is not whole: a control frame may be put here."""
         return not self._left
 
+    @property
+    def between_messages(self) -> bool:
+        """Whether a message may be put here, too: none was passed on whose last fragment is still to come."""
+        return self._whole or not (self._left or self._in_message)
+
     def feed(self, data: bytes) -> list[Passed | Control | Message]:
-        """Take bytes; returns what they are, in order. Raises BadFrame; what came before it is lost."""
+        """Take bytes; returns what they are, in order. Where some are no frame, `error` says so from then on."""
         out: list[Passed | Control | Message] = []
         if self._kept:
             self._kept.append(data)
@@ -129,34 +138,37 @@ class Frames:
                 self._left -= step
                 place += step
                 continue
-            found = _read_head(data, place, self._masked)
-            if found is None:
-                break
-            final, opcode, head, length = found
-            if opcode < CLOSE and not self._whole:
-                messages += self._begin(final, opcode, length)
-                place += head
-                self._left = length
-                continue
-            if opcode < CLOSE:
-                self._check_size(opcode, length)
-            elif not final or length > 125:
-                raise BadFrame(1002, "a control frame is fragmented or too long")
-            end = place + head + length
-            if end > size:
-                self._missing = end - size
-                break
-            if place > start:
-                out.append(Passed(data[start:place], messages))
-                messages = 0
-            payload = data[end - length : end]
-            if self._masked:
-                payload = mask(payload, data[end - length - 4 : end - length])
-            if opcode >= CLOSE:
-                out.append(self._control(opcode, payload, data[place:end]))
-            elif (message := self._add(final, opcode, payload)) is not None:
-                out.append(message)
-            place = start = end
+            try:
+                found = _read_head(data, place, self._masked)
+                if found is None:
+                    break
+                final, opcode, head, length = found
+                if opcode < CLOSE and not self._whole:
+                    messages += self._begin(final, opcode, length)
+                    place += head
+                    self._left = length
+                    continue
+                if opcode < CLOSE:
+                    self._check_size(opcode, length)
+                elif not final or length > 125:
+                    raise BadFrame(1002, "a control frame is fragmented or too long")
+                end = place + head + length
+                if end > size:
+                    self._missing = end - size
+                    break
+                if place > start:
+                    out.append(Passed(data[start:place], messages))
+                    start, messages = place, 0
+                payload = data[end - length : end]
+                if self._masked:
+                    payload = mask(payload, data[end - length - 4 : end - length])
+                if opcode >= CLOSE:
+                    out.append(self._control(opcode, payload, data[place:end]))
+                elif (message := self._add(final, opcode, payload)) is not None:
+                    out.append(message)
+                place = start = end
+            except BadFrame as exc:
+                self.error, self.closed = exc, True
         if place > start:
             out.append(Passed(data[start:place], messages))
         if place < size and not self.closed:
@@ -182,13 +194,15 @@ class Frames:
             self._opcode = opcode
         if final and not self._in_message:
             return Message(opcode, payload)
-        self._parts.append(payload)
+        self._message += payload
         self._size += len(payload)
         self._in_message = not final
         if not final:
             return None
-        parts, self._parts, self._size = self._parts, [], 0
-        return Message(self._opcode, b"".join(parts))
+        whole = bytes(self._message)
+        self._message.clear()
+        self._size = 0
+        return Message(self._opcode, whole)
 
     def _control(self, opcode: int, payload: bytes, raw: bytes) -> Control:
         control = Control(opcode, payload, raw)

@@ -184,7 +184,7 @@ class HeadReader:
             if field[0] == b"content-length":
                 # Only where what was found is this field, written plainly, and says nothing about expectations.
                 plain = head[start - 18 : start - 7].lower() == b"\r\ncontent-l" and field[1] == digits
-                if plain and not read.expects:
+                if plain and not read.expects and not read.upgrade:
                     fields = read.headers.fields.copy()  # stages may change the other list
                     self._same, self._length_at = same, place
                     self._head = read._replace(headers=Headers.of(fields))

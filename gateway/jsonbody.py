@@ -13,7 +13,7 @@ import msgspec
 
 from gateway.errors import ApiError
 
-__all__ = ("decoded_json", "of_fields", "raw_fields", "with_field")
+__all__ = ("decoded_json", "encoded_json", "of_fields", "raw_fields", "with_field")
 
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -32,6 +32,14 @@ def decoded_json(data: bytes, decode: Callable[[bytes], Any]) -> Any:
                 return json.loads(data, parse_float=_number, parse_constant=_number)
         detail = "it is nested too deeply" if isinstance(exc, RecursionError) else str(exc)
         raise ApiError(400, f"the body is not a JSON object: {detail}") from None
+
+
+def encoded_json(content: object) -> bytes:
+    """Return JSON; half of a surrogate pair is written as it came."""
+    try:
+        return msgspec.json.encode(content)
+    except UnicodeEncodeError:
+        return json.dumps(content).encode()
 
 
 def _number(text: str) -> float:

@@ -79,7 +79,7 @@ def key_protocols(value: bytes) -> list[bytes]:
     """Return the keys among the subprotocols of a WebSocket's handshake."""
     prefix = KEY_PROTOCOL.encode()
     offered = [each.strip(b" \t") for each in value.split(b",")]
-    return [each[len(prefix) :] for each in offered if each.startswith(prefix)]
+    return [each[len(prefix) :] for each in offered if each.lower().startswith(prefix)]
 
 
 def _credential(raw: bytes, *, authorization: bool) -> Credential:
@@ -115,7 +115,7 @@ def is_jwt(text: str) -> bool:
 
 def secrets(headers: Headers, target: Target | None) -> list[str]:
     """Return what must not be printed if some text holds it: every value of a request that may be a key."""
-    found = [value for name, value in headers if name.lower() in ("authorization", "api-key")]
+    found = [value for name, value in headers if name.lower() in ("authorization", "api-key", "x-api-key")]
     found += [value.rpartition(" ")[2] for value in found]
     for value in headers.getall("sec-websocket-protocol"):
         found += [key.decode("latin-1") for key in key_protocols(value.encode("latin-1"))]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,13 +19,13 @@ from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Field, Headers
-from gateway.jsonbody import decoded_json, of_fields, raw_fields
+from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
-from gateway.stream import EventFilter, Filter, link
+from gateway.stream import CutShort, EventFilter, Filter, link
 from gateway.websocket import WebSocket
 
 __all__ = ("Request", "Resource", "Response", "Target", "check_body")
@@ -164,10 +163,7 @@ class Request:
     async def body(self) -> bytes:
         """Return the body's bytes; they are kept, so that a second call is possible."""
         if self._json_set:
-            try:
-                return msgspec.json.encode(self._json)
-            except UnicodeEncodeError:  # half of a surrogate pair; see _decoded
-                return json.dumps(self._json).encode()
+            return encoded_json(self._json)
         return await self._body.read()
 
     async def buffer(self, limit: int) -> None:
@@ -423,13 +419,16 @@ class Response:
             self.headers.remove("content-encoding")
         chunks: list[bytes] = []
         size = 0
-        async for chunk in _each(self.body):
-            data = linked.feed(chunk)
-            size += len(data)
-            if size > limit:
-                raise ApiError(502, f"the answer is larger than the {limit} bytes that a stage may keep")
-            chunks.append(data)
-        chunks.append(linked.close())
+        try:
+            async for chunk in _each(self.body):
+                data = linked.feed(chunk)
+                size += len(data)
+                if size > limit:
+                    raise ApiError(502, f"the answer is larger than the {limit} bytes that a stage may keep")
+                chunks.append(data)
+            chunks.append(linked.close())
+        except CutShort as exc:
+            raise exc.cause from None
         self._filters.clear()
         self.body = b"".join(chunks)
         return self.body

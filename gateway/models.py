@@ -7,6 +7,7 @@ come, wherever it stands, and passed on byte for byte but for its value.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus
@@ -40,6 +41,7 @@ __all__ = (
 SEVERAL = frozenset({"lines", "evals"})
 
 _MAX_MODEL = 256
+_NAMES_MODEL = re.compile(r";\s*(model|deployment)\s*=", re.IGNORECASE)
 
 
 class _Peek(msgspec.Struct):
@@ -151,7 +153,10 @@ async def _call_model(request: Request) -> object:
 
 
 def _query_model(query: str, names: tuple[str, ...] = ("model",)) -> str | None:
-    named = [value for name, value in parse_qsl(query, keep_blank_values=True) if name in names]
+    named = [value for name, value in parse_qsl(query, keep_blank_values=True) if name.strip().lower() in names]
+    # Servers differ in what else they take for a separator.
+    if any(_NAMES_MODEL.search(unquote_plus(part)) for part in query.split("&")):
+        raise ApiError(400, "the query names a model in a way that not every server reads alike", param="model")
     if len(named) > 1:
         raise ApiError(400, "the query has two models", param="model")
     return named[0] if named else None
@@ -341,7 +346,7 @@ def placed_query(operation: Operation, query: str, target: Target) -> str:
     socket = operation.method == "WS"
     names = ("model", "deployment") if socket else ("model",)
     parts = [part for part in query.split("&") if part]
-    others = [part for part in parts if unquote_plus(part.partition("=")[0]) not in names]
+    others = [part for part in parts if unquote_plus(part.partition("=")[0]).strip().lower() not in names]
     name = "deployment" if socket and not target.is_v1 else "model"
     return query if len(others) == len(parts) else "&".join([*others, f"{name}={quote(deployment, safe='')}"])
 

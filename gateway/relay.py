@@ -9,6 +9,7 @@ whether it is there; the answer goes no further.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from gateway.frames import (
     PING,
     PONG,
     TEXT,
-    BadFrame,
     Control,
     Frames,
     Message,
@@ -29,6 +29,7 @@ from gateway.frames import (
     close_frame,
     frame,
 )
+from gateway.jsonbody import encoded_json
 from gateway.logs import get_logger, masked
 from gateway.stream import Event, EventFilter, through
 
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ("Relay",)
 
-# The payload of the gateway's own pings.
-_OURS = b"gateway"
 # How long, in seconds, a side may take to answer a close frame.
 _CLOSING = 10.0
 
@@ -55,7 +54,7 @@ class _MessageEvent(Event):
         return self.raw
 
     def set_json(self, content: object) -> None:
-        self.raw = msgspec.json.encode(content)
+        self.raw = encoded_json(content)
         self._json = content
         self._parsed = True
 
@@ -77,15 +76,31 @@ class _Side:
         self.filters = filters  # on what it sends
         self.frames = Frames(masked=client, most=most, whole=bool(filters))
         self.write = write
-        self.hold = hold
-        self.release = release
-        self.held = False
+        self._hold = hold
+        self._release = release
+        self.holders: set[str] = set()  # why nothing is taken from it for now
+        self.taking = True  # what is written to it
+        self.answers: list[bytes] = []  # messages of the gateway's own for it, until they may be put
         self.heard = True
         self.pinged = False
         self.lost = False
         self.told = False  # it was sent a close frame
         self.messages = 0  # that it has sent
         self.timer: asyncio.TimerHandle | None = None  # while it takes nothing
+
+    def hold(self, why: str) -> None:
+        """Take nothing more from it, until `release` for the same reason."""
+        if not self.holders:
+            self._hold()
+        self.holders.add(why)
+
+    def release(self, why: str) -> None:
+        """Go on taking, unless there is another reason not to."""
+        if why in self.holders:
+            self.holders.remove(why)
+            if not self.holders:
+                self.heard = True
+                self._release()
 
 
 class Relay:
@@ -120,6 +135,8 @@ class Relay:
             client=False, filters=down, most=most,
             write=self._to_azure, hold=wire.hold_relay, release=wire.release_relay,
         )  # fmt: skip
+        # The payload of the gateway's own pings: no other's, be it a gateway behind this one.
+        self._ours = os.urandom(8).hex().encode()
         self._asker: asyncio.TimerHandle | None = None
         self._closer: asyncio.TimerHandle | None = None
 
@@ -143,9 +160,7 @@ class Relay:
             self._exchange.count("messages_up", self._client.messages)
             self._exchange.count("messages_down", self._azure.messages)
             self._connection.stop_relay()
-            self._wire.close()
-            # One that takes nothing any more would never be closed.
-            self._loop.call_later(_CLOSING, self._wire.abort)
+            self._wire.end_relay(_CLOSING)
             if self._over.done() and not self._over.cancelled():
                 self._over.exception()  # whoever was cancelled meanwhile does not ask for it
 
@@ -164,6 +179,8 @@ class Relay:
         self._azure.lost = True
         if self._azure.frames.closed:
             self._end()
+        elif self._client.frames.closed:
+            self._answer_goodbye()
         else:
             self._fail(UpstreamError("Azure's WebSocket broke off"))
 
@@ -181,17 +198,20 @@ class Relay:
                     self._filter(side, other, each)
                 else:
                     self._control(side, other, each)
-        except BadFrame as exc:
-            if side.client:
-                self._fail(ApiError(400, exc.reason, code="malformed_frame"), code=exc.code)
-            else:
-                self._fail(UpstreamError(f"what Azure sent is no WebSocket frame: {exc.reason}"))
+        except ApiError as exc:
+            self._fail(exc)
         except Exception as exc:
             get_logger().error("a filter failed", **masked(failure(exc), self._hidden))
             self._fail(ApiError(500, "the gateway failed on this message"))
+        if (wrong := side.frames.error) is not None:
+            if side.client:
+                self._fail(ApiError(400, wrong.reason, code="malformed_frame"), code=wrong.code)
+            else:
+                self._fail(UpstreamError(f"what Azure sent is no WebSocket frame: {wrong.reason}"))
+        self._tell(other, side)
 
     def _control(self, side: _Side, other: _Side, control: Control) -> None:
-        if control.opcode == PONG and control.payload == _OURS:
+        if control.opcode == PONG and control.payload == self._ours:
             return
         if control.opcode != CLOSE:
             other.write(control.raw)
@@ -207,7 +227,13 @@ class Relay:
         if other.frames.closed:
             self._end()
         elif self._closer is None:
-            self._closer = self._loop.call_later(_CLOSING, self._end)
+            self._closer = self._loop.call_later(_CLOSING, self._answer_goodbye)
+
+    def _answer_goodbye(self) -> None:
+        """End well in the place of a side that does not answer the other's goodbye."""
+        code = self._exchange.close_code or 1000
+        self._say_goodbye(code if code != 1005 else 1000, "")
+        self._end()
 
     def _filter(self, side: _Side, other: _Side, message: Message) -> None:
         event = _MessageEvent(message.payload)
@@ -217,9 +243,23 @@ class Relay:
             if not side.client:
                 raise
             # The client is told, as the API tells it of what it cannot do, and may go on.
-            self._send(side, TEXT, [_MessageEvent(_error_event(exc, message.payload))])
+            side.answers.append(frame(TEXT, _error_event(exc, message.payload), masked=False))
+            self._tell(side, other)
             return
         self._send(other, message.opcode, events)
+
+    def _tell(self, side: _Side, other: _Side) -> None:
+        """Write what the gateway itself has to say to a side, as soon as it takes it and no message is in the way.
+
+        Until then nothing more is taken from that side, so that no more is to be said.
+        """
+        if side.answers:
+            if side.taking and other.frames.between_messages:
+                answers, side.answers = side.answers, []
+                side.write(b"".join(answers))
+                side.release("answers")
+            else:
+                side.hold("answers")
 
     def _send(self, side: _Side, opcode: int, events: Sequence[Event]) -> None:
         for each in events:
@@ -249,14 +289,14 @@ class Relay:
         if side.timer is not None:
             side.timer.cancel()
             side.timer = None
-        other.held = paused
+        side.taking = not paused
         if paused:
-            other.hold()
+            other.hold("flow")
             patience = self._patience[0 if side.client else 1]
             side.timer = self._loop.call_later(patience, self._not_taken, side)
         else:
-            other.heard = True
-            other.release()
+            other.release("flow")
+            self._tell(side, other)
 
     def _not_taken(self, side: _Side) -> None:
         if side.client:
@@ -273,14 +313,16 @@ class Relay:
         """Ask a side that has been silent; one that was asked and stayed silent is gone."""
         self._asker = self._loop.call_later(self._ping, self._ask)
         for side, other in ((self._client, self._azure), (self._azure, self._client)):
-            if side.heard or side.held:
+            if side.frames.closed or side.told:
+                continue  # it has said goodbye, or is to answer one
+            if side.heard or side.holders:
                 side.heard = False
             elif side.pinged:
                 self._silent(side)
                 return
             elif other.frames.between:
                 side.pinged = True
-                side.write(frame(PING, _OURS, masked=not side.client))
+                side.write(frame(PING, self._ours, masked=not side.client))
 
     def _silent(self, side: _Side) -> None:
         if side.client:

@@ -19,9 +19,10 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import StreamBroken
+from gateway.errors import ApiError, StreamBroken
+from gateway.jsonbody import decoded_json, encoded_json
 
-__all__ = ("Event", "EventFilter", "Filter", "Linked", "Splitter", "link", "through", "unfinished_event")
+__all__ = ("CutShort", "Event", "EventFilter", "Filter", "Linked", "Splitter", "link", "through", "unfinished_event")
 
 MAX_EVENT = 64 * 1024 * 1024
 
@@ -67,8 +68,8 @@ class Event:
         """Return the data as JSON, decoded once; None where it is not JSON (such as `[DONE]`)."""
         if not self._parsed:
             try:
-                self._json = msgspec.json.decode(self.data)
-            except (msgspec.DecodeError, RecursionError, ValueError):
+                self._json = decoded_json(self.data, msgspec.json.decode)
+            except ApiError:
                 self._json = None
             self._parsed = True
         return self._json
@@ -82,13 +83,22 @@ class Event:
             for line in _LINE.split(self.raw.removeprefix(b"\xef\xbb\xbf"))
             if line and line.partition(b":")[0] != b"data"
         ]
-        lines.append(b"data: " + msgspec.json.encode(content))
+        lines.append(b"data: " + encoded_json(content))
         self.raw = newline.join(lines) + newline * 2
         self._json = content
         self._parsed = True
 
     def __repr__(self) -> str:
         return f"<Event of {len(self.raw)} bytes>"
+
+
+class CutShort(Exception):
+    """A filter raised `cause` in the middle of some bytes; `left` is what the filters made of those before."""
+
+    def __init__(self, left: bytes, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.left = left
+        self.cause = cause
 
 
 class EventFilter:
@@ -101,6 +111,11 @@ class EventFilter:
 
     finds: Sequence[bytes] = (b"",)
     lacks: Sequence[bytes] = ()
+
+    def __init_subclass__(cls) -> None:
+        for name in ("finds", "lacks"):
+            if isinstance(getattr(cls, name), bytes | str):
+                raise TypeError(f"{cls.__name__}.{name} must be several: {name} = (b'...',) with a comma")
 
     def event(self, event: Event) -> Event | list[Event] | None:
         """Return what takes the event's place."""
@@ -118,6 +133,7 @@ def wanted(each: EventFilter, raw: bytes) -> bool:
 
 def through(filters: Sequence[EventFilter], event: Event) -> list[Event]:
     """Return what filters make of an event, one after the other."""
+    kind = type(event)
     events = [event]
     for each in filters:
         made: list[Event] = []
@@ -130,7 +146,8 @@ def through(filters: Sequence[EventFilter], event: Event) -> list[Event]:
                 made.append(result)
             elif result is not None:
                 made.extend(result)
-        events = made
+        # What a filter made of a message of a WebSocket is one, too.
+        events = [one if isinstance(one, kind) else kind(one.raw) for one in made]
     return events
 
 
@@ -247,8 +264,11 @@ class _Events(Filter):
             piece = pieces.pop(0)
             if self._half_sent:
                 out.append(piece)
-        for piece in pieces:
-            self._pass_on(Event(piece), 0, out)
+        try:
+            for piece in pieces:
+                self._pass_on(Event(piece), 0, out)
+        except Exception as exc:
+            raise CutShort(b"".join(out), exc) from exc
         if pieces:
             self._settle()
         return b"".join(out)
@@ -267,12 +287,15 @@ class _Events(Filter):
         out: list[bytes] = []
         if self._before is not None and (left := self._before.close()):
             out.append(self._cut(left))
-        if rest := self._splitter.close():
-            # An event that no blank line ended: whoever wants it completed lists `sse_newline` below.
-            self._pass_on(Event(rest), 0, out)
-        for place, each in enumerate(self._filters):
-            for event in each.close():
-                self._pass_on(event, place + 1, out)
+        try:
+            if rest := self._splitter.close():
+                # An event that no blank line ended: whoever wants it completed lists `sse_newline` below.
+                self._pass_on(Event(rest), 0, out)
+            for place, each in enumerate(self._filters):
+                for event in each.close():
+                    self._pass_on(event, place + 1, out)
+        except Exception as exc:
+            raise CutShort(b"".join(out), exc) from exc
         return b"".join(out)
 
 
@@ -304,7 +327,10 @@ class _Decoded(Filter):
 
 
 class Linked:
-    """The filters of one response, as one: `feed` bytes, and `close` once at the clean end."""
+    """The filters of one response, as one: `feed` bytes, and `close` once at the clean end.
+
+    Where a filter fails in the middle of some bytes both raise CutShort, with what is to be sent before the failure.
+    """
 
     __slots__ = ("_filters", "feed")
 
@@ -314,18 +340,34 @@ class Linked:
         self.feed: Callable[[bytes], bytes] = filters[0].feed if len(filters) == 1 else self._feed
 
     def _feed(self, data: bytes) -> bytes:
-        for each in self._filters:
-            data = each.feed(data)
+        return self._feed_from(0, data)
+
+    def _feed_from(self, first: int, data: bytes) -> bytes:
+        for place in range(first, len(self._filters)):
+            try:
+                data = self._filters[place].feed(data)
+            except CutShort as exc:
+                raise CutShort(self._feed_from(place + 1, exc.left), exc.cause) from exc.cause
         return data
 
     def close(self) -> bytes:
         """Close the filters in order; what one leaves runs through those after it."""
         left = b""
-        for each in self._filters:
-            if left:
-                left = each.feed(left)
-            left += each.close()
+        for place, each in enumerate(self._filters):
+            try:
+                if left:
+                    left = each.feed(left)
+                left += each.close()
+            except CutShort as exc:
+                raise CutShort(self._feed_from(place + 1, exc.left), exc.cause) from exc.cause
         return left
+
+    def whole(self, data: bytes) -> bytes:
+        """Feed a whole body and close. Raises what a filter raises."""
+        try:
+            return self.feed(data) + self.close()
+        except CutShort as exc:
+            raise exc.cause from None
 
 
 def link(filters: Sequence[Filter | EventFilter], content_encoding: str | None = None) -> Linked:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 from typing import TYPE_CHECKING
 
 from gateway.errors import ApiError, UpstreamError
@@ -35,6 +36,7 @@ __all__ = (
 )
 
 # RFC 6455, 1.3
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
@@ -91,9 +93,19 @@ def new_key() -> str:
 
 
 def offered_protocols(headers: Headers) -> list[str]:
-    """Return the subprotocols that a client offers, but for its key."""
-    offered = [each.strip() for line in headers.getall("sec-websocket-protocol") for each in line.split(",")]
-    return [each for each in offered if each and not each.startswith(KEY_PROTOCOL)]
+    """Return the subprotocols that a client offers, but for its key. Raises ApiError 400 where no other is sound."""
+    lines = headers.getall("sec-websocket-protocol")
+    offered = [each for line in lines for part in line.split(",") if (each := part.strip())]
+    others = [each for each in offered if not each.lower().startswith(KEY_PROTOCOL)]
+    if not all(map(_TOKEN.fullmatch, others)):
+        raise ApiError(
+            400, "a subprotocol that is offered is no token (Sec-WebSocket-Protocol)", code="malformed_request"
+        )
+    if offered and not others:
+        raise ApiError(
+            400, "the key is the only subprotocol that is offered; offer `realtime` beside it, which can be chosen"
+        )
+    return others
 
 
 def chosen_protocol(offered: Sequence[str], by_azure: str | None) -> str | None:

@@ -431,6 +431,13 @@ class Wire(BaseProtocol):
         else:
             self.release_relay()
 
+    def end_relay(self, seconds: float) -> None:
+        """Close, once all is written, or after so many seconds."""
+        self._relay = None
+        self.close()
+        if self.transport is not None:
+            self._deadline.set(seconds, self.abort)
+
     def hold_relay(self) -> None:
         """Take nothing more of the WebSocket for now."""
         if self.transport is not None and not self.transport.is_closing():

@@ -16,6 +16,8 @@ class AccessLog(Stage):
     Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
     """
 
+    above = ("caller",)  # a refusal is an exchange, too
+
     async def start(self, services: Services) -> None:
         self._logger = services.logger
 

@@ -41,9 +41,8 @@ class Cors(Stage):
     origins: Annotated[
         list[str],
         Meta(
-            min_length=1,
             description="whose pages may: https://app.example.com; https://*.example.com for all hosts below it, "
-            'http://localhost:* for all ports, "*" for every page there is',
+            'http://localhost:* for all ports, "*" for every page there is; [] is as if the stage were not listed',
         ),
     ]
     headers: Annotated[
@@ -82,6 +81,7 @@ class Cors(Stage):
     above = ("caller",)  # a preflight has no key
 
     async def start(self, services: Services) -> None:
+        self.idle = not self.origins
         self._every = "*" in self.origins
         self._match = re.compile("|".join(map(pattern_of, self.origins))).fullmatch
         self._grant = {"access-control-allow-credentials": "true"} if self.credentials else {}

@@ -109,8 +109,27 @@ class EmbeddingsSplit(Stage):
             if response.error is not None or response.status != 200:
                 request.adapted(f"input: part {number} of {len(parts)} failed")
                 return response
-            body = await response.read(left)
+            try:
+                body = await response.read(left)
+            except UpstreamError:
+                raise
+            except ApiError:  # it is larger
+                body = b""
+                left = 0
             left -= len(body)
+            if left <= 0:
+                request.adapted(f"input: part {number} of {len(parts)} failed")
+                raise UpstreamError(
+                    f"the answers to `input` are larger than the {MOST} bytes that are kept, at part {number} of "
+                    f"{len(parts)}; send fewer inputs at once, or ask for `encoding_format` base64"
+                )
+            if number == 1 and len(body) * (len(parts) - 1) > MOST:
+                raise ApiError(
+                    400,
+                    f"the answers to the {len(parts)} parts of `input` would be larger than the {MOST} bytes that are "
+                    "kept; send fewer inputs at once, or ask for `encoding_format` base64",
+                    param="input",
+                )
             try:
                 answer = answer_of.decode(body)
                 data += numbered(answer.data, len(data), len(part))

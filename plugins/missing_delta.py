@@ -24,6 +24,8 @@ class MissingDelta(Stage):
         Meta(description="what becomes of a choice without one: it gets an empty one, is dropped, or left as it is"),
     ] = "complete"
 
+    above = ("events",)
+
     async def start(self, services: Services) -> None:
         self.idle = self.choice == "keep"
 

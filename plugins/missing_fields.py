@@ -25,6 +25,8 @@ class MissingFields(Stage):
     chunk, which tells them; it has nothing to show meanwhile. Where none ever does they are made up.
     """
 
+    above = ("events",)
+
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         kind = OBJECTS.get(request.operation or "")
@@ -52,16 +54,17 @@ class Fill(EventFilter):
     def event(self, event: Event) -> Event | list[Event] | None:
         chunk = event.json()
         if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
-            return [*self.close(), event]
-        if self._known is None:
-            if chunk.get("id"):
+            # A comment tells nothing; an error or the end tells that nothing more is to be waited for.
+            return [*self.close(), event] if event.data.strip() else event
+        if chunk.get("id"):
+            if self._known is None or self._known is self._made_up:
                 self._known = {name: chunk.get(name) or self._made_up[name] for name in FIELDS}
-            elif not shows(chunk) and len(self._held) < MOST:
+                self.finds = EMPTY
+        elif self._known is None:
+            if not shows(chunk) and len(self._held) < MOST:
                 self._held.append(event)
                 return None
-            else:
-                self._known = self._made_up
-        self.finds = EMPTY
+            self._known = self._made_up
         held, self._held = self._held, []
         return [self._filled(each) for each in (*held, event)]
 

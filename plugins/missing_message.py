@@ -1,6 +1,7 @@
 """`missing_message`: a completion that Azure's filter withheld has the `message` that clients read."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,12 @@ class MissingMessage(Stage):
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if request.operation != "chat.completions" or response.status != 200 or response.event_stream:
+        if request.operation != "chat.completions" or response.status != 200 or not is_json(response):
             return response
-        body = response.body if isinstance(response.body, bytes) else await response.read(MOST)
+        # (At hand, it need not be waited for.)
+        body = response.body
+        if not isinstance(body, bytes) or response.filters:
+            body = await response.read(MOST)
         if b'"content_filter"' in body and (made := completed(body)) is not None:
             response.body = json.dumps(made).encode()
             response.headers.remove("content-length")
@@ -30,10 +34,22 @@ class MissingMessage(Stage):
         return response
 
 
+def is_json(response: Response) -> bool:
+    """Whether an answer is JSON, by its media type: a stream may have come without its own."""
+    return (response.headers.get("content-type") or "").partition(";")[0].strip().lower() == "application/json"
+
+
+def finite(text: str) -> float:
+    """Return a number that JSON can say again. Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is none")
+    return number
+
+
 def completed(body: bytes) -> Any:
     """Return a completion whose choices all have a message, or None where nothing lacks one."""
     try:
-        content = json.loads(body)
+        content = json.loads(body, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
         return None
     choices = content.get("choices") if isinstance(content, dict) else None

@@ -32,6 +32,8 @@ class OpenAIErrors(Stage):
     tells a deployment that is not there from an api-version that lacks the operation.
     """
 
+    above = ("errors",)  # those that are found in a stream are put into these words, too
+
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         if response.status < 400 or response.error is not None:

@@ -28,7 +28,7 @@ REASONING_DROPS = {
 # In Chat Completions alone: the limit of the Responses API is `max_output_tokens` for every model.
 REASONING_RENAMES = {CHAT: {"max_tokens": "max_completion_tokens"}}
 # The page's row "Parallel Tool Calls".
-ONE_TOOL_CALL = ("o1", "o1-*", "o3", "o3-*", "o4-*", "codex-mini*", "gpt-5*-pro*")
+ONE_TOOL_CALL = ("o1", "o1-*", "o3", "o3-*", "o4-*", "codex-mini*", "gpt-5*-pro", "gpt-5*-pro-20*")
 ONE_TOOL_CALL_DROPS = ("parallel_tool_calls",)
 
 # -- the table: by api-version ---------------------------------------------------------------------------------------
@@ -47,7 +47,10 @@ LIMIT_SINCE = "2024-09-01"  # `max_completion_tokens`, which was `max_tokens` be
 # What in a deployment's name tells a model: prod-gpt-5-mini, gpt5-mini, gpt4o_eu, xc-o3; from there on it is the model.
 TELLING = re.compile(r"(?<![a-z0-9])(gpt-?(?=[0-9])|gpt-(?:oss|chat)|o[134](?![a-z0-9])|codex-mini)")
 
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+# Of a field at the top: what is inside one is not looked at.
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+# What no rule may touch: without it, or under another name, a request is none.
+NOT_PARAMETERS = frozenset({"model", "messages", "input", "prompt", "stream"})
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Rule:
 
     models: Annotated[str, Meta(description="base models, as a glob: gpt-oss-*", min_length=1)]
     rename: Annotated[
-        dict[str, Name], Meta(description="parameters to rename: {max_tokens: max_completion_tokens}")
+        dict[Name, Name], Meta(description="parameters to rename: {max_tokens: max_completion_tokens}")
     ] = field(default_factory=dict)
     drop: Annotated[list[Name], Meta(description="parameters to leave out")] = field(default_factory=list)
     keep: Annotated[
@@ -105,7 +108,7 @@ class Parameters(Stage):
     def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
         for name, base in self.base_models.items():
             resource, slash, deployment = name.rpartition("/")
-            if not deployment.strip() or not base.strip():
+            if not deployment.strip() or not base.strip() or name != name.strip():
                 yield ("base_models", name), f"{name}: {base} is not deployment: base model; both need a name"
             elif slash and resource not in services.resources:
                 known = ", ".join(services.resources) or "none"
@@ -162,7 +165,7 @@ class Parameters(Stage):
         """Return the base model, as far as anything tells it; else the names that there are."""
         for name in (f"{resource}/{deployment}", deployment, model):
             if (told := self.base_models.get(name)) is not None:
-                return (told.strip().lower(),)
+                return (base_model(told.strip()) or told.strip().lower(),)
         for name in (deployment, model):
             if (guessed := base_model(name)) is not None:
                 return (guessed,)
@@ -171,9 +174,10 @@ class Parameters(Stage):
 
 def base_model(name: str) -> str | None:
     """Return the base model that a name tells, such as gpt-5-mini for prod-gpt5-mini; None where it tells none."""
-    found = TELLING.search(lowered := name.lower().replace("_", "-"))
-    if found is None:
+    places = list(TELLING.finditer(lowered := name.lower().replace("_", "-")))
+    if not places:
         return None
+    found = next((each for each in places if each.group().startswith("gpt")), places[0])
     return lowered[found.start() :].replace("gpt", "gpt-", 1).replace("gpt--", "gpt-", 1)
 
 
@@ -188,8 +192,11 @@ def apply(rule: Rule, rename: dict[str, str], drop: set[str]) -> None:
         rename.pop(name, None)
         drop.discard(name)
     for name in rule.drop:
-        rename.pop(name, None)
-        drop.add(name)
+        # What would become it is dropped with it.
+        sources = [old for old, new in rename.items() if new == name]
+        for old in (name, *sources):
+            rename.pop(old, None)
+            drop.add(old)
     for old, new in rule.rename.items():
         rename.pop(new, None)
         drop -= {old, new}
@@ -218,17 +225,21 @@ def adapt(fields: dict[str, bytes], plan: Plan) -> list[str]:
 
 def found_in(rule: Rule) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield what is wrong in a rule."""
+    if rule.models.startswith("~") or rule.models.count("[") != rule.models.count("]"):
+        yield ("models",), f"{rule.models!r} is no glob, such as gpt-oss-*; rules have no regular expressions"
     if not (rule.rename or rule.drop or rule.keep):
         yield (), f"the rule for {rule.models!r} says nothing; give it rename, drop or keep"
     for name in rule.operations:
         if name not in OPERATIONS:
             yield ("operations",), f"{name!r} is none of the operations with parameters: {', '.join(OPERATIONS)}"
     for old, new in rule.rename.items():
+        if new in NOT_PARAMETERS or list(rule.rename.values()).count(new) > 1:
+            yield ("rename", old), f"{old!r} cannot become {new!r}, which is another field or becomes so twice"
         if old == new or new in rule.rename:
             yield ("rename", old), f"{old!r} cannot become {new!r}, which is renamed itself"
     said = [*rule.rename, *rule.drop, *rule.keep]
     for name in dict.fromkeys(said):
         if said.count(name) > 1:
             yield (), f"the rule for {rule.models!r} says two things of {name!r}"
-        if name == "model":
-            yield (), "the parameter 'model' is model_map's"
+        if name in NOT_PARAMETERS:
+            yield (), f"{name!r} is no parameter that a rule may change"

@@ -24,6 +24,8 @@ class PromptFilterChunk(Stage):
         Meta(description="what becomes of it: gone, its findings put into the chunk after it, or left as it is"),
     ] = "drop"
 
+    above = ("events",)
+
     async def start(self, services: Services) -> None:
         self.idle = self.chunk == "keep"
 
@@ -64,6 +66,8 @@ class Merge(EventFilter):
             self._held.append(event)
             self.finds = EventFilter.finds  # whatever comes next
             return None
+        if not event.data.strip():
+            return event  # a comment: there is more to come
         held, self._held = self._held, []
         self.finds = Drop.finds
         if not isinstance(chunk, dict) or not chunk.get("choices"):

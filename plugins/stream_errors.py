@@ -5,14 +5,14 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from gateway import Event, EventFilter, Meta, Next, Request, Response, Stage, UpstreamError
+from gateway import ApiError, Event, EventFilter, Meta, Next, Request, Response, Stage, UpstreamError
 
 # What Azure and OpenAI call errors that have a status of their own, where the error names no status.
 STATUS = {
     "content_filter": 400, "context_length_exceeded": 400, "invalid_request_error": 400, "invalid_api_key": 401,
     "unauthorized": 401, "permissiondenied": 403, "deploymentnotfound": 404, "model_not_found": 404,
     "timeout": 408, "rate_limit_exceeded": 429, "toomanyrequests": 429, "insufficient_quota": 429, "requests": 429,
-    "tokens": 429, "internalservererror": 500, "server_error": 500, "serviceunavailable": 503,
+    "tokens": 429, "too_many_requests": 429, "internalservererror": 500, "server_error": 500, "serviceunavailable": 503,
     "service_unavailable": 503, "no_capacity": 503, "engine_overloaded": 503,
 }  # fmt: skip
 FIELDS = ("type", "param", "code")
@@ -34,51 +34,65 @@ class StreamErrors(Stage):
         Meta(ge=0, le=60, description="seconds for which the head of an answer waits for its first event"),
     ] = 10.0
 
+    above = ("events",)  # it, too, reads whole events
+    provides = ("errors",)
+
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         if response.status != 200 or response.error is not None or not response.event_stream:
             return response
-        begun = await response.peek(has_begun, self.wait)
-        for event in events_of(begun):
-            if (error := error_in(event)) is not None:
+        if (response.headers.get("content-encoding") or "identity").strip().lower() == "identity":
+            beginning = Beginning()
+            begun = await response.peek(beginning.is_enough, self.wait)
+            if (error := beginning.error_in(begun)) is not None:
                 request.count(self.id)
                 return as_answer(response, error)
-            if not says_nothing(event):
-                break
         response.pipe(BreakOff(request, self.id))
         return response
+
+
+class Beginning:
+    """Looks through the first bytes of a stream, each event once, for an error before anything that is shown."""
+
+    def __init__(self) -> None:
+        self._place = 0  # where the first event begins that was not looked at
+        self._told: Event | None = None  # the first that says something
+
+    def is_enough(self, data: bytes) -> bool:
+        """Whether these first bytes tell how the stream goes on."""
+        while self._told is None and (found := END.search(data, self._place)) is not None:
+            event = Event(data[self._place : found.end()])
+            self._place = found.end()
+            if not says_nothing(event):
+                self._told = event
+        return self._told is not None
+
+    def error_in(self, data: bytes) -> dict[str, Any] | None:
+        """Return the error with which the stream begins, also where no blank line ends it."""
+        if self.is_enough(data):
+            return error_of(self._told.json()) if self._told is not None else None
+        rest = data[self._place :].strip()
+        # (Some gateways send an error as plain JSON, whatever they call it.)
+        return error_of(Event(rest if rest.startswith(b"data") else b"data: " + rest).json()) if rest else None
 
 
 class BreakOff(EventFilter):
     """Ends a stream at an error."""
 
-    finds = (b'"error"',)
+    finds = (b'"error"', b'"statusCode"')
 
     def __init__(self, request: Request, name: str) -> None:
         self._request = request
         self._name = name
 
     def event(self, event: Event) -> Event:
-        error = error_in(event)
+        error = error_of(event.json())
         if error is None:
             return event
         self._request.count(self._name)
-        kind, param, code = (value if isinstance(value := error.get(name), str) else None for name in FIELDS)
+        kind, param, code = (None if error.get(name) is None else str(error[name]) for name in FIELDS)
+        kind = kind or ApiError(status_of(error), "").type
         raise UpstreamError(message_of(error), type=kind, param=param, code=code or "upstream_error")
-
-
-def has_begun(data: bytes) -> bool:
-    """Whether these first bytes of a stream tell how it goes on: by an error, or by an event with something in it."""
-    return any(not says_nothing(event) for event in events_of(data))
-
-
-def events_of(data: bytes) -> list[Event]:
-    """Return the events that are whole in some bytes."""
-    events, start = [], 0
-    for found in END.finditer(data):
-        events.append(Event(data[start : found.end()]))
-        start = found.end()
-    return events
 
 
 def says_nothing(event: Event) -> bool:
@@ -89,13 +103,15 @@ def says_nothing(event: Event) -> bool:
     return isinstance(content, dict) and content.get("choices") == [] and not content.get("error")
 
 
-def error_in(event: Event) -> dict[str, Any] | None:
-    """Return the error that an event is, None where it is none."""
-    content = event.json()
+def error_of(content: Any) -> dict[str, Any] | None:
+    """Return the error that an event's content is, None where it is none."""
     # (Events of the Responses API have a type, and errors of their own, which their clients read.)
-    if not isinstance(content, dict) or not content.get("error") or "type" in content or content.get("choices"):
+    if not isinstance(content, dict) or "type" in content or content.get("choices"):
         return None
-    error = content["error"]
+    error = content.get("error")
+    if not error:
+        # As API Management writes it.
+        return content if "statusCode" in content and "message" in content else None
     return error if isinstance(error, dict) else {"message": str(error)}
 
 

@@ -1,6 +1,7 @@
 """`strip_azure_fields`: answers have no fields but those that OpenAI's own have."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -88,9 +89,16 @@ def is_json(response: Response) -> bool:
     return (response.headers.get("content-type") or "").partition(";")[0].strip().lower() == "application/json"
 
 
+def finite(text: str) -> float:
+    """Return a number that JSON can say again. Raises ValueError."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is none")
+    return number
+
+
 def parsed(data: bytes) -> Any:
-    """Return what is JSON, else None."""
+    """Return what is JSON, else None; so it is where a number is too large to be said again."""
     try:
-        return json.loads(data)
+        return json.loads(data, parse_float=finite, parse_constant=finite)
     except (ValueError, RecursionError):
         return None

@@ -180,8 +180,8 @@ pipeline:
   - missing_delta
   - prompt_filter_chunk
   - resource_ids
-  - sse_newline
   - openai_errors
+  - sse_newline
 """
     )
     assert keys == {"AZURE_OPENAI_KEY_XXX_EAST_US": "sesame-east", "AZURE_OPENAI_KEY_YYY": "sesame-west"}
@@ -283,7 +283,7 @@ pipeline:
     [
         ("[access_log, auth_passthrough, MORE]", ["access_log", "cors", "auth_passthrough"]),
         ("[access_log as log, auth_passthrough, MORE]", ["log", "cors", "auth_passthrough"]),
-        ("[auth_passthrough, access_log, MORE]", ["cors", "auth_passthrough", "access_log"]),
+        ("[auth_passthrough, MORE]", ["cors", "auth_passthrough", "model_map"]),
         ("[access_log, cors: ['https://a.test'], auth_passthrough, MORE]", ["access_log", "cors", "auth_passthrough"]),
         ("[cors as pages: ['https://a.test'], auth_passthrough, MORE]", ["pages", "auth_passthrough"]),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import socket
@@ -907,6 +908,200 @@ async def test_two_models_in_one_message_are_one(start_gateway: StartGateway) ->
             await client.send('{"type":"response.create","model":"forbidden","model":"mine","input":1.50}')
             await client.recv()
     assert heard == ['{"type":"response.create","model":"gpt-4o","input":1.50}']
+
+
+@pytest.mark.parametrize("fragments", [False, True])
+async def test_an_error_event_waits_for_the_end_of_azure_s_message(
+    start_gateway: StartGateway, fragments: bool
+) -> None:
+    """It is put neither into a frame that has come in part, nor between the fragments of a message."""
+    asked, told = asyncio.Event(), asyncio.Event()
+    whole = b"\x01\x03one\x80\x03two" if fragments else frame(TEXT, b"x" * 1000, masked=False)
+    cut = 5 if fragments else 500
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + whole[:cut])
+        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.sleep(0.05)
+        writer.write(whole[cut:])
+        await told.wait()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO)
+        async with opened(gateway, "/v1/responses") as client:
+            await client.send('{"type":"response.create","model":"unknown"}')
+            asked.set()
+            assert await client.recv() == ("onetwo" if fragments else "x" * 1000)
+            assert json.loads(await client.recv())["error"]["code"] == "model_not_found"
+            told.set()
+
+
+async def test_a_client_that_does_not_read_what_it_is_told_is_not_read_from(
+    start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """However many errors it makes, what waits to be told is bounded."""
+    gateway = await start_gateway(azure.endpoint, TWO, timeouts={"client": 1.0})
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(raw, ("127.0.0.1", gateway.port))
+        await loop.sock_sendall(raw, HANDSHAKE.replace(b"/v1/realtime?model=gpt-4o", b"/v1/responses"))
+        await until(lambda: any(connection._relay for connection in gateway.server._http.connections))  # type: ignore[union-attr]
+        (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
+        block = frame(TEXT, b'"model"', masked=True) * 5000
+        most = 0
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(0.7):
+                while True:
+                    await loop.sock_sendall(raw, block)
+                    assert connection.transport is not None
+                    most = max(most, connection.transport.get_write_buffer_size())
+        assert most < 4_000_000
+        await until(lambda: gateway.exchanges())
+    assert gateway.exchanges()[0]["error"] == "client_not_reading"
+
+
+async def test_what_came_before_a_bad_frame_goes_on(start_gateway: StartGateway) -> None:
+    """Azure gets a message whole though what follows it is none; a client gets Azure's last words."""
+    heard: list[tuple[WSMsgType, Any]] = []
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        while not opened.closed:
+            message = await opened.receive()
+            heard.append((message.type, message.data))
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        sound = frame(TEXT, b"0123456789" * 10, masked=True)
+        writer.write(sound[:-10])
+        await asyncio.sleep(0.05)
+        writer.write(sound[-10:] + b"\xff\xff\xff\xff")
+        await reader.read()
+        writer.close()
+        await until(lambda: len(heard) >= 2)
+    assert heard[:2] == [(WSMsgType.TEXT, "0123456789" * 10), (WSMsgType.CLOSE, 1002)]
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await upstream.request(reader)
+        writer.write(switching(head) + frame(TEXT, b"last words", masked=False) + b"\xff\xff")
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            assert await client.recv() == "last words"
+            with pytest.raises(websockets.ConnectionClosedError):
+                await client.recv()
+            assert client.close_code == 1011
+
+
+async def test_a_client_that_never_takes_the_end_is_let_go_of(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection does not stay for ever because a little could not be written to it."""
+    monkeypatch.setattr("gateway.connection._LINGER", 0.1)
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        for _ in range(60):
+            await opened.send_bytes(bytes(50_000))
+        await opened.close()
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"client": 0.3})
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(raw, ("127.0.0.1", gateway.port))
+            await loop.sock_sendall(raw, HANDSHAKE)
+            await until(lambda: gateway.exchanges(), 10)
+            await until(lambda: not gateway.server._http.connections, 10)  # type: ignore[union-attr]
+
+
+async def test_a_ping_that_looks_like_ours_is_answered(start_gateway: StartGateway) -> None:
+    """Such as that of another gateway behind this one."""
+    ponged = asyncio.Event()
+
+    async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
+        await opened.ping(b"gateway")
+        async for message in opened:
+            if message.type is WSMsgType.PONG and message.data == b"gateway":
+                ponged.set()
+
+    async with FakeAzure(speak=speak) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            reading = asyncio.create_task(client.recv())
+            await asyncio.wait_for(ponged.wait(), 5)
+            reading.cancel()
+
+
+@pytest.mark.parametrize(
+    "query", ["Model=other", "model=mine&Deployment=other", "x=1;deployment=other", "x=1%3bmodel=other"]
+)
+async def test_no_way_round_the_model_map(start_gateway: StartGateway, azure: FakeAzure, query: str) -> None:
+    """By names in another case, which some servers take for the same, or another separator."""
+    yaml = REALTIME.replace("{unmapped: own_name_without_dots}", "{models: {mine: gpt-4o}, unmapped: refuse}")
+    gateway = await start_gateway(azure.endpoint, yaml)
+    assert (await refused(gateway, f"/v1/realtime?{query}"))[0] in (400, 404)
+    assert azure.requests == []
+    async with opened(gateway, "/v1/realtime?MODEL=mine"):
+        pass
+    assert azure.requests[0].query == [("model", "gpt-4o")]
+
+
+async def test_a_key_in_another_case_is_a_key_too(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """It goes no further, and is never a subprotocol that is told."""
+    gateway = await start_gateway(azure.endpoint, REALTIME)
+    protocols: Any = [f"OpenAI-Insecure-API-Key.{KEY}", "realtime"]
+    async with opened(gateway, key=None, subprotocols=protocols) as client:
+        assert client.subprotocol == "realtime"
+    assert azure.requests[0].headers.get("sec-websocket-protocol") == "realtime"
+
+
+async def test_a_handshake_like_the_last_one_but_with_a_body_is_none(start_gateway: StartGateway) -> None:
+    """Of a connection that is kept, too."""
+    async with FakeAzure(deployments=()) as azure:
+        gateway = await start_gateway(azure.endpoint, REALTIME)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        statuses = []
+        for length in (b"0", b"5"):
+            writer.write(HANDSHAKE.replace(b"\r\n\r\n", b"\r\nContent-Length: " + length + b"\r\n\r\n"))
+            head = await reader.readuntil(b"\r\n\r\n")
+            statuses.append(int(head.split()[1]))
+            sizes = [
+                int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
+            ]
+            await reader.readexactly(sizes[0])
+        writer.close()
+    assert statuses == [404, 400]
+
+
+@pytest.mark.parametrize("drops", [False, True])
+async def test_a_goodbye_that_azure_does_not_answer_is_still_one(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, drops: bool
+) -> None:
+    """Whether it hangs up or says nothing: the client, which said it, gets its own code back."""
+    monkeypatch.setattr("gateway.relay._CLOSING", 0.2)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        await reader.read(8)  # the close frame
+        if not drops:
+            await asyncio.sleep(5)
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        async with opened(gateway) as client:
+            await client.close(4001)
+            assert client.close_code == 4001
+        await gateway.idle()
+    (event,) = gateway.exchanges()
+    assert (event["ended_by"], event["close_code"]) == ("complete", 4001)
 
 
 def test_descriptors_are_counted() -> None:

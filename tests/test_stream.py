@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gateway import Event, EventFilter, Filter
 from gateway.errors import StreamBroken
-from gateway.stream import MAX_EVENT, link, unfinished_event
+from gateway.stream import MAX_EVENT, CutShort, link, through, unfinished_event
 from gateway.testing import every_split
 
 EVENTS = (
@@ -152,6 +152,22 @@ def test_a_filter_is_asked_about_what_lacks_something() -> None:
     assert fed([Filter(), Lacking()], events) == b"data: z1\n\ndata: z2\n\ndata: y2\n\n"
 
 
+def test_a_comma_that_was_forgotten_is_told() -> None:
+    """Bytes are a sequence too, of numbers, and each of those is in nearly every event."""
+    with pytest.raises(TypeError, match="with a comma"):
+        type("Odd", (EventFilter,), {"finds": b"x"})
+
+
+def test_what_filters_make_of_a_message_stays_one() -> None:
+    """An event that a filter has made anew has the kind of the one in whose place it is."""
+
+    class Kind(Event):
+        pass
+
+    made = through([Mark(search=False), Mark(search=False)], Kind(b"x"))
+    assert [type(each) for each in made] == [Kind] * len(made)
+
+
 def test_blank_lines_behind_an_event_are_no_event() -> None:
     """One, two or three more of them: each passes, and is asked about by nobody."""
     for count in range(5):
@@ -192,12 +208,45 @@ def test_a_filter_that_says_what_it_wants_makes_what_it_made(
     assert all(b"x" in raw for raw in searching.asked)
 
 
+@given(cuts=st.lists(st.integers(0, 80), max_size=6), more=st.booleans())
+def test_what_came_before_a_filter_failed_is_not_lost(cuts: list[int], more: bool) -> None:
+    """It runs through the filters behind, wherever the reads end; then the failure is told."""
+
+    class Fail(EventFilter):
+        finds = (b"bad",)
+
+        def event(self, event: Event) -> Event:
+            raise ValueError("bad")
+
+    stream = b"data: a\n\ndata: b\n\ndata: bad\n\ndata: c\n\n"
+    places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    behind: list[Filter | EventFilter] = [Upper(), Keep()] if more else []
+    linked = link([Filter(), Fail(), *behind])
+    out = b""
+    with pytest.raises(CutShort) as caught:  # noqa: PT012 -- it may be raised by any of them
+        for start, end in itertools.pairwise(places):
+            out += linked.feed(stream[start:end])
+    assert isinstance(caught.value.cause, ValueError)
+    expected = b"data: a\n\ndata: b\n\n"
+    assert out + caught.value.left == (expected.upper() if more else expected)
+    with pytest.raises(ValueError, match="bad"):
+        link([Fail()]).whole(stream)
+
+
 def test_json_of_an_event_is_lazy_and_none_where_it_is_no_json() -> None:
     """`[DONE]` and broken JSON are None; a BOM before the first event does not hide it."""
     assert Event(b'\xef\xbb\xbfdata: {"a":1}\n\n').json() == {"a": 1}
     assert Event(b"data: [DONE]\n\n").json() is None
     assert Event(b"data: {\n\n").json() is None
     assert Event(b'data: {"a":\ndata: [1]}\n\n').json() == {"a": [1]}
+
+
+def test_half_a_surrogate_pair_is_json() -> None:
+    """As JavaScript writes it; it is written again as it came."""
+    event = Event(rb'data: {"a":"\ud83d"}' + b"\n\n")
+    content = event.json()
+    event.set_json({**content, "b": 1})
+    assert event.raw == rb'data: {"a": "\ud83d", "b": 1}' + b"\n\n"
 
 
 def test_event_without_end_is_bounded() -> None:

@@ -51,6 +51,11 @@ def test_the_key_among_the_subprotocols_is_not_offered_on() -> None:
     assert offered_protocols(headers) == ["realtime", "a", "b"]
     assert opening("k", ["realtime", "a"]).endswith(b"sec-websocket-protocol: realtime, a")
     assert b"protocol" not in opening("k", [])
+    for odd in ("one two", "ä", "a/b"):
+        with pytest.raises(ApiError, match="is no token"):
+            offered_protocols(Headers({"sec-websocket-protocol": f"realtime, {odd}"}))
+    with pytest.raises(ApiError, match="offer `realtime` beside it"):
+        offered_protocols(Headers({"sec-websocket-protocol": "openai-insecure-api-key.K"}))
 
 
 def test_which_subprotocol_the_client_is_told() -> None:

@@ -103,8 +103,8 @@ class _Conversion:
             _mapping(self.root, api_version=self._api_version(entries)),
             *(_scalar(name, self.root) for name in _REPAIRS),
             *([_scalar("resource_ids", self.root)] if several else []),
-            _scalar("sse_newline", self.root),
             _scalar("openai_errors", self.root),
+            _scalar("sse_newline", self.root),
         ]
         listed: Node = SequenceNode("tag:yaml.org,2002:seq", pipeline, self.root.start_mark)
         if self.cors:

@@ -19,7 +19,7 @@ from gateway.headers import Headers
 from gateway.messages import Request, Resource, Response, Target
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
-from gateway.stream import EventFilter, Filter, link
+from gateway.stream import CutShort, EventFilter, Filter, link
 from gateway.websocket import WebSocket
 
 __all__ = ("Running", "Sent", "every_split", "post", "running", "send")
@@ -123,14 +123,18 @@ class Running:
         exchange.status = response.status
         exchange.first_byte_at = time.monotonic()
         try:
-            if isinstance(response.body, bytes):
-                received += linked.feed(response.body)
-            elif not isinstance(response.body, WebSocket):
-                async for chunk in response.body:
-                    received += linked.feed(chunk)
-                    if leave_after is not None and len(received) >= leave_after:
-                        return bytes(received[:leave_after])
-            received += linked.close()
+            try:
+                if isinstance(response.body, bytes):
+                    received += linked.feed(response.body)
+                elif not isinstance(response.body, WebSocket):
+                    async for chunk in response.body:
+                        received += linked.feed(chunk)
+                        if leave_after is not None and len(received) >= leave_after:
+                            return bytes(received[:leave_after])
+                received += linked.close()
+            except CutShort as exc:
+                received += exc.left
+                raise exc.cause from None
             note_end(exchange, response.error)
         except ApiError as exc:
             exchange.ended_by = "upstream"

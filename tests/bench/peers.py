@@ -26,8 +26,8 @@ PIPELINE = (
     "missing_delta",
     "prompt_filter_chunk: drop",
     "resource_ids",
-    "sse_newline",
     "openai_errors",
+    "sse_newline",
 )
 # Those of them that mend what is in Azure's answers.
 REPAIRS = ("missing_message", "missing_fields", "missing_delta", "prompt_filter_chunk: drop")

@@ -313,3 +313,18 @@ async def test_errors_below_are_in_openai_s_words_already() -> None:
     stages = [EmbeddingsSplit(1), OpenAIErrors()]
     sent = await send(stages, "POST", "/embeddings", body=b'{"input":["a","b"]}', answer=answer)
     assert sent.json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_answers_that_cannot_be_kept_are_told_before_they_are_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the first part it is known how large they become; where a later one is larger, it is named."""
+    monkeypatch.setattr("plugins.embeddings_split.MOST", 1000)
+    azure = Azure()
+    sent = await embed(EmbeddingsSplit(2), json.dumps({"input": ["a"] * 20}).encode(), azure)
+    assert (sent.status, sent.json()["error"]["param"], len(azure.bodies)) == (400, "input", 1)
+    assert "base64" in sent.json()["error"]["message"]
+    large = Azure(lambda number, answer: {**answer, "more": "x" * 2000} if number == 3 else None)
+    sent = await embed(EmbeddingsSplit(2), json.dumps({"input": ["a"] * 6}).encode(), large)
+    assert (sent.status, len(large.bodies)) == (502, 3)
+    assert "at part 3 of 3" in sent.json()["error"]["message"]
+    assert sent.reached is not None
+    assert sent.reached.notes["adapted"] == ["input: sent in 3 parts", "input: part 3 of 3 failed"]

@@ -110,3 +110,12 @@ async def test_it_is_a_matter_of_chat_and_completion_streams() -> None:
     completions = contents((await send([MissingFields()], path="/completions", answer=answer)).body)[0]
     assert (completions["id"], completions["object"]) == ("cmpl-req_test", "text_completion")
     assert (await send([MissingFields()], path="/responses", answer=answer)).body == stream(text)
+
+
+def test_a_comment_is_waited_through() -> None:
+    """It settles nothing: what waits still gets the stream's own id, and what was made up is given up for it."""
+    out = fed([event(PROMPT) + b": keep-alive\n\n" + b"retry: 5\n\n" + stream(*PLAIN, findings())], fill())
+    assert {each["id"] for each in contents(out)} == {NAMED["id"]}
+    assert out.startswith(b": keep-alive\n\nretry: 5\n\n")
+    late = [event({**chunk("a"), **EMPTY}), stream(PLAIN[1], findings())]
+    assert [each["id"] for each in contents(fed(late, fill()))] == ["chatcmpl-made", NAMED["id"], NAMED["id"]]

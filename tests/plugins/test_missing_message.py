@@ -51,3 +51,22 @@ async def test_an_answer_in_pieces_is_mended_too() -> None:
 
     sent = await post(MissingMessage(), answer=lambda _: Response(200, pieces(), JSON), json={})  # type: ignore[arg-type]
     assert sent.json()["choices"][0]["message"]["content"] == ""
+
+
+@pytest.mark.parametrize("content_type", [None, "", "application/octet-stream", "text/event-stream"])
+async def test_what_is_not_called_json_streams_on(content_type: str | None) -> None:
+    """A stream has come without its type through API Management: it is not kept until its end."""
+
+    async def pieces() -> object:
+        yield b"data: 1"
+
+    headers = {} if content_type is None else {"content-type": content_type}
+    body = pieces()
+    sent = await post(MissingMessage(), answer=lambda _: Response(200, body, headers), json={})  # type: ignore[arg-type]
+    assert (sent.response.body, sent.body) == (body, b"data: 1")
+
+
+async def test_a_number_that_json_cannot_say_again_leaves_an_answer_alone() -> None:
+    """It would be `Infinity`, which is none."""
+    body = b'{"choices":[{"finish_reason":"content_filter","score":1e400}]}'
+    assert (await post(MissingMessage(), answer=Response(200, body, JSON), json={})).body == body

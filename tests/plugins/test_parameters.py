@@ -204,6 +204,10 @@ def test_mistakes_are_found_at_load() -> None:
         Rule("d", rename={"x": "y", "y": "x"}),
         Rule("e", drop=["model"]),
         Rule("gpt-oss-*", rename={"max_tokens": "max_completion_tokens"}, keep=["temperature"]),
+        Rule("~gpt-.*", drop=["x"]),
+        Rule("gpt-[4", drop=["x"]),
+        Rule("f", rename={"user": "model"}),
+        Rule("g", rename={"a": "c", "b": "c"}),
     ]
     stage = Parameters(base_models={"north/x": "gpt-5", "x": " ", "east/y": "o1"}, rules=rules)
     services = Services("t", "parameters", {"east": Resource("east", "https://x")})
@@ -218,7 +222,12 @@ def test_mistakes_are_found_at_load() -> None:
         ),
         (("rules", 3, "rename", "x"), "'x' cannot become 'y', which is renamed itself"),
         (("rules", 3, "rename", "y"), "'y' cannot become 'x', which is renamed itself"),
-        (("rules", 4), "the parameter 'model' is model_map's"),
+        (("rules", 4), "'model' is no parameter that a rule may change"),
+        (("rules", 6, "models"), "'~gpt-.*' is no glob, such as gpt-oss-*; rules have no regular expressions"),
+        (("rules", 7, "models"), "'gpt-[4' is no glob, such as gpt-oss-*; rules have no regular expressions"),
+        (("rules", 8, "rename", "user"), "'user' cannot become 'model', which is another field or becomes so twice"),
+        (("rules", 9, "rename", "a"), "'a' cannot become 'c', which is another field or becomes so twice"),
+        (("rules", 9, "rename", "b"), "'b' cannot become 'c', which is another field or becomes so twice"),
     ]
 
 
@@ -241,6 +250,22 @@ def test_a_mistake_has_its_place_in_the_file(tmp_path: Path) -> None:
         load(
             write_files(tmp_path, {"gateway.yaml": yaml.replace("  - model_map", "  - parameters\n  - model_map")}), {}
         )
+
+
+async def test_what_a_rule_drops_is_dropped_under_its_old_name_too() -> None:
+    """A later rule goes above what the table renames to it."""
+    stage = Parameters(rules=[Rule("*", drop=["max_completion_tokens"])])
+    assert await reached(stage, {"model": "o3", "max_tokens": 5, "user": "u"}) == {"user": "u"}
+
+
+async def test_base_models_are_read_like_deployments() -> None:
+    """However a name is written that tells; `-prod` is no `-pro`."""
+    for base in ("gpt5-mini", "GPT-5-mini", "prod_gpt-5-mini"):
+        stage = Parameters(base_models={"gpt-4o": base})
+        assert await reached(stage, {"model": "gpt-4o", "temperature": 1}) == {}
+    for model, kept in (("gpt-5-mini-prod", True), ("gpt-5-project-x", True), ("gpt-5-pro", False)):
+        found = await reached(Parameters(), {"model": model, "parallel_tool_calls": False})
+        assert ("parallel_tool_calls" in found) is kept, model
 
 
 async def test_what_was_changed_is_seen() -> None:

@@ -92,3 +92,10 @@ async def test_it_is_a_matter_of_chat_and_completion_streams() -> None:
         await post(PromptFilterChunk("keep"), answer=answer, json={}),
     ):
         assert (sent.body, sent.outcome.counts) == (whole, {})
+
+
+def test_merging_waits_through_comments() -> None:
+    """They are no chunk to put it into, and no end."""
+    out = fed([event(PROMPT) + b": ping\n\n" + stream(*PLAIN)], Merge(Count()))
+    assert out.startswith(b": ping\n\n")
+    assert contents(out)[0] == {**PLAIN[0], "prompt_filter_results": FOUND}

@@ -13,6 +13,7 @@ from gateway import Response
 from gateway.stream import link
 from gateway.testing import every_split, post
 from plugins.sse_newline import CompleteEvents, SseNewline
+from tests.chunks import Count
 
 ENDINGS = (b"\n", b"\r\n", b"\r")
 BODY = b'data: {"a":1}\n\n: ping\n\nevent: e\ndata: x\ndata: y\n\n'
@@ -159,3 +160,27 @@ async def test_only_event_streams_are_repaired(content_type: str, repairs: bool)
     answer = Response(200, b"data: [DONE]", {"content-type": content_type})
     sent = await post(SseNewline(), answer=answer)
     assert (b"data: [DONE]\n\n" if repairs else b"data: [DONE]") == sent.body
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    ("end", "mended"),
+    [
+        ("data: [DONE]\n\n", 0),
+        ("data: [DONE]\n", 1),
+        ("data: [DONE]", 1),
+        ("data: 1\n\n", 0),
+        ("data: 1\n", 1),
+        ("", 0),
+    ],
+)
+def test_an_end_that_was_mended_is_counted(ending: bytes, end: str, mended: int) -> None:
+    """Once, wherever reads end; one that was right is not."""
+    stream = BODY.replace(b"\n", ending) + end.encode().replace(b"\n", ending)
+    for size in (1, 2, 3, len(stream)):
+        count = Count()
+        linked = link([CompleteEvents(count)])
+        for place in range(0, len(stream), size):
+            linked.feed(stream[place : place + size])
+        linked.close()
+        assert count.calls == mended, size

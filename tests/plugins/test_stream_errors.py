@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,17 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Response, UpstreamError
-from gateway.stream import link
+from gateway.errors import ConfigError
+from gateway.stream import CutShort, link
 from gateway.testing import FakeAzure, Seen, post
 from plugins.openai_errors import OpenAIErrors
-from plugins.stream_errors import StreamErrors, events_of, has_begun
+from plugins.stream_errors import StreamErrors
 from tests.chunks import DONE, PLAIN, PROMPT, USAGE, cuts, event, stream
 from tests.conftest import CHAT, YAML, StartGateway
 
 EVENTS = {"content-type": "text/event-stream", "x-ratelimit-remaining-tokens": "0"}
 LIMIT = {"error": {"code": "429", "message": "Rate limit is exceeded. Try again in 9 seconds."}}
 FILTERED = {"error": {"code": "content_filter", "message": "filtered", "type": None, "param": "prompt"}}
-STAGES = YAML + "  - openai_errors\n  - stream_errors\n"
+STAGES = YAML.replace("  - sse_newline", "  - openai_errors\n  - stream_errors\n  - sse_newline")
 
 
 def pieces(*data: bytes) -> Any:
@@ -72,13 +74,14 @@ async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
     """What came before it has been sent; the error is what the client raises."""
     sent_on = stream(PROMPT, *PLAIN[:2], done=b"")
     both = await post(StreamErrors(), answer=pieces(sent_on + event(FILTERED)), json={})  # in one read
-    assert (both.status, both.outcome.ended_by) == (200, "upstream")
+    assert (both.status, both.body, both.outcome.ended_by) == (200, sent_on, "upstream")
     answer = await post(StreamErrors(), answer=pieces(sent_on), json={})
     linked = link(answer.response.filters)
     assert linked.feed(sent_on) == sent_on
-    with pytest.raises(UpstreamError, match="filtered") as caught:
+    with pytest.raises(CutShort, match="filtered") as caught:
         linked.feed(event(FILTERED))
-    assert (caught.value.code, caught.value.param) == ("content_filter", "prompt")
+    assert isinstance(caught.value.cause, UpstreamError)
+    assert (caught.value.cause.code, caught.value.cause.param) == ("content_filter", "prompt")
 
 
 @given(st.lists(st.integers(0, 3000), max_size=6), st.sampled_from([stream(*PLAIN), stream(PROMPT, *PLAIN, USAGE)]))
@@ -144,8 +147,11 @@ async def test_over_sockets(start_gateway: StartGateway) -> None:
         later.set()
         async with gateway.post(json={**CHAT, "stream": True}) as answer:
             assert answer.status == 200
-            with pytest.raises(aiohttp.ClientPayloadError):
-                await answer.read()
+            received = b""
+            with pytest.raises(aiohttp.ClientPayloadError):  # noqa: PT012 -- what came before is looked at
+                async for piece in answer.content.iter_any():
+                    received += piece
+            assert received.startswith(stream(PROMPT, *PLAIN[:2], done=b"") + b'data: {"error"')
         await gateway.idle()
     refused, broken = gateway.exchanges()
     assert (refused["status"], refused["counts"]) == (429, {"stream_errors": 1})
@@ -169,9 +175,69 @@ async def test_a_stream_that_breaks_before_its_first_event_is_a_502(start_gatewa
             assert (answer.status, json.loads(await answer.read())["error"]["code"]) == (502, "upstream_error")
 
 
-def test_whether_a_stream_has_begun() -> None:
-    """Only an event that is whole and says something tells."""
-    assert not has_begun(event(PROMPT) + event(PLAIN[0])[:-1])
-    assert has_begun(event(PROMPT) + event(PLAIN[0]))
-    assert has_begun(event(LIMIT))
-    assert [len(each.raw) for each in events_of(b"data: 1\r\n\r\ndata: 2\n\nda")] == [11, 9]
+@pytest.mark.parametrize(
+    "data",
+    [
+        event(LIMIT)[:-1],
+        event(LIMIT)[:-2],
+        event(LIMIT).replace(b"\n", b"\r"),
+        event(LIMIT)[6:-2],
+        event({"statusCode": 429, "message": "Rate limit is exceeded."}),
+        event({"error": {"type": "too_many_requests", "message": "slow"}}),
+    ],
+)
+async def test_an_error_that_is_not_quite_an_event_is_one(data: bytes) -> None:
+    """Without its blank line, which Azure has left out, as plain JSON, and as API Management writes it."""
+    for before in (b"", event(PROMPT)):
+        sent = await post(StreamErrors(), answer=pieces(before, data), json={})
+        assert sent.status == 429, data
+
+
+async def test_an_error_after_output_says_what_it_was() -> None:
+    """Its code, be it a number, and the type that its status means."""
+    for code, kind in ((429, "requests"), ("content_filter", "invalid_request_error"), (None, "server_error")):
+        error = {"error": {"code": code, "message": "m", "param": "prompt"}}
+        linked = link((await post(StreamErrors(), answer=pieces(stream(*PLAIN)), json={})).response.filters)
+        with pytest.raises(CutShort) as caught:
+            linked.feed(event(error))
+        cause = caught.value.cause
+        assert isinstance(cause, UpstreamError)
+        assert (cause.code, cause.type, cause.param) == (str(code or "upstream_error"), kind, "prompt")
+
+
+async def test_a_compressed_stream_is_not_waited_for() -> None:
+    """Its first bytes tell nothing: the body goes on as it is."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield gzip.compress(stream(*PLAIN))
+
+    made = body()
+    answer = Response(200, made, {**EVENTS, "content-encoding": "gzip"})
+    sent = await post(StreamErrors(), answer=lambda _: answer, json={})
+    assert (sent.body, sent.response.body) == (stream(*PLAIN), made)
+
+
+async def test_the_end_is_completed_at_once_where_it_stands_above_sse_newline(start_gateway: StartGateway) -> None:
+    """A client sees `[DONE]` the moment it is there, not when Azure closes; the other order is a mistake."""
+    seen = asyncio.Event()
+
+    async def respond(_: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(stream(*PLAIN, done=b"data: [DONE]\n"))
+        await seen.wait()
+        return response
+
+    repairs = "  - missing_fields\n  - missing_delta\n  - prompt_filter_chunk\n  - openai_errors\n  - stream_errors\n"
+    async with FakeAzure(respond=respond) as azure:
+        gateway = await start_gateway(azure.endpoint, YAML.replace("  - sse_newline", repairs + "  - sse_newline"))
+        async with gateway.post(json={**CHAT, "stream": True}) as answer:
+            received = b""
+            while not received.endswith(b"data: [DONE]\n\n"):
+                received += await asyncio.wait_for(answer.content.readany(), 5)
+            seen.set()
+    for wrong in ("stream_errors", "missing_fields", "missing_delta", "prompt_filter_chunk"):
+        with pytest.raises(ConfigError, match=f"'{wrong}' must stand above 'sse_newline', which provides 'events'"):
+            await start_gateway("http://x", YAML + f"  - {wrong}\n")
+    with pytest.raises(ConfigError, match="'openai_errors' must stand above 'stream_errors'"):
+        await start_gateway("http://x", YAML.replace("  - sse_newline", "  - stream_errors\n  - openai_errors"))

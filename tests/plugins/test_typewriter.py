@@ -99,3 +99,27 @@ async def test_a_client_that_reads_slowly_gets_every_byte(start_gateway: StartGa
             body = await answer.read()
     assert body.count(b"y" * 2000) == 2000
     assert body.endswith(event("x").replace(b'"x"', b"[DONE]"))
+
+
+async def test_a_gateway_that_stops_lets_what_waits_leave(start_gateway: StartGateway) -> None:
+    """Azure has said all, so the answer is whole: it ends well, only sooner."""
+    sent = asyncio.Event()
+
+    async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(LUMP)
+        await response.write_eof()
+        sent.set()
+        return response
+
+    async with FakeAzure(respond=respond) as azure:
+        gateway = await start_gateway(azure.endpoint, YAML + "  - typewriter: 10\n", timeouts={"grace": 0.1})
+        async with gateway.post(json={**CHAT, "stream": True}) as answer:
+            await answer.content.readany()
+            await sent.wait()
+            stopping = asyncio.create_task(gateway.server.stop())
+            rest = await answer.read()
+            await stopping
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert gateway.exchanges()[0]["ended_by"] == "complete"
