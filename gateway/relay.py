@@ -38,22 +38,24 @@ if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.wire import Wire
 
-__all__ = ("Relay",)
+__all__ = ("MessageEvent", "Relay", "error_event")
 
 # How long, in seconds, a side may take to answer a close frame.
 _CLOSING = 10.0
 
 
-class _MessageEvent(Event):
+class MessageEvent(Event):
     """A message, as filters see it: its raw bytes are its data."""
 
     __slots__ = ()
 
     @property
     def data(self) -> bytes:
+        """The message."""
         return self.raw
 
     def set_json(self, content: object) -> None:
+        """Replace the message."""
         self.raw = encoded_json(content)
         self._json = content
         self._parsed = True
@@ -236,14 +238,14 @@ class Relay:
         self._end()
 
     def _filter(self, side: _Side, other: _Side, message: Message) -> None:
-        event = _MessageEvent(message.payload)
+        event = MessageEvent(message.payload)
         try:
             events = through(side.filters, event)
         except ApiError as exc:
             if not side.client:
                 raise
             # The client is told, as the API tells it of what it cannot do, and may go on.
-            side.answers.append(frame(TEXT, _error_event(exc, message.payload), masked=False))
+            side.answers.append(frame(TEXT, error_event(exc, message.payload), masked=False))
             self._tell(side, other)
             return
         self._send(other, message.opcode, events)
@@ -354,7 +356,7 @@ class Relay:
             self._exchange.close_code = code
 
 
-def _error_event(error: ApiError, message: bytes) -> bytes:
+def error_event(error: ApiError, message: bytes) -> bytes:
     """Return the event that tells a client what is wrong with its message, in the shape of OpenAI's."""
     told: dict[str, Any] = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from gateway.fields import settings_of
 from gateway.messages import Resource
 from gateway.registry import Registry
 from gateway.settings import Limits, Timeouts
-from gateway.testing import FakeAzure, post, running
+from gateway.testing import FakeAzure, post, running, talk
 from tests.conftest import CHAT, StartGateway, write_files
 
 ROOT = Path(__file__).parents[1]
@@ -62,11 +64,12 @@ async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.Monkey
         if named:
             write_files(tmp_path, {f"my_stages/{named.group(1)}.py": code})
     registry = Registry([tmp_path / "my_stages"])
-    for name in ("powered_by", "token_ceiling", "shout", "second_try"):
+    for name in ("powered_by", "token_ceiling", "shout", "second_try", "no_tools"):
         assert registry.find(name)
     monkeypatch.syspath_prepend(tmp_path)
     scope: dict[str, object] = {}
-    exec(blocks(STAGES_GUIDE, "python")[-1], scope)  # noqa: S102 -- our own documentation
+    code = next(code for code in blocks(STAGES_GUIDE, "python") if "def test_it_lowers" in code)
+    exec(code, scope)  # noqa: S102 -- our own documentation
     await scope["test_it_lowers_what_is_above"]()  # type: ignore[operator]
     async with running(registry.find("shout")()) as run:
         run.answers(
@@ -87,7 +90,25 @@ async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.Monkey
         json={**CHAT, "max_tokens": 2},
     )
     assert refused.status == 400
+    talked = await talk(
+        [registry.find("no_tools")()],
+        up=[{"type": "response.create", "tools": [{}]}, {"tools": []}],
+        down=[{"tools": 1}],
+    )
+    assert talked.to_azure == [{"tools": []}]
+    assert [event.get("type") for event in talked.to_client] == ["error", None]
     sys.modules.pop("my_stages.token_ceiling", None)
+
+
+def test_the_guide_s_script_runs(tmp_path: Path) -> None:
+    """With the shipped configuration, in front of a fake Azure with everything odd that it has."""
+    code = next(code for code in blocks(STAGES_GUIDE, "python") if "serving(" in code)
+    shutil.copy(ROOT / "config" / "gateway.yaml", tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "data: [DONE]\n\n\n" in done.stdout
+    assert done.stdout.endswith("/openai/deployments/gpt-4o/chat/completions\n")
+    assert '"id":""' not in done.stdout
 
 
 def test_every_setting_of_the_files_is_documented() -> None:

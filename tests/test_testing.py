@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
-from gateway.testing import FakeAzure
+from gateway import ApiError, Event, EventFilter, Next, Request, Response, Stage
+from gateway.testing import FakeAzure, serving, talk
 from tests.conftest import CHAT
 
 PATH = "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
@@ -79,3 +81,71 @@ async def test_it_records_what_it_saw(azure: FakeAzure) -> None:
     [seen] = azure.requests
     assert (seen.method, seen.path, seen.json()) == ("POST", PATH.partition("?")[0], CHAT)
     assert (seen.query, seen.headers.get("api-key")) == ([("api-version", "2024-10-21")], "azure-key")
+
+
+class Echo(EventFilter):
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def event(self, event: Event) -> Event | None:
+        content = event.json()
+        if content == "refuse":
+            raise ApiError(400, "not this")
+        if content == "drop":
+            return None
+        event.set_json([self.word, content])
+        return event
+
+
+class Both(Stage):
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        if request.query == "closed":
+            raise ApiError(403, "no")
+        response = await call_next(request)
+        response.pipe(Echo(f"down {self.id}"))
+        response.pipe(Echo(f"up {self.id}"), direction="up")
+        return response
+
+
+async def test_messages_go_through_the_stages_of_a_websocket() -> None:
+    """Down nearest Azure first, up nearest the client first; what is refused is told; a closed handshake is said."""
+    first, second = Both(), Both()
+    first.id, second.id = "first", "second"
+    talked = await talk([first, second], up=[1, "drop", "refuse"], down=[2])
+    assert talked.to_azure == [["up second", ["up first", 1]]]
+    assert talked.to_client[0]["error"]["message"] == "not this"
+    assert talked.to_client[1] == ["down first", ["down second", 2]]
+    assert (talked.sent.status, talked.sent.reached.operation) == (101, "realtime.connect")  # type: ignore[union-attr]
+    with pytest.raises(AssertionError, match="answered with 403"):
+        await talk([Both()], query="closed")
+
+
+async def test_a_gateway_of_one_s_own_is_served(azure: FakeAzure, tmp_path: Path) -> None:
+    """On a free port, with variables; nothing listens afterwards."""
+    (tmp_path / "gateway.yaml").write_text(
+        'resources: {azure: {endpoint: "${WHERE}"}}\npipeline: [auth_passthrough, model_map, api_version]\n'
+    )
+    async with (
+        serving(tmp_path / "gateway.yaml", WHERE=azure.endpoint) as url,
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/chat/completions", json=CHAT, headers={"api-key": azure.api_key}) as answer,
+    ):
+        assert answer.status == 200
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(aiohttp.ClientConnectionError):
+            await session.get(f"{url}/healthz")
+
+
+async def test_the_fake_speaks_on_websockets(azure: FakeAzure) -> None:
+    """As the Realtime API does, where the key, the version and the deployment are right."""
+    url = azure.endpoint.replace("http", "ws") + "/openai/realtime?api-version={}&deployment={}"
+    async with aiohttp.ClientSession(headers={"api-key": azure.api_key}) as session:
+        for version, deployment in (("2024-10-21", "gpt-4o"), ("2025-04-01-preview", "other")):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                await session.ws_connect(url.format(version, deployment))
+            assert caught.value.status == 404
+        async with session.ws_connect(url.format("2025-04-01-preview", "gpt-4o")) as socket:
+            assert (await socket.receive_json())["type"] == "session.created"
+            await socket.send_json({"type": "response.create"})
+            types = [(await socket.receive_json())["type"] for _ in range(5)]
+    assert types == ["response.created", *["response.output_text.delta"] * 3, "response.done"]

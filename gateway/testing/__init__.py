@@ -3,11 +3,27 @@
 * `send` and `post` put one request through stages and return what came of it; `running` keeps the stages
   started between requests.
 * `every_split` feeds a filter the same bytes cut at every place.
+* `talk` sends messages through the stages of a WebSocket.
 * `FakeAzure` is a real server on loopback that answers as Azure does, and records what it saw.
+* `serving` runs a gateway with a configuration of yours, such as in front of it.
 """
 
 from gateway.messages import Resource
 from gateway.testing.azure import FakeAzure, Seen
-from gateway.testing.stages import Running, Sent, every_split, post, running, send
+from gateway.testing.serving import serving
+from gateway.testing.stages import Running, Sent, Talked, every_split, post, running, send, talk
 
-__all__ = ("FakeAzure", "Resource", "Running", "Seen", "Sent", "every_split", "post", "running", "send")
+__all__ = (
+    "FakeAzure",
+    "Resource",
+    "Running",
+    "Seen",
+    "Sent",
+    "Talked",
+    "every_split",
+    "post",
+    "running",
+    "send",
+    "serving",
+    "talk",
+)

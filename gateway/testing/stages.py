@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -17,12 +18,14 @@ from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
 from gateway.messages import Request, Resource, Response, Target
+from gateway.relay import MessageEvent, error_event
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
-from gateway.stream import CutShort, EventFilter, Filter, link
+from gateway.stream import CutShort, Event, EventFilter, Filter, link, through
 from gateway.websocket import WebSocket
+from gateway.wire import Wire
 
-__all__ = ("Running", "Sent", "every_split", "post", "running", "send")
+__all__ = ("Running", "Sent", "Talked", "every_split", "post", "running", "send", "talk")
 
 Answer = Response | Exception | Callable[[Request], "Response | Awaitable[Response]"]
 
@@ -44,6 +47,15 @@ class Sent:
     def json(self) -> Any:
         """Return the body as JSON."""
         return msgspec.json.decode(self.body)
+
+
+@dataclass
+class Talked:
+    """What came of the messages of a WebSocket: what Azure would get, and the client; and the handshake's `sent`."""
+
+    to_azure: list[Any]
+    to_client: list[Any]
+    sent: Sent
 
 
 class Running:
@@ -98,7 +110,7 @@ class Running:
         request = Request(
             id="req_test",
             operation=find_operation(method, path),
-            method=method,
+            method="GET" if method == "WS" else method,
             path=path,
             query=query,
             headers=Headers(headers or {}),
@@ -199,6 +211,41 @@ async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat
 async def post(*stages: Stage, json: object = None, **more: Any) -> Sent:
     """Start stages, send one chat completion through them, stop them; see `send`."""
     return await send(stages, json=json, **more)
+
+
+async def talk(
+    stages: Sequence[Stage],
+    *,
+    up: Sequence[object] = (),
+    down: Sequence[object] = (),
+    path: str = "/realtime",
+    query: str = "model=gpt-4o",
+    **more: Any,
+) -> Talked:
+    """Open a WebSocket through stages, and send messages, as JSON: `up` by the client, `down` by Azure.
+
+    What an up filter refuses by an ApiError is told to the client, as the gateway does. Raises what another filter
+    raises, and AssertionError where the stages do not open it.
+    """
+    sent = await send(stages, "WS", path, query=query, answer=lambda _: Response(101, _opened()), **more)
+    socket = sent.response.body
+    assert isinstance(socket, WebSocket), f"the handshake was answered with {sent.status}: {sent.body!r}"
+    to_azure: list[Event] = []
+    to_client: list[Event] = []
+    for content in up:
+        message = msgspec.json.encode(content)
+        try:
+            to_azure += through(socket.up, MessageEvent(message))
+        except ApiError as exc:
+            to_client.append(MessageEvent(error_event(exc, message)))
+    filters = [each for each in sent.response.filters if isinstance(each, EventFilter)]
+    for content in down:
+        to_client += through(filters, MessageEvent(msgspec.json.encode(content)))
+    return Talked([each.json() for each in to_azure], [each.json() for each in to_client], sent)
+
+
+def _opened() -> WebSocket:
+    return WebSocket(Wire(asyncio.get_running_loop()))
 
 
 def every_split(data: bytes, make: Callable[[], Filter | EventFilter]) -> Iterator[tuple[list[bytes], bytes]]:
