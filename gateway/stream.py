@@ -33,7 +33,14 @@ _EVENT_END = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?:\r\n|\n|\r(?!\n))")
 
 
 class Filter:
-    """A piece that a stage puts on a response's bytes: no I/O, no clock, one instance per response."""
+    """A piece that a stage puts on a response's bytes: no I/O, no clock, one instance per response.
+
+    It is fed all bytes; but while it says that it is `between` events, it may not be fed whole ones, in lines that end
+    with LF, that have none of `finds` in them: those it must leave as they are, and unchanged itself.
+    """
+
+    between: bool = False
+    finds: Sequence[bytes] = ()
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes as they came from Azure (or the filter before) and return what goes on."""
@@ -223,12 +230,16 @@ class _Events(Filter):
 
     def _settle(self) -> None:
         """Put together what the filters want."""
-        self._finds = tuple(dict.fromkeys(needle for each in self._filters for needle in each.finds))
+        needles = [needle for each in self._filters for needle in each.finds]
+        needles += self._before.finds if self._before is not None else ()
+        self._finds = tuple(dict.fromkeys(needles))
         self._lacks = tuple(dict.fromkeys(needle for each in self._filters for needle in each.lacks))
 
     def feed(self, data: bytes) -> bytes:
-        if self._before is not None:
-            data = self._before.feed(data)
+        before = self._before
+        if before is not None and not before.between:
+            data = before.feed(data)
+            before = None
         # Nearly every read of nearly every stream: whole events, in lines that end with LF, that no filter wants.
         if self._between and data.endswith(b"\n\n") and b"\r" not in data:
             for needle in self._finds:
@@ -241,7 +252,7 @@ class _Events(Filter):
                 else:
                     if data.find(b"\n\n") + 2 == len(data) or self._all_have(data):
                         return data
-        return self._cut(data)
+        return self._cut(data if before is None else before.feed(data))
 
     def _all_have(self, data: bytes) -> bool:
         """Whether each of several whole events has all that no filter's event may lack."""

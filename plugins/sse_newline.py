@@ -34,6 +34,8 @@ class SseNewline(Stage):
 class CompleteEvents(Filter):
     """Follows lines just closely enough to know `[DONE]` and an open event; keeps no more than a line's start."""
 
+    finds = (b"[DONE]",)
+
     def __init__(self, count: Callable[[], None] = lambda: None) -> None:
         self._count = count
         self._line = b""  # the start of the line that has not ended yet
@@ -56,12 +58,14 @@ class CompleteEvents(Filter):
             if ending is not None:
                 self._open = self._data = False
                 self._ending, self._styled = ending, True
+                self.between = ending == b"\n"
                 return data
         return self._follow(data)
 
     def _follow(self, data: bytes) -> bytes:
         if not data:
             return data
+        self.between = False
         place = 0
         if self._waits:
             # The last read ended with a CR; only now is it known what it was.

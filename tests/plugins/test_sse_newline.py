@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import Response
+from gateway import Event, EventFilter, Response
 from gateway.stream import link
 from gateway.testing import every_split, post
 from plugins.sse_newline import CompleteEvents, SseNewline
-from tests.chunks import Count
+from tests.chunks import Count, cuts
 
 ENDINGS = (b"\n", b"\r\n", b"\r")
 BODY = b'data: {"a":1}\n\n: ping\n\nevent: e\ndata: x\ndata: y\n\n'
@@ -184,3 +184,33 @@ def test_an_end_that_was_mended_is_counted(ending: bytes, end: str, mended: int)
             linked.feed(stream[place : place + size])
         linked.close()
         assert count.calls == mended, size
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [b"data: x\n\n", b"data: y\n\n", b"data: [DONE]\n", b"\n", b"data: z", b"\r", b": c\n\n", b"a\r\n\r\n"]
+        ),
+        max_size=8,
+    ),
+    st.lists(st.integers(0, 90), max_size=5),
+)
+def test_leaving_it_out_where_it_has_nothing_to_do_changes_nothing(parts: list[bytes], places: list[int]) -> None:
+    """With event filters behind it, it is not fed what it would leave alone: the stream is the same, and the count."""
+
+    class Mark(EventFilter):
+        finds = (b"y",)
+
+        def event(self, event: Event) -> list[Event]:
+            return [event, Event(b"data: after\n\n")]
+
+    pieces = cuts(b"".join(parts), places)
+    apart, together = Count(), Count()
+    first, second = CompleteEvents(apart), link([Mark()])
+    expected = b"".join([second.feed(first.feed(piece)) for piece in pieces])
+    if left := first.close():
+        expected += second.feed(left)
+    expected += second.close()
+    linked = link([CompleteEvents(together), Mark()])
+    assert expected == b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
+    assert together.calls == apart.calls
