@@ -312,7 +312,7 @@ class Response:
     of a stream that come together: seconds that each may be kept for it, None for not at all.
     """
 
-    __slots__ = ("_event_stream", "_filters", "_looked_at", "_looked_to", "body", "error", "headers", "pace", "status")
+    __slots__ = ("_filters", "_looked_at", "_looked_to", "_media_type", "body", "error", "headers", "pace", "status")
 
     def __init__(
         self,
@@ -328,10 +328,10 @@ class Response:
         self.headers = headers if isinstance(headers, Headers) else Headers(headers or {})
         self.error = error
         self.pace: float | None = None
-        # The fields of which `event_stream` is known, and how many they were.
+        # The fields of which the media type is known, and how many they were.
         self._looked_at: list[Field] | None = None
         self._looked_to: int
-        self._event_stream: bool
+        self._media_type: str
         self._filters: list[Filter | EventFilter] = []
 
     @classmethod
@@ -348,18 +348,24 @@ class Response:
         return response
 
     @property
+    def media_type(self) -> str:
+        """The body's media type, in lower case and without parameters; "" where it is not told."""
+        if self._looked_at is not self.headers.fields or self._looked_to != len(self.headers.fields):
+            self._look()
+        return self._media_type
+
+    @property
     def event_stream(self) -> bool:
         """Whether the body is server-sent events, by its media type, whatever its parameters."""
-        fields = self.headers.fields
-        # Asked by most stages, of the same fields: those that are changed are another list, or a longer one.
-        if self._looked_at is not fields or self._looked_to != len(fields):
-            self._looked_at, self._looked_to = fields, len(fields)
-            self._event_stream = False
-            for field in fields:
-                if field[0] == b"content-type":
-                    self._event_stream = _is_event_stream(field[1])
-                    break
-        return self._event_stream
+        if self._looked_at is not self.headers.fields or self._looked_to != len(self.headers.fields):
+            self._look()
+        return self._media_type == "text/event-stream"
+
+    def _look(self) -> None:
+        """Look for the media type, for which most stages ask; changed fields are another list, or a longer one."""
+        self._looked_at = fields = self.headers.fields
+        self._looked_to = len(fields)
+        self._media_type = next((_media_type(field[1]) for field in fields if field[0] == b"content-type"), "")
 
     async def peek(self, enough: Callable[[bytes], bool], seconds: float) -> bytes:
         """Return the first bytes of the body, before any filter; they stay in it.
@@ -433,13 +439,27 @@ class Response:
         self.body = b"".join(chunks)
         return self.body
 
+    async def read_json(self, limit: int = 16 * 1024 * 1024) -> Any:
+        """Return the body as JSON, read as `read` does; None where it is none, or has a number too large for one."""
+        body = await self.read(limit)
+        try:
+            return decoded_json(body, msgspec.json.decode)
+        except ApiError:
+            return None
+
+    def set_json(self, content: object) -> None:
+        """Answer this, as JSON, in place of the body."""
+        self.body = encoded_json(content)
+        self._filters.clear()
+        self.headers.remove("content-length")
+
     def __repr__(self) -> str:
         return f"<Response {self.status}>"
 
 
 @lru_cache(maxsize=256)
-def _is_event_stream(content_type: bytes) -> bool:
-    return content_type.partition(b";")[0].strip().lower() == b"text/event-stream"
+def _media_type(content_type: bytes) -> str:
+    return content_type.partition(b";")[0].strip().lower().decode("latin-1")
 
 
 def check_body(body: object) -> None:

@@ -255,7 +255,7 @@ class Relay:
 
         Until then nothing more is taken from that side, so that no more is to be said.
         """
-        if side.answers:
+        if side.answers and not side.told:
             if side.taking and other.frames.between_messages:
                 answers, side.answers = side.answers, []
                 side.write(b"".join(answers))

@@ -1,7 +1,5 @@
 """`missing_message`: a completion that Azure's filter withheld has the `message` that clients read."""
 
-import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,37 +19,22 @@ class MissingMessage(Stage):
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if request.operation != "chat.completions" or response.status != 200 or not is_json(response):
+        if request.operation != "chat.completions" or response.status != 200:
             return response
+        if response.media_type != "application/json":
+            return response  # a stream may have come without its own type
         # (At hand, it need not be waited for.)
         body = response.body
         if not isinstance(body, bytes) or response.filters:
             body = await response.read(MOST)
-        if b'"content_filter"' in body and (made := completed(body)) is not None:
-            response.body = json.dumps(made).encode()
-            response.headers.remove("content-length")
+        if b'"content_filter"' in body and (made := completed(await response.read_json(MOST))) is not None:
+            response.set_json(made)
             request.count(self.id)
         return response
 
 
-def is_json(response: Response) -> bool:
-    """Whether an answer is JSON, by its media type: a stream may have come without its own."""
-    return (response.headers.get("content-type") or "").partition(";")[0].strip().lower() == "application/json"
-
-
-def finite(text: str) -> float:
-    """Return a number that JSON can say again. Raises ValueError."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is none")
-    return number
-
-
-def completed(body: bytes) -> Any:
+def completed(content: Any) -> Any:
     """Return a completion whose choices all have a message, or None where nothing lacks one."""
-    try:
-        content = json.loads(body, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError):
-        return None
     choices = content.get("choices") if isinstance(content, dict) else None
     if not isinstance(choices, list) or not any(lacks_message(each) for each in choices):
         return None

@@ -1,6 +1,5 @@
 """`model_echo`: answers name the model that the client asked for."""
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,17 +25,11 @@ class ModelEcho(Stage):
             return response
         if response.event_stream:
             response.pipe(EchoEvents(model))
-        elif is_json(response) and length(response) <= MOST:
-            content = named(parsed(await response.read()), model)
+        elif response.media_type == "application/json" and length(response) <= MOST:
+            content = named(await response.read_json(), model)
             if content is not None:
-                response.body = json.dumps(content).encode()
-                response.headers.remove("content-length")
+                response.set_json(content)
         return response
-
-
-def is_json(response: Response) -> bool:
-    """Whether an answer is JSON, by its media type."""
-    return (response.headers.get("content-type") or "").partition(";")[0].strip().lower() == "application/json"
 
 
 def length(response: Response) -> float:
@@ -59,14 +52,6 @@ class EchoEvents(EventFilter):
         if (content := named(event.json(), self._model)) is not None:
             event.set_json(content)
         return event
-
-
-def parsed(data: bytes) -> Any:
-    """Return what is JSON, else None."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        return None
 
 
 def named(content: Any, model: str) -> Any:

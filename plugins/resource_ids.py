@@ -69,7 +69,7 @@ class ResourceIds(Stage):
             response.pipe(MarkEvents(mark.encode()))
             if response.status == 101:
                 response.pipe(UnmarkEvents(mark.encode(), frozenset(map(str.encode, self._resources))), direction="up")
-        elif media_type(response.headers.get("content-type")) == "application/json":
+        elif response.media_type == "application/json":
             response.body = marked(await response.read(MOST), mark.encode())
             response.headers.remove("content-length")
         return response

@@ -1,7 +1,6 @@
 """`strip_azure_fields`: answers have no fields but those that OpenAI's own have."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,11 +38,13 @@ class StripAzureFields(Stage):
             return response
         if response.event_stream:
             response.pipe(Strip(self.finds, self.stripped, partial(request.count, self.id)))
-        elif is_json(response) and "content" not in (request.operation or "").split("."):
+        elif response.media_type == "application/json" and "content" not in (request.operation or "").split("."):
             body = await response.read(MOST)
-            if any(name in body for name in self.finds) and (made := self.stripped(parsed(body))) is not None:
-                response.body = json.dumps(made).encode()
-                response.headers.remove("content-length")
+            if (
+                any(name in body for name in self.finds)
+                and (made := self.stripped(await response.read_json(MOST))) is not None
+            ):
+                response.set_json(made)
                 request.count(self.id)
         return response
 
@@ -82,23 +83,3 @@ class Strip(EventFilter):
             event.set_json(made)
             self._count()
         return event
-
-
-def is_json(response: Response) -> bool:
-    """Whether an answer is JSON, by its media type."""
-    return (response.headers.get("content-type") or "").partition(";")[0].strip().lower() == "application/json"
-
-
-def finite(text: str) -> float:
-    """Return a number that JSON can say again. Raises ValueError."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"{text} is none")
-    return number
-
-
-def parsed(data: bytes) -> Any:
-    """Return what is JSON, else None; so it is where a number is too large to be said again."""
-    try:
-        return json.loads(data, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError):
-        return None

@@ -41,6 +41,8 @@ def test_what_kind_of_answer_it_is_follows_its_headers() -> None:
     response.headers = Headers({"content-type": "text/plain"})
     seen.append(response.event_stream)
     assert seen == [False, True, False, False, True, False]
+    assert (response.media_type, Response().media_type) == ("text/plain", "")
+    assert Response(200, b"", {"content-type": " Application/JSON ; charset=utf-8"}).media_type == "application/json"
 
 
 def test_headers_are_found_without_regard_to_case_and_keep_their_order() -> None:
