@@ -116,6 +116,11 @@ async def write_answer(
     except ClientGone:
         raise
     except asyncio.CancelledError:
+        if writer.ended and connection.transport is not None and (task := asyncio.current_task()) is not None:
+            # All is written: nothing may follow it, and the answer is whole for whoever takes the rest.
+            task.uncancel()
+            note_end(exchange, response.error)
+            return False
         if connection.transport is not None:
             # The gateway ends this, not the client: it is told.
             stopped = ApiError(503, "the gateway is stopping and cut this answer off", code="shutting_down")
@@ -214,15 +219,20 @@ def _write(connection: Connection, exchange: Exchange, before: bytes, data: byte
 
 
 async def _drained(connection: Connection, exchange: Exchange, patience: float) -> None:
-    """Wait until the client takes more. Raises ClientGone where it does not, or leaves."""
+    """Wait until the client has taken enough. Raises ClientGone where it takes nothing for too long, or leaves."""
+    drained = asyncio.ensure_future(connection._drain_helper())  # one, since to be cancelled ends it for all
+    unsent = connection.unsent
     try:
-        async with asyncio.timeout(patience):
-            await connection._drain_helper()
-    except TimeoutError:
-        _give_up(connection, exchange)
-        raise ClientGone from None
+        while not (await asyncio.wait((drained,), timeout=patience))[0]:
+            before, unsent = unsent, connection.unsent
+            if unsent >= before:
+                _give_up(connection, exchange)
+                raise ClientGone
+        drained.result()
     except ConnectionError:
         raise ClientGone from None
+    finally:
+        drained.cancel()
 
 
 def _give_up(connection: Connection, exchange: Exchange) -> None:
@@ -238,7 +248,19 @@ class _Writer:
     A client that does not read is waited for: where the body is pumped from Azure, Azure is told to wait.
     """
 
-    __slots__ = ("_exchange", "_linked", "_pacer", "_patience", "_pumped", "_timer", "chunked", "connection", "tail")
+    __slots__ = (
+        "_exchange",
+        "_linked",
+        "_pacer",
+        "_patience",
+        "_pumped",
+        "_timer",
+        "_unsent",
+        "chunked",
+        "connection",
+        "ended",
+        "tail",
+    )
 
     def __init__(
         self,
@@ -258,6 +280,8 @@ class _Writer:
         self.chunked = chunked
         self._pumped: Answer | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._unsent = 0
+        self.ended = False
         self._pacer = Pacer(pace, self._put, asyncio.get_running_loop()) if pace is not None else None
 
     def _put(self, data: bytes, after: bytes = b"") -> None:
@@ -317,6 +341,7 @@ class _Writer:
             self._put(left, _LAST_CHUNK if self.chunked else b"")
         elif self.chunked:
             _write(self.connection, self._exchange, _LAST_CHUNK, b"")
+        self.ended = True
         await self._drained()
 
     async def _end_pacing(self, pacer: Pacer) -> None:
@@ -348,7 +373,7 @@ class _Writer:
         """Let Azure wait for a client that does not read fast enough, but not for ever."""
         self._stop_timer()
         if paused:
-            self._timer = asyncio.get_running_loop().call_later(self._patience, self._give_up)
+            self._wait_for_it()
         if self._pumped is not None:
             (self._pumped.hold if paused else self._pumped.release)()
         if self._pacer is not None:
@@ -359,8 +384,15 @@ class _Writer:
             self._timer.cancel()
             self._timer = None
 
+    def _wait_for_it(self) -> None:
+        self._unsent = self.connection.unsent
+        self._timer = asyncio.get_running_loop().call_later(self._patience, self._give_up)
+
     def _give_up(self) -> None:
-        _give_up(self.connection, self._exchange)
+        if self.connection.unsent < self._unsent:
+            self._wait_for_it()  # it takes something, though slowly
+        else:
+            _give_up(self.connection, self._exchange)
 
 
 def _break_off(

@@ -7,7 +7,11 @@ and bodies are read by `http1.py`, which reads them in one way only and costs a 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
@@ -79,6 +83,7 @@ class Connection(BaseProtocol):
         "_task_handler",
         "_timeouts",
         "_unsent",
+        "_unsent_then",
         "on_flow",
     )
 
@@ -94,6 +99,7 @@ class Connection(BaseProtocol):
         super().__init__(loop)
         self._outbox = outbox
         self._unsent = b""
+        self._unsent_then = 0
         self._manager = manager
         self._handle = handle
         self._limits = limits
@@ -154,11 +160,29 @@ class Connection(BaseProtocol):
         if self.transport is not None:
             self.transport.close()
             # A client that takes nothing more would never let it be closed.
-            self._deadline.set(self._timeouts.client, self._abort)
+            self._unsent_then = self.unsent
+            self._deadline.set(self._timeouts.client, self._abort_unless_taken)
 
-    def _abort(self) -> None:
-        if self.transport is not None:
+    def _abort_unless_taken(self) -> None:
+        if self.transport is None:
+            return
+        then, self._unsent_then = self._unsent_then, self.unsent
+        if self._unsent_then < then:
+            self._deadline.set(self._timeouts.client, self._abort_unless_taken)
+        else:
             self.transport.abort()
+
+    @property
+    def unsent(self) -> int:
+        """How many bytes the client has not taken yet, those in the system's buffer included where it tells them."""
+        if self.transport is None:
+            return 0
+        waiting = self.transport.get_write_buffer_size()
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError, ValueError):
+                waiting += int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return waiting
 
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- aiohttp's server calls it
         """Close, as aiohttp's server asks of its connections."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -88,6 +88,7 @@ class _Side:
         self.lost = False
         self.told = False  # it was sent a close frame
         self.messages = 0  # that it has sent
+        self.unsent = 0  # what it had not taken when it was last looked at
         self.timer: asyncio.TimerHandle | None = None  # while it takes nothing
 
     def hold(self, why: str) -> None:
@@ -205,12 +206,12 @@ class Relay:
         except Exception as exc:
             get_logger().error("a filter failed", **masked(failure(exc), self._hidden))
             self._fail(ApiError(500, "the gateway failed on this message"))
+        self._tell(other, side)
         if (wrong := side.frames.error) is not None:
             if side.client:
                 self._fail(ApiError(400, wrong.reason, code="malformed_frame"), code=wrong.code)
             else:
                 self._fail(UpstreamError(f"what Azure sent is no WebSocket frame: {wrong.reason}"))
-        self._tell(other, side)
 
     def _control(self, side: _Side, other: _Side, control: Control) -> None:
         if control.opcode == PONG and control.payload == self._ours:
@@ -220,7 +221,8 @@ class Relay:
             return
         for place, each in enumerate(side.filters):
             for left in each.close():
-                self._send(other, TEXT, through(side.filters[place + 1 :], left))
+                self._send(other, TEXT, through(side.filters, left, place + 1))
+        self._tell(other, side)  # nothing of a message may follow a close frame
         if self._exchange.close_code is None:
             self._exchange.close_code = control.code or 1005
         if not other.told:
@@ -240,7 +242,7 @@ class Relay:
     def _filter(self, side: _Side, other: _Side, message: Message) -> None:
         event = MessageEvent(message.payload)
         try:
-            events = through(side.filters, event)
+            events = list(through(side.filters, event))
         except ApiError as exc:
             if not side.client:
                 raise
@@ -263,7 +265,7 @@ class Relay:
             else:
                 side.hold("answers")
 
-    def _send(self, side: _Side, opcode: int, events: Sequence[Event]) -> None:
+    def _send(self, side: _Side, opcode: int, events: Iterable[Event]) -> None:
         for each in events:
             side.write(frame(opcode, each.raw, masked=not side.client))
 
@@ -294,6 +296,7 @@ class Relay:
         side.taking = not paused
         if paused:
             other.hold("flow")
+            side.unsent = self._connection.unsent
             patience = self._patience[0 if side.client else 1]
             side.timer = self._loop.call_later(patience, self._not_taken, side)
         else:
@@ -302,6 +305,10 @@ class Relay:
 
     def _not_taken(self, side: _Side) -> None:
         if side.client:
+            before, side.unsent = side.unsent, self._connection.unsent
+            if side.unsent < before:  # it takes something, though slowly
+                side.timer = self._loop.call_later(self._patience[0], self._not_taken, side)
+                return
             self._exchange.error = "client_not_reading"
             self._client.lost = True
             if self._connection.transport is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -138,24 +138,22 @@ def wanted(each: EventFilter, raw: bytes) -> bool:
     return any(needle in raw for needle in each.finds) or any(needle not in raw for needle in each.lacks)
 
 
-def through(filters: Sequence[EventFilter], event: Event) -> list[Event]:
-    """Return what filters make of an event, one after the other."""
+def through(filters: Sequence[EventFilter], event: Event, first: int = 0) -> Iterator[Event]:
+    """Yield what filters, from `first` on, make of an event, each as soon as it is through all of them."""
     kind = type(event)
-    events = [event]
-    for each in filters:
-        made: list[Event] = []
-        for one in events:
-            if not wanted(each, one.raw):
-                made.append(one)
-                continue
-            result = each.event(one)
-            if isinstance(result, Event):
-                made.append(result)
-            elif result is not None:
-                made.extend(result)
+    for place in range(first, len(filters)):
+        if not wanted(filters[place], event.raw):
+            continue
+        result = filters[place].event(event)
+        made = [result] if isinstance(result, Event) else result or []
         # What a filter made of a message of a WebSocket is one, too.
         events = [one if isinstance(one, kind) else kind(one.raw) for one in made]
-    return events
+        if len(events) != 1:
+            for one in events:
+                yield from through(filters, one, place + 1)
+            return
+        event = events[0]
+    yield event
 
 
 class Splitter:
@@ -290,9 +288,10 @@ class _Events(Filter):
             self._half_sent = True
             out.append(event.raw)
             return
-        events = through(self._filters[first:], event)
-        self._half_sent = bool(events) and events[-1].raw.endswith(b"\r")
-        out.extend(one.raw for one in events)
+        self._half_sent = False
+        for one in through(self._filters, event, first):
+            out.append(one.raw)
+            self._half_sent = one.raw.endswith(b"\r")
 
     def close(self) -> bytes:
         out: list[bytes] = []

@@ -56,24 +56,28 @@ class Beginning:
 
     def __init__(self) -> None:
         self._place = 0  # where the first event begins that was not looked at
+        self._scan = 0  # no event ends before this place
         self._told: Event | None = None  # the first that says something
 
     def is_enough(self, data: bytes) -> bool:
         """Whether these first bytes tell how the stream goes on."""
-        while self._told is None and (found := END.search(data, self._place)) is not None:
+        while self._told is None and (found := END.search(data, max(self._place, self._scan))) is not None:
             event = Event(data[self._place : found.end()])
             self._place = found.end()
             if not says_nothing(event):
                 self._told = event
+        self._scan = max(0, len(data) - 3)
         return self._told is not None
 
     def error_in(self, data: bytes) -> dict[str, Any] | None:
         """Return the error with which the stream begins, also where no blank line ends it."""
         if self.is_enough(data):
             return error_of(self._told.json()) if self._told is not None else None
-        rest = data[self._place :].strip()
+        rest = data[self._place :].removeprefix(b"\xef\xbb\xbf")
+        if Event(rest).data.strip():
+            return error_of(Event(rest).json())
         # (Some gateways send an error as plain JSON, whatever they call it.)
-        return error_of(Event(rest if rest.startswith(b"data") else b"data: " + rest).json()) if rest else None
+        return error_of(Event(b"data: " + b" ".join(rest.splitlines())).json())
 
 
 class BreakOff(EventFilter):

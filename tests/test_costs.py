@@ -50,6 +50,9 @@ class Pipe(asyncio.Transport):
         self.written.append(bytes(data))
         self.on_write()
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def is_closing(self) -> bool:
         return self.closing
 

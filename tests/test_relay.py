@@ -936,6 +936,37 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
             told.set()
 
 
+async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway) -> None:
+    """One that waited for the end of Azure's message is told before Azure's goodbye, if both come in one read."""
+    asked = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + b"\x01\x02ab")
+        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.sleep(0.05)
+        writer.write(b"\x80\x02cd" + close_frame(1000, "bye", masked=False))
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(HANDSHAKE.replace(b"/v1/realtime?model=gpt-4o", b"/v1/responses"))
+        await reader.readuntil(b"ab")
+        writer.write(frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
+        asked.set()
+        frames = Frames(masked=False, most=10_000, whole=True)
+        frames.feed(b"\x01\x02ab")
+        found: list[Any] = []
+        while not frames.closed:
+            found += frames.feed(await reader.read(1000))
+        writer.write(frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
+        writer.write(close_frame(1000, "", masked=True))
+        rest = await reader.read()
+        writer.close()
+    assert [getattr(each, "payload", b"")[:10] for each in found[:2]] == [b"abcd", b'{"type":"e']
+    assert (len(found), rest) == (3, b"")
+
+
 async def test_a_client_that_does_not_read_what_it_is_told_is_not_read_from(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -643,3 +645,89 @@ async def test_client_that_leaves_while_reading_is_paused(start_gateway: StartGa
         writer.close()
         await gateway.idle()
         await until(lambda: azure.connections == 0)
+
+
+SLOW = """
+from gateway import Response, Stage
+
+class Slow(Stage):
+    async def __call__(self, request, call_next):
+        if self.id == "whole":
+            return Response(200, b"x" * 6_000_000)
+
+        async def pieces():
+            for _ in range(60):
+                yield b"x" * 100_000
+
+        return Response(200, pieces())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole", "pieces"])
+@pytest.mark.parametrize("close", [False, True])
+async def test_a_client_that_reads_slowly_but_steadily_gets_all(
+    start_gateway: StartGateway, how: str, close: bool
+) -> None:
+    """`timeouts.client` is for a client that takes nothing, however long the whole takes, and behind the answer too."""
+    yaml = "plugins_path: mine\nresources: {azure: {endpoint: http://azure.invalid}}\nauth: none\n"
+    yaml += f"pipeline: [access_log, slow as {how}, auth_passthrough, model_map, api_version]\n"
+    gateway = await start_gateway("", yaml, {"mine/slow.py": SLOW}, timeouts={"client": 0.4})
+    loop = asyncio.get_running_loop()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        raw.setblocking(False)
+        await loop.sock_connect(raw, ("127.0.0.1", gateway.port))
+        request = chat_request() if close else chat_request().replace(b"Connection: close\r\n", b"")
+        await loop.sock_sendall(raw, request)
+        received = 0
+        while received < 6_000_000 and (data := await loop.sock_recv(raw, 60_000)):
+            received += data.count(b"x")
+            await asyncio.sleep(0.02)
+    assert received >= 6_000_000
+
+
+HELD = """
+import asyncio
+from gateway import Response, Stage
+
+class Held(Stage):
+    async def start(self, services):
+        self.go = asyncio.Event()
+
+    async def __call__(self, request, call_next):
+        async def pieces():
+            yield b"x" * 6_000_000
+            await self.go.wait()
+
+        return Response(200, pieces())
+"""
+
+
+async def test_nothing_follows_the_last_chunk_where_the_gateway_stops(start_gateway: StartGateway) -> None:
+    """The answer is whole, though its client has not taken all of it yet."""
+    yaml = "plugins_path: mine\nresources: {azure: {endpoint: http://azure.invalid}}\nauth: none\n"
+    yaml += "pipeline: [access_log, held, auth_passthrough, model_map, api_version]\n"
+    gateway = await start_gateway("", yaml, {"mine/held.py": HELD}, timeouts={"grace": 0.1})
+    held: Any = next(stage for stage in gateway.server.teams.default.stages if stage.id == "held")
+    loop = asyncio.get_running_loop()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        raw.setblocking(False)
+        await loop.sock_connect(raw, ("127.0.0.1", gateway.port))
+        await until(lambda: gateway.server._http.connections)  # type: ignore[union-attr]
+        connection: Any = next(iter(gateway.server._http.connections))  # type: ignore[union-attr]
+        connection.transport.set_write_buffer_limits(high=100_000_000)  # so that the answer's end is reached
+        await loop.sock_sendall(raw, chat_request())
+        await until(lambda: connection.transport.get_write_buffer_size())
+        connection.transport.set_write_buffer_limits(high=0)  # and waited for
+        held.go.set()
+        await until(lambda: connection.writing_paused)
+        stopping = asyncio.create_task(gateway.server.stop())
+        await asyncio.sleep(0.3)
+        received = b""
+        while data := await loop.sock_recv(raw, 1_000_000):
+            received += data
+        await stopping
+    assert received.endswith(b"x\r\n0\r\n\r\n")
+    assert gateway.exchanges()[0]["ended_by"] == "complete"

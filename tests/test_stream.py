@@ -152,6 +152,24 @@ def test_a_filter_is_asked_about_what_lacks_something() -> None:
     assert fed([Filter(), Lacking()], events) == b"data: z1\n\ndata: z2\n\ndata: y2\n\n"
 
 
+def test_of_several_events_in_the_place_of_one_those_before_a_failure_are_not_lost() -> None:
+    """Each goes through the filters behind before the next one is looked at."""
+
+    class Split(EventFilter):
+        def event(self, event: Event) -> list[Event]:
+            return [Event(b"data: held\n\n"), event]
+
+    class Fail(EventFilter):
+        finds = (b"bad",)
+
+        def event(self, event: Event) -> Event:
+            raise ValueError("bad")
+
+    with pytest.raises(CutShort) as caught:
+        link([Split(), Fail()]).feed(b"data: bad\n\n")
+    assert caught.value.left == b"data: held\n\n"
+
+
 def test_a_comma_that_was_forgotten_is_told() -> None:
     """Bytes are a sequence too, of numbers, and each of those is in nearly every event."""
     with pytest.raises(TypeError, match="with a comma"):
@@ -164,7 +182,7 @@ def test_what_filters_make_of_a_message_stays_one() -> None:
     class Kind(Event):
         pass
 
-    made = through([Mark(search=False), Mark(search=False)], Kind(b"x"))
+    made = list(through([Mark(search=False), Mark(search=False)], Kind(b"x")))
     assert [type(each) for each in made] == [Kind] * len(made)
 
 

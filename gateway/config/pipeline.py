@@ -241,9 +241,12 @@ def check_order(
     providers = {name: entry.id for entry, _, provides in says for name in provides}
     provided = set(have)
     seen: dict[str, str] = {}
-    for (entry, needs, provides), (_, stage) in zip(says, made, strict=True):
-        for name in names_of(reader, entry, stage, "above"):
-            if name in seen:
+    for place, ((entry, needs, provides), (_, stage)) in enumerate(zip(says, made, strict=True)):
+        # A second one of its kind is somebody's own idea, and so is a second one of those that it stands above.
+        first = all(type(other) is not type(stage) for _, other in made[:place])
+        below = {name for _, _, names in says[place + 1 :] for name in names}
+        for name in names_of(reader, entry, stage, "above") if first else ():
+            if name in seen and name not in below:
                 reader.mistake(
                     entry.node, f"stage {entry.id!r} must stand above {seen[name]!r}, which provides {name!r}"
                 )
