@@ -21,6 +21,7 @@ from gateway.keys import secrets
 from gateway.logs import get_logger, masked
 from gateway.messages import Response, check_body
 from gateway.pacing import Pacer
+from gateway.patience import Patience
 from gateway.relay import Relay
 from gateway.stream import CutShort, EventFilter, Linked, link, unfinished_event
 from gateway.websocket import WebSocket, accepted, chosen_protocol, offered_protocols
@@ -220,19 +221,13 @@ def _write(connection: Connection, exchange: Exchange, before: bytes, data: byte
 
 async def _drained(connection: Connection, exchange: Exchange, patience: float) -> None:
     """Wait until the client has taken enough. Raises ClientGone where it takes nothing for too long, or leaves."""
-    drained = asyncio.ensure_future(connection._drain_helper())  # one, since to be cancelled ends it for all
-    unsent = connection.unsent
+    waiting = Patience(connection, patience, lambda: _give_up(connection, exchange))
     try:
-        while not (await asyncio.wait((drained,), timeout=patience))[0]:
-            before, unsent = unsent, connection.unsent
-            if unsent >= before:
-                _give_up(connection, exchange)
-                raise ClientGone
-        drained.result()
+        await connection._drain_helper()
     except ConnectionError:
         raise ClientGone from None
     finally:
-        drained.cancel()
+        waiting.cancel()
 
 
 def _give_up(connection: Connection, exchange: Exchange) -> None:
@@ -254,8 +249,7 @@ class _Writer:
         "_pacer",
         "_patience",
         "_pumped",
-        "_timer",
-        "_unsent",
+        "_waiting",
         "chunked",
         "connection",
         "ended",
@@ -279,8 +273,7 @@ class _Writer:
         self._linked = linked
         self.chunked = chunked
         self._pumped: Answer | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._unsent = 0
+        self._waiting: Patience | None = None  # for a client that takes nothing
         self.ended = False
         self._pacer = Pacer(pace, self._put, asyncio.get_running_loop()) if pace is not None else None
 
@@ -334,7 +327,7 @@ class _Writer:
             raise
         finally:
             self.connection.on_flow = None
-            self._stop_timer()
+            self._stop_waiting()
             if self._pacer is not None:
                 self._pacer.stop()
         if left:
@@ -371,28 +364,18 @@ class _Writer:
 
     def _flow(self, paused: bool) -> None:
         """Let Azure wait for a client that does not read fast enough, but not for ever."""
-        self._stop_timer()
+        self._stop_waiting()
         if paused:
-            self._wait_for_it()
+            self._waiting = Patience(self.connection, self._patience, lambda: _give_up(self.connection, self._exchange))
         if self._pumped is not None:
             (self._pumped.hold if paused else self._pumped.release)()
         if self._pacer is not None:
             (self._pacer.hold if paused else self._pacer.release)()
 
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _wait_for_it(self) -> None:
-        self._unsent = self.connection.unsent
-        self._timer = asyncio.get_running_loop().call_later(self._patience, self._give_up)
-
-    def _give_up(self) -> None:
-        if self.connection.unsent < self._unsent:
-            self._wait_for_it()  # it takes something, though slowly
-        else:
-            _give_up(self.connection, self._exchange)
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
 
 
 def _break_off(

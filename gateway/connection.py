@@ -26,6 +26,7 @@ from gateway.exchange import failure
 from gateway.http1 import HEAD_END, MAX_HEAD, HeadReader, Malformed, RequestHead, begins_request, malformed_request
 from gateway.logs import get_logger
 from gateway.outbox import Outbox
+from gateway.patience import Patience
 from gateway.settings import Limits, Timeouts
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Connection(BaseProtocol):
     __slots__ = (
         "_arriving",
         "_buffer",
+        "_closer",
         "_closing",
         "_deadline",
         "_handle",
@@ -83,7 +85,6 @@ class Connection(BaseProtocol):
         "_task_handler",
         "_timeouts",
         "_unsent",
-        "_unsent_then",
         "on_flow",
     )
 
@@ -99,7 +100,7 @@ class Connection(BaseProtocol):
         super().__init__(loop)
         self._outbox = outbox
         self._unsent = b""
-        self._unsent_then = 0
+        self._closer: Patience | None = None  # until what is still to be written is taken
         self._manager = manager
         self._handle = handle
         self._limits = limits
@@ -135,6 +136,8 @@ class Connection(BaseProtocol):
         super().connection_lost(exc)
         self._closing = True
         self._deadline.stop()
+        if self._closer is not None:
+            self._closer.cancel()
         if self._leave_timer is not None:
             self._leave_timer.cancel()
             self._leave_timer = None
@@ -160,16 +163,10 @@ class Connection(BaseProtocol):
         if self.transport is not None:
             self.transport.close()
             # A client that takes nothing more would never let it be closed.
-            self._unsent_then = self.unsent
-            self._deadline.set(self._timeouts.client, self._abort_unless_taken)
+            self._closer = self._closer or Patience(self, self._timeouts.client, self._abort)
 
-    def _abort_unless_taken(self) -> None:
-        if self.transport is None:
-            return
-        then, self._unsent_then = self._unsent_then, self.unsent
-        if self._unsent_then < then:
-            self._deadline.set(self._timeouts.client, self._abort_unless_taken)
-        else:
+    def _abort(self) -> None:
+        if self.transport is not None:
             self.transport.abort()
 
     @property

@@ -31,6 +31,7 @@ from gateway.frames import (
 )
 from gateway.jsonbody import encoded_json
 from gateway.logs import get_logger, masked
+from gateway.patience import Patience
 from gateway.stream import Event, EventFilter, through
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ class _Side:
         self.lost = False
         self.told = False  # it was sent a close frame
         self.messages = 0  # that it has sent
-        self.unsent = 0  # what it had not taken when it was last looked at
-        self.timer: asyncio.TimerHandle | None = None  # while it takes nothing
+        self.timer: asyncio.TimerHandle | Patience | None = None  # while it takes nothing
 
     def hold(self, why: str) -> None:
         """Take nothing more from it, until `release` for the same reason."""
@@ -296,25 +296,22 @@ class Relay:
         side.taking = not paused
         if paused:
             other.hold("flow")
-            side.unsent = self._connection.unsent
-            patience = self._patience[0 if side.client else 1]
-            side.timer = self._loop.call_later(patience, self._not_taken, side)
+            if side.client:
+                side.timer = Patience(self._connection, self._patience[0], self._client_takes_nothing)
+            else:
+                side.timer = self._loop.call_later(self._patience[1], self._azure_takes_nothing)
         else:
             other.release("flow")
             self._tell(side, other)
 
-    def _not_taken(self, side: _Side) -> None:
-        if side.client:
-            before, side.unsent = side.unsent, self._connection.unsent
-            if side.unsent < before:  # it takes something, though slowly
-                side.timer = self._loop.call_later(self._patience[0], self._not_taken, side)
-                return
-            self._exchange.error = "client_not_reading"
-            self._client.lost = True
-            if self._connection.transport is not None:
-                self._connection.transport.abort()
-        else:
-            self._fail(UpstreamTimeout(f"Azure took nothing for {self._patience[1]:g} s"))
+    def _client_takes_nothing(self) -> None:
+        self._exchange.error = "client_not_reading"
+        self._client.lost = True
+        if self._connection.transport is not None:
+            self._connection.transport.abort()
+
+    def _azure_takes_nothing(self) -> None:
+        self._fail(UpstreamTimeout(f"Azure took nothing for {self._patience[1]:g} s"))
 
     # -- whether they are there ------------------------------------------------------------------------
 

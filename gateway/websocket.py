@@ -35,8 +35,8 @@ __all__ = (
     "taken",
 )
 
-# RFC 6455, 1.3
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# RFC 6455, 1.3
 _MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 

@@ -32,6 +32,7 @@ TESTED_ELSEWHERE = {
     "pool": "a part of test_upstream",
     "connection": "one side of test_server and test_hostile",
     "services": "used by stages in test_stage",
+    "patience": "slow and stopped clients of test_server and test_relay",
     "serving": "a part of test_testing and test_docs",
     "settings": "read by test_config, used by test_server",
     "answer": "one side of test_server and test_stage",
