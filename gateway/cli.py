@@ -1,4 +1,4 @@
-"""The command line: `gateway serve`, `check`, `import`, `stages`, `schema`, `demo`.
+"""The command line: `gateway serve`, `check`, `keys`, `import`, `stages`, `schema`, `demo`.
 
 Flags without a command are `serve`'s: that is how the Go proxy, which many come from, is started.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import datetime
+import getpass
 import json
 import os
 import sys
@@ -121,6 +123,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=where + "; or the folder it is in")
     check.set_defaults(run=_check)
+
+    keys = commands.add_parser(
+        "keys", help="make a team's key", description="Make keys for teams; the configuration has only their digests."
+    ).add_subparsers(dest="keys_command", metavar="new|digest", required=True)
+    new = keys.add_parser(
+        "new",
+        help="make a key",
+        description="Make a key and print it, this once, with the line that makes it a team's. Nothing is stored.",
+    )
+    new.add_argument("--team", metavar="NAME", required=True, help="whose key it will be: the name of the team's file")
+    new.add_argument("--label", metavar="TEXT", help="who will have it, for logs and limits")
+    new.add_argument("--expires", metavar="DAYS|DATE", help="days from now (90), or its last day (2027-01-31)")
+    new.set_defaults(run=_new_key)
+    digest = keys.add_parser(
+        "digest",
+        help="print the digest of a key",
+        description="Read a key from standard input, and print its digest as `match: keys:` has it.",
+    )
+    digest.set_defaults(run=_digest)
 
     imports = commands.add_parser(
         "import",
@@ -263,6 +284,43 @@ def _check(options: argparse.Namespace) -> int:
 def _print_notes(notes: Sequence[Mistake]) -> None:
     for note in sorted(notes):
         print(note, file=sys.stderr)
+
+
+def _new_key(options: argparse.Namespace) -> int:
+    from gateway.keys import key_digest, new_key  # noqa: PLC0415
+
+    today = datetime.datetime.now(datetime.UTC).date()
+    key = new_key()
+    facts = {"digest": key_digest(key), "label": options.label, "created": str(today)}
+    facts["expires"] = _last_day(options.expires, today) if options.expires is not None else None
+    line = ", ".join(f"{name}: {json.dumps(text, ensure_ascii=False)}" for name, text in facts.items() if text)
+    where = "gateway.yaml" if options.team == "default" else f"the team's file, {options.team}.yaml"
+    print(f"{key}\n\nThis is the key; it is shown only now. It works once this line stands in {where}:\n")
+    print(f"match:\n  keys:\n    - {{{line}}}")
+    return 0
+
+
+def _last_day(text: str, today: datetime.date) -> str:
+    """Return what `expires:` is to say. Raises StartError where that is past, or no day."""
+    from gateway.config.load import end_of  # noqa: PLC0415
+
+    try:
+        day = str(today + datetime.timedelta(days=int(text))) if text.isdecimal() else text
+        if end_of(day) <= datetime.datetime.now(datetime.UTC).timestamp():
+            raise StartError(f"--expires: {day} is past")
+    except (ValueError, OverflowError):
+        raise StartError(f"--expires: {text!r} is neither a number of days nor a day, such as 2027-01-31") from None
+    return day
+
+
+def _digest(_: argparse.Namespace) -> int:
+    from gateway.keys import is_key, key_digest  # noqa: PLC0415
+
+    key = (getpass.getpass("key: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
+    if not is_key(key):
+        raise StartError("standard input has no key: one line of letters, digits and . _ ~ + / - =")
+    print(key_digest(key))
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
+import secrets as secrets_module
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
 __all__ = (
     "KEY_PROTOCOL",
     "Credential",
+    "ListedKey",
     "is_key",
     "key_digest",
+    "new_key",
     "presented_key",
     "secrets",
 )
@@ -43,6 +47,25 @@ class Credential:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digest", key_digest(self.value))
+
+
+@dataclass(frozen=True, slots=True)
+class ListedKey:
+    """A key of a team as its configuration lists it: by its digest, never itself.
+
+    `expires` is in seconds since the epoch. `models` are the only ones that it may use (names or globs); None for
+    all of its team's.
+    """
+
+    digest: str
+    label: str | None = None
+    expires: float | None = None
+    disabled: bool = False
+    models: tuple[str, ...] | None = None
+
+    def is_of(self, key: Credential) -> bool:
+        """Whether this is the digest of a key, in a time that does not tell how much of it is right."""
+        return hmac.compare_digest(self.digest, key.digest)
 
 
 # Keys that were looked at, by the SHA-256 of what was presented: the digest is needed for each request anyway.
@@ -125,6 +148,11 @@ def secrets(headers: Headers, target: Target | None) -> list[str]:
         proxy = target.resource.proxy if target.resource is not None else None
         found += [proxy.password] if proxy is not None else []
     return [value for value in found if value]
+
+
+def new_key() -> str:
+    """Return a new key, of 256 random bits; many clients look for the `sk-` of OpenAI's keys."""
+    return "sk-gw-" + secrets_module.token_urlsafe(32)
 
 
 def _bad_key(message: str) -> ApiError:

@@ -67,7 +67,8 @@ class Request:
 
     `operation` is the table's name for it, such as `chat.completions`, or None where there is none.
     `path` begins after the team's prefix and `/v1`. `caller` is who the key says it is, set by the stage
-    that authenticates. `target` is where it will go. `notes` are facts for the log event; never put a
+    that authenticates; `allowed_models` are the only ones that it may use (names or globs), None for all of the
+    team's. `target` is where it will go. `notes` are facts for the log event; never put a
     body or a key there.
     """
 
@@ -83,6 +84,7 @@ class Request:
         "_model_read",
         "_model_set",
         "_row",
+        "allowed_models",
         "caller",
         "headers",
         "id",
@@ -119,6 +121,7 @@ class Request:
         self.headers = headers
         self.team = team
         self.caller: str | None = None
+        self.allowed_models: tuple[str, ...] | None = None
         self.target = target
         self.notes: dict[str, object] = {}
         self._body = body
@@ -274,6 +277,7 @@ class Request:
         )
         twin.operation = self.operation
         twin.caller = self.caller
+        twin.allowed_models = self.allowed_models
         twin.notes = self.notes
         twin._json = self._json
         twin._json_set = self._json_set

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.errors import ApiError, StartError
 from gateway.headers import Headers
-from gateway.keys import key_digest, presented_key
+from gateway.keys import ListedKey, presented_key
 from gateway.logs import get_logger
 from gateway.messages import Target
 from gateway.services import Services, Shared
@@ -23,7 +22,7 @@ class Match:
 
     path_prefix: tuple[str, ...] = ()
     host: tuple[str, ...] = ()
-    keys: tuple[str, ...] = ()
+    keys: tuple[ListedKey, ...] = ()
 
 
 @dataclass
@@ -81,7 +80,7 @@ class Teams:
         self.shared = shared or Shared()
         self._prefixes = {prefix: team for team in others for prefix in team.match.path_prefix}
         self._hosts = {host: team for team in others for host in team.match.host}
-        self._keys = {digest: team for team in others for digest in team.match.keys}
+        self._keys = {key.digest: (key, team) for team in others for key in team.match.keys}
 
     async def start(self, end: Next) -> None:
         """Start every team; those already started are stopped if one fails."""
@@ -123,12 +122,9 @@ class Teams:
         key = presented_key(headers)
         if key is None:
             return None
-        digest = key_digest(key.value)
-        found = self._keys.get(digest)
+        listed, team = self._keys.get(key.digest, (None, None))
         # The dict has found it by hash; the comparison that decides takes the same time for every digest.
-        if found is not None and any(hmac.compare_digest(digest, known) for known in found.match.keys):
-            return found
-        return None
+        return team if listed is not None and listed.is_of(key) else None
 
 
 def _host(headers: Headers) -> str:

@@ -1,9 +1,10 @@
 r"""`model_map`: the model that a client asks for becomes a deployment of an Azure resource."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import translate
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from gateway import ApiError, Meta, Next, Request, Response, Services, Stage, Target
@@ -37,6 +38,13 @@ class ModelMap(Stage):
     default: Annotated[
         str | None, Meta(description="the deployment of every model without a mapping, before `unmapped` is asked")
     ] = None
+    allow: Annotated[
+        Names | None,
+        Meta(description="the only models that the team may use, as names, globs or expressions; all if left out"),
+    ] = None
+    deny: Annotated[Names, Meta(description="models that it may not use, also of those in `allow`")] = field(
+        default_factory=list
+    )
     list: Annotated[
         Names, Meta(description="names that /v1/models shows besides the exact ones, for globs and expressions")
     ] = field(default_factory=list)
@@ -57,8 +65,12 @@ class ModelMap(Stage):
         self._services = Services(team="", stage="")
         self._own = Target()
         self._listed: tuple[str, ...] = ()
+        self._allowed: Callable[[str], object] | None = None
+        self._denied: Callable[[str], object] = one_of(())
+        self._denied_deployments: set[str] = set()
+        self._open = True
 
-    def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
+    def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
         """Read the map; what is wrong in it is found here, with its place."""
         self._services = services
         self._own = Target(resource=services.resource)
@@ -83,6 +95,20 @@ class ModelMap(Stage):
         if self.default is None and self.unmapped != "refuse" and services.resource is None and services.resources:
             yield (), "a model without a mapping has no resource; set the team's `resource:`, or `unmapped: refuse`"
         self._listed = tuple(dict.fromkeys([*self._exact, *(name.strip() for name in self.list)]))
+        for setting, names in (("allow", self.allow or ()), ("deny", self.deny)):
+            for position, name in enumerate(names):
+                try:
+                    one_of((name,))
+                except re.error as exc:
+                    yield (setting, position), f"the expression {name[1:]!r} is wrong: {exc}"
+
+    async def start(self, services: Services) -> None:
+        self._open = self.allow is None and not self.deny
+        self._allowed = None if self.allow is None else one_of(tuple(self.allow))
+        self._denied = one_of(tuple(self.deny))
+        # By another spelling, a model without a mapping would be the same deployment: Azure ignores the case.
+        own = [_named(self._own, self._own_name(name)) for name in self.deny]
+        self._denied_deployments = {each.deployment.lower() for each in own if each and each.deployment}
 
     def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         if isinstance(self.models, str):
@@ -146,15 +172,40 @@ class ModelMap(Stage):
         return Target(resource=resource, deployment=name), None
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
+        of_key = request.allowed_models
+        find = self._found if self._open and of_key is None else lambda name: self._permitted(name, of_key)
         if request.operation == "models.list":
-            return Response.json({"object": "list", "data": [self._model(name) for name in self._listed]})
+            shown = [name for name in self._listed if self._may(name, of_key)]
+            return Response.json({"object": "list", "data": [self._model(name) for name in shown]})
         if request.operation == "models.retrieve":
             name = await request.model() or ""
-            if name not in self._listed and self._find(name) is None:
-                raise self._refusal(name)
+            if name not in self._listed or not self._may(name, of_key):
+                find(name)
             return Response.json(self._model(name))
-        await request.map_models(self._found)
+        await request.map_models(find)
         return await call_next(request)
+
+    def _may(self, name: str, of_key: tuple[str, ...] | None) -> bool:
+        """Whether the team may use a model, and the key, which may have a list of its own."""
+        if (self._allowed is not None and not self._allowed(name)) or self._denied(name):
+            return False
+        return of_key is None or bool(one_of(of_key)(name))
+
+    def _permitted(self, name: str, of_key: tuple[str, ...] | None) -> Target:
+        """Return the target of a model. Raises ApiError 404 where it may not be used, or has none."""
+        found = self._found(name) if self._may(name, of_key) else None
+        if found is not None and self._denied_deployments and self._is_unmapped(name):
+            found = found if (found.deployment or "").lower() not in self._denied_deployments else None
+        if found is None:
+            # As OpenAI answers for a model that a project has no access to.
+            shown = ", ".join([each for each in self._listed if self._may(each, of_key)][:SHOWN])
+            raise ApiError(
+                404,
+                f"the model {name!r} is not one that you may use here; you may use: {shown or 'ask the operator'}",
+                param="model",
+                code="model_not_found",
+            )
+        return found
 
     def _found(self, name: str) -> Target:
         """Return the target of a model. Raises ApiError 404 where it has none."""
@@ -174,7 +225,13 @@ class ModelMap(Stage):
             return self._default
         if self.unmapped == "refuse":
             return None
-        return _named(self._own, name.replace(".", "") if self.unmapped == "own_name_without_dots" else name)
+        return _named(self._own, self._own_name(name))
+
+    def _own_name(self, name: str) -> str:
+        return name.replace(".", "") if self.unmapped == "own_name_without_dots" else name
+
+    def _is_unmapped(self, name: str) -> bool:
+        return name not in self._exact and not any(pattern.fullmatch(name) for pattern, _, _ in self._patterns)
 
     def _refusal(self, name: str) -> ApiError:
         mapped = [*self._exact, *(written for _, written, _ in self._written() if written.strip() not in self._exact)]
@@ -188,6 +245,14 @@ class ModelMap(Stage):
 
     def _model(self, name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": 0, "owned_by": "azure-openai"}
+
+
+@lru_cache(maxsize=1024)
+def one_of(names: tuple[str, ...]) -> Callable[[str], object]:
+    """Return what tells whether a model is one of some names, globs, or, after `~`, expressions. Raises re.error."""
+    exact = {name for name in names if not name.startswith("~") and not any(sign in name for sign in "*?[")}
+    others = [re.compile(name[1:] if name[:1] == "~" else translate(name)) for name in names if name not in exact]
+    return lambda model: model in exact or any(each.fullmatch(model) for each in others)
 
 
 def _named(target: Target, name: str) -> Target | None:

@@ -10,7 +10,7 @@ from msgspec import Meta
 from gateway.config.convert import RawNode
 from gateway.settings import Limits, Timeouts
 
-__all__ = ("GatewayFile", "LogFile", "MatchFile", "ResourceFile", "TeamFile")
+__all__ = ("GatewayFile", "KeyFile", "LogFile", "MatchFile", "ResourceFile", "TeamFile")
 
 
 Pipeline = Annotated[
@@ -42,12 +42,33 @@ class ResourceFile:
 
 
 @dataclass(frozen=True)
+class KeyFile:
+    """One key of a team, as `gateway keys new` prints it."""
+
+    digest: Annotated[str, Meta(description="sha256: and the hexadecimal SHA-256 of the key; never the key itself")]
+    label: Annotated[
+        str | None, Meta(min_length=1, description="who has it, for logs and limits; keys of one label are one caller")
+    ] = None
+    created: Annotated[str | None, Meta(description="the day it was made, for whoever reads this file")] = None
+    expires: Annotated[
+        str | None, Meta(description="its last day (2027-01-31) or moment (2027-01-31T18:00:00Z), in UTC")
+    ] = None
+    disabled: Annotated[bool, Meta(description="true refuses it, and keeps its line")] = False
+    models: Annotated[
+        str | list[str] | None, Meta(description="the only models that it may use: names, or globs such as gpt-4o*")
+    ] = None
+
+
+@dataclass(frozen=True)
 class MatchFile:
     """Whose requests a team's are: any one of these is enough."""
 
     path_prefix: Annotated[str | list[str] | None, Meta(description="the path before /v1, such as /research")] = None
     host: Annotated[str | list[str] | None, Meta(description="the host name in the client's URL")] = None
-    keys: Annotated[str | list[str] | None, Meta(description="digests of the team's keys, as sha256:HEX")] = None
+    keys: Annotated[
+        KeyFile | list[KeyFile] | None,
+        Meta(description="the team's keys: digests (sha256:HEX), or what `gateway keys new` prints"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,7 @@ class GatewayFile:
         default_factory=list
     )
     resources: Annotated[RawNode | None, Meta(description="the Azure OpenAI resources by name")] = None
+    match: Annotated[MatchFile | None, Meta(description="the default team's `keys`, if it has some of its own")] = None
     pipeline: Pipeline = None
     resource: Annotated[str | None, Meta(description="the resource of deployments that name none")] = None
     auth: Auth = "required"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import glob
 import ipaddress
 import os
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from gateway.config.convert import did_you_mean, fill
-from gateway.config.files import GatewayFile, LogFile, MatchFile, TeamFile
+from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
-from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
+from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError, Mistake
+from gateway.keys import ListedKey
 from gateway.messages import Resource, Target
 from gateway.registry import Registry
 from gateway.services import Services, Shared
@@ -26,6 +28,7 @@ from gateway.teams import Match, Team, Teams
 
 __all__ = (
     "Loaded",
+    "end_of",
     "import_go_proxy",
     "load",
     "plugin_folders",
@@ -101,6 +104,7 @@ class _Loader:
         self.shared = shared
         self.folder = path.parent
         self.resources: dict[str, Resource] = {}
+        self.teams = 1
         self.whole = True
 
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
@@ -119,10 +123,17 @@ class _Loader:
             entries = read_pipeline(reader, with_cors(pipeline) if cors else pipeline, registry, None)
         # The order says something only of a pipeline whose stages are all known.
         self.whole = len(reader.mistakes) == before
-        default = self._team("default", main, entries, root, main, Match(), self.whole)
         files = self._team_files(main.teams, root)
+        self.teams = 1 + len(files)
+        match = self._match(main.match, root)
+        if match.path_prefix or match.host:
+            reader.mistake(
+                value_of(root, "match"),
+                "the default team has every request that is no other team's; its `match` has only `keys`",
+            )
+        default = self._team("default", main, entries, root, main, match, self.whole)
         teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
-        self._check_matches(teams)
+        self._check_matches([(default, root), *teams])
         if reader.mistakes:
             raise ConfigError(reader.mistakes)
         return Loaded(
@@ -205,7 +216,7 @@ class _Loader:
         node = value_of(root, "match")
         prefixes = [text.rstrip("/") for text in _listed(match.path_prefix)]
         hosts = [text.lower() for text in _listed(match.host)]
-        keys = [text.lower() for text in _listed(match.keys)]
+        keys = [match.keys] if isinstance(match.keys, KeyFile) else match.keys or []
         for prefix in prefixes:
             if not _PREFIX.fullmatch(prefix) or {"v1", "openai", ".", ".."} & set(prefix.split("/")):
                 self.reader.mistake(
@@ -215,13 +226,25 @@ class _Loader:
         for host in hosts:
             if not _HOST.fullmatch(host):
                 self.reader.mistake(value_of(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
-        for key in keys:
-            if not _DIGEST.fullmatch(key):
-                self.reader.mistake(
-                    value_of(node, "keys"),
-                    "a key is written as its digest, sha256: and 64 hexadecimal digits; never as itself",
-                )
-        return Match(tuple(prefixes), tuple(hosts), tuple(keys))
+        places = _each_node(value_of(node, "keys"))
+        listed = [self._key(key, place) for key, place in zip(keys, places, strict=False)]
+        return Match(tuple(prefixes), tuple(hosts), tuple(listed))
+
+    def _key(self, key: KeyFile, node: Node) -> ListedKey:
+        digest = key.digest.lower()
+        if not _DIGEST.fullmatch(digest):
+            self.reader.mistake(
+                value_of(node, "digest"),
+                "a key is written as its digest, sha256: and 64 hexadecimal digits; never as itself",
+            )
+        times: dict[str, float] = {}
+        for name, text in (("created", key.created), ("expires", key.expires)):
+            try:
+                times |= {name: end_of(text)} if text is not None else {}
+            except ValueError as exc:
+                self.reader.mistake(value_of(node, name), f"{name} {exc}")
+        models = None if key.models is None else tuple(_listed(key.models))
+        return ListedKey(digest, key.label, times.get("expires"), key.disabled, models)
 
     def _team(
         self,
@@ -239,7 +262,13 @@ class _Loader:
         place = value_of(root, "pipeline")
         services = {
             entry.id: Services(
-                team=name, stage=entry.id, resources=self.resources, resource=resource, shared=self.shared
+                team=name,
+                stage=entry.id,
+                resources=self.resources,
+                resource=resource,
+                keys={key.digest: key for key in match.keys},
+                teams=self.teams,
+                shared=self.shared,
             )
             for entry in entries
         }
@@ -292,7 +321,8 @@ class _Loader:
         for what in ("path_prefix", "host", "keys"):
             seen: dict[str, str] = {}
             for team, root in teams:
-                for value in getattr(team.match, what):
+                values = getattr(team.match, what)
+                for value in [key.digest for key in values] if what == "keys" else values:
                     if value in seen:
                         shown = "a key" if what == "keys" else f"{what} {value!r}"
                         self.reader.mistake(
@@ -326,6 +356,24 @@ def _nothing_found(pattern: Path) -> str | None:
     except OSError:
         return f"there is no folder {folder.name}"
     return f"there is {', '.join(there)}" if there else None
+
+
+def _each_node(node: Node) -> list[Node]:
+    return node.value if isinstance(node, SequenceNode) else [node]
+
+
+def end_of(text: str) -> float:
+    """Return the end of a day (`2027-01-31`) or a moment (`2027-01-31T18:00:00Z`), in seconds since the epoch.
+
+    Both are in UTC where they do not say else. Raises ValueError.
+    """
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+        if len(text) == len("2027-01-31"):
+            moment += datetime.timedelta(days=1)
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=datetime.UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError(f"must be a day (2027-01-31) or a moment (2027-01-31T18:00:00Z), not {text!r}") from None
 
 
 def _listed(value: str | Sequence[str] | None) -> list[str]:

@@ -27,9 +27,9 @@ def schema(registry: Registry, *, team: bool = False) -> dict[str, Any]:
     made = _settings(TeamFile if team else GatewayFile)
     properties = made["properties"]
     properties["pipeline"] = {**properties["pipeline"], **_pipeline(registry, team)}
+    properties["match"] = _settings(MatchFile)
     if team:
         properties["change"] = {**properties["change"], **_change(registry)}
-        properties["match"] = _settings(MatchFile)
         made["required"] = ["match"]
     else:
         properties["resources"] = {

@@ -17,6 +17,7 @@ from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
+from gateway.keys import ListedKey
 from gateway.messages import Request, Resource, Response, Target
 from gateway.relay import MessageEvent, error_event
 from gateway.services import Services, Shared
@@ -164,11 +165,13 @@ async def running(
     resources: Mapping[str, Resource] | None = None,
     resource: str | None = None,
     shared: Shared | None = None,
+    keys: Sequence[ListedKey] = (),
+    now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
     """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
 
-    `resource` names the team's own where there are several `resources`. The team is `test`. Raises
-    AssertionError with what the stages find wrong in their settings.
+    `resource` names the team's own where there are several `resources`. The team is `test`, and `keys` are its
+    own. Raises AssertionError with what the stages find wrong in their settings.
     """
     resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
     only = next(iter(resources.values())) if len(resources) == 1 else None
@@ -178,7 +181,17 @@ async def running(
     services: dict[int, Services] = {}
     for stage in stages:
         stage.id = stage.id or type(stage).__name__
-        made = Services("test", stage.id, resources, chosen, clock, shared, resources)
+        made = Services(
+            team="test",
+            stage=stage.id,
+            resources=resources,
+            resource=chosen,
+            keys={key.digest: key for key in keys},
+            clock=clock,
+            now=now,
+            shared=shared,
+            reachable=resources,
+        )
         services[id(stage)] = made
         found = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(made)]
         assert not found, f"stage {stage.id}: {found}"
@@ -203,7 +216,8 @@ async def _unset(_: Request) -> Response:
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    around = {name: more.pop(name) for name in ("answer", "clock", "resources", "resource", "shared") if name in more}
+    names = ("answer", "clock", "now", "resources", "resource", "shared", "keys")
+    around = {name: more.pop(name) for name in names if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import aiohttp
 import pytest
 
+from gateway.keys import ListedKey, key_digest
 from gateway.messages import Resource
 from gateway.services import Services
-from gateway.testing import post, send
+from gateway.testing import FakeAzure, post, send
+from plugins.auth_keys import AuthKeys
 from plugins.model_map import ModelMap
-from tests.conftest import CHAT
+from tests.conftest import CHAT, YAML, StartGateway
 
 RESOURCES = {name: Resource(name, f"https://{name}.invalid") for name in ("east", "west")}
 
@@ -26,7 +30,7 @@ async def deployment(stage: ModelMap, model: str, **more: Any) -> str:
 
 def findings(stage: ModelMap, **more: Any) -> list[str]:
     services = Services("t", "model_map", {"azure": Resource("azure", "https://x")}, Resource("azure", "https://x"))
-    return [f"{'.'.join(path)}: {message}" for path, message in stage.check(more.get("services", services))]
+    return [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(more.get("services", services))]
 
 
 async def test_exact_names_then_patterns_in_order() -> None:
@@ -171,3 +175,65 @@ def test_unmapped_models_need_a_resource_too() -> None:
     services = Services("t", "model_map", RESOURCES, None)
     assert "has no resource" in findings(ModelMap({"a": "east/b"}), services=services)[0]
     assert not findings(ModelMap({"a": "east/b"}, unmapped="refuse"), services=services)
+
+
+async def test_a_team_has_its_own_models() -> None:
+    """What `allow` does not name, or `deny` does, is a 404 like a model that is not there."""
+    stage = ModelMap({"gpt-4o": "a", "gpt-4o-mini": "b", "o3": "c"}, allow=["gpt-4o*", "~o\\d"], deny=["gpt-4o-mini"])
+    assert await deployment(stage, "gpt-4o") == "azure/a"
+    assert await deployment(stage, "o3") == "azure/c"
+    assert await deployment(stage, "gpt-4o-mini") == "404"
+    assert await deployment(stage, "gpt-4") == "404"
+    sent = await post(stage, json={**CHAT, "model": "gpt-4o-mini"})
+    assert b"you may use: gpt-4o, o3" in sent.body
+    assert b"model_not_found" in sent.body
+
+
+async def test_the_list_shows_what_may_be_used() -> None:
+    """`/v1/models` has the team's models, and no others are found there."""
+    stage = ModelMap({"gpt-4o": "a", "o3": "c"}, list=["gpt-5"], deny=["o3"])
+    listed = (await send([stage], "GET", "/models")).body
+    assert b"gpt-4o" in listed
+    assert b"gpt-5" in listed
+    assert b"o3" not in listed
+    assert (await send([stage], "GET", "/models/gpt-4o")).status == 200
+    assert (await send([stage], "GET", "/models/o3")).status == 404
+
+
+async def test_a_key_s_own_models_narrow_the_team_s() -> None:
+    """The stage that authenticates says them; they cannot widen what the team has."""
+    keys = [ListedKey(key_digest("K"), models=("gpt-4o", "o3"))]
+    stages = [AuthKeys(), ModelMap({"gpt-4o": "a", "gpt-4": "b", "o3": "c"}, deny=["o3"])]
+    more: Any = {"headers": {"api-key": "K"}, "keys": keys}
+    listed = (await send(stages, "GET", "/models", **more)).body
+    assert b'"gpt-4o"' in listed
+    assert b'"gpt-4"' not in listed
+    for model, status in (("gpt-4o", 200), ("gpt-4", 404), ("o3", 404)):
+        assert (await post(*stages, json={**CHAT, "model": model}, **more)).status == status
+
+
+@pytest.mark.parametrize("model", ["gpt-3.5-turbo", "gpt-35-turbo", "GPT-35-turbo", "gpt-3.5.-turbo"])
+async def test_no_spelling_gets_round_a_denial(model: str) -> None:
+    """A model without a mapping is the deployment of its name, which Azure finds in any case."""
+    assert await deployment(ModelMap(deny=["gpt-3.5-turbo"]), model) == "404"
+    assert await deployment(ModelMap(deny=["gpt-3.5-turbo"]), "gpt-4") == "azure/gpt-4"
+
+
+def test_a_wrong_expression_in_a_list_is_found_when_loaded() -> None:
+    """With its place in the list."""
+    assert findings(ModelMap(allow=["a", "~("]))[0].startswith("allow.1: the expression '('")
+    assert findings(ModelMap(deny=["~["]))[0].startswith("deny.0: the expression '['")
+
+
+@pytest.mark.parametrize(("model", "status"), [("gpt-4o", 200), ("o3", 404)])
+async def test_a_model_cannot_come_in_by_the_lines_of_a_batch(
+    model: str, status: int, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """Every place that names a model is asked."""
+    yaml = YAML.replace("{unmapped: own_name_without_dots}", "{deny: [o3]}")
+    gateway = await start_gateway(azure.endpoint, yaml)
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {**CHAT, "model": model}}
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", json.dumps(line).encode(), filename="batch.jsonl", content_type="application/jsonl")
+    async with gateway.post("/v1/files", None, data=form) as answer:
+        assert answer.status == status, await answer.text()

@@ -1,0 +1,55 @@
+"""`auth_keys`: the team's own keys, of which the configuration knows the digests."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gateway import ApiError, Next, Request, Response, Services, Stage
+
+
+@dataclass
+class AuthKeys(Stage):
+    """Let in who presents one of the team's keys; Azure is shown the resource's own.
+
+    The keys stand in `match: keys:` of the team's file, as `gateway keys new` prints them. A client sends its key as
+    `Authorization: Bearer K` or `api-key: K`. A key that is unknown, expired or disabled is a 401, always the same
+    one; which of these it was is in the log event, as `auth`.
+    """
+
+    provides = ("caller",)
+
+    def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
+        # The default team may well have none, where it is only there for requests that are no team's.
+        if not services.keys and (services.team != "default" or services.teams == 1):
+            yield (
+                (),
+                f"this team has no keys, so nobody could use it: gateway keys new --team {services.team}",
+            )
+
+    async def start(self, services: Services) -> None:
+        self._keys = services.keys
+        self._now = services.now
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        key = request.key()
+        if key is None:
+            raise refusal(request, "no key", "no key was presented; send it as `Authorization: Bearer YOUR_KEY`")
+        listed = self._keys.get(key.digest)
+        # Found by hash; the comparison that decides takes the same time whatever the digest.
+        if listed is None or not listed.is_of(key):
+            request.notes["key"] = key.digest
+            raise refusal(request, "unknown key")
+        request.caller = listed.label or listed.digest
+        if listed.disabled:
+            raise refusal(request, "disabled key")
+        if listed.expires is not None and self._now() >= listed.expires:
+            raise refusal(request, "expired key")
+        request.allowed_models = listed.models
+        return await call_next(request)
+
+
+def refusal(
+    request: Request, reason: str, message: str = "this key is not valid here; ask the operator of this gateway for one"
+) -> ApiError:
+    """Note the reason for the log, and return what the client is told, which is the same for every wrong key."""
+    request.notes["auth"] = reason
+    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
