@@ -34,6 +34,7 @@ from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 from gateway.urls import Place, place_of
+from gateway.usage import Meter
 
 __all__ = ("Server", "serve")
 
@@ -213,6 +214,8 @@ class Server:
                     model=place.model,
                     address=lambda: client_address(connection.transport, headers, self.settings.trusted_proxies),
                 )
+                if team.metered:
+                    exchange.meter = Meter()
                 exchange.run_in(task)
                 connection.expire_in(self.settings.timeouts.first_byte, exchange.expire)
                 try:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from gateway.azure import BY_NAME
+from gateway.counters import Counters, MemoryCounters, Turns
 from gateway.logs import get_logger
+from gateway.prices import Prices
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -22,9 +24,10 @@ __all__ = ("Services", "Shared")
 
 
 class Shared:
-    """What all stages of a gateway share: one HTTP session, one store."""
+    """What all stages of a gateway share: one HTTP session, one store, the counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, counters: Counters | None = None) -> None:
+        self.counters = Turns(counters or MemoryCounters())
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -41,7 +44,8 @@ class Shared:
         return self._spaces.setdefault((team, stage), {})
 
     async def close(self) -> None:
-        """Close the session."""
+        """Close the session, and the counters."""
+        await self.counters.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -54,8 +58,8 @@ class Services:
     `resources` are the configured Azure resources by name, `resource` the one this team uses where a
     deployment names none (None if there are several and none was chosen). `reachable`, at `start`, are those
     that the stages of this team may send requests to. `keys` are the team's own, by digest, and `teams` is how
-    many teams there are. `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps
-    state that must outlive a reload: it is this stage's own, by team and id.
+    many teams there are. `prices` are the operator's. `clock` returns seconds that never go back, `now` seconds
+    since the epoch. `store` keeps state that must outlive a reload: it is this stage's own, by team and id.
     """
 
     team: str
@@ -63,6 +67,7 @@ class Services:
     resources: Mapping[str, Resource] = field(default_factory=dict)
     resource: Resource | None = None
     keys: Mapping[str, ListedKey] = field(default_factory=dict)
+    prices: Prices = field(default_factory=Prices)
     teams: int = 1
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
@@ -73,6 +78,11 @@ class Services:
     def http(self) -> aiohttp.ClientSession:
         """A session for calling other services; never for Azure's answers to clients."""
         return self.shared.session()
+
+    @property
+    def counters(self) -> Turns:
+        """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
+        return self.shared.counters
 
     @property
     def operations(self) -> Collection[str]:

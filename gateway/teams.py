@@ -35,6 +35,8 @@ class Team:
     match: Match = field(default_factory=Match)
     services: Mapping[str, Services] = field(default_factory=dict)
     pipeline: Next | None = None
+    metered: bool = False
+    """Whether one of its stages wants to know what exchanges use."""
 
     async def start(self, end: Next) -> None:
         """Start the stages and compile the pipeline; those already started are stopped if one fails."""
@@ -51,7 +53,9 @@ class Team:
         except BaseException:
             await self._stop(started)
             raise
-        self.pipeline = compile_pipeline([(stage.id, stage) for stage in self.stages if not stage.idle], end)
+        active = [(stage.id, stage) for stage in self.stages if not stage.idle]
+        self.metered = any(stage.needs_usage for _, stage in active)
+        self.pipeline = compile_pipeline(active, end)
 
     async def stop(self) -> None:
         """Stop the stages, in reverse order."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from gateway.config.convert import RawNode
+from gateway.prices import Price
 from gateway.settings import Limits, Timeouts
 
 __all__ = ("GatewayFile", "KeyFile", "LogFile", "MatchFile", "ResourceFile", "TeamFile")
@@ -114,6 +115,10 @@ class GatewayFile:
     trusted_proxies: Annotated[
         str | list[str], Meta(description="addresses or networks whose X-Forwarded-For is believed")
     ] = field(default_factory=list)
+    prices: Annotated[
+        dict[str, Price],
+        Meta(description="what models cost, by the names that clients use or globs, for limits of what may be spent"),
+    ] = field(default_factory=dict)
     timeouts: Annotated[Timeouts, Meta(description="how long the gateway waits, in seconds")] = field(
         default_factory=Timeouts
     )

@@ -21,6 +21,7 @@ from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError, Mistake
 from gateway.keys import ListedKey
 from gateway.messages import Resource, Target
+from gateway.prices import Prices
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Listen, Network, Settings
@@ -105,6 +106,7 @@ class _Loader:
         self.folder = path.parent
         self.resources: dict[str, Resource] = {}
         self.teams = 1
+        self.prices = Prices()
         self.whole = True
 
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
@@ -112,6 +114,7 @@ class _Loader:
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
+        self.prices = Prices(main.prices)
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         before = len(reader.mistakes)
@@ -267,6 +270,7 @@ class _Loader:
                 resources=self.resources,
                 resource=resource,
                 keys={key.digest: key for key in match.keys},
+                prices=self.prices,
                 teams=self.teams,
                 shared=self.shared,
             )
