@@ -26,6 +26,7 @@ from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.heads import client_address
 from gateway.heads import request_id as request_id_of
+from gateway.identity import Verdict
 from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
@@ -197,7 +198,9 @@ class Server:
             if head.path in ("/healthz", "/readyz"):
                 response = self._probe(head.method, head.path)
             else:
-                team, place = self._team(head.path, headers)
+                issuers = self.teams.issuers
+                verdict = await issuers.judge(headers) if issuers is not None else None
+                team, place = self._team(head.path, headers, verdict)
                 request = Request(
                     id=request_id,
                     operation=(find_operation("WS", place.path) if head.upgrade else None)
@@ -212,6 +215,7 @@ class Server:
                     exchange=exchange,
                     model=place.model,
                     address=lambda: client_address(connection.transport, headers, self.settings.trusted_proxies),
+                    verdict=verdict,
                 )
                 exchange.run_in(task)
                 connection.expire_in(self.settings.timeouts.first_byte, exchange.expire)
@@ -243,12 +247,12 @@ class Server:
             return Response.json({"status": "ready"})
         return Response.json({"status": "draining"}, 503)
 
-    def _team(self, path: str, headers: Headers) -> tuple[Team, Place]:
+    def _team(self, path: str, headers: Headers, verdict: Verdict | None) -> tuple[Team, Place]:
         """Return the team of a path, and what the path says."""
         place = place_of(path)
         if place is None:
             raise ApiError(404, f"there is nothing at {path}; the API begins with /v1/", code="unknown_url")
-        team = self.teams.find(place.prefix, headers)
+        team = self.teams.find(place.prefix, headers, verdict)
         if team is None:
             raise ApiError(404, f"no team's API is at {place.prefix}/v1", code="unknown_url")
         return team, place

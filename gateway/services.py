@@ -15,6 +15,7 @@ from gateway.logs import get_logger
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from gateway.identity import Claims
     from gateway.keys import ListedKey
     from gateway.messages import Resource
 
@@ -51,11 +52,12 @@ class Shared:
 class Services:
     """What a stage's `start` and `check` are given.
 
-    `resources` are the configured Azure resources by name, `resource` the one this team uses where a
-    deployment names none (None if there are several and none was chosen). `reachable`, at `start`, are those
-    that the stages of this team may send requests to. `keys` are the team's own, by digest, and `teams` is how
-    many teams there are. `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps
-    state that must outlive a reload: it is this stage's own, by team and id.
+    `resources` are the configured Azure resources by name, `resource` the one this team uses where a deployment
+    names none (None if there are several and none was chosen). `reachable`, at `start`, are those that the stages
+    of this team may send requests to. `keys` are the team's own, by digest, `claims` what it wants of a token
+    (`request.identity.has(services.claims)`), and `teams` is how many teams there are. `clock` returns seconds that
+    never go back, `now` seconds since the epoch. `store` keeps state that must outlive a reload: it is this stage's
+    own, by team and id.
     """
 
     team: str
@@ -63,6 +65,7 @@ class Services:
     resources: Mapping[str, Resource] = field(default_factory=dict)
     resource: Resource | None = None
     keys: Mapping[str, ListedKey] = field(default_factory=dict)
+    claims: Claims = field(default_factory=dict)
     teams: int = 1
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time

@@ -15,10 +15,12 @@ from typing import Any
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
+from gateway.config.identity import read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError, Mistake
+from gateway.identity import Issuer, Issuers
 from gateway.keys import ListedKey
 from gateway.messages import Resource, Target
 from gateway.registry import Registry
@@ -106,6 +108,7 @@ class _Loader:
         self.resources: dict[str, Resource] = {}
         self.teams = 1
         self.whole = True
+        self.with_identity = False
 
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
         reader = self.reader
@@ -114,6 +117,8 @@ class _Loader:
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
+        issuers = read_issuers(reader, main.identity, root)
+        self.with_identity = value_of(root, "identity") is not root
         before = len(reader.mistakes)
         if main.pipeline is None:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
@@ -129,7 +134,7 @@ class _Loader:
         if match.path_prefix or match.host:
             reader.mistake(
                 value_of(root, "match"),
-                "the default team has every request that is no other team's; its `match` has only `keys`",
+                "the default team has every request that is no other team's; its `match` has only `keys` and `claims`",
             )
         default = self._team("default", main, entries, root, main, match, self.whole)
         teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
@@ -139,7 +144,7 @@ class _Loader:
         return Loaded(
             path=self.path,
             settings=Settings(listen, main.timeouts, main.limits, proxies),
-            teams=Teams(default, [team for team, _ in teams], self.shared),
+            teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
             resources=self.resources,
             log=main.log,
         )
@@ -169,6 +174,11 @@ class _Loader:
                     value_of(root, "trusted_proxies"), f"trusted_proxies: {text!r} is no address and no network"
                 )
         return tuple(networks)
+
+    def _issuers(self, issuers: Sequence[Issuer]) -> Issuers | None:
+        if not issuers:
+            return None
+        return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
 
     # -- teams -----------------------------------------------------------------------------------------
 
@@ -228,7 +238,8 @@ class _Loader:
                 self.reader.mistake(value_of(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
         places = _each_node(value_of(node, "keys"))
         listed = [self._key(key, place) for key, place in zip(keys, places, strict=False)]
-        return Match(tuple(prefixes), tuple(hosts), tuple(listed))
+        claims = read_claims(self.reader, match.claims, node, with_identity=self.with_identity)
+        return Match(tuple(prefixes), tuple(hosts), tuple(listed), claims)
 
     def _key(self, key: KeyFile, node: Node) -> ListedKey:
         digest = key.digest.lower()
@@ -267,6 +278,7 @@ class _Loader:
                 resources=self.resources,
                 resource=resource,
                 keys={key.digest: key for key in match.keys},
+                claims=match.claims,
                 teams=self.teams,
                 shared=self.shared,
             )
