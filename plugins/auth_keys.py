@@ -23,7 +23,7 @@ class AuthKeys(Stage):
         if not services.keys and not services.claims and (services.team != "default" or services.teams == 1):
             yield (
                 (),
-                f"this team has no keys, so nobody could use it: gateway keys new --team {services.team}",
+                f"this team has no keys and no claims, so nobody could use it: gateway keys new --team {services.team}",
             )
 
     async def start(self, services: Services) -> None:
