@@ -568,7 +568,10 @@ async def test_an_issuer_that_goes_down_later_is_not_noticed(gateway: Gateway, i
 async def test_azure_s_own_tokens_pass_through(
     start_gateway: StartGateway, azure: FakeAzure, issuer: FakeIssuer
 ) -> None:
-    """Where a team passes keys on, a token for Azure is no worse for being none of the gateway's, its issuer down."""
+    """Where a team passes keys on, a token for Azure is no worse for being none of the gateway's, its issuer down.
+
+    One for the gateway is another's secret to Azure: where only its claims could tell whose it is, it waits.
+    """
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
 identity: {issuer: "${ISSUER}", audience: "api://gateway"}
@@ -584,6 +587,10 @@ pipeline: [access_log, auth_passthrough, model_map: {models: {m: default}}, api_
     async with gateway.post(json=BODY, key=token) as answer:
         await answer.read()
     assert azure.requests[0].headers.get("authorization") == f"Bearer {token}"
+    async with gateway.post(json=BODY, key=issuer.token()) as answer:
+        assert answer.status == 503
+        assert (await answer.json())["error"]["code"] == "identity_unavailable"
+    assert len(azure.requests) == 1
 
 
 async def test_a_herd_of_tokens_makes_one_fetch(gateway: Gateway, issuer: FakeIssuer) -> None:

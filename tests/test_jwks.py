@@ -99,10 +99,11 @@ async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session
     """Nor one that leads to keys over plain HTTP, or to none."""
     with aioresponses() as mocked:
         mocked.get(METADATA, payload=metadata)
-        mocked.get(KEYS, payload={"keys": [jwk(rsa_key("first"), "first")]})
+        for url in (KEYS, "http://keys.example.com/all"):
+            mocked.get(url, payload={"keys": [jwk(rsa_key("first"), "first")]})
         with pytest.raises(KeysUnavailable):
             await IssuerKeys(ISSUER, None, lambda: session).find("first")
-        assert ("GET", URL(KEYS)) not in mocked.requests
+        assert list(mocked.requests) == [("GET", URL(METADATA))]
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ from gateway.config.nodes import MappingNode, Node, Reader, SequenceNode, value_
 from gateway.identity import Claims, Issuer
 from gateway.jwks import url_problem
 
-__all__ = ("read_claims", "read_issuers")
+__all__ = ("has_issuers", "read_claims", "read_issuers")
 
 
 def read_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | None, root: Node) -> list[Issuer]:
     """Return the issuers of `identity:`; what is wrong with them is noted."""
     whole = value_of(root, "identity")
-    if whole is not root and any(find_spec(name) is None for name in ("jwt", "cryptography")):
+    if has_issuers(reader, given, root) and any(find_spec(name) is None for name in ("jwt", "cryptography")):
         reader.mistake(
             whole, "identity needs the extra `identity`: pip install 'azure-openai-gateway[identity]'; it is not there"
         )
-    if given is None:
+    if not given:
         return []
     files = [given] if isinstance(given, IdentityFile) else given
     nodes = whole.value if isinstance(whole, SequenceNode) else [whole]
@@ -37,6 +37,12 @@ def read_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | 
         audience = (file.audience,) if isinstance(file.audience, str) else tuple(file.audience)
         issuers[file.issuer] = Issuer(file.issuer, audience, file.jwks, file.caller, file.leeway)
     return list(issuers.values())
+
+
+def has_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | None, root: Node) -> bool:
+    """Whether `identity:` names any issuer, be it one that is a mistake."""
+    node = value_of(root, "identity")
+    return bool(given) or (given is None and node is not root and not reader.blank(node))
 
 
 def read_claims(

@@ -15,7 +15,7 @@ from typing import Any
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
-from gateway.config.identity import read_claims, read_issuers
+from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
@@ -118,7 +118,7 @@ class _Loader:
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         issuers = read_issuers(reader, main.identity, root)
-        self.with_identity = value_of(root, "identity") is not root
+        self.with_identity = has_issuers(reader, main.identity, root)
         before = len(reader.mistakes)
         if main.pipeline is None:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
