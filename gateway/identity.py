@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import aiohttp
@@ -124,6 +125,9 @@ class Issuers:
         kept: MutableMapping[str, Any] | None = None,
     ) -> None:
         """`session` returns the one to fetch keys with, and `kept` is where they outlive a reload."""
+        import jwt  # noqa: PLC0415 -- an extra; loaded here, so that no request waits for it
+
+        self._jws = jwt.PyJWS()
         self.all = tuple(issuers)
         self._now = now
         self._issuers = {
@@ -175,7 +179,7 @@ class Issuers:
         What it says is looked at first, unproven: who made it up wins nothing by being refused, and a token for
         somebody else, such as Azure's own, never makes a request to its issuer.
         """
-        import jwt  # noqa: PLC0415 -- an extra, and nobody without `identity:` needs it
+        import jwt  # noqa: PLC0415 -- as above
 
         parts = token.split(".")
         header, claims = _decoded(parts[0]), _decoded(parts[1])
@@ -198,12 +202,12 @@ class Issuers:
         if algorithm not in key.algorithms:
             raise _Refused("token of another algorithm than its key's")
         try:
-            jwt.PyJWS().decode(token, key.public, algorithms=[algorithm])
+            self._jws.decode(token, key.public, algorithms=[algorithm])
         except jwt.InvalidSignatureError:
             raise _Refused("token with a wrong signature") from None
         except (jwt.PyJWTError, ValueError):
             raise _Refused("malformed token") from None
-        return _Known(Verdict(Identity(claims, caller)), until, key, keys)
+        return _Known(Verdict(Identity(MappingProxyType(claims), caller)), until, key, keys)
 
     def _check_claims(self, claims: Mapping[str, Any], issuer: Issuer) -> float:
         """Return when the token is no longer good. Raises _Refused for one that is not good now."""
