@@ -58,8 +58,8 @@ format: .venv/dev ## format the code and mend what lint can mend
 	$(BIN)/ruff format -q .
 
 lock: .venv/dev ## make the lock files anew from setup.cfg
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks -o requirements/run.txt setup.cfg requirements/build.in
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra identity --extra tokens --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info tests/clients/node_modules .mypy_cache .ruff_cache .pytest_cache

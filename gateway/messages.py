@@ -19,6 +19,7 @@ from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Field, Headers
+from gateway.identity import Identity, Judgement, unavailable
 from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
@@ -82,6 +83,7 @@ class Request:
         "_form",
         "_json",
         "_json_set",
+        "_judgement",
         "_model",
         "_model_read",
         "_model_set",
@@ -114,6 +116,7 @@ class Request:
         exchange: Exchange,
         model: str | None = None,
         address: Callable[[], str] = str,
+        judgement: Judgement | None = None,
     ) -> None:
         self.id = id
         self.operation = operation.name if operation is not None else None
@@ -129,6 +132,7 @@ class Request:
         self._body = body
         self._exchange = exchange
         self._address = address
+        self._judgement = judgement
         self._json: dict[str, Any] | None = None
         self._json_set = False
         self._row = operation
@@ -164,6 +168,22 @@ class Request:
         key, or where two keys disagree.
         """
         return presented_key(self.headers)
+
+    @property
+    def identity(self) -> Identity | None:
+        """Who the client's token says it is, by an issuer of `identity:`; None where it has none that is good.
+
+        Raises ApiError 503 where it has one that cannot be judged for now.
+        """
+        judgement = self._judgement
+        if judgement is not None and judgement.retry_after is not None:
+            raise unavailable(judgement)
+        return judgement.identity if judgement is not None else None
+
+    @property
+    def unidentified(self) -> str | None:
+        """Why the client's token is not good, in words for the log; None where it is, or where there is none."""
+        return self._judgement.reason if self._judgement is not None else None
 
     async def body(self) -> bytes:
         """Return the body's bytes; they are kept, so that a second call is possible."""
@@ -288,6 +308,7 @@ class Request:
             exchange=self._exchange,
             model=self._model_set,
             address=self._address,
+            judgement=self._judgement,
         )
         twin.operation = self.operation
         twin.caller = self.caller

@@ -26,6 +26,7 @@ from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.heads import client_address
 from gateway.heads import request_id as request_id_of
+from gateway.identity import Judgement
 from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
@@ -198,7 +199,9 @@ class Server:
             if head.path in ("/healthz", "/readyz"):
                 response = self._probe(head.method, head.path)
             else:
-                team, place = self._team(head.path, headers)
+                issuers = self.teams.issuers
+                judgement = await issuers.judge(headers) if issuers is not None else None
+                team, place = self._team(head.path, headers, judgement)
                 request = Request(
                     id=request_id,
                     operation=(find_operation("WS", place.path) if head.upgrade else None)
@@ -213,6 +216,7 @@ class Server:
                     exchange=exchange,
                     model=place.model,
                     address=lambda: client_address(connection.transport, headers, self.settings.trusted_proxies),
+                    judgement=judgement,
                 )
                 if team.metered:
                     exchange.meter = Meter()
@@ -246,12 +250,12 @@ class Server:
             return Response.json({"status": "ready"})
         return Response.json({"status": "draining"}, 503)
 
-    def _team(self, path: str, headers: Headers) -> tuple[Team, Place]:
+    def _team(self, path: str, headers: Headers, judgement: Judgement | None) -> tuple[Team, Place]:
         """Return the team of a path, and what the path says."""
         place = place_of(path)
         if place is None:
             raise ApiError(404, f"there is nothing at {path}; the API begins with /v1/", code="unknown_url")
-        team = self.teams.find(place.prefix, headers)
+        team = self.teams.find(place.prefix, headers, judgement)
         if team is None:
             raise ApiError(404, f"no team's API is at {place.prefix}/v1", code="unknown_url")
         return team, place

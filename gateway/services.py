@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from gateway.azure import BY_NAME
 from gateway.counters import Counters, MemoryCounters, Turns
 from gateway.logs import get_logger
 from gateway.prices import Prices
+from gateway.tokens import load_encodings
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from gateway.identity import Claims
     from gateway.keys import ListedKey
     from gateway.messages import Resource
 
@@ -55,11 +58,12 @@ class Shared:
 class Services:
     """What a stage's `start` and `check` are given.
 
-    `resources` are the configured Azure resources by name, `resource` the one this team uses where a
-    deployment names none (None if there are several and none was chosen). `reachable`, at `start`, are those
-    that the stages of this team may send requests to. `keys` are the team's own, by digest, and `teams` is how
-    many teams there are. `prices` are the operator's. `clock` returns seconds that never go back, `now` seconds
-    since the epoch. `store` keeps state that must outlive a reload: it is this stage's own, by team and id.
+    `resources` are the configured Azure resources by name, `resource` the one this team uses where a deployment
+    names none (None if there are several and none was chosen). `reachable`, at `start`, are those that the stages
+    of this team may send requests to. `keys` are the team's own, by digest, `claims` what it wants of a token
+    (`request.identity.has(services.claims)`), and `teams` is how many teams there are. `prices` are the operator's.
+    `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps state that must outlive
+    a reload: it is this stage's own, by team and id.
     """
 
     team: str
@@ -68,6 +72,7 @@ class Services:
     resource: Resource | None = None
     keys: Mapping[str, ListedKey] = field(default_factory=dict)
     prices: Prices = field(default_factory=Prices)
+    claims: Claims = field(default_factory=dict)
     teams: int = 1
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
@@ -83,6 +88,10 @@ class Services:
     def counters(self) -> Turns:
         """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
         return self.shared.counters
+
+    async def prepare_tokens(self) -> None:
+        """Get ready to count tokens, where that is installed: the first `expected_tokens` are counted then, too."""
+        await asyncio.to_thread(load_encodings)
 
     @property
     def operations(self) -> Collection[str]:

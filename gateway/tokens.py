@@ -1,5 +1,7 @@
 """How many tokens a text is: counted where the extra `tokens` is installed, else estimated. Nothing is downloaded.
 
+What counts them is loaded when it is first needed, in the background; until it is there, they are estimated.
+
 The estimate is a quarter of the text's bytes in UTF-8: near for English, too many for JSON and most other languages,
 too few for digits and rare scripts. A picture is taken for 765 tokens and a second of speech for 10, as OpenAI counts
 a picture of 1024 x 1024 and speech (platform.openai.com/docs/guides/images-vision, .../guides/realtime-costs).
@@ -7,6 +9,7 @@ a picture of 1024 x 1024 and speech (platform.openai.com/docs/guides/images-visi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
@@ -21,7 +24,7 @@ try:
 except ImportError:
     toktok = None
 
-__all__ = ("Source", "count_tokens", "most_output", "prompt_tokens")
+__all__ = ("Source", "count_tokens", "load_encodings", "most_output", "prompt_tokens")
 
 Source: TypeAlias = Literal["reported", "counted", "estimated"]
 
@@ -45,9 +48,29 @@ def _encoding(model: str) -> str:
     return "cl100k_base" if old and not newer else "o200k_base"
 
 
+_loaded: set[str] = set()
+_loading: dict[str, threading.Thread] = {}
+
+
+def load_encodings(*names: str) -> None:
+    """Load the encodings of all models, or these: some 60 MB and half a second each, once for the process."""
+    for name in names or ("o200k_base", "cl100k_base"):
+        if toktok is not None and name not in _loaded:
+            toktok.batch_count([""], name)
+            _loaded.add(name)
+
+
+def _is_ready(name: str) -> bool:
+    """Whether an encoding is loaded; else it is being loaded from now on, and nobody waits for it."""
+    if name not in _loaded and name not in _loading:
+        _loading[name] = threading.Thread(target=load_encodings, args=(name,), name=f"load {name}", daemon=True)
+        _loading[name].start()
+    return name in _loaded
+
+
 def count_tokens(text: str, model: str | None) -> tuple[int, Source]:
     """Return how many tokens a text is for a model, and how that is known."""
-    if toktok is None:
+    if toktok is None or not _is_ready(_encoding(model or "")):
         return -(-len(text.encode("utf-8", "replace")) // 4), "estimated"
     return toktok.batch_count([text.encode("utf-8", "replace").decode()], _encoding(model or ""))[0], "counted"
 

@@ -188,6 +188,8 @@ class RateLimit(Limit, Stage):
         self._entries = [Entry(self.id, each, kind) for each in self._all for kind in each.kinds]
         units = {entry.unit for entry in self._entries}
         self._estimates = bool(units & {"tokens", "spend"})
+        if self._estimates:
+            await services.prepare_tokens()
         self._settles = units != {"requests"}
         self._spends = "spend" in units
         dimensions = {name for entry in self._entries for name in entry.dimensions}

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 
 from gateway import tokens
-from gateway.tokens import count_tokens, most_output, prompt_tokens
+from gateway.tokens import count_tokens, load_encodings, most_output, prompt_tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tokenizer() -> None:
+    """The encodings are there, as they are a moment after they are first needed."""
+    load_encodings()
 
 
 def body(**fields: Any) -> bytes:
@@ -99,3 +107,15 @@ def test_what_an_answer_may_have_at_most(fields: dict[str, Any], most: int | Non
 def test_a_body_that_is_none_bounds_nothing() -> None:
     """It is refused elsewhere."""
     assert most_output(b"{") is None
+
+
+def test_nobody_waits_while_an_encoding_is_loaded() -> None:
+    """Half a second of it: until then tokens are estimated."""
+    code = """
+from gateway import tokens
+print(tokens.count_tokens("hello there", "gpt-4o"))
+tokens._loading["o200k_base"].join()
+print(tokens.count_tokens("hello there", "gpt-4o"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.splitlines() == ["(3, 'estimated')", "(2, 'counted')"]

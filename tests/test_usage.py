@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway import Next, Outcome, Request, Response, Stage, UpstreamError
 from gateway.testing import FakeAzure, post, send
-from gateway.tokens import count_tokens, prompt_tokens
+from gateway.tokens import count_tokens, load_encodings, prompt_tokens
 from gateway.usage import Meter, Usage, Watch
 from tests.chunks import event as sse
 from tests.conftest import CHAT, RawUpstream, StartGateway, until
@@ -55,6 +55,12 @@ BODIES = {
     "no usage": (b'{"text":"hi","usage":null}', None),
     "junk": (b'{"usage":{"prompt_tokens":"many"},"usage":{', None),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tokenizer() -> None:
+    """The encodings are there, as they are a moment after they are first needed."""
+    load_encodings()
 
 
 @pytest.mark.parametrize("name", BODIES)

@@ -15,13 +15,15 @@ from typing import Any
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
+from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.errors import ConfigError, Mistake
+from gateway.identity import Issuer, Issuers
 from gateway.keys import ListedKey
 from gateway.messages import Resource, Target
-from gateway.prices import Prices
+from gateway.prices import Price, Prices
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Listen, Network, Settings
@@ -108,15 +110,18 @@ class _Loader:
         self.teams = 1
         self.prices = Prices()
         self.whole = True
+        self.with_identity = False
 
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
         reader = self.reader
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
-        self.prices = Prices(main.prices)
+        self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
+        issuers = read_issuers(reader, main.identity, root)
+        self.with_identity = has_issuers(reader, main.identity, root)
         before = len(reader.mistakes)
         if main.pipeline is None:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
@@ -132,7 +137,7 @@ class _Loader:
         if match.path_prefix or match.host:
             reader.mistake(
                 value_of(root, "match"),
-                "the default team has every request that is no other team's; its `match` has only `keys`",
+                "the default team has every request that is no other team's; its `match` has only `keys` and `claims`",
             )
         default = self._team("default", main, entries, root, main, match, self.whole)
         teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
@@ -142,7 +147,7 @@ class _Loader:
         return Loaded(
             path=self.path,
             settings=Settings(listen, main.timeouts, main.limits, proxies),
-            teams=Teams(default, [team for team, _ in teams], self.shared),
+            teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
             resources=self.resources,
             log=main.log,
         )
@@ -172,6 +177,11 @@ class _Loader:
                     value_of(root, "trusted_proxies"), f"trusted_proxies: {text!r} is no address and no network"
                 )
         return tuple(networks)
+
+    def _issuers(self, issuers: Sequence[Issuer]) -> Issuers | None:
+        if not issuers:
+            return None
+        return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
 
     # -- teams -----------------------------------------------------------------------------------------
 
@@ -215,7 +225,8 @@ class _Loader:
 
     def _match(self, match: MatchFile | None, root: MappingNode) -> Match:
         if match is None:
-            return Match()
+            # Of what is wrong it is not said as well that it is missing.
+            return Match() if value_of(root, "match") is root else Match(keys=(ListedKey("unknown"),))
         node = value_of(root, "match")
         prefixes = [text.rstrip("/") for text in _listed(match.path_prefix)]
         hosts = [text.lower() for text in _listed(match.host)]
@@ -231,7 +242,8 @@ class _Loader:
                 self.reader.mistake(value_of(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
         places = _each_node(value_of(node, "keys"))
         listed = [self._key(key, place) for key, place in zip(keys, places, strict=False)]
-        return Match(tuple(prefixes), tuple(hosts), tuple(listed))
+        claims = read_claims(self.reader, match.claims, node, with_identity=self.with_identity)
+        return Match(tuple(prefixes), tuple(hosts), tuple(listed), claims)
 
     def _key(self, key: KeyFile, node: Node) -> ListedKey:
         digest = key.digest.lower()
@@ -271,6 +283,7 @@ class _Loader:
                 resource=resource,
                 keys={key.digest: key for key in match.keys},
                 prices=self.prices,
+                claims=match.claims,
                 teams=self.teams,
                 shared=self.shared,
             )

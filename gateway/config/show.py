@@ -25,6 +25,8 @@ def show(loaded: Loaded) -> str:
         stored = " with a stored key" if resource.credential is not None else ""
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
+    if loaded.teams.issuers is not None:
+        lines += [f"identity {each.issuer} for {', '.join(each.audience)}" for each in loaded.teams.issuers.all]
     for team in loaded.teams.all:
         lines.append(f"team {team.name}: {_whose(team, loaded)}")
         if team.target.resource is not None and len(loaded.resources) > 1:
@@ -41,6 +43,9 @@ def _whose(team: Team, loaded: Loaded) -> str:
     if team.match.keys:
         count = len(team.match.keys)
         parts.append(f"{count} key{'s' if count > 1 else ''}")
+    if team.match.claims:
+        claims = [f"{name} {' or '.join(values)}" for name, values in team.match.claims.items()]
+        parts.append(f"tokens with {' and '.join(claims)}")
     return ", ".join(parts)
 
 

@@ -18,6 +18,7 @@ from gateway.counters import MemoryCounters
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
+from gateway.identity import Claims, Identity, Judgement
 from gateway.keys import ListedKey
 from gateway.messages import Request, Resource, Response, Target
 from gateway.prices import Price, Prices
@@ -116,10 +117,12 @@ class Running:
         query: str = "",
         team: str = "test",
         client: str = "127.0.0.1",
+        identity: Identity | str | None = None,
         leave_after: int | None = None,
     ) -> Sent:
         """Send one request through the stages. `path` is what follows `/v1`.
 
+        `identity` is who its token says it is, or, as text, why the token is not good.
         The client leaves after `leave_after` bytes of the answer, if that is given.
         """
         if json is not None:
@@ -141,6 +144,7 @@ class Running:
             target=self._target,
             exchange=exchange,
             address=lambda: client,
+            judgement=Judgement(reason=identity) if isinstance(identity, str) else Judgement(identity),
         )
         self._reached = None
         try:
@@ -188,12 +192,13 @@ async def running(
     shared: Shared | None = None,
     keys: Sequence[ListedKey] = (),
     prices: Mapping[str, Price] | None = None,
+    claims: Claims | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
     """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
 
-    `resource` names the team's own where there are several `resources`. The team is `test`, and `keys` are its
-    own. Raises AssertionError with what the stages find wrong in their settings.
+    `resource` names the team's own where there are several `resources`. The team is `test`, and `keys` and
+    `claims` are its own. Raises AssertionError with what the stages find wrong in their settings.
     """
     resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
     only = next(iter(resources.values())) if len(resources) == 1 else None
@@ -210,6 +215,7 @@ async def running(
             resource=chosen,
             keys={key.digest: key for key in keys},
             prices=Prices(prices),
+            claims=claims or {},
             clock=clock,
             now=now,
             shared=shared,
@@ -246,7 +252,7 @@ async def _unset(_: Request) -> Response:
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    names = ("answer", "clock", "now", "resources", "resource", "shared", "keys", "prices")
+    names = ("answer", "clock", "now", "resources", "resource", "shared", "keys", "prices", "claims")
     around = {name: more.pop(name) for name in names if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)
