@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -30,12 +30,15 @@ METERED = PROMPTED | {
 }
 
 _KEY = b'"usage"'
+# As it stands in nearly every event of a stream.
+_NOT_YET = b":null"
+_AT_ONCE = b":{"
 _VALUE = re.compile(rb"\s*:\s*(?:(\{)|[^\s{])")
 # A usage holds details, one level deep, and no text.
-_OBJECT = re.compile(rb"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}")
+_OBJECT = re.compile(rb"\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}")
 _MOST_USAGE = 4096
 # How much of a stream is kept before its text is taken out of it.
-_KEPT = 64 * 1024
+_KEPT = 32 * 1024
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -68,20 +71,23 @@ _NUMBERS = tuple(name for name in Usage.__struct_fields__ if name != "source")
 _SOURCES = ("reported", "counted", "estimated")
 
 
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)] | None
+
+
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-    audio_tokens: int | None = None
+    cached_tokens: _Count = None
+    reasoning_tokens: _Count = None
+    audio_tokens: _Count = None
 
 
 class _Told(msgspec.Struct):
     """A usage in the words of any of the APIs."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    total_tokens: int | None = None
+    prompt_tokens: _Count = None
+    completion_tokens: _Count = None
+    input_tokens: _Count = None
+    output_tokens: _Count = None
+    total_tokens: _Count = None
     prompt_tokens_details: _Details | None = None
     completion_tokens_details: _Details | None = None
     input_tokens_details: _Details | None = None
@@ -109,13 +115,25 @@ def _usage(data: bytes) -> Usage | None:
     before = told.prompt_tokens_details or told.input_tokens_details or told.input_token_details or _NO_DETAILS
     after = told.completion_tokens_details or told.output_tokens_details or told.output_token_details or _NO_DETAILS
     return Usage(
-        max(0, taken or 0),
-        max(0, given or 0),
-        max(0, before.cached_tokens or 0),
-        max(0, after.reasoning_tokens or 0),
-        max(0, before.audio_tokens or 0),
-        max(0, after.audio_tokens or 0),
+        taken or 0,
+        given or 0,
+        before.cached_tokens or 0,
+        after.reasoning_tokens or 0,
+        before.audio_tokens or 0,
+        after.audio_tokens or 0,
     )
+
+
+def _last(data: bytes, start: int) -> Usage | None:
+    """Return the usage at a place if it is what an answer ends with, as nearly all do: found at half the cost."""
+    end = data.rfind(b"}")
+    return _usage(data[start:end]) if data.startswith(b"}", end - 1) and end - start < _MOST_USAGE else None
+
+
+def _object(data: bytes, start: int) -> bytes | None:
+    """Return the object that begins at a place; None where its end has not come."""
+    found = _OBJECT.match(data, start)
+    return found.group() if found is not None else None
 
 
 class Watch:
@@ -124,20 +142,20 @@ class Watch:
     Of a stream the text is kept, so that its tokens can be counted if it breaks off.
     """
 
-    __slots__ = ("_each", "_events", "_kept", "_rest", "_size", "_text", "found", "sent", "status")
+    # One is made for each request, and most of these are never set: defaults of the class cost nothing.
+    found: Usage | None = None
+    status = 0
+    """The answer's; 0 as long as there is none."""
+    sent = False
+    """Whether the request was written to Azure."""
+    _rest = b""  # what may be the beginning of a usage
+    _events: bool | None = None  # whether it is a stream of events; None as long as nothing has come
+    _size = 0  # of what came, and in a stream was not looked at yet
+    _text = ""
 
     def __init__(self, *, each: bool = False) -> None:
-        self.found: Usage | None = None
-        self.status = 0
-        """The answer's; 0 as long as there is none."""
-        self.sent = False
-        """Whether the request was written to Azure."""
         self._each = each  # of a WebSocket, which has many answers, all count
-        self._rest = b""  # what may be the beginning of a usage
-        self._events: bool | None = None  # whether it is a stream of events; None as long as nothing has come
         self._kept: list[bytes] = []
-        self._size = 0  # of what came, and in a stream was not looked at yet
-        self._text: list[str] = []
 
     def feed(self, data: bytes) -> None:
         """Take what came."""
@@ -147,24 +165,33 @@ class Watch:
             data, self._rest = self._rest + data, b""
         place = data.find(_KEY)
         while place >= 0:
+            if data.startswith(_NOT_YET, place + 7):
+                place = data.find(_KEY, place + 7)
+                continue
+            if data.startswith(_AT_ONCE, place + 7) and (usage := _last(data, place + 8)) is not None:
+                self._found(usage)
+                return
             value = _VALUE.match(data, place + 7)
             if value is None:
-                if len(data) - place < _MOST_USAGE:
-                    self._rest = data[place:]
-                    return
-            elif value.group(1) is not None:
-                whole = _OBJECT.match(data, value.start(1))
-                if whole is None and len(data) - place < _MOST_USAGE:
-                    self._rest = data[place:]
-                    return
-                if whole is not None and (usage := _usage(whole.group())) is not None:
-                    self.found = self.found + usage if self._each and self.found is not None else usage
+                whole = None
+            elif value.group(1) is None:
+                whole = b""
+            else:
+                whole = _object(data, value.start(1))
+            if whole is None and len(data) - place < _MOST_USAGE:
+                self._rest = data[place:]
+                return
+            if whole and (usage := _usage(whole)) is not None:
+                self._found(usage)
             place = data.find(_KEY, place + 7)
-        # (Reads of a stream end where events do, nearly always.)
-        if not data.endswith(b"\n") and (quote := data.rfind(b'"', max(0, len(data) - 6))) >= 0:
+        # (A read of a stream ends where an event does, nearly always.)
+        if self.found is None and not data.endswith(b"\n") and (quote := data.rfind(b'"', max(0, len(data) - 6))) >= 0:
             tail = data[quote:]
             if _KEY.startswith(tail):
                 self._rest = tail
+
+    def _found(self, usage: Usage) -> None:
+        self.found = self.found + usage if self._each and self.found is not None else usage
 
     def _keep(self, data: bytes) -> None:
         """Keep what may have to be counted: of a stream its text, of another answer its beginning."""
@@ -184,8 +211,8 @@ class Watch:
         elif self._size > _KEPT:
             return -(-self._size // 4), "estimated"
         else:
-            self._text = list(_texts_of_json(b"".join(self._kept)))
-        return count_tokens("".join(self._text), model)
+            self._text = "".join(_texts_of_json(b"".join(self._kept)))
+        return count_tokens(self._text, model)
 
     def _take_text(self, *, last: bool) -> None:
         """Take the text out of the events that are kept whole."""
@@ -194,26 +221,51 @@ class Watch:
         if end < 2:
             return
         self._kept, self._size = [data[end:]], len(data) - end
-        for line in data[:end].splitlines():
-            if line.startswith(b"data:") and len(line) > 8:
-                self._text.extend(_texts_of_event(line[5:]))
+        lines = [line[5:] for line in data[:end].splitlines() if line.startswith(b"data:")]
+        self._text += "".join([text for line in lines for text in _texts_of_event(line)])
+
+
+class _Delta(msgspec.Struct):
+    content: Any = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+
+
+class _Event(msgspec.Struct):
+    """What adds text to an answer, of an event of chat and completions, or of the Responses API."""
+
+    choices: list[_Choice] = []
+    type: str = ""
+    delta: str | None = None
+
+
+_event = msgspec.json.Decoder(_Event)
 
 
 def _texts_of_event(data: bytes) -> Iterator[str]:
     """Yield the text that one event of a stream adds to the answer."""
     try:
-        event = msgspec.json.decode(data)
+        event = _event.decode(data)
     except (msgspec.DecodeError, RecursionError, ValueError):
         return  # [DONE], or an event that did not come whole
-    if not isinstance(event, dict):
-        return
-    if isinstance(event.get("delta"), str):  # of the Responses API
-        yield event["delta"]
-    for choice in event.get("choices") or () if isinstance(event.get("choices"), list) else ():
-        if isinstance(choice, dict):
-            yield from _texts_of(choice.get("delta"))
-            if isinstance(choice.get("text"), str):
-                yield choice["text"]
+    if event.delta is not None and not event.type.endswith("audio.delta"):
+        yield event.delta
+    for choice in event.choices:
+        if choice.text is not None:
+            yield choice.text
+        if (delta := choice.delta) is not None:
+            for text in (delta.content, delta.refusal, delta.reasoning_content):
+                if isinstance(text, str):
+                    yield text
+            if delta.tool_calls is not None or delta.function_call is not None:
+                yield from _texts_of([delta.tool_calls, delta.function_call])
 
 
 def _texts_of_json(data: bytes) -> Iterator[str]:
