@@ -50,6 +50,7 @@ TESTED_ELSEWHERE = {
     "convert": "a part of test_config",
     "files": "a part of test_config",
     "nodes": "a part of test_config",
+    "sources": "a part of test_watch",
     "pipeline": "a part of test_config",
     "schema": "a part of test_config",
     "show": "a part of test_config",
