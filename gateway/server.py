@@ -23,7 +23,7 @@ from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
 from gateway.connection import Arrived, Connection, Handler
 from gateway.errors import ApiError
-from gateway.exchange import Exchange, failure
+from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.heads import client_address
 from gateway.heads import request_id as request_id_of
@@ -31,6 +31,7 @@ from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
+from gateway.reload import unharmed
 from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
@@ -41,6 +42,9 @@ __all__ = ("Generation", "Server", "serve")
 # When the gateway stops, a connection without a request may send one more for so many seconds: a client that
 # has begun to send it cannot know yet, and closing on it would fail it.
 _LAST_REQUEST = 1.0
+# How long, in seconds, after the end of an old set what is left of it is collected: nothing holds it any more then, and
+# several reloads are one collection.
+_COLLECT_AFTER = 1.0
 # How often, in seconds, a drain looks at what is left.
 _DRAIN_CHECK = 0.02
 
@@ -79,6 +83,7 @@ class Server:
     def __init__(self, teams: Teams, settings: Settings | None = None, upstream: Upstream | None = None) -> None:
         self._generation = Generation(teams, settings or Settings())
         self._old: set[Generation] = set()  # followed by another, and not stopped yet
+        self._collecting: asyncio.TimerHandle | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self.shared = teams.shared
         """What outlives a reload; closed when the server stops."""
@@ -236,7 +241,11 @@ class Server:
         await old.teams.stop()
         # With our thresholds the collector would leave cycles of the old set, such as a stage with a table of its own
         # methods, for hours. What was there at the start is frozen, so there is little to look through.
-        del old
+        if self._collecting is None:
+            self._collecting = asyncio.get_running_loop().call_later(_COLLECT_AFTER, self._collect)
+
+    def _collect(self) -> None:
+        self._collecting = None
         gc.collect()
 
     # -- one request -----------------------------------------------------------------------------------
@@ -410,7 +419,7 @@ async def serve(
         if ready is not None:
             ready()
         if beside is not None:
-            helper = asyncio.create_task(_beside(beside))
+            helper = asyncio.create_task(unharmed(beside()))
         await asked
         log.info("stopping")
         if stopping is not None:
@@ -422,10 +431,3 @@ async def serve(
             await asyncio.wait((helper,), timeout=5)
         await server.stop(now=now)
     log.info("stopped")
-
-
-async def _beside(beside: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    try:
-        await beside()
-    except Exception as exc:  # clients' requests matter more than what is done beside them
-        get_logger().error("reloading has ended", **failure(exc))

@@ -26,7 +26,7 @@ async def until_changed(sources: Sources) -> None:
         await asyncio.sleep(_EVERY)
         seen = await asyncio.to_thread(sources.stats)
         if seen != known and seen == before:
-            if await asyncio.to_thread(sources.differ):
+            if await asyncio.to_thread(sources.now) != sources:
                 return
             known = seen
         before = seen

@@ -125,10 +125,11 @@ def test_the_order_of_a_pipeline_is_a_change(tmp_path: Path) -> None:
     )
     before = loaded(tmp_path, yaml)
     after = loaded(tmp_path, yaml.replace("model_map, api_version", "api_version, model_map"))
-    assert diff(before, after) == [
+    (line,) = diff(before, after)
+    assert line == (
         "team default: order of the pipeline: [access_log, auth_passthrough, model_map, api_version] -> "
         "[access_log, auth_passthrough, api_version, model_map]"
-    ]
+    )
 
 
 def test_long_values_and_many_changes_are_bounded(tmp_path: Path) -> None:

@@ -98,7 +98,8 @@ def _of_team(old: Team, new: Team) -> Iterator[str]:
         elif name not in after:
             yield f"{name}: stage removed"
         elif type(before[name]) is not type(after[name]):
-            yield f"{name}: {type(before[name]).__qualname__} -> {type(after[name]).__qualname__}, another stage"
+            kinds = type(before[name]).__qualname__, type(after[name]).__qualname__
+            yield f"{name}: {' -> '.join(kinds)}, {'other code' if kinds[0] == kinds[1] else 'another stage'}"
         else:
             yield from _changes(dict(_fields(name, before[name])), dict(_fields(name, after[name])))
     kept = [name for name in before if name in after], [name for name in after if name in before]

@@ -6,6 +6,7 @@ seen afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -62,8 +63,8 @@ class Sources:
         found.append(again.patterns)
         return found
 
-    def differ(self) -> bool:
-        """Whether the content is another by now."""
+    def now(self) -> Sources:
+        """Return the same files and patterns as they are now."""
         again = Sources()
         for pattern in self.patterns:
             again.find(Path(pattern))
@@ -72,11 +73,10 @@ class Sources:
             if status is not None and not stat.S_ISREG(status.st_mode):
                 again.files[name] = self.files[name]  # a pipe can be read once
                 continue
-            try:
-                again.read(Path(name))
-            except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
                 again.files[name] = ""
-        return again != self
+                again.read(Path(name))
+        return again
 
 
 def _status(name: str) -> os.stat_result | None:
