@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gateway.errors import ConfigError, Mistake, StartError
 from gateway.version import __version__
@@ -283,13 +283,18 @@ def _reload(options: argparse.Namespace) -> int:
         print(f"gateway: {exc}", file=sys.stderr)
         return 1
     if report.mistakes:
-        print("\n".join(report.mistakes), file=sys.stderr)
+        _print_lines(report.mistakes, sys.stderr)
         print("gateway: not reloaded; the configuration at hand stays", file=sys.stderr)
         return 1
-    print("\n".join(["nothing changed"] if report.same else report.changes or ["reloaded; no setting is another"]))
-    for note in report.notes:
-        print(f"gateway: {note}", file=sys.stderr)
+    _print_lines(["nothing changed"] if report.same else report.changes or ["reloaded; no setting is another"])
+    _print_lines([f"gateway: {note}" for note in report.notes], sys.stderr)
     return 0
+
+
+def _print_lines(lines: Sequence[str], to: TextIO | None = None) -> None:
+    """Print what another process said: whoever took its name must not steer root's terminal."""
+    for line in lines:
+        print(line if line.isprintable() else ascii(line), file=to)
 
 
 def _with_listen(loaded: Any, listen: Any) -> Any:

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import sys
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,9 +19,11 @@ import aiohttp
 import pytest
 
 from gateway import control, logs, renewal, watch
+from gateway.cli import main
 from gateway.config import Loaded, load
 from gateway.config.sources import Sources
 from gateway.control import NobodyThere, Report
+from gateway.handover import Line
 from gateway.reload import Prepared, Reloads, State
 from gateway.renewal import Renewal
 from gateway.services import Shared
@@ -487,6 +490,31 @@ async def test_a_second_gateway_on_one_file_goes_on_without_a_socket(
     assert json.loads(line)["level"] == "warning"
 
 
+async def test_a_worker_that_stops_stops_what_it_had_prepared(start: Start) -> None:
+    """And what a new order takes the place of; only what was committed serves."""
+    running = await start()
+    ours, theirs = socket.socketpair()
+    line, (heard, said) = Line(theirs.detach()), await asyncio.open_unix_connection(sock=ours)
+    line.obey(asyncio.Event(), asyncio.Event())
+    following = asyncio.create_task(line.follow(running.renewal))
+    for number, name in enumerate(("second", "third", "fourth"), 1):
+        running.path.write_text(YAML.replace("first", name))
+        said.write(f"prepare {number}\n".encode())
+        answer = json.loads(await heard.readline())
+        assert (answer["word"], answer["number"]) == ("prepared", number)
+        if name == "third":
+            said.write(b"commit 2\n")
+            assert json.loads(await heard.readline()) == {"word": "committed", "number": 2}
+    assert await running.name() == "third"
+    await until(lambda: sorted(running.marks("stopped")) == ["first", "second"])
+    following.cancel()
+    await asyncio.wait((following,))
+    assert sorted(running.marks("stopped")) == ["first", "fourth", "second"]
+    asyncio.get_running_loop().remove_reader(line._socket)
+    line._socket.close()
+    said.close()
+
+
 # -- a gateway in processes of its own -----------------------------------------------------------------
 
 
@@ -599,7 +627,8 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
             0, "resource azure: api_key: *** -> *** (changed)\nteam default: mark.name: first -> second\n", ""
         )  # fmt: skip
         assert await running.names() == {"second"}
-        assert running.named("configuration reloaded")[0]["changes"][1] == "team default: mark.name: first -> second"
+        told = await running.until("configuration reloaded")
+        assert told["changes"][1] == "team default: mark.name: first -> second"
         broken = await running.reload(("mark: first", "mork: first"), ("sion: 2024", "sion: x2024"), yaml=UNWATCHED)
         assert broken[:2] == (1, "")
         assert broken[2].splitlines() == [
@@ -609,8 +638,8 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
         ]
         failed = await running.until("reload failed; the configuration at hand stays")
         assert (failed["level"], failed["mistakes"]) == ("error", broken[2].splitlines()[:2])
-        assert running.text.count("there is no stage 'mork'") == 1
         assert await running.names() == {"second"}
+        assert running.text.count("there is no stage 'mork'") == 1
         status, _, error = await running.reload(("mark: first", "mark: {starts: not}"), yaml=UNWATCHED)
         assert status == 1
         assert "the stage 'mark' of team 'default' cannot start: OSError: no redis" in error
@@ -621,7 +650,7 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
         assert await running.reload(yaml=UNWATCHED + "log: {level: warning}\n") == (
             0, "log.level: info -> warning\nteam default: mark.name: third -> first\n", ""
         )  # fmt: skip
-        assert len(running.named("configuration reloaded")) == 2
+        await running.until("configuration reloaded", 2)
     done = await asyncio.to_thread(run, "reload", "--config", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"gateway: no gateway with the configuration {tmp_path}/gateway.yaml runs here\n"
@@ -726,7 +755,8 @@ async def test_what_one_worker_cannot_start_none_takes_over(azure: FakeAzure, tm
         assert status == 1
         assert "cannot start: FileExistsError" in error
         assert {name for _, name in await running.answers()} == {"first"}
-        assert len([each for each in running.named("mark stopped") if each["name"] == "second"]) == 2
+        await running.until("mark stopped", 2)
+        assert {each["name"] for each in running.named("mark stopped")} == {"second"}
 
 
 @pytest.mark.slow
@@ -775,3 +805,14 @@ async def test_a_reload_that_hangs_does_not_keep_the_gateway_from_stopping(
         status, _, error = await asked
         assert status == 1
         assert "the gateway is stopping" in error or "ended before it had reloaded" in error
+
+
+def test_what_another_process_says_does_not_steer_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any user of the machine may have taken the name before the gateway did."""
+    monkeypatch.setattr(control, "ask", lambda path: Report(changes=["\x1b[2J"], notes=["listen: \r"]))
+    assert main(["reload", "--config", str(tmp_path / "gateway.yaml")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "'\\x1b[2J'\n"
+    assert printed.err == "'gateway: listen: \\r'\n"
