@@ -106,18 +106,16 @@ class Teams:
         except BaseException:
             for team in reversed(started):
                 await team.stop()
-            await self.shared.close()
             raise
         if self.issuers is not None:
             self.issuers.start()
 
     async def stop(self) -> None:
-        """Stop every team and what they share."""
+        """Stop every team; what they share may go on, in those that follow them."""
         if self.issuers is not None:
             await self.issuers.stop()
         for team in reversed(self.all):
             await team.stop()
-        await self.shared.close()
 
     def find(self, prefix: str, headers: Headers, judgement: Judgement | None = None) -> Team | None:
         """Return the team of a request, or None where no team has its path prefix.

@@ -39,6 +39,11 @@ class Upstream:
         self._timeouts = timeouts
         self._pool = Pool(timeouts.connect, context)
 
+    def use(self, timeouts: Timeouts) -> None:
+        """Have other timeouts from the next request on; the connections stay."""
+        self._timeouts = timeouts
+        self._pool.use(timeouts.connect)
+
     async def start(self) -> None:
         """Make the pool, on the running loop."""
         await self._pool.start()

@@ -153,3 +153,6 @@ class GatewayFile:
     )
     limits: Annotated[Limits, Meta(description="how much the gateway takes")] = field(default_factory=Limits)
     log: Annotated[LogFile, Meta(description="what is logged, and how")] = field(default_factory=LogFile)
+    watch: Annotated[bool, Meta(description="whether a change of these files is taken over while the gateway runs")] = (
+        True
+    )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import glob
 import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
+from gateway.config.sources import Sources
 from gateway.errors import ConfigError, Mistake
 from gateway.identity import Issuer, Issuers
 from gateway.keys import ListedKey
@@ -51,19 +51,28 @@ class Loaded:
     teams: Teams
     resources: Mapping[str, Resource]
     log: LogFile
+    watch: bool = True
+    """Whether a change of the files is a reload."""
+    sources: Sources = field(default_factory=Sources)
+    """What it was made of."""
     differences: tuple[Mistake, ...] | None = None
     """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
 
 
 def load(
-    path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None, *, cors: bool = False
+    path: Path,
+    env: Mapping[str, str] | None = None,
+    shared: Shared | None = None,
+    *,
+    cors: bool = False,
+    sources: Sources | None = None,
 ) -> Loaded:
     """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is.
 
     A file of the Go proxy's is read as what `import_go_proxy` makes of it. With `cors`, a pipeline of `gateway.yaml`
-    that lists no stage `cors` gets one.
+    that lists no stage `cors` gets one. What is read is noted in `sources`, also where this raises.
     """
-    reader = Reader(env=os.environ if env is None else env)
+    reader = Reader(env=os.environ if env is None else env, sources=Sources() if sources is None else sources)
     root = reader.read(path)
     differences = None
     if root is not None and is_go_proxy(root):
@@ -116,8 +125,11 @@ class _Loader:
         reader = self.reader
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
-        registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
         self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
+        folders = [self._plugins(folder, root) for folder in _listed(main.plugins_path)]
+        for folder in folders:
+            reader.sources.find(folder / "*.py")  # a stage that was missing may come; its code is not looked at
+        registry = Registry(folders)
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         issuers = read_issuers(reader, main.identity, root)
@@ -150,6 +162,8 @@ class _Loader:
             teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
             resources=self.resources,
             log=main.log,
+            watch=main.watch,
+            sources=reader.sources,
         )
 
     # -- the parts of gateway.yaml ---------------------------------------------------------------------
@@ -189,10 +203,7 @@ class _Loader:
         files: list[Path] = []
         for pattern in _listed(patterns):
             path = self.folder / pattern
-            try:
-                found = sorted(map(Path, glob.glob(str(path))))
-            except (OSError, ValueError, re.error):
-                found = []
+            found = self.reader.sources.find(path)
             files += found
             if not found and not any(sign in pattern for sign in "*?["):
                 self.reader.mistake(value_of(root, "teams"), f"teams: there is no file {pattern}")
