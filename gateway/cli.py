@@ -265,11 +265,13 @@ def _work(options: argparse.Namespace) -> int:
     """Serve as one of several workers; what is wrong is the supervisor's to say, once for all of them."""
     from gateway import logs  # noqa: PLC0415
     from gateway.config import load  # noqa: PLC0415
+    from gateway.counters.shared import SharedCounters  # noqa: PLC0415
     from gateway.handover import Handover, Line  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
     from gateway.loop import run  # noqa: PLC0415
     from gateway.renewal import Renewal  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
+    from gateway.services import Shared  # noqa: PLC0415
 
     handover = Handover.parse(options.handover)
     line = Line(handover.line)
@@ -281,7 +283,7 @@ def _work(options: argparse.Namespace) -> int:
         return _with_listen(load(path, shared=shared, cors=options.cors == "true", sources=sources), listen)
 
     try:
-        loaded = read()
+        loaded = read(Shared(SharedCounters(handover.table)))
         logs.configure(loaded.log.level, loaded.log.format)
         listener = Listener.inherited(handover.sockets)
         server = Server(loaded.teams, loaded.settings)

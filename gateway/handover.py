@@ -58,19 +58,25 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Handover:
-    """What a worker inherits, as descriptors: the listening sockets, and its line to the supervisor."""
+    """What a worker inherits, as descriptors: the sockets, the counters' table, and its line to the supervisor."""
 
     sockets: tuple[int, ...]
+    table: int
     line: int
 
     def __str__(self) -> str:
-        return ",".join(map(str, (*self.sockets, self.line)))
+        return ",".join(map(str, self.descriptors))
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All of them."""
+        return (*self.sockets, self.table, self.line)
 
     @classmethod
     def parse(cls, text: str) -> Handover:
         """Read what `str` wrote. Raises ValueError."""
-        *sockets, line = map(int, text.split(","))
-        return cls(tuple(sockets), line)
+        *sockets, table, line = map(int, text.split(","))
+        return cls(tuple(sockets), table, line)
 
 
 class Line:

@@ -21,6 +21,7 @@ import msgspec
 from gateway import logs
 from gateway.config.sources import Sources
 from gateway.control import Report
+from gateway.counters.shared import make_table
 from gateway.errors import StartError
 from gateway.handover import ABORT, AT_ONCE, COMMIT, COMMITTED, DRAIN, PREPARE, PREPARED, READY, Handover, Said
 from gateway.listener import Listener
@@ -64,18 +65,18 @@ class _Worker:
         self._asked: dict[tuple[str, int], asyncio.Future[Said | None]] = {}
 
     @classmethod
-    async def start(cls, command: Sequence[str], listener: Listener) -> _Worker:
+    async def start(cls, command: Sequence[str], listener: Listener, table: int) -> _Worker:
         """Start a process. Raises OSError where the system has none."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                handover = Handover(tuple(sock.fileno() for sock in listener.sockets), theirs.fileno())
+                handover = Handover(tuple(sock.fileno() for sock in listener.sockets), table, theirs.fileno())
                 process = await asyncio.create_subprocess_exec(
                     *command,
                     "--handover",
                     str(handover),
                     stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=(*handover.sockets, handover.line),
+                    pass_fds=handover.descriptors,
                 )
         except BaseException:
             ours.close()
@@ -168,13 +169,13 @@ class _Place:
         self.failure: str | None = None
         self.worker: _Worker | None = None
 
-    async def keep(self, command: Sequence[str], listener: Listener, patience: float) -> None:
+    async def keep(self, command: Sequence[str], listener: Listener, table: int, patience: float) -> None:
         """Keep a worker here; return when the place is retired and its worker gone, or the first never served."""
         loop = asyncio.get_running_loop()
         delay = 0.0
         while not self.retired.is_set():
             born = loop.time()
-            facts = await self._run(command, listener, patience)
+            facts = await self._run(command, listener, table, patience)
             self.worker = None
             if self.retired.is_set() or self.failure is not None:
                 break
@@ -186,10 +187,10 @@ class _Place:
         self.failure = self.failure or "it was told to stop"
         self.settled.set()
 
-    async def _run(self, command: Sequence[str], listener: Listener, patience: float) -> dict[str, Any]:
+    async def _run(self, command: Sequence[str], listener: Listener, table: int, patience: float) -> dict[str, Any]:
         """Run one worker from its start to its end, and return what the log should say of that."""
         try:
-            worker = self.worker = await _Worker.start(command, listener)
+            worker = self.worker = await _Worker.start(command, listener, table)
         except OSError as exc:
             reason = f"cannot start a worker: {exc.strerror or exc}"
             self._settle(reason)
@@ -253,6 +254,7 @@ class Supervisor:
         self._count = count
         self._notify = notify
         self._patience = patience
+        self._table = make_table()  # what limits count, for all workers that there will be
         self._current: list[_Place] = []
         self._tasks: dict[asyncio.Task[None], _Place] = {}
         self._stopping = False
@@ -312,7 +314,7 @@ class Supervisor:
 
     def _open(self) -> _Place:
         place = _Place(self._compare)
-        task = self._group.create_task(place.keep(self._command, self._listener, self._patience))
+        task = self._group.create_task(place.keep(self._command, self._listener, self._table, self._patience))
         self._tasks[task] = place
         task.add_done_callback(self._tasks.pop)
         return place

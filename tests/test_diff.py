@@ -102,16 +102,18 @@ def test_a_secret_s_file_is_a_change_of_its_setting(tmp_path: Path) -> None:
 
 
 def test_teams_come_and_go_and_are_found_otherwise(tmp_path: Path) -> None:
-    """By name; keys are counted."""
+    """By name; keys by their labels and the beginning of their digests."""
     before = loaded(tmp_path)
-    digests = [key_digest("b"), key_digest("c")]
+    keys = f"[{{digest: '{key_digest('b')}', label: ann}}, {{digest: '{key_digest('c')}', disabled: true}}]"
     after = loaded(
-        tmp_path, **{"teams/sales.yaml": f"match: {{host: x.test, keys: {digests}}}\n", "teams/new.yaml": "match: /n\n"}
+        tmp_path, **{"teams/sales.yaml": f"match: {{host: x.test, keys: {keys}}}\n", "teams/new.yaml": "match: /n\n"}
     )
     assert diff(before, after) == [
         "team new: added",
-        "team sales: match.keys: 1 key -> 2 keys",
+        f"team sales: match.keys {key_digest('a')[:15]}: listed removed",
         "team sales: match.host: [x.test] added",
+        f"team sales: match.keys ann ({key_digest('b')[:15]}): listed added",
+        f"team sales: match.keys {key_digest('c')[:15]}: disabled added",
     ]
     assert diff(after, before)[0] == "team new: removed"
 
@@ -141,3 +143,13 @@ def test_long_values_and_many_changes_are_bounded(tmp_path: Path) -> None:
     lines = diff(loaded(tmp_path), loaded(tmp_path, YAML.replace("gpt-4: two", models)))
     assert len(lines) == 51
     assert lines[-1] == "and 21 more"
+
+
+def test_prices_and_issuers_are_told_of(tmp_path: Path) -> None:
+    """One by one."""
+    yaml = YAML + "prices: {gpt-4o: {input: 2.5, output: 10}}\nidentity: {issuer: https://login.test/t, audience: a}\n"
+    other = yaml.replace("2.5", "2").replace("audience: a", "audience: [a, b]")
+    assert diff(loaded(tmp_path, yaml), loaded(tmp_path, other)) == [
+        "prices.gpt-4o.input: 2.5 -> 2.0",
+        "identity https://login.test/t: [a] -> [a, b]",
+    ]

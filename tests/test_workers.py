@@ -576,3 +576,72 @@ async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypa
         running._stop()
         await task
     assert "commit 1" in (tmp_path / "second").read_text()
+
+
+LIMITED = """
+plugins_path: mine
+timeouts: {grace: 20}
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline:
+  - who
+  - auth_passthrough
+  - rate_limit: {requests_per_day: 20, limits: [{in_flight: 3, per: team}]}
+  - {model_map: {unmapped: own_name_without_dots}}
+  - api_version: 2024-10-21
+"""
+
+
+@pytest.mark.slow
+async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None:
+    """Exactly, whoever of them is asked; over a reload that changes it, a rolling restart, and the death of one."""
+
+    async def statuses(count: int) -> list[int]:
+        async def one() -> int:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(running.url, json=CHAT, headers={"api-key": KEY}) as answer,
+            ):
+                return answer.status
+
+        return [await one() for _ in range(count)]
+
+    async with fleet(azure, tmp_path, yaml=LIMITED) as running:
+        await asyncio.gather(statuses(6), statuses(6))
+        assert sorted(await statuses(10)) == [200] * 8 + [429] * 2
+        write_files(tmp_path, {"gateway.yaml": LIMITED.replace("requests_per_day: 20", "requests_per_day: 25")})
+        running.process.send_signal(signal.SIGHUP)
+        await running.until("configuration reloaded")
+        assert sorted(await statuses(6)) == [200] * 5 + [429]
+        running.process.send_signal(signal.SIGUSR2)
+        await running.until("workers ready", 2)
+        assert await statuses(3) == [429] * 3
+        os.kill(min(running.pids), signal.SIGKILL)
+        await running.until("worker ready", 5)
+        assert await statuses(3) == [429] * 3
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.gone() == 0
+
+
+@pytest.mark.slow
+async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) -> None:
+    """Three at once may run, whoever runs them; when a worker is replaced, its own count no more."""
+    async with FakeAzure(words=["x"] * 100, delay=0.1) as azure, fleet(azure, tmp_path, yaml=LIMITED) as running:
+        async with contextlib.AsyncExitStack() as stack:
+            answers = []
+            for _ in range(4):
+                session = await stack.enter_async_context(aiohttp.ClientSession())
+                body = {**CHAT, "stream": True}
+                answers.append(await session.post(running.url, json=body, headers={"api-key": KEY}))
+            assert [each.status for each in answers] == [200, 200, 200, 429]
+            assert "which is the most at once" in await answers[3].text()
+            pids = [int(each.headers["x-pid"]) for each in answers[:3]]
+            os.kill(pids[0], signal.SIGKILL)
+            await running.until("worker ready", 3)
+            free = pids.count(pids[0])
+            for status in [200] * free + [429]:
+                session = await stack.enter_async_context(aiohttp.ClientSession())
+                answer = await session.post(running.url, json={**CHAT, "stream": True}, headers={"api-key": KEY})
+                assert answer.status == status
+        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGTERM)
+        await running.gone()

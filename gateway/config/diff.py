@@ -115,6 +115,10 @@ def _settings(loaded: Loaded) -> Iterator[tuple[str, _Value]]:
     proxies = [str(each) for each in settings.trusted_proxies]
     yield "trusted_proxies", (_list(proxies), proxies)
     yield "watch", (_plain(loaded.watch), loaded.watch)
+    for name, price in loaded.prices.items():
+        yield from _fields(f"prices.{name}", price)
+    for issuer in loaded.teams.issuers.all if loaded.teams.issuers is not None else ():
+        yield f"identity {issuer.issuer}", (_list(list(issuer.audience)), issuer)
 
 
 def _resources(loaded: Loaded) -> Iterator[tuple[str, _Flat]]:
@@ -131,11 +135,14 @@ def _resources(loaded: Loaded) -> Iterator[tuple[str, _Flat]]:
 def _team(team: Team) -> Iterator[tuple[str, _Value]]:
     for field in dataclasses.fields(team.match):
         value = getattr(team.match, field.name)
-        if not value:
-            continue
-        # (A key is known by its digest, which is no secret, and as long as it is useless to a reader.)
-        count = f"{len(value)} key{'s' if len(value) > 1 else ''}" if field.name == "keys" else None
-        yield f"match.{field.name}", (count or _plain(value), value)
+        if field.name == "keys":
+            for key in value:
+                # A digest is no secret; its beginning tells keys of one label apart.
+                name = f"{key.label} ({key.digest[:15]})" if key.label else key.digest[:15]
+                state = "disabled" if key.disabled else "expires" if key.expires is not None else "listed"
+                yield f"match.keys {name}", (state, key)
+        elif value:
+            yield f"match.{field.name}", (_plain(value), value)
     resource = team.target.resource
     if resource is not None:
         yield "resource", (resource.name, resource.name)

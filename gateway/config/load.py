@@ -51,6 +51,7 @@ class Loaded:
     teams: Teams
     resources: Mapping[str, Resource]
     log: LogFile
+    prices: Mapping[str, Price] = field(default_factory=dict)
     watch: bool = True
     """Whether a change of the files is a reload."""
     sources: Sources = field(default_factory=Sources)
@@ -162,6 +163,7 @@ class _Loader:
             teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
             resources=self.resources,
             log=main.log,
+            prices=main.prices,
             watch=main.watch,
             sources=reader.sources,
         )

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fcntl import LOCK_EX, LOCK_UN, lockf
@@ -38,7 +39,12 @@ _KNOWN = 50_000
 
 def make_table() -> int:
     """Return the descriptor of a new table, which every worker is to inherit. Its pages are only taken when used."""
-    descriptor = os.memfd_create("gateway-counters", os.MFD_CLOEXEC)
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("gateway-counters")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.set_inheritable(descriptor, False)
     os.ftruncate(descriptor, _SIZE)
     return descriptor
 
@@ -49,6 +55,7 @@ class SharedCounters:
     def __init__(self, descriptor: int, now: Callable[[], float] = time.time) -> None:
         self._descriptor = descriptor
         self._now = now
+        os.set_inheritable(descriptor, False)  # a stage's own child processes have no business with it
         self._table = mmap.mmap(descriptor, _SIZE)
         self._known: dict[str, tuple[int, bytes]] = {}
         self._full = False  # it was said that the table is
