@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.errors import ApiError
 from gateway.jsonbody import raw_fields, with_field
-from gateway.stream import Filter
+from gateway.stream import Event, Filter
 
 __all__ = ("STREAMED", "HiddenUsage", "with_usage_asked")
 
@@ -111,19 +111,19 @@ class HiddenUsage(Filter):
     def cut(self) -> bytes:
         """Return what is left of an event that will not end."""
         rest, self._rest = self._rest, b""
-        return rest
+        return self._hidden(rest)
 
     def close(self) -> bytes:
         """Return what is left."""
-        return self._hidden(self.cut())
+        return self.cut()
 
 
 def _tells_usage(event: bytes) -> bool:
     """Whether an event is the chunk that was added for the usage alone."""
-    if not event.startswith(_JSON) or b'"usage"' not in event:
+    if b'"usage"' not in event:
         return False
     try:
-        chunk = _chunk.decode(event[len(_JSON) - 1 :])
+        chunk = _chunk.decode(Event(event).data)
     except (msgspec.DecodeError, ValueError):
         return False
     return chunk.choices == [] and isinstance(chunk.usage, dict)

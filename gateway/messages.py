@@ -28,7 +28,7 @@ from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
 from gateway.stream import CutShort, EventFilter, Filter, link
 from gateway.tokens import most_output, prompt_tokens
-from gateway.usage import PROMPTED
+from gateway.usage import METERED, PROMPTED
 from gateway.websocket import WebSocket
 
 __all__ = ("Request", "Resource", "Response", "Target", "check_body")
@@ -255,14 +255,15 @@ class Request:
     async def expected_tokens(self) -> tuple[int, int | None]:
         """Return how many tokens the request is going to use: its prompt's, and the most that its answer may have.
 
-        The answer's is None where the request does not bound it. (0, 0) where tokens are not known beforehand, as of
-        sound and pictures. The prompt is counted where the extra `tokens` is installed, and estimated else.
+        The answer's is None where the request does not bound it. (0, 0) of what uses none, and (1, None) where they
+        are not known beforehand, as of sound, pictures and assistants. The prompt is counted where the extra `tokens`
+        is installed, and estimated else.
         """
         if self.operation not in PROMPTED:
-            return 0, 0
+            return (1, None) if self.operation in METERED else (0, 0)
         body = await self.body()
         prompt, _ = prompt_tokens(body, await self.model())
-        return prompt, 0 if self.operation == "embeddings" else most_output(body)
+        return max(1, prompt), 0 if self.operation == "embeddings" else most_output(body)
 
     async def models(self) -> tuple[str, ...]:
         """Return every model that the request names, each once: also those of a batch file's lines and an evaluation.

@@ -33,8 +33,14 @@ _MOST_COUNTED = 4 * 1024 * 1024
 _IMAGE = 765
 # Bytes of base64 for a token of speech: 24,000 samples of 2 bytes a second, 10 tokens a second.
 _SPEECH = 24_000 * 2 // 10 * 4 // 3
+# Bytes of base64 for a token of a document: a page of text with its picture is some 100 KB and 1,000 tokens.
+_FILE = 100
+_NO_TEXT = frozenset({"role", "type", "detail", "format", "id", "call_id", "filename"})
 # What a message costs beside its text (the OpenAI cookbook's "How to count tokens").
 _MESSAGE = 4
+
+# What nobody can ask for: an answer's tokens, and its choices (128 is OpenAI's most).
+_MOST, _MOST_CHOICES = 10**12, 128
 
 # Where the text of a prompt is.
 _PROMPT = ("messages", "input", "prompt", "instructions", "tools", "functions", "response_format", "text")
@@ -97,27 +103,32 @@ def prompt_tokens(body: bytes, model: str | None) -> tuple[int, Source]:
     return count + more, source
 
 
-def _parts(value: Any, key: str = "") -> Iterator[str | int]:
-    """Yield the texts in a part of a prompt, and what else is in it as a number of tokens."""
-    if isinstance(value, str):
-        if value.startswith("data:") or key in ("url", "image_url"):
-            yield _IMAGE
-        elif key == "data":
-            yield len(value) // _SPEECH
-        else:
-            yield value
-    elif isinstance(value, dict):
-        if "role" in value:
-            yield _MESSAGE
-        for name, inner in value.items():
-            if name not in ("role", "type", "detail", "format", "id", "call_id"):
-                yield from _parts(inner, name)
-    elif isinstance(value, list):
-        if value and all(isinstance(each, int) for each in value):  # tokens already
-            yield len(value)
-        else:
-            for inner in value:
-                yield from _parts(inner, key)
+def _parts(value: Any) -> Iterator[str | int]:
+    """Yield the texts in a part of a prompt, and what else is in it as a number of tokens.
+
+    Without recursion: a body may be nested as deeply as it is long.
+    """
+    waiting = [("", value)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, str):
+            if key in ("url", "image_url"):
+                yield _IMAGE
+            elif key == "data":
+                yield len(value) // _SPEECH
+            elif key == "file_data":
+                yield max(_IMAGE, len(value) // _FILE)
+            else:
+                yield value
+        elif isinstance(value, dict):
+            if "role" in value:
+                yield _MESSAGE
+            waiting += [(name, inner) for name, inner in value.items() if name not in _NO_TEXT]
+        elif isinstance(value, list):
+            if value and type(value[0]) is int:  # tokens already
+                yield len(value)
+            else:
+                waiting += [(key, inner) for inner in value]
 
 
 class _Asked(msgspec.Struct):
@@ -127,6 +138,8 @@ class _Asked(msgspec.Struct):
     max_tokens: Any = None
     max_output_tokens: Any = None
     n: Any = None
+    best_of: Any = None
+    prompt: Any = None
 
 
 _asked = msgspec.json.Decoder(_Asked)
@@ -140,8 +153,14 @@ def most_output(body: bytes) -> int | None:
         return None
     if not isinstance(asked, _Asked):
         asked = _Asked(**{name: asked.get(name) for name in _Asked.__struct_fields__})
-    each = [asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens]
-    given = [number for number in each if isinstance(number, int) and number > 0]
+    given = [
+        min(int(number), _MOST)
+        for number in (asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens)
+        if type(number) in (int, float) and number >= 1
+    ]
     if not given:
         return None
-    return max(given) * (asked.n if isinstance(asked.n, int) and 0 < asked.n <= 128 else 1)
+    choices = max([each for each in (asked.n, asked.best_of, 1) if type(each) is int and each <= _MOST_CHOICES])
+    # Each of several prompts has answers of its own; a list of numbers is one prompt.
+    prompts = asked.prompt if isinstance(asked.prompt, list) and asked.prompt else [""]
+    return max(given) * choices * (1 if type(prompts[0]) is int else len(prompts))

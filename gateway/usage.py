@@ -8,7 +8,9 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from gateway.tokens import Source, count_tokens, prompt_tokens
+from gateway.errors import ApiError
+from gateway.jsonbody import raw_fields
+from gateway.tokens import Source, count_tokens, most_output, prompt_tokens
 
 __all__ = ("METERED", "PROMPTED", "Meter", "Usage", "Watch")
 
@@ -30,16 +32,18 @@ METERED = PROMPTED | {
 }
 
 _KEY = b'"usage"'
-# As it stands in nearly every event of a stream.
-_NOT_YET = b":null"
 _AT_ONCE = b":{"
-_VALUE = re.compile(rb"\s*:\s*(?:(\{)|[^\s{])")
+_VALUE = re.compile(rb"\s*:\s*(?:([{n])|[^\s{n])")
 # A usage holds details, one level deep, and no text.
 _OBJECT = re.compile(rb"\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}")
 _MOST_USAGE = 4096
 # How much of a stream is kept before its text is taken out of it, and how much of another answer is kept.
 _KEPT = 4 * 1024
 _KEPT_WHOLE = 64 * 1024
+_KEPT_LINE = 1024 * 1024
+# How much tells a stream from another answer, and what a stream begins with.
+_TOLD = 6
+_BEGINNINGS = (b"data:", b"event:", b":", b"\xef\xbb\xbf", b"id:", b"retry:")
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -166,15 +170,15 @@ class Watch:
             data, self._rest = self._rest + data, b""
         place = data.find(_KEY)
         while place >= 0:
-            if data.startswith(_NOT_YET, place + 7):
-                place = data.find(_KEY, place + 7)
-                continue
             if data.startswith(_AT_ONCE, place + 7) and (usage := _last(data, place + 8)) is not None:
                 self._found(usage)
                 return
             value = _VALUE.match(data, place + 7)
             if value is None:
                 whole = None
+            elif value.group(1) == b"n":
+                # What came before it in a stream was none: a tool may be described by whatever its author likes.
+                whole, self.found = b"", self.found if self._each else None
             elif value.group(1) is None:
                 whole = b""
             else:
@@ -186,7 +190,7 @@ class Watch:
                 self._found(usage)
             place = data.find(_KEY, place + 7)
         # (A read of a stream ends where an event does, nearly always.)
-        if self.found is None and not data.endswith(b"\n") and (quote := data.rfind(b'"', max(0, len(data) - 6))) >= 0:
+        if not data.endswith(b"\n") and (quote := data.rfind(b'"', max(0, len(data) - 6))) >= 0:
             tail = data[quote:]
             if _KEY.startswith(tail):
                 self._rest = tail
@@ -196,16 +200,26 @@ class Watch:
 
     def _keep(self, data: bytes) -> None:
         """Keep what may have to be counted: of a stream its text, of another answer its beginning."""
-        if self._events is None:
-            self._events = data.startswith((b"data:", b"event:", b":", b"\xef\xbb\xbf", b"id:", b"retry:"))
         self._size += len(data)
-        if self._events or self._size <= _KEPT_WHOLE:
+        if self._events is None:
             self._kept.append(data)
-        if self._events and self._size > _KEPT:
-            self._take_text(last=False)
+            if self._size >= _TOLD:
+                self._events = b"".join(self._kept).startswith(_BEGINNINGS)
+        elif not self._events:
+            if self._size <= _KEPT_WHOLE:
+                self._kept.append(data)
+        elif self._size <= _KEPT_LINE:
+            self._kept.append(data)
+            if self._size > _KEPT and b"\n" in data:
+                self._take_text(last=False)
+        elif b"\n" in data:  # the end of a line that is no text, but a picture
+            rest = data[data.index(b"\n") :]
+            self._kept, self._size = [rest], len(rest)
 
     def output(self, model: str | None) -> tuple[int, Source]:
         """Return how many tokens of an answer have come, and how that is known."""
+        if self._events is None:
+            return 0, "estimated"
         if self._events:
             self._take_text(last=True)
         elif self._size > _KEPT_WHOLE:
@@ -217,9 +231,7 @@ class Watch:
     def _take_text(self, *, last: bool) -> None:
         """Take the text out of the events that are kept whole."""
         data = b"".join(self._kept)
-        end = len(data) if last else data.rfind(b"\n\n") + 2
-        if end < 2:
-            return
+        end = len(data) if last else data.rfind(b"\n") + 1
         self._kept, self._size = [data[end:]], len(data) - end
         lines = [line[5:] for line in data[:end].splitlines() if line.startswith(b"data:")]
         self._texts.append("".join([text for line in lines for text in _texts_of_event(line)]))
@@ -299,6 +311,13 @@ def _texts_of(value: Any) -> Iterator[str]:
                 yield from _texts_of(value[name])
 
 
+def _in_background(body: bytes) -> bool:
+    try:
+        return raw_fields(body, ("background",)).get("background") == b"true"
+    except ApiError:
+        return False
+
+
 class Meter:
     """What one exchange used, over all that Azure was asked for it."""
 
@@ -336,5 +355,8 @@ class Meter:
         taken, source = prompt_tokens(body, model) if body else (0, "estimated")
         if operation == "embeddings" or status == 0:
             return Usage(taken, 0, source=source)
+        if operation == "responses" and body is not None and b'"background"' in body and _in_background(body):
+            # It is answered before it is worked on, and what it uses is never told here.
+            return Usage(taken, most_output(body) or 0, source="estimated")
         given, how = watch.output(model)
         return Usage(taken, given, source=max(source, how, key=_SOURCES.index))

@@ -66,7 +66,7 @@ class ModelMap(Stage):
         self._own = Target()
         self._listed: tuple[str, ...] = ()
         self._allowed: Callable[[str], object] | None = None
-        self._denied: Callable[[str], object] = one_of(())
+        self._denied: Callable[[str], object] = one_of((), plain)
         self._denied_deployments: set[str] = set()
         self._open = True
 
@@ -105,10 +105,12 @@ class ModelMap(Stage):
     async def start(self, services: Services) -> None:
         self._open = self.allow is None and not self.deny
         self._allowed = None if self.allow is None else one_of(tuple(self.allow))
-        self._denied = one_of(tuple(self.deny))
-        # By another spelling, a model without a mapping would be the same deployment: Azure ignores the case.
-        own = [_named(self._own, self._own_name(name)) for name in self.deny]
-        self._denied_deployments = {each.deployment.lower() for each in own if each and each.deployment}
+        # By another spelling a model could still be the same deployment: Azure ignores the case, and dots may be left
+        # out. And a deployment has a name of its own, by which it could be asked for.
+        self._denied = one_of(tuple(each if each[:1] == "~" else plain(each) for each in self.deny), plain)
+        self._denied_deployments = {
+            plain(target.deployment or "") for name, target in self._exact.items() if self._denied(name)
+        }
 
     def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         if isinstance(self.models, str):
@@ -194,8 +196,10 @@ class ModelMap(Stage):
     def _permitted(self, name: str, of_key: tuple[str, ...] | None) -> Target:
         """Return the target of a model. Raises ApiError 404 where it may not be used, or has none."""
         found = self._found(name) if self._may(name, of_key) else None
-        if found is not None and self._denied_deployments and self._is_unmapped(name):
-            found = found if (found.deployment or "").lower() not in self._denied_deployments else None
+        if found is not None and self.deny and name not in self._exact:
+            deployment = found.deployment or ""
+            if self._denied(deployment) or plain(deployment) in self._denied_deployments:
+                found = None
         if found is None:
             # As OpenAI answers for a model that a project has no access to.
             shown = ", ".join([each for each in self._listed if self._may(each, of_key)][:SHOWN])
@@ -230,9 +234,6 @@ class ModelMap(Stage):
     def _own_name(self, name: str) -> str:
         return name.replace(".", "") if self.unmapped == "own_name_without_dots" else name
 
-    def _is_unmapped(self, name: str) -> bool:
-        return name not in self._exact and not any(pattern.fullmatch(name) for pattern, _, _ in self._patterns)
-
     def _refusal(self, name: str) -> ApiError:
         mapped = [*self._exact, *(written for _, written, _ in self._written() if written.strip() not in self._exact)]
         shown = ", ".join(mapped[:SHOWN]) + (", ..." if len(mapped) > SHOWN else "")
@@ -248,11 +249,30 @@ class ModelMap(Stage):
 
 
 @lru_cache(maxsize=1024)
-def one_of(names: tuple[str, ...]) -> Callable[[str], object]:
-    """Return what tells whether a model is one of some names, globs, or, after `~`, expressions. Raises re.error."""
+def one_of(names: tuple[str, ...], spelled: Callable[[str], str] = str) -> Callable[[str], object]:
+    """Return what tells whether a model is one of some names, globs, or, after `~`, expressions. Raises re.error.
+
+    `spelled` says how a model is spelled before names and globs are compared; expressions ignore the case then.
+    """
     exact = {name for name in names if not name.startswith("~") and not any(sign in name for sign in "*?[")}
-    others = [re.compile(name[1:] if name[:1] == "~" else translate(name)) for name in names if name not in exact]
-    return lambda model: model in exact or any(each.fullmatch(model) for each in others)
+    globs = [re.compile(translate(name)) for name in names if name not in exact and name[:1] != "~"]
+    flags = re.NOFLAG if spelled is str else re.IGNORECASE
+    expressions = [re.compile(name[1:], flags) for name in names if name[:1] == "~"]
+
+    def among(model: str) -> bool:
+        text = spelled(model)
+        return (
+            text in exact
+            or any(each.fullmatch(text) for each in globs)
+            or any(each.fullmatch(model) for each in expressions)
+        )
+
+    return among
+
+
+def plain(name: str) -> str:
+    """Return a name as Azure takes it for the same as others: in lower case, and without dots."""
+    return name.lower().replace(".", "")
 
 
 def _named(target: Target, name: str) -> Target | None:

@@ -244,7 +244,7 @@ class RateLimit(Limit, Stage):
     ) -> list[Charge]:
         """Return the charges of a request that may use so many tokens."""
         prompt, answer = expected
-        used = Usage(prompt, (self.answer_tokens if prompt else 0) if answer is None else answer)
+        used = Usage(prompt, self.answer_tokens if answer is None else answer)
         costs = {"requests": 1.0, "slots": 1.0, "tokens": float(used.total_tokens), "spend": 0.0}
         if self._spends and model:
             costs["spend"] = float(self._price(model).cost(used))

@@ -296,6 +296,57 @@ async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pyte
     assert len(counters._records) == len(counters._rules) == 10
 
 
+async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives nothing back to others, and breaks nothing."""
+    monkeypatch.setattr(memory_module, "_NAMES", 10)
+    clock = Clock()
+    counters = MemoryCounters(clock)
+    late = await counters.take([Charge("late", Rule(60, "minute"), 50.0)])
+    clock.now += 3600
+    for number in range(12):
+        await counters.take([Charge(f"a{number}", Rule(60, "minute"))])
+    assert not (await counters.take([Charge("late", Rule(60, "minute"), 60.0)])).refused
+    counters.settle(late, [0.0])
+    assert (await counters.take([Charge("late", Rule(60, "minute"), 1.0)])).refused
+    later = await counters.take([Charge("later", Rule(60, "minute"))])
+    clock.now += 3600
+    for number in range(30):
+        await counters.take([Charge(f"b{number}", Rule(60, "minute"))])
+    counters.settle(later, [9.0])
+    clock.now += 3600
+    for number in range(30):
+        await counters.take([Charge(f"c{number}", Rule(60, "minute"))])
+
+
+async def test_one_that_can_never_pass_keeps_nobody() -> None:
+    """Behind others it is refused at once, and so is one for which a reload has lowered the limit meanwhile."""
+    turns = Turns(MemoryCounters())
+    rule = Rule(1000, "day")
+    await turns.take([Charge("a", rule, 500.0)])
+    waiting = asyncio.create_task(turns.take([Charge("a", rule, 600.0)], wait=0.3, who="x"))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(0.2):
+        assert (await turns.take([Charge("a", rule, 5000.0)], wait=30, who="y")).refused
+        assert not (await turns.take([Charge("a", rule, 0.0)], wait=30, who="y")).refused
+    assert (await waiting).refused
+    async with asyncio.timeout(0.2):
+        assert not (await turns.take([Charge("a", rule, 1.0)], wait=30, who="y")).refused
+
+
+async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
+    """Those behind it need not wait for the next look."""
+    turns = Turns(MemoryCounters())
+    rule = Rule(10, "day")
+    await turns.take([Charge("a", rule, 5.0)])
+    large = asyncio.create_task(turns.take([Charge("a", rule, 6.0)], wait=30, who="x"))
+    await asyncio.sleep(0.01)
+    small = asyncio.create_task(turns.take([Charge("a", rule, 1.0)], wait=30, who="y"))
+    await asyncio.sleep(0.01)
+    large.cancel()
+    async with asyncio.timeout(0.2):
+        assert not (await small).refused
+
+
 # -- the table of a machine's workers ------------------------------------------------------------------
 
 

@@ -127,3 +127,16 @@ def test_a_usage_chunk_in_another_order_of_fields() -> None:
     assert link([HiddenUsage()]).whole(sse(chunk) + DONE) == DONE
     spaced = json.dumps(chunk).encode()
     assert link([HiddenUsage()]).whole(b"data: " + spaced + b"\n\n" + DONE) == DONE
+
+
+@pytest.mark.parametrize("before", [b": comment\n", b"id: 7\n", b"\n", b"\xef\xbb\xbf", b"event: x\n"])
+def test_a_usage_chunk_with_lines_before_it(before: bytes) -> None:
+    """Of comments, ids and the like."""
+    assert b'"usage"' not in link([HiddenUsage()]).whole(sse({"a": 1}) + before + sse(USAGE) + DONE)
+
+
+def test_a_stream_that_breaks_behind_the_usage_shows_none() -> None:
+    """Its blank line did not come."""
+    hidden = HiddenUsage()
+    out = hidden.feed(sse(CHUNK) + sse(USAGE).rstrip()) + hidden.cut()
+    assert out == sse({"choices": CHUNK["choices"], "id": "c"})

@@ -79,6 +79,18 @@ def test_a_picture_is_not_counted_by_its_bytes(tokenizer: bool, monkeypatch: pyt
     assert 90 < prompt_tokens(body(messages=[{"role": "user", "content": [sound]}]), "gpt-4o")[0] < 130
 
 
+def test_text_that_looks_like_a_picture_is_text() -> None:
+    """What a model reads as text is counted as text."""
+    text = "data:image/png;base64," + " word" * 5000
+    assert prompt_tokens(body(messages=[{"role": "user", "content": text}]), "gpt-4o")[0] > 5000
+
+
+def test_a_prompt_may_be_nested_as_deeply_as_it_likes() -> None:
+    """As deep as JSON is read."""
+    deep = b'{"input":' + b"[" * 900 + b'"hello"' + b"]" * 900 + b"}"
+    assert prompt_tokens(deep, "gpt-4o") == (count_tokens("hello", "gpt-4o")[0], "counted")
+
+
 def test_what_is_no_json_object_is_estimated() -> None:
     """It is refused elsewhere."""
     for data in (b"[1,2]", b"{", b"nothing "):
@@ -97,6 +109,13 @@ def test_what_is_no_json_object_is_estimated() -> None:
         ({"max_tokens": "10"}, None),
         ({"max_tokens": -1}, None),
         ({"max_tokens": None}, None),
+        ({"max_tokens": True}, None),
+        ({"max_tokens": 10.0}, 10),
+        ({"max_tokens": 10**400}, 10**12),
+        ({"max_tokens": 10, "best_of": 5, "n": 2}, 50),
+        ({"max_tokens": 10, "prompt": ["a", "b", "c"]}, 30),
+        ({"max_tokens": 10, "prompt": [1, 2, 3]}, 10),
+        ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, 20),
     ],
 )
 def test_what_an_answer_may_have_at_most(fields: dict[str, Any], most: int | None) -> None:

@@ -21,6 +21,7 @@ from gateway.usage import Meter, Usage, Watch
 from tests.chunks import event as sse
 from tests.conftest import CHAT, RawUpstream, StartGateway, until
 
+WORD = sse({"choices": [{"delta": {"content": " word"}}]})
 CHAT_USAGE = (
     b'{"completion_tokens":13,"completion_tokens_details":{"accepted_prediction_tokens":0,"audio_tokens":2,'
     b'"reasoning_tokens":5,"rejected_prediction_tokens":0},"prompt_tokens":12,"prompt_tokens_details":'
@@ -98,6 +99,39 @@ def test_the_answers_of_a_websocket_are_summed() -> None:
         assert watch.found == expected
 
 
+def test_what_a_tool_is_described_by_is_no_usage() -> None:
+    """A client could else make its answers cheap, by leaving before their end."""
+    tools = [{"parameters": {"properties": {"usage": {"input_tokens": 0, "output_tokens": 0}}}}]
+    created = sse({"type": "response.created", "response": {"tools": tools, "usage": None}})
+    for place in range(len(created)):
+        watch = Watch()
+        watch.feed(created[:place])
+        watch.feed(created[place:])
+        assert watch.found is None
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("first", [1, 3, 5, 9])
+def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
+    """Whatever came in its first read, and whatever its lines end with."""
+    data = (WORD * 3).replace(b"\n", newline)
+    watch = Watch()
+    watch.feed(data[:first])
+    watch.feed(data[first:])
+    assert watch.output("gpt-4o")[0] == count_tokens(" word" * 3, "gpt-4o")[0]
+
+
+def test_a_picture_in_a_stream_is_not_kept() -> None:
+    """What follows it is counted."""
+    watch = Watch()
+    watch.feed(b'data: {"type":"image_generation.partial_image","b64_json":"')
+    for _ in range(500):
+        watch.feed(b"A" * 16_384)
+    assert sum(map(len, watch._kept)) < 1_100_000
+    watch.feed(b'"}\n\n' + WORD)
+    assert watch.output("gpt-4o")[0] == count_tokens(" word", "gpt-4o")[0]
+
+
 def test_a_long_stream_is_not_kept() -> None:
     """Its text is, which is what has to be counted if it breaks off."""
     watch = Watch()
@@ -155,9 +189,6 @@ async def test_a_refused_request_used_nothing() -> None:
         counting = Counting()
         await post(counting, answer=answer, json=CHAT)
         assert counting.outcomes[0].usage is None
-
-
-WORD = sse({"choices": [{"delta": {"content": " word"}}]})
 
 
 async def stream(words: int = 5) -> AsyncIterator[bytes]:

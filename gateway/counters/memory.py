@@ -74,6 +74,7 @@ class MemoryCounters:
                 rule, name = charge.rule, charge.name
                 record = rule.at(self._records.get(name, NONE), now)
                 self._records[name] = rule.settled(record, verdict.records[place], charge.cost, used)
+                self._rules[name] = rule  # it may have been forgotten meanwhile
 
     async def close(self) -> None:
         """Let go of nothing: there is nothing."""

@@ -38,7 +38,9 @@ class Turns:
         """
         if not wait:
             return await self.store.take(charges)
-        queue = next((self._queues[each.name] for each in charges if each.name in self._queues), None)
+        # (What costs nothing always has room, and what is too much never has: neither waits.)
+        waiting = [self._queues[each.name] for each in charges if each.cost and each.name in self._queues]
+        queue = waiting[0] if waiting and not any(each.cost > each.rule.size for each in charges) else None
         verdict = None
         if queue is None:
             verdict = await self.store.take(charges)
@@ -122,6 +124,11 @@ class Turns:
                 return 0.0
             waiter.verdict = verdict
             full, seconds = verdict.fullest()
+            if seconds == math.inf:  # a limit that a reload lowered
+                if not waiter.future.done():
+                    waiter.future.set_result(verdict)
+                queue.remove(waiter)
+                continue
             pause = max(pause, seconds)
             if full == name:
                 break  # nobody overtakes; where it is another name that is full, the next may have room
@@ -161,6 +168,7 @@ class _Queue:
         if waiting is None or waiter not in waiting:
             return
         waiting.remove(waiter)
+        self.room.set()  # those behind it may have room where it had none
         if not waiting:
             del self.callers[waiter.who]
         elif turn_over:

@@ -212,11 +212,24 @@ async def test_a_key_s_own_models_narrow_the_team_s() -> None:
         assert (await post(*stages, json={**CHAT, "model": model}, **more)).status == status
 
 
-@pytest.mark.parametrize("model", ["gpt-3.5-turbo", "gpt-35-turbo", "GPT-35-turbo", "gpt-3.5.-turbo"])
-async def test_no_spelling_gets_round_a_denial(model: str) -> None:
-    """A model without a mapping is the deployment of its name, which Azure finds in any case."""
-    assert await deployment(ModelMap(deny=["gpt-3.5-turbo"]), model) == "404"
-    assert await deployment(ModelMap(deny=["gpt-3.5-turbo"]), "gpt-4") == "azure/gpt-4"
+@pytest.mark.parametrize(
+    ("stage", "model"),
+    [
+        *[(ModelMap(deny=["gpt-3.5-turbo"]), name) for name in ("gpt-3.5-turbo", "gpt-35-turbo", "GPT-35-turbo")],
+        (ModelMap(deny=["gpt-4*"]), "GPT-4o"),
+        (ModelMap(deny=["gpt-35*"]), "gpt-3.5-turbo"),
+        (ModelMap(deny=["~gpt-4.*"]), "GPT-4o"),
+        (ModelMap({"~(.+)": r"\1"}, deny=["gpt-4o"]), "GPT-4o"),
+        (ModelMap({"gpt-4o": "gpt4o-prod"}, deny=["gpt-4o"]), "gpt4o-prod"),
+        (ModelMap({"gpt-4o": "gpt4o-prod"}, deny=["gpt-4o"]), "GPT4o-prod"),
+        (ModelMap({"mini": "gpt-4o-mini"}, deny=["mini"]), "gpt-4o-mini"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else str(each.deny),
+)  # fmt: skip
+async def test_no_spelling_gets_round_a_denial(stage: ModelMap, model: str) -> None:
+    """Azure finds a deployment in any case; dots may be left out; and a deployment can be asked for by its own name."""
+    assert await deployment(stage, model) == "404"
+    assert await deployment(stage, "other") == "azure/other"
 
 
 def test_a_wrong_expression_in_a_list_is_found_when_loaded() -> None:

@@ -222,10 +222,29 @@ async def test_what_bounds_an_answer() -> None:
         sent = await run.post(CHAT)
         assert 10**6 - tokens_left(sent) - plain == pytest.approx(6, abs=12)
         sent = await run.send("POST", "/embeddings", json={"model": "e", "input": "hello"})
-        assert "x-ratelimit-remaining-tokens" in sent.headers
         before = tokens_left(sent)
+        assert 10**6 - before < 10
+        # Of what is not known beforehand: more than nothing, so that it is refused where nothing is left.
         sent = await run.send("POST", "/images/generations", json={"model": "d", "prompt": "a cat"})
-        assert tokens_left(sent) >= before
+        assert before - tokens_left(sent) == 8
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/images/generations"), ("POST", "/audio/speech"), ("POST", "/threads/t/runs")]
+)
+async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, path: str) -> None:
+    """Though it is not known beforehand how many it will use; what uses none passes."""
+    async with running(RateLimit(tokens_per_day=5000, per="team"), answer=used(4000, 4000)) as run:
+        assert [(await run.send(method, path, json={"model": "m"})).status for _ in range(3)] == [200, 429, 429]
+        assert (await run.send("GET", "/files")).status == 200
+
+
+async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None:
+    """It is answered before it is worked on, and what it used is never told."""
+    answer = Response.json({"id": "resp_1", "status": "queued", "usage": None, "output": []})
+    body = {"model": "m", "input": "x", "background": True, "max_output_tokens": 4000}
+    async with running(RateLimit(tokens_per_day=5000, per="team"), answer=answer) as run:
+        assert [(await run.send("POST", "/responses", json=body)).status for _ in range(2)] == [200, 429]
 
 
 async def test_a_token_limit_that_is_used_up() -> None:
