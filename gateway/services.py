@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from gateway.azure import BY_NAME
+from gateway.counters import Counters, MemoryCounters
 from gateway.logs import get_logger
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ __all__ = ("Services", "Shared")
 
 
 class Shared:
-    """What all stages of a gateway share: one HTTP session, one store."""
+    """What all stages of a gateway share: one HTTP session, one store, one place where limits are counted."""
 
     def __init__(self) -> None:
+        self.counters: Counters = MemoryCounters()
+        self._counted: list[Counters] = []
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -40,8 +43,15 @@ class Shared:
         """Return the state kept for one stage of one team; it outlives the stage's instance."""
         return self._spaces.setdefault((team, stage), {})
 
+    def count_in(self, counters: Counters) -> None:
+        """Count in another place from now on. What was taken in the one before is still settled there."""
+        self._counted.append(self.counters)
+        self.counters = counters
+
     async def close(self) -> None:
-        """Close the session."""
+        """Close the session, and settle what is still to be settled."""
+        for counters in (*self._counted, self.counters):
+            await counters.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -73,6 +83,11 @@ class Services:
     def http(self) -> aiohttp.ClientSession:
         """A session for calling other services; never for Azure's answers to clients."""
         return self.shared.session()
+
+    @property
+    def counters(self) -> Counters:
+        """Where limits are counted: in this process, or in the Redis that several gateways share."""
+        return self.shared.counters
 
     @property
     def operations(self) -> Collection[str]:

@@ -18,6 +18,8 @@ from gateway.config.go_proxy import Imported, convert, is_go_proxy
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
+from gateway.config.store import count_in, read_store
+from gateway.counters.place import RedisPlace
 from gateway.errors import ConfigError, Mistake
 from gateway.keys import ListedKey
 from gateway.messages import Resource, Target
@@ -48,6 +50,8 @@ class Loaded:
     teams: Teams
     resources: Mapping[str, Resource]
     log: LogFile
+    store: RedisPlace | None = None
+    """The Redis in which limits are counted; None is each process by itself."""
     differences: tuple[Mistake, ...] | None = None
     """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
 
@@ -114,6 +118,7 @@ class _Loader:
         registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
+        store = read_store(reader, main.store, value_of(root, "store"), self.folder)
         before = len(reader.mistakes)
         if main.pipeline is None:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
@@ -136,12 +141,14 @@ class _Loader:
         self._check_matches([(default, root), *teams])
         if reader.mistakes:
             raise ConfigError(reader.mistakes)
+        count_in(self.shared, store)
         return Loaded(
             path=self.path,
             settings=Settings(listen, main.timeouts, main.limits, proxies),
             teams=Teams(default, [team for team, _ in teams], self.shared),
             resources=self.resources,
             log=main.log,
+            store=store,
         )
 
     # -- the parts of gateway.yaml ---------------------------------------------------------------------

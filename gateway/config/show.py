@@ -25,6 +25,8 @@ def show(loaded: Loaded) -> str:
         stored = " with a stored key" if resource.credential is not None else ""
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
+    if loaded.store is not None:
+        lines.append(f"limits are counted in {loaded.store}")
     for team in loaded.teams.all:
         lines.append(f"team {team.name}: {_whose(team, loaded)}")
         if team.target.resource is not None and len(loaded.resources) > 1:

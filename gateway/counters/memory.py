@@ -34,7 +34,7 @@ class MemoryCounters:
             charge = charges[0]
             record = charge.rule.at(known.get(charge.name, NONE), now)
             level, since, inflow, born = record
-            if level + charge.cost > charge.rule.size:
+            if level + charge.cost > charge.rule.most:
                 return Verdict(charges, (record,), now, (0,), refused=not charge.shadow)
             known[charge.name] = record = (level + charge.cost, since, inflow + charge.cost, born)
             if len(known) > self._sweep_at or charge.name not in self._rules:
@@ -46,7 +46,7 @@ class MemoryCounters:
         for place, charge in enumerate(charges):
             rule = charge.rule
             record = rule.at(known.get(charge.name, NONE), now)
-            if record[0] + charge.cost > rule.size:
+            if record[0] + charge.cost > rule.most:
                 over.append(place)
                 refused = refused or not charge.shadow
             records.append(record)
@@ -64,7 +64,7 @@ class MemoryCounters:
         verdict.settled = True
         now = self._now()
         for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
-            if used is not None and verdict.holds(place):
+            if used is not None and used != charge.cost and verdict.holds(place):
                 rule, name = charge.rule, charge.name
                 record = rule.at(self._records.get(name, NONE), now)
                 self._records[name] = rule.settled(record, verdict.records[place], charge.cost, used)
