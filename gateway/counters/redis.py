@@ -91,7 +91,7 @@ class RedisCounters:
         self._nodes: list[tuple[str, int]] = []
         self._connected = False
         self._number = 0
-        self._calling = False
+        self._call: _Call | None = None  # under way, or to be repeated
         self._away_since: float | None = None
         self._odd = False
         self._closing = asyncio.Event()
@@ -144,9 +144,11 @@ class RedisCounters:
             self._worker.cancel()
             await asyncio.wait((self._worker,))
             self._worker = None
-        if self._settles:
-            get_logger().warning("limits that were not settled", charges=len(self._settles))
-            self._settles.clear()
+        left = len(self._settles) + (len(self._call.settles) if self._call is not None else 0)
+        if left:
+            get_logger().warning("limits that were not settled", charges=left)
+        self._settles.clear()
+        self._call = None
         self._refuse(self._takes)
         self._takes.clear()
         await self._hang_up()
@@ -154,7 +156,7 @@ class RedisCounters:
     @property
     def _idle(self) -> bool:
         """Whether nothing is asked and no call is under way."""
-        return not (self._takes or self._settles) and not self._calling
+        return not (self._takes or self._settles) and self._call is None
 
     # -- the line of calls -----------------------------------------------------------------------------
 
@@ -165,30 +167,27 @@ class RedisCounters:
 
     async def _work(self) -> None:
         """Make calls while there is something to ask, and one now and then where there is not."""
-        call: _Call | None = None
         while True:
-            if call is None:
-                self._calling = False
+            if self._call is None:
                 await self._something()
-                call = self._gather()
-                self._calling = True
+                self._call = self._gather()
+            call = self._call
             try:
                 await self._make(call)
-            except asyncio.CancelledError:
-                self._settles.extendleft(reversed(call.settles))  # `close` says how many are lost
-                raise
             except Exception as exc:  # whatever a library finds to raise: Redis does not answer as it should
                 self._gone(f"{type(exc).__name__}: {exc}")
                 self._refuse(call.takes)
                 call.repeated = True
                 self._drop_old()
                 await self._hang_up()
+                if self._closing.is_set() and not (call.settles or call.takes or self._settles):
+                    return  # a farewell that nobody hears
                 await self._pause()
                 continue
+            self._call = None
             self._back()
             if call.farewell:
                 return
-            call = None
 
     async def _something(self) -> None:
         """Wait until there is something to ask, but not longer than a gateway may be silent."""
