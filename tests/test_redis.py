@@ -575,8 +575,8 @@ async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenC
         await counters.take(DAY)
     async with Redis(port=server.port) as redis:
         keys = [counters._gateways, counters._last]
+        arguments: list[Any] = [SCRIPT, 2, *keys, counters._me, struct.pack("<ddB", 1, 20, 0)]
         with pytest.raises(ResponseError, match="given up"):
-            arguments: list[Any] = [SCRIPT, 2, *keys, counters._me, struct.pack("<ddB", 1, 20, 0)]
             await redis.eval(*arguments)
 
 
