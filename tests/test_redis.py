@@ -853,10 +853,69 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
         charges = [Charge("requests", Rule(50, "day")), Charge("slots", Rule(1_000, "at_once"))]
         verdicts = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
         assert len([verdict for verdict in verdicts if not verdict.refused]) == 50
-        plain = open_counters(servers[0 if "MOVED" in servers[0].command("GET", "{gateway}:x") else 1])
+        owner = next(server for server in servers if "MOVED" not in server.command("GET", "{gateway}:x"))
+        other = next(server for server in servers if server is not owner)
         with structlog.testing.capture_logs() as logs:
-            assert await refused_or_taken(plain, DAY) is None
-        assert "MOVED" in str(logs) or "Moved" in str(logs)
+            assert await refused_or_taken(open_counters(other), DAY) is None
+        assert "MovedError" in logs[0]["reason"]
+
+        # The slot on its way: right, or away; never anything else.
+        slot = owner.command("CLUSTER", "KEYSLOT", "{gateway}:x")
+        here, there = (server.command("CLUSTER", "MYID") for server in (owner, other))
+        other.command("CLUSTER", "SETSLOT", slot, "IMPORTING", here)
+        owner.command("CLUSTER", "SETSLOT", slot, "MIGRATING", there)
+        for _ in range(20):
+            for counters in gateways:
+                await refused_or_taken(counters, [Charge(f"new{random.random()}", DAY[0].rule)])
+        owner.command("FLUSHALL")
+        for server in (other, owner):
+            server.command("CLUSTER", "SETSLOT", slot, "NODE", there)
+        for counters in gateways:
+            await back(counters, DAY)
+        assert await level(gateways[0], "day", DAY[0].rule) >= 3
+        # A node that has no limits may go, even the one that the configuration names.
+        owner.kill()
+        for counters in gateways:
+            await back(counters, DAY)
+            await counters._hang_up()
+            await back(counters, DAY)
     finally:
         for server in servers:
             server.kill()
+
+
+async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_counters: OpenCounters) -> None:
+    """It is refused here, until something is given back here, or a second is over."""
+    counters, other = open_counters(server), open_counters(server)
+    held = [await counters.take(SLOTS) for _ in range(3)]
+    assert (await counters.take(SLOTS)).refused
+    asked = counters._number
+    for _ in range(500):
+        verdict = await counters.take(SLOTS)
+        assert verdict.refused
+        assert verdict.wait(0) == 1
+    assert counters._number <= asked + 1  # it may have said that it is there
+    counters.settle(held[0], [0.0])
+    assert not (await counters.take(SLOTS)).refused
+    assert (await counters.take(SLOTS)).refused
+    assert (await other.take(SLOTS)).refused
+    counters.settle(held[1], [0.0])
+    async with asyncio.timeout(5):
+        while (await other.take(SLOTS)).refused:
+            await asyncio.sleep(0.02)
+
+
+async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, open_counters: OpenCounters) -> None:
+    """So that a stage can connect before its first request, and what is wrong is in the log when the gateway starts."""
+    counters = open_counters(server)
+    assert not (await counters.take([])).refused
+    server.kill()
+    assert await refused_or_taken(counters, []) is None
+
+
+async def test_what_cannot_be_asked_is_the_askers_mistake(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A charge that is none raises where it is made, and Redis is not away for the others."""
+    counters = open_counters(server)
+    with pytest.raises(struct.error):
+        await counters.take([Charge("a", DAY[0].rule, "many")])  # type: ignore[arg-type] # that is the point
+    assert not (await counters.take(DAY)).refused

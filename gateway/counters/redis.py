@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from gateway.counters import CountersUnavailable
 from gateway.counters.orders import answers, key, settle_order, take_order
@@ -25,9 +25,6 @@ from gateway.counters.place import RedisPlace
 from gateway.counters.refusals import Refusals
 from gateway.counters.rules import Charge, Verdict
 from gateway.logs import get_logger, masked
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis, RedisCluster
 
 __all__ = ("RedisCounters",)
 
@@ -46,11 +43,16 @@ _KEPT, _KEPT_FOR = 50_000, 3600.0
 # How long `close` waits for the last settlements, in seconds.
 _LAST_WORDS = 2.0
 
+# How often a cluster may send a call to another node.
+_HOPS = 4
+
 _CALL = Struct("<ddB")
 
 
 class _Take(NamedTuple):
     charges: Sequence[Charge]
+    keys: list[bytes]
+    order: bytes
     done: asyncio.Future[Verdict]
 
 
@@ -87,8 +89,9 @@ class RedisCounters:
         self._settles: deque[_Settle] = deque(maxlen=_KEPT)
         self._asked = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._client: Redis | RedisCluster | None = None
-        self._nodes: list[tuple[str, int]] = []
+        self._client: Any = None  # a redis.asyncio.Redis: its methods have no types
+        self._nodes = [(place.host, place.port)]
+        self._node = self._nodes[0]
         self._connected = False
         self._number = 0
         self._call: _Call | None = None  # under way, or to be repeated
@@ -103,7 +106,8 @@ class RedisCounters:
             return known
         if self._away_since is not None or self._closing.is_set():
             raise CountersUnavailable(f"{self.place} is away")
-        take = _Take(charges, asyncio.get_running_loop().create_future())
+        keys = [key(self.place.keys, charge) for charge in charges]
+        take = _Take(charges, keys, take_order(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
         try:
@@ -180,6 +184,7 @@ class RedisCounters:
                 call.repeated = True
                 self._drop_old()
                 await self._hang_up()
+                self._try_another()
                 if self._closing.is_set() and not (call.settles or call.takes or self._settles):
                     return  # a farewell that nobody hears
                 await self._pause()
@@ -230,8 +235,8 @@ class RedisCounters:
         keys = [self._gateways, self._last, *(settle.key for settle in call.settles)]
         orders = [settle.order for settle in call.settles]
         for take in () if call.repeated else call.takes:
-            keys += [key(self.place.keys, charge) for charge in take.charges]
-            orders.append(take_order(take.charges))
+            keys += take.keys
+            orders.append(take.order)
         head = _CALL.pack(call.number, self._patience, call.farewell)
         seconds = self.place.timeout if self._connected else max(self.place.timeout, _CONNECT)
         async with asyncio.timeout(seconds):
@@ -264,23 +269,25 @@ class RedisCounters:
     # -- the server ------------------------------------------------------------------------------------
 
     async def _ask(self, *arguments: Any) -> Any:
-        from redis.exceptions import NoScriptError  # noqa: PLC0415 -- an extra
+        """Run the script. In a cluster, the node that has the limits is found by asking any other."""
+        from redis.exceptions import MovedError, NoScriptError  # noqa: PLC0415 -- an extra
 
-        if self._client is None:
-            self._client = self._connect()
-        try:
-            reply = await self._client.execute_command("EVALSHA", self._sha, *arguments)
-        except NoScriptError:
-            reply = await self._client.execute_command("EVAL", self._script, *arguments)
-        if self.place.cluster:
-            # The one that the configuration names may be the one that is gone when they are asked for again.
-            nodes: Any = self._client
-            self._nodes = [(node.host, node.port) for node in nodes.get_nodes()]
-        return reply
+        for _ in range(_HOPS):
+            client = self._client or await self._connect()
+            try:
+                try:
+                    return await client.execute_command("EVALSHA", self._sha, *arguments)
+                except NoScriptError:
+                    return await client.execute_command("EVAL", self._script, *arguments)
+            except MovedError as exc:
+                if not self.place.cluster:
+                    raise
+                await self._hang_up()
+                self._node = (exc.host or self._node[0], exc.port)
+        raise ConnectionError("the cluster sends the gateway from node to node")
 
-    def _connect(self) -> Redis | RedisCluster:
-        from redis.asyncio import Redis, RedisCluster  # noqa: PLC0415 -- an extra
-        from redis.asyncio.cluster import ClusterNode  # noqa: PLC0415
+    async def _connect(self) -> Any:
+        from redis.asyncio import Redis  # noqa: PLC0415 -- an extra
         from redis.asyncio.retry import Retry  # noqa: PLC0415
         from redis.backoff import NoBackoff  # noqa: PLC0415
 
@@ -298,15 +305,23 @@ class RedisCounters:
         if place.tls:
             common |= {"ssl": True, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
             common |= {"ssl_ca_certs": None if place.ca is None else str(place.ca)}
-        if place.cluster:
-            nodes = dict.fromkeys([(place.host, place.port), *self._nodes])
-            # One shard is enough for all limits, whatever becomes of the others.
-            return RedisCluster(
-                startup_nodes=[ClusterNode(host, port) for host, port in nodes], require_full_coverage=False, **common
-            )
         if place.unix is not None:
-            return Redis(unix_socket_path=place.unix, **common)
-        return Redis(host=place.host, port=place.port, db=place.database, **common)
+            self._client = Redis(unix_socket_path=place.unix, **common)
+        else:
+            host, port = self._node
+            self._client = Redis(host=host, port=port, db=place.database, **common)
+        if place.cluster:
+            await self._learn_nodes(self._client)
+        return self._client
+
+    async def _learn_nodes(self, client: Any) -> None:
+        """Learn which nodes a cluster has: the one that the configuration names may be away one day."""
+        from redis.exceptions import ResponseError  # noqa: PLC0415 -- an extra
+
+        with contextlib.suppress(ResponseError):  # a user that may not ask
+            shards: Any = await client.execute_command("CLUSTER", "SLOTS")
+            nodes = [(node[0].decode() or self._node[0], int(node[1])) for shard in shards for node in shard[2:]]
+            self._nodes = list(dict.fromkeys([(self.place.host, self.place.port), *nodes]))
 
     async def _hang_up(self) -> None:
         client, self._client, self._connected = self._client, None, False
@@ -314,6 +329,13 @@ class RedisCounters:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(1):
                     await client.aclose()
+
+    def _try_another(self) -> None:
+        """Turn to the next node of a cluster; there is but one else."""
+        if self._node in self._nodes:
+            self._node = self._nodes[(self._nodes.index(self._node) + 1) % len(self._nodes)]
+        else:
+            self._node = self._nodes[0]
 
     # -- away and back ---------------------------------------------------------------------------------
 
