@@ -13,7 +13,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from struct import Struct
@@ -46,7 +46,46 @@ _LAST_WORDS = 2.0
 # How often a cluster may send a call to another node.
 _HOPS = 4
 
+# Seconds by which a timer is late where the loop stood still, and is not only busy.
+_BEHIND = 0.02
+
 _CALL = Struct("<ddB")
+
+
+class _Timer:
+    """Calls `expire` after some seconds in which the loop ran.
+
+    Where the loop stood still meanwhile, it may have been kept from asking, or from reading an answer that is there: as
+    much time again is given then, once, and not more than it was.
+    """
+
+    def __init__(self, seconds: float, expire: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seconds = seconds
+        self._expire = expire
+        self._due = self._loop.time() + seconds
+        self._timer = self._loop.call_at(self._due, self._first)
+
+    def _first(self) -> None:
+        behind = self._loop.time() - self._due
+        if behind > _BEHIND:
+            self._timer = self._loop.call_later(min(behind, self._seconds), self._expire)
+        else:
+            self._expire()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """Raise TimeoutError where something takes longer."""
+    async with asyncio.timeout(None) as limit:
+        timer = _Timer(seconds, lambda: limit.reschedule(asyncio.get_running_loop().time()))
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 class _Take(NamedTuple):
@@ -110,16 +149,15 @@ class RedisCounters:
         take = _Take(charges, keys, take_order(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
+        timer = _Timer(self.place.timeout, lambda: self._late(take))
         try:
-            async with asyncio.timeout(self.place.timeout):
-                verdict = await take.done
-        except BaseException as exc:
-            if take.done.done() and not take.done.cancelled() and take.done.exception() is None:
+            verdict = await take.done
+        except asyncio.CancelledError:
+            if not take.done.cancelled() and take.done.exception() is None:
                 self._undo(take.done.result())  # it was told in the very moment in which nobody waited any more
-            if not isinstance(exc, TimeoutError):
-                raise
-            self._gone(f"no answer within {self.place.timeout:g} s")
-            raise CountersUnavailable(f"{self.place} did not answer in time") from None
+            raise
+        finally:
+            timer.cancel()
         if verdict.refused:
             self._refusals.note(verdict)
         return verdict
@@ -239,7 +277,7 @@ class RedisCounters:
             orders.append(take.order)
         head = _CALL.pack(call.number, self._patience, call.farewell)
         seconds = self.place.timeout if self._connected else max(self.place.timeout, _CONNECT)
-        async with asyncio.timeout(seconds):
+        async with _within(seconds):
             reply: bytes = await self._ask(len(keys), *keys, self._me, head, *orders)
         self._connected = True
         # (Takes are not repeated: nobody waits for them. That they were done is known where the answer is an old one.)
@@ -347,6 +385,12 @@ class RedisCounters:
             get_logger().warning("the counters of limits are away", store=str(self.place), **shown)
         self._refuse(self._takes)
         self._takes.clear()
+
+    def _late(self, take: _Take) -> None:
+        """Refuse a take that has waited its time."""
+        if not take.done.done():
+            self._gone(f"no answer within {self.place.timeout:g} s")
+            self._refuse((take,))
 
     def _refuse(self, takes: Iterable[_Take]) -> None:
         for take in takes:
