@@ -47,6 +47,8 @@ TESTED_ELSEWHERE = {
     "demo": "run by test_cli",
     "orders": "both ends are in test_redis",
     "place": "a part of test_store",
+    "script": "a part of test_redis",
+    "timer": "a part of test_redis",
     "memory": "a part of test_rules, and what test_redis compares with",
     "load": "a part of test_config",
     "resources": "a part of test_config",

@@ -17,8 +17,9 @@ import trustme
 
 from gateway.counters import Charge, CountersUnavailable, MemoryCounters, Rule, Verdict
 from gateway.counters.place import RedisPlace
-from gateway.counters.redis import SCRIPT, RedisCounters
+from gateway.counters.redis import RedisCounters
 from gateway.counters.rules import Period, calendar
+from gateway.counters.script import SCRIPT
 from tests.redis_server import RedisServer, free_port
 
 pytestmark = pytest.mark.redis
@@ -403,6 +404,19 @@ async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters)
     assert await level(counters, "day", DAY[0].rule) == 2
 
 
+async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A connection may take longer than a request waits: meanwhile nobody else waits at all, and then it is used."""
+    counters = open_counters(server, timeout=0.1)
+    server.pause()
+    assert await refused_or_taken(counters, DAY) is None
+    with pytest.raises(CountersUnavailable):
+        counters.take(DAY).send(None)  # it never waits
+    connecting = counters._script._client
+    server.resume()
+    await back(counters, DAY)
+    assert counters._script._client is connecting
+
+
 async def test_a_server_that_pauses_its_clients(server: RedisServer, open_counters: OpenCounters) -> None:
     """As `CLIENT PAUSE` does in a failover: away for its time, and right behind it."""
     counters = open_counters(server, timeout=0.1)
@@ -589,7 +603,7 @@ async def crash(counters: RedisCounters) -> None:
     await asyncio.wait((worker,))
     counters._worker = None
     counters._settles.clear()
-    await counters._hang_up()
+    await counters._script.hang_up()
 
 
 async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_counters: OpenCounters) -> None:
@@ -878,7 +892,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
         owner.kill()
         for counters in gateways:
             await back(counters, DAY)
-            await counters._hang_up()
+            await counters._script.hang_up()
             await back(counters, DAY)
     finally:
         for server in servers:

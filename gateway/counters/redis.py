@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gateway.counters import CountersUnavailable
 from gateway.counters.orders import answers, key, settle_order, take_order
 from gateway.counters.place import RedisPlace
 from gateway.counters.refusals import Refusals
 from gateway.counters.rules import Charge, Verdict
+from gateway.counters.script import SCRIPT, Script
+from gateway.counters.timer import Timer, within
 from gateway.logs import get_logger, masked
 
 __all__ = ("RedisCounters",)
-
-SCRIPT = files("gateway.counters").joinpath("redis.lua").read_text(encoding="utf-8")
 
 # Between two words of a gateway that has nothing to ask, and from the last until it counts as gone, in seconds.
 _BEAT, _PATIENCE = 5.0, 20.0
@@ -43,49 +41,8 @@ _KEPT, _KEPT_FOR = 50_000, 3600.0
 # How long `close` waits for the last settlements, in seconds.
 _LAST_WORDS = 2.0
 
-# How often a cluster may send a call to another node.
-_HOPS = 4
-
-# Seconds by which a timer is late where the loop stood still, and is not only busy.
-_BEHIND = 0.02
 
 _CALL = Struct("<ddB")
-
-
-class _Timer:
-    """Calls `expire` after some seconds in which the loop ran.
-
-    Where the loop stood still meanwhile, it may have been kept from asking, or from reading an answer that is there: as
-    much time again is given then, once, and not more than it was.
-    """
-
-    def __init__(self, seconds: float, expire: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._seconds = seconds
-        self._expire = expire
-        self._due = self._loop.time() + seconds
-        self._timer = self._loop.call_at(self._due, self._first)
-
-    def _first(self) -> None:
-        behind = self._loop.time() - self._due
-        if behind > _BEHIND:
-            self._timer = self._loop.call_later(min(behind, self._seconds), self._expire)
-        else:
-            self._expire()
-
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-
-@contextlib.asynccontextmanager
-async def _within(seconds: float) -> AsyncIterator[None]:
-    """Raise TimeoutError where something takes longer."""
-    async with asyncio.timeout(None) as limit:
-        timer = _Timer(seconds, lambda: limit.reschedule(asyncio.get_running_loop().time()))
-        try:
-            yield
-        finally:
-            timer.cancel()
 
 
 class _Take(NamedTuple):
@@ -117,8 +74,7 @@ class RedisCounters:
 
     def __init__(self, place: RedisPlace, *, script: str = SCRIPT, patience: float = _PATIENCE) -> None:
         self.place = place
-        self._script = script.encode()
-        self._sha = hashlib.sha1(self._script, usedforsecurity=False).hexdigest()
+        self._script = Script(place, script)
         self._patience = patience
         self._me = os.urandom(8).hex().encode()
         self._gateways = f"{place.keys}gateways".encode()
@@ -128,10 +84,6 @@ class RedisCounters:
         self._settles: deque[_Settle] = deque(maxlen=_KEPT)
         self._asked = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
-        self._client: Any = None  # a redis.asyncio.Redis: its methods have no types
-        self._nodes = [(place.host, place.port)]
-        self._node = self._nodes[0]
-        self._connected = False
         self._number = 0
         self._call: _Call | None = None  # under way, or to be repeated
         self._away_since: float | None = None
@@ -149,7 +101,7 @@ class RedisCounters:
         take = _Take(charges, keys, take_order(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
-        timer = _Timer(self.place.timeout, lambda: self._late(take))
+        timer = Timer(self.place.timeout, lambda: self._late(take))
         try:
             verdict = await take.done
         except asyncio.CancelledError:
@@ -193,7 +145,7 @@ class RedisCounters:
         self._call = None
         self._refuse(self._takes)
         self._takes.clear()
-        await self._hang_up()
+        await self._script.hang_up()
 
     @property
     def _idle(self) -> bool:
@@ -221,8 +173,8 @@ class RedisCounters:
                 self._refuse(call.takes)
                 call.repeated = True
                 self._drop_old()
-                await self._hang_up()
-                self._try_another()
+                await self._script.hang_up()
+                self._script.try_another()
                 if self._closing.is_set() and not (call.settles or call.takes or self._settles):
                     return  # a farewell that nobody hears
                 await self._pause()
@@ -276,10 +228,9 @@ class RedisCounters:
             keys += take.keys
             orders.append(take.order)
         head = _CALL.pack(call.number, self._patience, call.farewell)
-        seconds = self.place.timeout if self._connected else max(self.place.timeout, _CONNECT)
-        async with _within(seconds):
-            reply: bytes = await self._ask(len(keys), *keys, self._me, head, *orders)
-        self._connected = True
+        seconds = self.place.timeout if self._script.connected else max(self.place.timeout, _CONNECT)
+        async with within(seconds):
+            reply: bytes = await self._script.run(len(keys), *keys, self._me, head, *orders)
         # (Takes are not repeated: nobody waits for them. That they were done is known where the answer is an old one.)
         done = call.takes if not call.repeated or reply[:1] == b"\1" else ()
         try:
@@ -303,77 +254,6 @@ class RedisCounters:
 
     def _undo(self, verdict: Verdict) -> None:
         self.settle(verdict, [0.0] * len(verdict.charges))
-
-    # -- the server ------------------------------------------------------------------------------------
-
-    async def _ask(self, *arguments: Any) -> Any:
-        """Run the script. In a cluster, the node that has the limits is found by asking any other."""
-        from redis.exceptions import MovedError, NoScriptError  # noqa: PLC0415 -- an extra
-
-        for _ in range(_HOPS):
-            client = self._client or await self._connect()
-            try:
-                try:
-                    return await client.execute_command("EVALSHA", self._sha, *arguments)
-                except NoScriptError:
-                    return await client.execute_command("EVAL", self._script, *arguments)
-            except MovedError as exc:
-                if not self.place.cluster:
-                    raise
-                await self._hang_up()
-                self._node = (exc.host or self._node[0], exc.port)
-        raise ConnectionError("the cluster sends the gateway from node to node")
-
-    async def _connect(self) -> Any:
-        from redis.asyncio import Redis  # noqa: PLC0415 -- an extra
-        from redis.asyncio.retry import Retry  # noqa: PLC0415
-        from redis.backoff import NoBackoff  # noqa: PLC0415
-
-        place = self.place
-        common: dict[str, Any] = {
-            "username": place.user,
-            "password": place.password,
-            "protocol": 2,
-            # Our own clock is what ends a call.
-            "socket_timeout": None,
-            "socket_connect_timeout": None,
-            # A connection that broke while nobody looked; to repeat a call is safe.
-            "retry": Retry(NoBackoff(), 1),
-        }
-        if place.tls:
-            common |= {"ssl": True, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
-            common |= {"ssl_ca_certs": None if place.ca is None else str(place.ca)}
-        if place.unix is not None:
-            self._client = Redis(unix_socket_path=place.unix, **common)
-        else:
-            host, port = self._node
-            self._client = Redis(host=host, port=port, db=place.database, **common)
-        if place.cluster:
-            await self._learn_nodes(self._client)
-        return self._client
-
-    async def _learn_nodes(self, client: Any) -> None:
-        """Learn which nodes a cluster has: the one that the configuration names may be away one day."""
-        from redis.exceptions import ResponseError  # noqa: PLC0415 -- an extra
-
-        with contextlib.suppress(ResponseError):  # a user that may not ask
-            shards: Any = await client.execute_command("CLUSTER", "SLOTS")
-            nodes = [(node[0].decode() or self._node[0], int(node[1])) for shard in shards for node in shard[2:]]
-            self._nodes = list(dict.fromkeys([(self.place.host, self.place.port), *nodes]))
-
-    async def _hang_up(self) -> None:
-        client, self._client, self._connected = self._client, None, False
-        if client is not None:
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(1):
-                    await client.aclose()
-
-    def _try_another(self) -> None:
-        """Turn to the next node of a cluster; there is but one else."""
-        if self._node in self._nodes:
-            self._node = self._nodes[(self._nodes.index(self._node) + 1) % len(self._nodes)]
-        else:
-            self._node = self._nodes[0]
 
     # -- away and back ---------------------------------------------------------------------------------
 
