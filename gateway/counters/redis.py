@@ -41,7 +41,6 @@ _KEPT, _KEPT_FOR = 50_000, 3600.0
 # How long `close` waits for the last settlements, in seconds.
 _LAST_WORDS = 2.0
 
-
 _CALL = Struct("<ddB")
 
 
@@ -195,6 +194,8 @@ class RedisCounters:
     def _gather(self) -> _Call:
         self._number += 1
         call = _Call(self._number)
+        if not self._script.connected:
+            return call  # a connection is made first, with nothing: whoever does not wait for it has taken nothing then
         # What is given back makes room for what is asked for.
         while self._settles and len(call.settles) < _SETTLES:
             call.settles.append(self._settles.popleft())
