@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # The system's own interpreter, where `make bench` can use it: it is often built with more optimisation.
 OTHER_PYTHON = $(shell /usr/bin/python3 -c 'import ensurepip, os, sys; sys.exit(sys.version_info < (3, 11) or os.path.realpath(sys.executable) == os.path.realpath("$(BIN)/python"))' 2>/dev/null && echo --python /usr/bin/python3)
-WIRE := $(addprefix tests/test_,server.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py)
+WIRE := $(addprefix tests/test_,server.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py reload.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check format test-clients bench lock clean
@@ -58,8 +58,8 @@ format: .venv/dev ## format the code and mend what lint can mend
 	$(BIN)/ruff format -q .
 
 lock: .venv/dev ## make the lock files anew from setup.cfg
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis -o requirements/run.txt setup.cfg requirements/build.in
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info tests/clients/node_modules .mypy_cache .ruff_cache .pytest_cache

@@ -6,18 +6,23 @@ what tests of a stage need.
 
 from msgspec import Meta
 
+from gateway.counters import Charge, CountersUnavailable, Rule, Verdict
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.headers import Headers
 from gateway.keys import Credential
 from gateway.messages import Request, Response, Target
+from gateway.prices import Price
 from gateway.services import Services
 from gateway.stage import Next, Stage
 from gateway.stream import Event, EventFilter, Filter
+from gateway.usage import Usage
 from gateway.version import __version__ as __version__
 
 __all__ = (
     "ApiError",
+    "Charge",
+    "CountersUnavailable",
     "Credential",
     "Event",
     "EventFilter",
@@ -26,10 +31,14 @@ __all__ = (
     "Meta",
     "Next",
     "Outcome",
+    "Price",
     "Request",
     "Response",
+    "Rule",
     "Services",
     "Stage",
     "Target",
     "UpstreamError",
+    "Usage",
+    "Verdict",
 )

@@ -175,6 +175,7 @@ async def _relay(
         ping=timeouts.ping,
         patience=(timeouts.client, timeouts.idle),
         hidden=_secrets(arrived, exchange),
+        watch=socket.watch,
     )
     response.headers.remove("content-length")  # RFC 9110, 8.6
     for name, value in (
@@ -358,6 +359,11 @@ class _Writer:
             self._pass(exc.left)
             raise exc.cause from None
 
+    def cut(self) -> None:
+        """Write what the filters kept of a stream that broke."""
+        if self._linked is not None and (left := self._linked.cut()):
+            self._put(left)
+
     async def _drained(self) -> None:
         if self.connection.writing_paused:
             await _drained(self.connection, self._exchange, self._patience)
@@ -399,6 +405,7 @@ def _break_off(
     if transport is None or transport.is_closing():
         return
     if response.event_stream:
+        writer.cut()
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
         connection.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
         exchange.sent += len(event)

@@ -1,4 +1,4 @@
-"""The command line: `gateway serve`, `check`, `keys`, `import`, `stages`, `schema`, `demo`.
+"""The command line: `gateway serve`, `reload`, `check`, `keys`, `import`, `stages`, `schema`, `demo`.
 
 Flags without a command are `serve`'s: that is how the Go proxy, which many come from, is started.
 """
@@ -12,10 +12,11 @@ import datetime
 import getpass
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gateway.errors import ConfigError, Mistake, StartError
 from gateway.version import __version__
@@ -116,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--handover", help=argparse.SUPPRESS)  # how a supervisor starts its workers
     serve.set_defaults(run=_serve)
 
+    reload = commands.add_parser(
+        "reload",
+        help="let the running gateway take over its changed configuration",
+        description="Let the gateway that runs here with this configuration read it anew, and print what has changed, "
+        "or every mistake (status 1), for which it keeps the one at hand. The same as SIGHUP, with an answer.",
+    )
+    reload.add_argument("-c", "--config", metavar="FILE", type=Path, help=where)
+    reload.set_defaults(run=_reload)
+
     check = commands.add_parser(
         "check",
         help="check a configuration",
@@ -211,15 +221,25 @@ def _serve(options: argparse.Namespace) -> int:
     from gateway.config import load  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
     from gateway.loop import run  # noqa: PLC0415
+    from gateway.reload import Reloads  # noqa: PLC0415
+    from gateway.renewal import Renewal  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
     from gateway.workers import Supervisor, worker_command  # noqa: PLC0415
 
+    # It asks for a reload, once there is something to reload; until then, and in workers, it is nothing to end for.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     notify = systemd.Notifier(os.environ)
     passed = systemd.listen_fds(os.environ)
-    loaded = load(_config_path(options.config), cors=options.cors == "true")
+    path = _config_path(options.config)
+    listener = Listener.inherited(passed) if passed else None
+    given = None if options.listen is None else _listen(options.listen)
+    listen = given if listener is None else listener.address
+
+    def read(shared: Any = None, sources: Any = None) -> Any:
+        return _with_listen(load(path, shared=shared, cors=options.cors == "true", sources=sources), listen)
+
+    loaded = read()
     settings = loaded.settings
-    if options.listen is not None:
-        settings = dataclasses.replace(settings, listen=_listen(options.listen))
     logs.configure(loaded.log.level, loaded.log.format)
     if loaded.differences is not None:
         logs.get_logger().warning(
@@ -228,13 +248,16 @@ def _serve(options: argparse.Namespace) -> int:
             advice="make one of the gateway's own of it: gateway import azure-openai-proxy FILE > gateway.yaml",
             differences=[str(each) for each in loaded.differences],
         )
-    listener = Listener.inherited(passed) if passed else None
     if options.workers == 1:
         server = Server(loaded.teams, settings)
-        run(lambda: serve(server, notify.ready, stopping=notify.stopping, listener=listener))
+        renewal = Renewal(server, loaded, read)
+        reloads = Reloads(renewal.reload, notify, path, renewal.state)
+        del loaded  # a reload lets go of it
+        run(lambda: serve(server, notify.ready, stopping=notify.stopping, listener=listener, beside=reloads.run))
         return 0
-    command = worker_command(options.config, cors=options.cors == "true")
-    asyncio.run(Supervisor(listener or Listener.open(settings.listen), command, options.workers, notify).run())
+    command = worker_command(options.config, cors=options.cors == "true", listen=listen)
+    listener = listener or Listener.open(settings.listen)
+    asyncio.run(Supervisor(listener, command, options.workers, notify, config=path).run())
     return 0
 
 
@@ -242,23 +265,66 @@ def _work(options: argparse.Namespace) -> int:
     """Serve as one of several workers; what is wrong is the supervisor's to say, once for all of them."""
     from gateway import logs  # noqa: PLC0415
     from gateway.config import load  # noqa: PLC0415
+    from gateway.counters.shared import SharedCounters  # noqa: PLC0415
     from gateway.handover import Handover, Line  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
     from gateway.loop import run  # noqa: PLC0415
+    from gateway.renewal import Renewal  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
+    from gateway.services import Shared  # noqa: PLC0415
 
     handover = Handover.parse(options.handover)
     line = Line(handover.line)
+    path = _config_path(options.config)
+
+    listen = None if options.listen is None else _listen(options.listen)
+
+    def read(shared: Any = None, sources: Any = None) -> Any:
+        return _with_listen(load(path, shared=shared, cors=options.cors == "true", sources=sources), listen)
+
     try:
-        loaded = load(_config_path(options.config), cors=options.cors == "true")
+        loaded = read(Shared(SharedCounters(handover.table)))
         logs.configure(loaded.log.level, loaded.log.format)
         listener = Listener.inherited(handover.sockets)
         server = Server(loaded.teams, loaded.settings)
-        run(lambda: serve(server, line.ready, listener=listener, obey=line.obey))
+        renewal = Renewal(server, loaded, read)
+        del loaded  # a reload lets go of it
+        ready, beside = (lambda: line.ready(renewal.state)), (lambda: line.follow(renewal))
+        run(lambda: serve(server, ready, listener=listener, obey=line.obey, beside=beside))
     except (ConfigError, StartError) as exc:
         line.failed(str(exc))
         return 1
     return 0
+
+
+def _reload(options: argparse.Namespace) -> int:
+    from gateway import control  # noqa: PLC0415
+
+    try:
+        report = control.ask(_config_path(options.config))
+    except control.NobodyThere as exc:
+        print(f"gateway: {exc}", file=sys.stderr)
+        return 1
+    if report.mistakes:
+        _print_lines(report.mistakes, sys.stderr)
+        print("gateway: not reloaded; the configuration at hand stays", file=sys.stderr)
+        return 1
+    _print_lines(["nothing changed"] if report.same else report.changes or ["reloaded; no setting is another"])
+    _print_lines([f"gateway: {note}" for note in report.notes], sys.stderr)
+    return 0
+
+
+def _print_lines(lines: Sequence[str], to: TextIO | None = None) -> None:
+    """Print what another process said: whoever took its name must not steer root's terminal."""
+    for line in lines:
+        print(line if line.isprintable() else ascii(line), file=to)
+
+
+def _with_listen(loaded: Any, listen: Any) -> Any:
+    """Return a configuration with another `listen:`, which counts instead of the file's."""
+    if listen is None:
+        return loaded
+    return dataclasses.replace(loaded, settings=dataclasses.replace(loaded.settings, listen=listen))
 
 
 def _listen(text: str) -> Any:

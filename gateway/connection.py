@@ -120,6 +120,11 @@ class Connection(BaseProtocol):
 
     # -- life ------------------------------------------------------------------------------------------
 
+    def use(self, limits: Limits, timeouts: Timeouts) -> None:
+        """Have other limits and timeouts, from the next request on."""
+        self._limits = limits
+        self._timeouts = timeouts
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a first request, unless there are too many connections."""
         super().connection_made(transport)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from gateway.logs import get_logger
+from gateway.usage import Meter, Usage
 
 if TYPE_CHECKING:
     from gateway.messages import Target
@@ -38,7 +39,8 @@ class Outcome(msgspec.Struct, frozen=True):
     when nothing was sent. `ended_by` says who ended it: `complete` is the good end. `target` is where
     Azure was last asked, None if it never was. `error` is the code or name of what went wrong, and `reason`
     the words that the client was told, where they are the gateway's own. `counts` is what `request.count` counted.
-    `close_code` is a WebSocket's, of the close frame that was seen or sent first (1005 where it had none).
+    `close_code` is a WebSocket's, of the close frame that was seen or sent first (1005 where it had none). `usage`
+    is there where a stage of the pipeline has `needs_usage`, and tokens were used.
     """
 
     status: int
@@ -51,6 +53,7 @@ class Outcome(msgspec.Struct, frozen=True):
     reason: str | None = None
     counts: Mapping[str, int] = _NONE
     close_code: int | None = None
+    usage: Usage | None = None
 
 
 class Owned(Protocol):
@@ -73,6 +76,8 @@ class Exchange:
     target: Target | None = None
     counts: dict[str, int] | None = None
     close_code: int | None = None
+    meter: Meter | None = None
+    """What was used, where somebody wants to know."""
     _upstream: Owned | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
@@ -164,6 +169,7 @@ class Exchange:
             reason=self.reason,
             counts=self.counts or _NONE,
             close_code=self.close_code,
+            usage=None if self.meter is None else self.meter.usage(abandoned=self.ended_by == "client"),
         )
         # Emptying the list as it runs also breaks the cycle request -> callbacks -> request.
         while callbacks:

@@ -5,26 +5,50 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from msgspec import Meta
 
 __all__ = ("check_settings", "is_secret", "settings_of", "unwrap")
 
+Settings: TypeAlias = Mapping[str, tuple[Any, dataclasses.Field[Any]]]
 
 _META = ("gt", "ge", "lt", "le", "pattern", "min_length", "max_length", "description", "examples")
 
 
-def settings_of(cls: type) -> dict[str, tuple[Any, dataclasses.Field[Any]]]:
+# What was found out of types, which costs more than all else that is done to load a team. The types are kept with it,
+# so that no other can have the place of one that is gone.
+_settings: dict[int, tuple[type, Settings]] = {}
+_unwrapped: dict[int, tuple[Any, tuple[Any, Meta | None]]] = {}
+_MAX_KNOWN = 10_000
+
+
+def settings_of(cls: type) -> Settings:
     """Return a dataclass's settings: name -> (type, field), in order."""
-    if not dataclasses.is_dataclass(cls):
-        return {}
-    hints = get_type_hints(cls, include_extras=True)
-    return {each.name: (hints[each.name], each) for each in dataclasses.fields(cls) if each.init}
+    if (known := _settings.get(id(cls))) is not None:
+        return known[1]
+    found: Settings = {}
+    if dataclasses.is_dataclass(cls):
+        hints = get_type_hints(cls, include_extras=True)
+        found = {each.name: (hints[each.name], each) for each in dataclasses.fields(cls) if each.init}
+    if len(_settings) >= _MAX_KNOWN:
+        _settings.clear()
+    _settings[id(cls)] = cls, found
+    return found
 
 
 def unwrap(kind: Any) -> tuple[Any, Meta | None]:
     """Return a type without its `Annotated`, and its Meta; of several, what they say together."""
+    if (known := _unwrapped.get(id(kind))) is not None:
+        return known[1]
+    if len(_unwrapped) >= _MAX_KNOWN:
+        _unwrapped.clear()
+    found = _unwrap(kind)
+    _unwrapped[id(kind)] = kind, found
+    return found
+
+
+def _unwrap(kind: Any) -> tuple[Any, Meta | None]:
     if get_origin(kind) is not Annotated:
         return kind, None
     base, *extras = get_args(kind)

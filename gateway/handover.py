@@ -1,8 +1,9 @@
 """A worker's side of its supervisor: what it inherits, and the line between the two.
 
-The line is a pair of sockets. The worker says on it `READY`, or why it cannot serve; the supervisor sends `DRAIN`
-and `AT_ONCE`, and the line's end means that the supervisor is gone. Signals would not do: systemd and terminals
-send theirs to every process of a group, and a worker must not take the supervisor's for a second one.
+The line is a pair of sockets, and what is said on it is lines of text, both ways. The worker says that it serves, or
+why it cannot, and answers to `prepare` and `commit`; the supervisor orders these, `abort`, `drain` and `end`, and the
+line's end means that the supervisor is gone. Signals would not do: systemd and terminals send theirs to every process
+of a group, and a worker must not take the supervisor's for a second one.
 """
 
 from __future__ import annotations
@@ -12,27 +13,70 @@ import contextlib
 import signal
 import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ("AT_ONCE", "DRAIN", "READY", "Handover", "Line")
+import msgspec
 
-READY, DRAIN, AT_ONCE = b"ready", b"d", b"n"
+from gateway.reload import Prepared, State
+
+if TYPE_CHECKING:
+    from gateway.renewal import Renewal
+
+__all__ = (
+    "ABORT",
+    "AT_ONCE",
+    "COMMIT",
+    "COMMITTED",
+    "DRAIN",
+    "FAILED",
+    "PREPARE",
+    "PREPARED",
+    "READY",
+    "Handover",
+    "Line",
+    "Said",
+)
+
+# What the supervisor orders; the last three with the number of the reload that they are of.
+DRAIN, AT_ONCE, PREPARE, COMMIT, ABORT = "drain", "end", "prepare", "commit", "abort"
+# What a worker says.
+READY, FAILED, PREPARED, COMMITTED = "ready", "failed", "prepared", "committed"
+
+
+class Said(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a worker says, one JSON object a line.
+
+    `ready` comes with its state, `failed` with the reason, `prepared` with what came of it.
+    """
+
+    word: str
+    number: int = 0
+    reason: str | None = None
+    state: State | None = None
+    prepared: Prepared | None = None
 
 
 @dataclass(frozen=True)
 class Handover:
-    """What a worker inherits, as descriptors: the listening sockets, and its line to the supervisor."""
+    """What a worker inherits, as descriptors: the sockets, the counters' table, and its line to the supervisor."""
 
     sockets: tuple[int, ...]
+    table: int
     line: int
 
     def __str__(self) -> str:
-        return ",".join(map(str, (*self.sockets, self.line)))
+        return ",".join(map(str, self.descriptors))
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All of them."""
+        return (*self.sockets, self.table, self.line)
 
     @classmethod
     def parse(cls, text: str) -> Handover:
         """Read what `str` wrote. Raises ValueError."""
-        *sockets, line = map(int, text.split(","))
-        return cls(tuple(sockets), line)
+        *sockets, table, line = map(int, text.split(","))
+        return cls(tuple(sockets), table, line)
 
 
 class Line:
@@ -41,19 +85,20 @@ class Line:
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
+        self._heard = b""  # an order that has not ended
+        self._orders: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
 
-    def ready(self) -> None:
-        """Say that the worker serves."""
-        self._say(READY)
+    def ready(self, state: State) -> None:
+        """Say that the worker serves, and with what."""
+        self._say(Said(READY, state=state))
 
     def failed(self, reason: str) -> None:
         """Say why it cannot."""
-        self._say(reason.encode())
+        self._say(Said(FAILED, reason=reason))
 
-    def _say(self, words: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the supervisor is gone; `obey` sees it, too
-            self._socket.sendall(words)
-            self._socket.shutdown(socket.SHUT_WR)
+    def _say(self, said: Said) -> None:
+        with contextlib.suppress(ConnectionError):  # the supervisor is gone; `obey` sees it, too
+            self._socket.sendall(msgspec.json.encode(said) + b"\n")
 
     def obey(self, stop: asyncio.Event, now: asyncio.Event) -> None:
         """Set `stop`, then `now`, as the supervisor says; a signal asks for no more than `stop`."""
@@ -61,16 +106,52 @@ class Line:
 
         def told() -> None:
             try:
-                orders = self._socket.recv(16)
+                heard = self._socket.recv(4096)
             except ConnectionError:
-                orders = b""
-            if not orders:  # the supervisor is gone
+                heard = b""
+            if not heard:  # the supervisor is gone
                 loop.remove_reader(self._socket)
-            stop.set()
-            if AT_ONCE in orders:
-                now.set()
+                stop.set()
+            *orders, self._heard = (self._heard + heard).split(b"\n")
+            for order in orders:
+                word, _, number = order.decode().partition(" ")
+                if word in (DRAIN, AT_ONCE):
+                    stop.set()
+                    if word == AT_ONCE:
+                        now.set()
+                else:
+                    self._orders.put_nowait((word, int(number)))
 
         loop.add_reader(self._socket, told)
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, stop.set)
-        loop.add_signal_handler(signal.SIGUSR2, lambda: None)  # the supervisor's business
+        loop.add_signal_handler(signal.SIGUSR2, lambda: None)  # the supervisor's business, as SIGHUP is
+
+    async def follow(self, renewal: Renewal) -> None:
+        """Reload as the supervisor says, until cancelled; what is prepared then is stopped."""
+        preparing: asyncio.Task[None] | None = None
+        try:
+            while True:
+                word, number = await self._orders.get()
+                if word == COMMIT:
+                    renewal.commit()
+                    self._say(Said(COMMITTED, number))
+                    continue
+                await _end(preparing)
+                preparing = None
+                if word == PREPARE:
+                    preparing = asyncio.create_task(self._prepare(renewal, number))
+                else:
+                    await renewal.abort()
+        finally:
+            await _end(preparing)
+            await renewal.abort()
+
+    async def _prepare(self, renewal: Renewal, number: int) -> None:
+        self._say(Said(PREPARED, number, prepared=await renewal.prepare()))
+
+
+async def _end(task: asyncio.Task[None] | None) -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.wait((task,))

@@ -19,6 +19,7 @@ from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Field, Headers
+from gateway.identity import Identity, Judgement, unavailable
 from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
@@ -26,6 +27,8 @@ from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
 from gateway.stream import CutShort, EventFilter, Filter, link
+from gateway.tokens import most_output, prompt_tokens
+from gateway.usage import PROMPTED
 from gateway.websocket import WebSocket
 
 __all__ = ("Request", "Resource", "Response", "Target", "check_body")
@@ -80,6 +83,7 @@ class Request:
         "_form",
         "_json",
         "_json_set",
+        "_judgement",
         "_model",
         "_model_read",
         "_model_set",
@@ -112,6 +116,7 @@ class Request:
         exchange: Exchange,
         model: str | None = None,
         address: Callable[[], str] = str,
+        judgement: Judgement | None = None,
     ) -> None:
         self.id = id
         self.operation = operation.name if operation is not None else None
@@ -127,6 +132,7 @@ class Request:
         self._body = body
         self._exchange = exchange
         self._address = address
+        self._judgement = judgement
         self._json: dict[str, Any] | None = None
         self._json_set = False
         self._row = operation
@@ -162,6 +168,22 @@ class Request:
         key, or where two keys disagree.
         """
         return presented_key(self.headers)
+
+    @property
+    def identity(self) -> Identity | None:
+        """Who the client's token says it is, by an issuer of `identity:`; None where it has none that is good.
+
+        Raises ApiError 503 where it has one that cannot be judged for now.
+        """
+        judgement = self._judgement
+        if judgement is not None and judgement.retry_after is not None:
+            raise unavailable(judgement)
+        return judgement.identity if judgement is not None else None
+
+    @property
+    def unidentified(self) -> str | None:
+        """Why the client's token is not good, in words for the log; None where it is, or where there is none."""
+        return self._judgement.reason if self._judgement is not None else None
 
     async def body(self) -> bytes:
         """Return the body's bytes; they are kept, so that a second call is possible."""
@@ -230,6 +252,18 @@ class Request:
                 self.notes["model"] = self._model
         return self._model
 
+    async def expected_tokens(self) -> tuple[int, int | None]:
+        """Return how many tokens the request is going to use: its prompt's, and the most that its answer may have.
+
+        The answer's is None where the request does not bound it. (0, 0) where tokens are not known beforehand, as of
+        sound and pictures. The prompt is counted where the extra `tokens` is installed, and estimated else.
+        """
+        if self.operation not in PROMPTED:
+            return 0, 0
+        body = await self.body()
+        prompt, _ = prompt_tokens(body, await self.model())
+        return prompt, 0 if self.operation == "embeddings" else most_output(body)
+
     async def models(self) -> tuple[str, ...]:
         """Return every model that the request names, each once: also those of a batch file's lines and an evaluation.
 
@@ -274,6 +308,7 @@ class Request:
             exchange=self._exchange,
             model=self._model_set,
             address=self._address,
+            judgement=self._judgement,
         )
         twin.operation = self.operation
         twin.caller = self.caller

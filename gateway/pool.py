@@ -59,13 +59,17 @@ class Pool:
     """The connections to every resource."""
 
     def __init__(self, connect_timeout: float, context: ssl.SSLContext | None = None) -> None:
-        self._seconds = connect_timeout
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
+        self.use(connect_timeout)
         self._context = context or ssl.create_default_context()
         self._destinations: dict[object, Destination] = {}
         self._connector: aiohttp.TCPConnector | None = None
         self._outbox: Outbox | None = None
         self._sweeper: asyncio.TimerHandle | None = None
+
+    def use(self, connect_timeout: float) -> None:
+        """Have another timeout, in seconds, for connections that are made from now on."""
+        self._seconds = connect_timeout
+        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
 
     async def start(self) -> None:
         """Get ready, on the running loop."""

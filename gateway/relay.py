@@ -121,6 +121,7 @@ class Relay:
         ping: float,
         patience: tuple[float, float],
         hidden: Sequence[str],
+        watch: Callable[[bytes], None] | None = None,
     ) -> None:
         self._connection = connection
         self._wire = wire
@@ -128,6 +129,7 @@ class Relay:
         self._ping = ping
         self._patience = patience  # with a client, and with Azure, that takes nothing
         self._hidden = list(hidden)
+        self._watch = watch  # sees what Azure sends
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._client = _Side(
@@ -175,6 +177,8 @@ class Relay:
 
     def from_azure(self, data: bytes) -> None:
         """Take what Azure sent."""
+        if self._watch is not None:
+            self._watch(data)
         self._take(self._azure, self._client, data)
 
     def azure_lost(self) -> None:

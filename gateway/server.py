@@ -12,7 +12,8 @@ import gc
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, cast
 
 from aiohttp.web_protocol import RequestHandler
@@ -26,20 +27,26 @@ from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.heads import client_address
 from gateway.heads import request_id as request_id_of
+from gateway.identity import Judgement
 from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
+from gateway.reload import unharmed
 from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 from gateway.urls import Place, place_of
+from gateway.usage import Meter
 
-__all__ = ("Server", "serve")
+__all__ = ("Generation", "Server", "serve")
 
 # When the gateway stops, a connection without a request may send one more for so many seconds: a client that
 # has begun to send it cannot know yet, and closing on it would fail it.
 _LAST_REQUEST = 1.0
+# How long, in seconds, after the end of an old set what is left of it is collected: nothing holds it any more then, and
+# several reloads are one collection.
+_COLLECT_AFTER = 1.0
 # How often, in seconds, a drain looks at what is left.
 _DRAIN_CHECK = 0.02
 
@@ -54,13 +61,34 @@ class _Connections(AiohttpServer):
     def __call__(self) -> RequestHandler:
         return cast("RequestHandler", Connection(self, *self._ours))
 
+    def use(self, limits: Limits, timeouts: Timeouts) -> None:
+        """Have other limits and timeouts from now on, in the connections that are there, too: some live for days."""
+        handle, loop, _, _, outbox = self._ours
+        self._ours = handle, loop, limits, timeouts, outbox
+        for connection in self.connections:
+            cast(Connection, connection).use(limits, timeouts)
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """What one configuration decides for a running server: read once for each exchange, and replaced whole."""
+
+    teams: Teams
+    settings: Settings
+    running: int = 0
+    """How many exchanges go on in it: its stages are stopped after the last one, once another has followed."""
+
 
 class Server:
     """One gateway: teams, the pool to Azure, and the listening socket."""
 
     def __init__(self, teams: Teams, settings: Settings | None = None, upstream: Upstream | None = None) -> None:
-        self.teams = teams
-        self.settings = settings or Settings()
+        self._generation = Generation(teams, settings or Settings())
+        self._old: set[Generation] = set()  # followed by another, and not stopped yet
+        self._collecting: asyncio.TimerHandle | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        self.shared = teams.shared
+        """What outlives a reload; closed when the server stops."""
         self.upstream = upstream or Upstream(self.settings.timeouts)
         self.draining = False
         self.ready = False
@@ -74,6 +102,16 @@ class Server:
         self.address = self.settings.listen
         """Where the server listens: the true port, once it does, where 0 was asked for."""
 
+    @property
+    def teams(self) -> Teams:
+        """The teams of new exchanges."""
+        return self._generation.teams
+
+    @property
+    def settings(self) -> Settings:
+        """What the configuration that counts now says to the server."""
+        return self._generation.settings
+
     # -- life ------------------------------------------------------------------------------------------
 
     async def start(self, listener: Listener | None = None) -> None:
@@ -86,6 +124,7 @@ class Server:
         try:
             await self.teams.start(self.upstream)
         except BaseException:
+            await self.shared.close()
             await self.upstream.close()
             raise
         self._http = _Connections(self._handle, limits, timeouts)
@@ -94,6 +133,7 @@ class Server:
         except BaseException:
             self._http = None  # there is nothing left to stop
             await self.teams.stop()
+            await self.shared.close()
             await self.upstream.close()
             raise
         self.ready = True
@@ -135,7 +175,11 @@ class Server:
             self._listener.remove()
         if self.counts:
             get_logger().info("counted", **self.counts)
-        await self.teams.stop()
+        if self._retiring:
+            await asyncio.wait(list(self._retiring))
+        for generation in (*self._old, self._generation):
+            await generation.teams.stop()
+        await self.shared.close()
         await self.upstream.close()
 
     async def _drain(self, http: _Connections, now: asyncio.Event) -> None:
@@ -157,6 +201,55 @@ class Server:
                 elif loop.time() - idle_since.setdefault(connection, loop.time()) >= _LAST_REQUEST:
                     connection.force_close()
 
+    # -- another configuration -------------------------------------------------------------------------
+
+    async def prepare(self, teams: Teams, settings: Settings) -> Generation:
+        """Start the stages of another configuration beside those that run; `swap` or `discard` what it returns.
+
+        Raises StartError where one cannot start: those that did are stopped then.
+        """
+        await teams.start(self.upstream)
+        return Generation(teams, settings)
+
+    async def discard(self, generation: Generation) -> None:
+        """Stop what was prepared and is not wanted."""
+        await generation.teams.stop()
+
+    def swap(self, generation: Generation) -> None:
+        """Give new exchanges to another generation; those that run end in theirs, whose stages then stop.
+
+        Where the server listens stays as it is. A server that has stopped does nothing.
+        """
+        if self._stopped or self._http is None:
+            return
+        old, self._generation = self._generation, generation
+        settings = generation.settings
+        self._http.use(settings.limits, settings.timeouts)
+        self.upstream.use(settings.timeouts)
+        self._old.add(old)
+        if not old.running:
+            self._retire(old)
+
+    def _retire(self, old: Generation) -> None:
+        """Stop the stages of a generation whose last exchange is over, unless the server does it already."""
+        if self._stopped:
+            return
+        self._old.discard(old)
+        task = asyncio.get_running_loop().create_task(self._stop_old(old))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _stop_old(self, old: Generation) -> None:
+        await old.teams.stop()
+        # With our thresholds the collector would leave cycles of the old set, such as a stage with a table of its own
+        # methods, for hours. What was there at the start is frozen, so there is little to look through.
+        if self._collecting is None:
+            self._collecting = asyncio.get_running_loop().call_later(_COLLECT_AFTER, self._collect)
+
+    def _collect(self) -> None:
+        self._collecting = None
+        gc.collect()
+
     # -- one request -----------------------------------------------------------------------------------
 
     async def _handle(self, arrived: Arrived) -> bool:
@@ -165,8 +258,10 @@ class Server:
         assert task is not None, "a request is handled outside its task"  # noqa: S101 -- a bug of ours
         self._running.add(task)
         exchange = Exchange()
+        generation = self._generation
+        generation.running += 1
         try:
-            return await self._exchange(arrived, exchange, task)
+            return await self._exchange(arrived, exchange, task, generation)
         except ClientGone:
             exchange.ended_by = "client"
             return False
@@ -189,15 +284,23 @@ class Server:
                 self._running.discard(task)
                 if exchange.counts:
                     self.counts.update(exchange.counts)
+                generation.running -= 1
+                if generation is not self._generation and not generation.running:
+                    self._retire(generation)
 
-    async def _exchange(self, arrived: Arrived, exchange: Exchange, task: asyncio.Task[Any]) -> bool:
+    async def _exchange(
+        self, arrived: Arrived, exchange: Exchange, task: asyncio.Task[Any], generation: Generation
+    ) -> bool:
+        settings = generation.settings
         head, headers, connection = arrived.head, arrived.headers, arrived.connection
         request_id = request_id_of(head.given_id)
         try:
             if head.path in ("/healthz", "/readyz"):
                 response = self._probe(head.method, head.path)
             else:
-                team, place = self._team(head.path, headers)
+                issuers = generation.teams.issuers
+                judgement = await issuers.judge(headers) if issuers is not None else None
+                team, place = self._team(generation.teams, head.path, headers, judgement)
                 request = Request(
                     id=request_id,
                     operation=(find_operation("WS", place.path) if head.upgrade else None)
@@ -211,10 +314,13 @@ class Server:
                     target=team.target,
                     exchange=exchange,
                     model=place.model,
-                    address=lambda: client_address(connection.transport, headers, self.settings.trusted_proxies),
+                    address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
+                    judgement=judgement,
                 )
+                if team.metered:
+                    exchange.meter = Meter()
                 exchange.run_in(task)
-                connection.expire_in(self.settings.timeouts.first_byte, exchange.expire)
+                connection.expire_in(settings.timeouts.first_byte, exchange.expire)
                 try:
                     assert team.pipeline is not None, "the team was not started"  # noqa: S101 -- a bug of ours
                     response = await team.pipeline(request)
@@ -230,8 +336,8 @@ class Server:
             exchange,
             request_id=request_id,
             close=self.draining,
-            timeouts=self.settings.timeouts,
-            limits=self.settings.limits,
+            timeouts=settings.timeouts,
+            limits=settings.limits,
         )
 
     def _probe(self, method: str, path: str) -> Response:
@@ -243,12 +349,12 @@ class Server:
             return Response.json({"status": "ready"})
         return Response.json({"status": "draining"}, 503)
 
-    def _team(self, path: str, headers: Headers) -> tuple[Team, Place]:
+    def _team(self, teams: Teams, path: str, headers: Headers, judgement: Judgement | None) -> tuple[Team, Place]:
         """Return the team of a path, and what the path says."""
         place = place_of(path)
         if place is None:
             raise ApiError(404, f"there is nothing at {path}; the API begins with /v1/", code="unknown_url")
-        team = self.teams.find(place.prefix, headers)
+        team = teams.find(place.prefix, headers, judgement)
         if team is None:
             raise ApiError(404, f"no team's API is at {place.prefix}/v1", code="unknown_url")
         return team, place
@@ -293,18 +399,20 @@ async def serve(
     stopping: Callable[[], None] | None = None,
     listener: Listener | None = None,
     obey: Callable[[asyncio.Event, asyncio.Event], None] = _obey_signals,
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """Run a server until SIGTERM or SIGINT, then drain it; a second signal ends it at once.
 
     `ready` is called when it listens (on `listener`, if given), `stopping` when the drain begins. `obey` is
-    given the two events that stop it, and sees to it that they are set. Raises StartError where it cannot be
-    started.
+    given the two events that stop it, and sees to it that they are set. `beside` runs from when it listens
+    until the drain begins, and is cancelled then. Raises StartError where it cannot be started.
     """
     stop, now = asyncio.Event(), asyncio.Event()
     obey(stop, now)
     log = get_logger().bind(pid=os.getpid())
     starting = asyncio.create_task(server.start(listener))
     asked = asyncio.create_task(stop.wait())
+    helper: asyncio.Task[None] | None = None
     try:
         await asyncio.wait((starting, asked), return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():
@@ -317,11 +425,16 @@ async def serve(
         log.info("listening", address=str(server.address), teams=len(server.teams.all))
         if ready is not None:
             ready()
+        if beside is not None:
+            helper = asyncio.create_task(unharmed(beside()))
         await asked
         log.info("stopping")
         if stopping is not None:
             stopping()
     finally:
         asked.cancel()
+        if helper is not None:
+            helper.cancel()
+            await asyncio.wait((helper,), timeout=5)
         await server.stop(now=now)
     log.info("stopped")

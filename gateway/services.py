@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from gateway.azure import BY_NAME
-from gateway.counters import Counters, MemoryCounters
+from gateway.counters import Counters, MemoryCounters, Turns
 from gateway.logs import get_logger
+from gateway.prices import Prices
+from gateway.tokens import load_encodings
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
+    from gateway.identity import Claims
     from gateway.keys import ListedKey
     from gateway.messages import Resource
 
@@ -23,11 +27,11 @@ __all__ = ("Services", "Shared")
 
 
 class Shared:
-    """What all stages of a gateway share: one HTTP session, one store, one place where limits are counted."""
+    """What all stages of a gateway share: one HTTP session, one store, the counters."""
 
-    def __init__(self) -> None:
-        self.counters: Counters = MemoryCounters()
-        self._counted: list[Counters] = []
+    def __init__(self, counters: Counters | None = None) -> None:
+        self.counters = self._here = Turns(counters or MemoryCounters())
+        self._elsewhere: list[Turns] = []
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -43,14 +47,17 @@ class Shared:
         """Return the state kept for one stage of one team; it outlives the stage's instance."""
         return self._spaces.setdefault((team, stage), {})
 
-    def count_in(self, counters: Counters) -> None:
-        """Count in another place from now on. What was taken in the one before is still settled there."""
-        self._counted.append(self.counters)
-        self.counters = counters
+    def count_in(self, counters: Counters | None) -> None:
+        """Count elsewhere from now on; None is here. Stages that have started go on where they are."""
+        if counters is None:
+            self.counters = self._here
+        else:
+            self.counters = Turns(counters)
+            self._elsewhere.append(self.counters)
 
     async def close(self) -> None:
-        """Close the session, and settle what is still to be settled."""
-        for counters in (*self._counted, self.counters):
+        """Close the session, and the counters."""
+        for counters in (*self._elsewhere, self._here):
             await counters.close()
         if self._session is not None:
             await self._session.close()
@@ -61,11 +68,12 @@ class Shared:
 class Services:
     """What a stage's `start` and `check` are given.
 
-    `resources` are the configured Azure resources by name, `resource` the one this team uses where a
-    deployment names none (None if there are several and none was chosen). `reachable`, at `start`, are those
-    that the stages of this team may send requests to. `keys` are the team's own, by digest, and `teams` is how
-    many teams there are. `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps
-    state that must outlive a reload: it is this stage's own, by team and id.
+    `resources` are the configured Azure resources by name, `resource` the one this team uses where a deployment
+    names none (None if there are several and none was chosen). `reachable`, at `start`, are those that the stages
+    of this team may send requests to. `keys` are the team's own, by digest, `claims` what it wants of a token
+    (`request.identity.has(services.claims)`), and `teams` is how many teams there are. `prices` are the operator's.
+    `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps state that must outlive
+    a reload: it is this stage's own, by team and id.
     """
 
     team: str
@@ -73,6 +81,8 @@ class Services:
     resources: Mapping[str, Resource] = field(default_factory=dict)
     resource: Resource | None = None
     keys: Mapping[str, ListedKey] = field(default_factory=dict)
+    prices: Prices = field(default_factory=Prices)
+    claims: Claims = field(default_factory=dict)
     teams: int = 1
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
@@ -85,9 +95,13 @@ class Services:
         return self.shared.session()
 
     @property
-    def counters(self) -> Counters:
-        """Where limits are counted: in this process, or in the Redis that several gateways share."""
+    def counters(self) -> Turns:
+        """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
         return self.shared.counters
+
+    async def prepare_tokens(self) -> None:
+        """Get ready to count tokens, where that is installed: the first `expected_tokens` are counted then, too."""
+        await asyncio.to_thread(load_encodings)
 
     @property
     def operations(self) -> Collection[str]:

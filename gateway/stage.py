@@ -41,6 +41,11 @@ class Stage:
     """Set by `start` where the stage has nothing to do for this team: it is left out of the requests' way."""
 
     @property
+    def needs_usage(self) -> bool:
+        """Whether `Outcome.usage` is wanted: the tokens that an exchange used, for which Azure is asked then."""
+        return False
+
+    @property
     def needs(self) -> Iterable[str]:
         """What stages further up must have provided."""
         return ()

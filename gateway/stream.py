@@ -12,6 +12,7 @@ the event is let go at once, and if a LF comes next it follows its event.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,10 @@ class Filter:
 
     def close(self) -> bytes:
         """Return what is left at the clean end of the stream; never called when the stream breaks."""
+        return b""
+
+    def cut(self) -> bytes:
+        """Return what is to go on of the bytes that were kept, when the stream breaks; nothing is fed after it."""
         return b""
 
 
@@ -370,6 +375,15 @@ class Linked:
                 left += each.close()
             except CutShort as exc:
                 raise CutShort(self._feed_from(place + 1, exc.left), exc.cause) from exc.cause
+        return left
+
+    def cut(self) -> bytes:
+        """Return what goes on of a stream that broke, and was kept so far. A filter that fails at it loses it."""
+        left = b""
+        for place, each in enumerate(self._filters):
+            with contextlib.suppress(Exception):
+                if kept := each.cut():
+                    left += self._feed_from(place + 1, kept)
         return left
 
     def whole(self, data: bytes) -> bytes:

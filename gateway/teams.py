@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from gateway.errors import ApiError, StartError
 from gateway.headers import Headers
+from gateway.identity import Claims, Issuers, Judgement, unavailable
 from gateway.keys import ListedKey, presented_key
 from gateway.logs import get_logger
 from gateway.messages import Target
@@ -23,6 +24,7 @@ class Match:
     path_prefix: tuple[str, ...] = ()
     host: tuple[str, ...] = ()
     keys: tuple[ListedKey, ...] = ()
+    claims: Claims = field(default_factory=dict)
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Team:
     match: Match = field(default_factory=Match)
     services: Mapping[str, Services] = field(default_factory=dict)
     pipeline: Next | None = None
+    metered: bool = False
+    """Whether one of its stages wants to know what exchanges use."""
 
     async def start(self, end: Next) -> None:
         """Start the stages and compile the pipeline; those already started are stopped if one fails."""
@@ -51,7 +55,9 @@ class Team:
         except BaseException:
             await self._stop(started)
             raise
-        self.pipeline = compile_pipeline([(stage.id, stage) for stage in self.stages if not stage.idle], end)
+        active = [(stage.id, stage) for stage in self.stages if not stage.idle]
+        self.metered = any(stage.needs_usage for _, stage in active)
+        self.pipeline = compile_pipeline(active, end)
 
     async def stop(self) -> None:
         """Stop the stages, in reverse order."""
@@ -72,15 +78,23 @@ class Team:
 
 
 class Teams:
-    """All teams, found by path prefix, host name or key digest, else the default team."""
+    """All teams, found by path prefix, host name, key digest or a token's claims, else the default team."""
 
-    def __init__(self, default: Team, others: Sequence[Team] = (), shared: Shared | None = None) -> None:
+    def __init__(
+        self,
+        default: Team,
+        others: Sequence[Team] = (),
+        shared: Shared | None = None,
+        issuers: Issuers | None = None,
+    ) -> None:
         self.all = (default, *others)
         self.default = default
         self.shared = shared or Shared()
+        self.issuers = issuers
         self._prefixes = {prefix: team for team in others for prefix in team.match.path_prefix}
         self._hosts = {host: team for team in others for host in team.match.host}
         self._keys = {key.digest: (key, team) for team in others for key in team.match.keys}
+        self._members = [(team.match.claims, team) for team in others if team.match.claims]
 
     async def start(self, end: Next) -> None:
         """Start every team; those already started are stopped if one fails."""
@@ -92,28 +106,29 @@ class Teams:
         except BaseException:
             for team in reversed(started):
                 await team.stop()
-            await self.shared.close()
             raise
+        if self.issuers is not None:
+            self.issuers.start()
 
     async def stop(self) -> None:
-        """Stop every team and what they share."""
+        """Stop every team; what they share may go on, in those that follow them."""
+        if self.issuers is not None:
+            await self.issuers.stop()
         for team in reversed(self.all):
             await team.stop()
-        await self.shared.close()
 
-    def find(self, prefix: str, headers: Headers) -> Team | None:
+    def find(self, prefix: str, headers: Headers, judgement: Judgement | None = None) -> Team | None:
         """Return the team of a request, or None where no team has its path prefix.
 
-        Raises ApiError 401 where the key belongs to a team that the path or the host name does not lead to.
+        `judgement` is what there is to say of its token. Raises ApiError 401 where the key belongs to a team that the
+        path or the host name does not lead to, and 503 where its token would say whose it is, and cannot be judged.
         """
         team = self._prefixes.get(prefix) if prefix else (self._hosts.get(_host(headers)) if self._hosts else None)
         if prefix and team is None:
             return None
-        if not self._keys:
-            return team or self.default
-        owner = self._owner(headers)
+        owner = self._owner(headers) if self._keys else None
         if owner is None:
-            return team or self.default
+            return team or (self._of_member(judgement) if judgement is not None and self._members else self.default)
         if team is not None and team is not owner:
             raise ApiError(401, "this key belongs to another team than this URL", code="invalid_api_key")
         return owner
@@ -125,6 +140,12 @@ class Teams:
         listed, team = self._keys.get(key.digest, (None, None))
         # The dict has found it by hash; the comparison that decides takes the same time for every digest.
         return team if listed is not None and listed.is_of(key) else None
+
+    def _of_member(self, judgement: Judgement) -> Team:
+        if judgement.retry_after is not None:
+            raise unavailable(judgement)
+        who = judgement.identity
+        return next((team for claims, team in self._members if who is not None and who.has(claims)), self.default)
 
 
 def _host(headers: Headers) -> str:

@@ -18,12 +18,14 @@ from gateway.errors import ApiError, GatewayError, UpstreamError
 from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.hops import DOWN
+from gateway.include_usage import STREAMED, HiddenUsage, with_usage_asked
 from gateway.keys import Credential
 from gateway.messages import Request, Resource, Response, Target
 from gateway.models import FrameModels, placed, placed_query
 from gateway.pool import Destination, Pool
 from gateway.settings import Timeouts
 from gateway.urls import upstream_path
+from gateway.usage import METERED, Watch
 from gateway.websocket import WebSocket, check_asked, new_key, offered_protocols, opening, taken
 from gateway.wire import Answer, Wire
 
@@ -36,6 +38,11 @@ class Upstream:
     def __init__(self, timeouts: Timeouts, context: ssl.SSLContext | None = None) -> None:
         self._timeouts = timeouts
         self._pool = Pool(timeouts.connect, context)
+
+    def use(self, timeouts: Timeouts) -> None:
+        """Have other timeouts from the next request on; the connections stay."""
+        self._timeouts = timeouts
+        self._pool.use(timeouts.connect)
 
     async def start(self) -> None:
         """Make the pool, on the running loop."""
@@ -75,6 +82,14 @@ class Upstream:
             body: bytes | Body = await placed(request, operation, target)
         else:  # nearly every request: the path names the deployment, and the body is not looked at
             body = request._body.as_it_came()
+        watch, hides = None, False
+        if exchange.meter is not None and operation.name in METERED:
+            kept = body if isinstance(body, bytes) else None
+            if kept is not None and operation.name in STREAMED:
+                asking = with_usage_asked(kept, target.api_version or "")
+                if asking is not None:
+                    body, hides = asking, True
+            watch = exchange.meter.watch(operation.name, kept, request._model)
         destination = self._pool.destination(resource)
         length = len(body) if isinstance(body, bytes) else body.length
         head = _head(
@@ -84,8 +99,11 @@ class Upstream:
             credential,
             b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length,
         )
-        answer = await self._ask(exchange, destination, head, body)
-        return _response(answer)
+        answer = await self._ask(exchange, destination, head, body, watch)
+        response = _response(answer)
+        if hides and response.event_stream:
+            response.pipe(HiddenUsage())
+        return response
 
     async def _open(self, request: Request, resource: Resource, path: str, credential: Credential) -> Response:
         """Open a WebSocket and return it as the body of a 101, or Azure's answer where it says no."""
@@ -93,18 +111,27 @@ class Upstream:
         exchange, key = request._exchange, new_key()
         destination = self._pool.destination(resource)
         head = _head(request, destination, path, credential, opening(key, offered_protocols(request.headers)))
-        answer = await self._ask(exchange, destination, head, b"", upgrade=True)
+        answer = await self._ask(exchange, destination, head, b"", None, upgrade=True)
         if answer.status != 101:
             return _response(answer)
         socket = WebSocket(answer.switched())
         exchange.own(socket)
         socket.protocol = taken(answer.fields, key)
+        if exchange.meter is not None and request.operation in METERED:
+            socket.watch = exchange.meter.watch(request.operation, None, request._model).feed
         if (find := request._find) is not None:
             socket.up.append(FrameModels(request, find))
         return Response(101, socket, _down(answer))
 
     async def _ask(
-        self, exchange: Exchange, destination: Destination, head: bytes, body: bytes | Body, *, upgrade: bool = False
+        self,
+        exchange: Exchange,
+        destination: Destination,
+        head: bytes,
+        body: bytes | Body,
+        watch: Watch | None,
+        *,
+        upgrade: bool = False,
     ) -> Answer:
         """Ask on a connection, and on another one where a kept one turns out to be closed. Raises UpstreamError."""
         timeouts = self._timeouts
@@ -112,6 +139,8 @@ class Upstream:
             wire = self._pool.kept(destination) or await self._pool.connect(destination)
             answer = wire.ask(timeouts.first_byte, timeouts.idle)
             answer.upgrade = upgrade
+            if watch is not None:
+                answer.watch, watch.sent = watch.feed, True
             exchange.own(answer)
             try:
                 if isinstance(body, bytes):
@@ -124,6 +153,8 @@ class Upstream:
                 if wire.used and wire.lost and not wire.received and isinstance(body, bytes):
                     continue
                 raise
+            if watch is not None:
+                watch.status = answer.status
             return answer
 
     async def _upload(self, wire: Wire, answer: Answer, head: bytes, body: Body) -> None:

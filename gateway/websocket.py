@@ -18,7 +18,7 @@ from gateway.headers import Headers
 from gateway.keys import KEY_PROTOCOL
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gateway.headers import Field
     from gateway.stream import EventFilter
@@ -47,12 +47,14 @@ class WebSocket:
     which they run; those on what Azure sends are the response's.
     """
 
-    __slots__ = ("ended", "protocol", "up", "wire")
+    __slots__ = ("ended", "protocol", "up", "watch", "wire")
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
         self.protocol: str | None = None
         self.up: list[EventFilter] = []
+        self.watch: Callable[[bytes], None] | None = None
+        """Sees what Azure sends, as it comes."""
         self.ended = False
         """It was relayed to its end, and its connection is closing with what is still to be written."""
 

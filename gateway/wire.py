@@ -62,6 +62,7 @@ class Answer:
     close = False
     upload: asyncio.Task[None] | None = None
     upgrade = False  # a WebSocket was asked for
+    watch: Callable[[bytes], None] | None = None  # sees the body's bytes as they come
     _chunks: Chunks | None = None
     _left = 0  # bytes still to come, where that is known; -1 for all until the connection closes
     _size = 0  # of the parts
@@ -118,6 +119,8 @@ class Answer:
                 data, extra = data[:left], data[left:]
             self._left = left - len(data)
             done = not self._left
+        if self.watch is not None and data:
+            self.watch(data)
         if self._sink is not None:
             if data:
                 self._sink(data)  # may raise: then it is not done, and whoever waits is told
@@ -373,6 +376,8 @@ class Wire(BaseProtocol):
                 if answer.whole is not None and len(data) == answer._left:
                     # Nearly every plain answer: it came in one piece, head and all.
                     self._end(answer, b"")
+                    if answer.watch is not None:
+                        answer.watch(data)
                     answer.end(data)
                     return
             extra = answer.feed(data)

@@ -1,9 +1,11 @@
 """`access_log`: one log event for each exchange, when it is over."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from gateway import Next, Outcome, Request, Response, Services, Stage
+from gateway import Meta, Next, Outcome, Request, Response, Services, Stage
 
+DETAILS = ("cached_tokens", "reasoning_tokens", "audio_input_tokens", "audio_output_tokens")
 RESERVED = frozenset(("event", "level", "timestamp", "team", "stage"))
 
 
@@ -12,11 +14,20 @@ class AccessLog(Stage):
     """Log each exchange once, at its end: who, what, how it went and how long it took.
 
     An error that is the gateway's own has its words as `reason`; what is no operation has its method and path;
-    `counts` has what stages did to the answer, such as repairs.
+    `counts` has what stages did to the answer, such as repairs. Tokens are those that Azure reports; where it does
+    not, because an answer broke off or its client left, they are made out from what was seen: `usage_source` says so.
     Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
     """
 
+    usage: Annotated[
+        bool, Meta(description="whether tokens are logged; streams are asked for theirs, which is hidden from clients")
+    ] = True
+
     above = ("caller",)  # a refusal is an exchange, too
+
+    @property
+    def needs_usage(self) -> bool:
+        return self.usage
 
     async def start(self, services: Services) -> None:
         self._logger = services.logger
@@ -40,6 +51,12 @@ class AccessLog(Stage):
                 "total_ms": round(outcome.total * 1000, 1),
                 "bytes": outcome.sent,
             }
+            if (used := outcome.usage) is not None and self.usage:
+                facts["input_tokens"], facts["output_tokens"] = used.input_tokens, used.output_tokens
+                facts["usage_source"] = used.source
+                for name in DETAILS:
+                    if amount := getattr(used, name):
+                        facts[name] = amount
             if outcome.reason is not None:
                 facts["reason"] = outcome.reason
             if outcome.counts:

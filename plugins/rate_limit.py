@@ -1,147 +1,321 @@
-"""`rate_limit`: how many requests a caller may make in a minute, and how many at once."""
+"""`rate_limit`: how much a key, a team, a model or an address may use."""
 
 import math
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from gateway import ApiError, Meta, Next, Outcome, Request, Response, Services, Stage
+from gateway import (
+    ApiError,
+    Charge,
+    CountersUnavailable,
+    Meta,
+    Next,
+    Outcome,
+    Price,
+    Request,
+    Response,
+    Rule,
+    Services,
+    Stage,
+    Usage,
+    Verdict,
+)  # fmt: skip
 
-# What was used comes back in steps of at most this many seconds, as Azure counts its own limits; between two
-# steps a caller gets exactly its limit, however long its requests take to arrive.
-STEP = 10.0
-# Above this many callers, those whose allowance is full again are forgotten.
+Per = Literal["key", "team", "model", "client"]
+
+# What is limited: the setting's name, its period, and what is counted.
+KINDS: dict[str, tuple[Literal["minute", "day", "month", "at_once"], str]] = {
+    "requests_per_minute": ("minute", "requests"),
+    "requests_per_day": ("day", "requests"),
+    "tokens_per_minute": ("minute", "tokens"),
+    "tokens_per_day": ("day", "tokens"),
+    "spend_per_day": ("day", "spend"),
+    "spend_per_month": ("month", "spend"),
+    "in_flight": ("at_once", "slots"),
+}
+MILLION = 1_000_000
+# How many callers' charges are kept made.
 CALLERS = 10_000
 
 
 @dataclass
-class RateLimit(Stage):
-    """Limit requests per minute, and requests in flight, for each caller.
+class Limit:
+    """How much may be used by whom; what is left out is not limited."""
 
-    A caller may make `burst` requests at once; what it used comes back at the rate of
-    `requests_per_minute`, in steps of at most ten seconds. Above the limit the answer is a 429 that says
-    when to try again. Every answer carries OpenAI's `x-ratelimit-*` headers.
-    """
-
-    requests_per_minute: Annotated[int | None, Meta(gt=0, description="the limit; none if it is left out")] = None
+    requests_per_minute: Annotated[int | None, Meta(gt=0, description="how many requests in a minute")] = None
     burst: Annotated[
         int | None, Meta(gt=0, description="how many may come at once; requests_per_minute if it is left out")
     ] = None
-    in_flight: Annotated[int | None, Meta(gt=0, description="how many may run at once")] = None
+    requests_per_day: Annotated[int | None, Meta(gt=0, description="how many requests in a day, in UTC")] = None
+    tokens_per_minute: Annotated[
+        int | None, Meta(gt=0, description="how many tokens in a minute, of prompts and answers together")
+    ] = None
+    token_burst: Annotated[
+        int | None, Meta(gt=0, description="how many tokens may be used at once; tokens_per_minute if it is left out")
+    ] = None
+    tokens_per_day: Annotated[int | None, Meta(gt=0, description="how many tokens in a day, in UTC")] = None
+    spend_per_day: Annotated[
+        float | None, Meta(gt=0, description="how much may be spent in a day, in UTC, in the currency of `prices`")
+    ] = None
+    spend_per_month: Annotated[float | None, Meta(gt=0, description="how much may be spent in a month, in UTC")] = None
+    in_flight: Annotated[int | None, Meta(gt=0, description="how many requests may run at once")] = None
     per: Annotated[
-        Literal["key", "team", "client"], Meta(description="whose requests count together: of one key, team or address")
+        Per | list[Per],
+        Meta(description="whose use counts together: of one key, team, model or client address, or of a pair of them"),
     ] = "key"
+    shadow: Annotated[bool, Meta(description="true refuses nothing, and only counts what would be refused")] = False
+
+    @property
+    def dimensions(self) -> tuple[Per, ...]:
+        """Whose use counts together, each once, in one order."""
+        return tuple(sorted({self.per} if isinstance(self.per, str) else set(self.per)))
+
+    @property
+    def kinds(self) -> list[str]:
+        """What is limited."""
+        return [kind for kind in KINDS if getattr(self, kind) is not None]
+
+
+class Entry:
+    """One thing that is limited, by one limit."""
+
+    def __init__(self, stage: str, limit: Limit, kind: str) -> None:
+        period, self.unit = KINDS[kind]
+        amount = getattr(limit, kind)
+        self.dimensions = limit.dimensions
+        self.shadow = limit.shadow
+        self.name = f"{kind} per {' and '.join(self.dimensions)}"
+        burst = {"requests_per_minute": limit.burst, "tokens_per_minute": limit.token_burst}.get(kind)
+        self.rule = Rule(round(amount * MILLION) if self.unit == "spend" else amount, period, burst)
+        self.limit = str(amount)
+        self.note = {"requests": "ratelimit_remaining", "tokens": "ratelimit_remaining_tokens"}.get(self.unit)
+        self.error_type = {"tokens": "tokens", "spend": "insufficient_quota"}.get(self.unit, "requests")
+        self._prefix = f"{stage}:{kind}:{'+'.join(self.dimensions)}:"
+        self._whose = f"this {' and this '.join(self.dimensions)}"
+        self._amount = f"{amount:,}"
+        self._period = {"minute": "per minute", "day": "per day", "month": "per month"}.get(period, "")
+
+    def charge(self, values: dict[str, str]) -> Charge:
+        """Return the charge of one request by whom these values say."""
+        name = self._prefix + "\x1f".join(values[each] for each in self.dimensions)
+        return Charge(name, self.rule, 1.0 if self.unit in ("requests", "slots") else 0.0, shadow=self.shadow)
+
+    def words(self, cost: float, left: int, wait: float) -> str:
+        """Return what a client is told that has to wait so many seconds for room."""
+        again = f"try again in {duration(wait)}" if wait < math.inf else ""
+        if self.unit == "slots":
+            return (
+                f"{self._amount} requests of {self._whose} are running, which is the most at once; "
+                "try again when one has ended"
+            )
+        if self.unit == "requests":
+            return f"the limit of {self._amount} requests {self._period} for {self._whose} is used up; {again}"
+        if self.unit == "spend":
+            may_spend = f"{self._whose} may spend {self._amount} {self._period}, and not enough of it is left"
+            return f"{may_spend}; {again or 'it never is for a request as large as this one'}"
+        may_use = f"this request may use {cost:,.0f} tokens"
+        if not again:
+            return (
+                f"{may_use}, more than {self._whose} may use at once of {self._amount} {self._period}; "
+                "send a shorter prompt, or ask for less with max_tokens"
+            )
+        return f"{may_use}, and {left:,} are left of the {self._amount} {self._period} for {self._whose}; {again}"
+
+
+Made = tuple[list[Entry], list[Charge]]
+
+
+@dataclass
+class RateLimit(Limit, Stage):
+    """Limit what may be used: requests, tokens, money, requests at once; of a key, a team, a model, an address.
+
+    Tokens are taken before a request is sent, as many as it may use: its prompt and the most that it asks for. When it
+    is over, what it really used takes their place, or nothing where it failed. Above a limit the answer is a 429 that
+    says when to try again; every answer carries OpenAI's `x-ratelimit-*` headers.
+    """
+
+    limits: Annotated[list[Limit], Meta(description="more limits, all of which hold at once")] = field(
+        default_factory=list
+    )
+    answer_tokens: Annotated[
+        int, Meta(ge=0, description="what an answer is taken for until it is over, where no max_tokens bounds it")
+    ] = 1000
+    wait: Annotated[
+        float,
+        Meta(ge=0, description="seconds that a request may wait for room before it is refused; callers take turns"),
+    ] = 0.0
+    on_error: Annotated[
+        Literal["open", "closed"],
+        Meta(description="what to do while the shared store cannot be asked: let requests through, or answer 503"),
+    ] = "open"
+
+    @property
+    def _all(self) -> list[Limit]:
+        return [self, *self.limits]
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("caller",) if self.per == "key" else ()
+        return ("caller",) if any("key" in each.dimensions for each in self._all if each.kinds) else ()
 
-    def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
-        if self.requests_per_minute is None and self.in_flight is None:
-            yield (), "there is nothing to limit; set requests_per_minute, in_flight or both"
-        if self.burst is not None and self.requests_per_minute is None:
-            yield ("burst",), "burst is how many of requests_per_minute may come at once; set that too"
+    @property
+    def needs_usage(self) -> bool:
+        return any(KINDS[kind][1] in ("tokens", "spend") for each in self._all for kind in each.kinds)
+
+    def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        if not any(each.kinds for each in self._all):
+            yield (), f"there is nothing to limit; set {', '.join(list(KINDS)[:-1])} or in_flight"
+        seen: set[tuple[str, tuple[Per, ...]]] = set()
+        for place, each in enumerate(self._all):
+            path: tuple[str | int, ...] = () if each is self else ("limits", place - 1)
+            if each is not self and not each.kinds:
+                yield path, "this entry limits nothing"
+            for burst, kind in (("burst", "requests_per_minute"), ("token_burst", "tokens_per_minute")):
+                if getattr(each, burst) is not None and getattr(each, kind) is None:
+                    yield (*path, burst), f"{burst} is how much of {kind} may be used at once; set that too"
+            if not each.dimensions:
+                yield (*path, "per"), "per names nobody"
+            for kind in each.kinds:
+                if KINDS[kind][1] == "spend" and not services.prices:
+                    yield (*path, kind), "what is spent is not known without `prices:` in gateway.yaml"
+                if (kind, each.dimensions) in seen:
+                    yield (*path, kind), f"there is a limit of {kind} per {' and '.join(each.dimensions)} already"
+                seen.add((kind, each.dimensions))
 
     async def start(self, services: Services) -> None:
-        self._clock = services.clock
-        self._buckets: MutableMapping[str, Any] = services.store.setdefault("buckets", {})
-        self._running: MutableMapping[str, int] = services.store.setdefault("running", {})
-        self._sweep_at = CALLERS
-        self._limit = self.requests_per_minute or 0
-        self._limit_text = str(self._limit)
-        self._size = float(self.burst or self._limit)
-        self._rate = self._limit / 60.0
-        self._step = min(STEP, self._size / self._rate) if self._rate else STEP
+        self._counters = services.counters
+        self._prices = services.prices
+        self._entries = [Entry(self.id, each, kind) for each in self._all for kind in each.kinds]
+        units = {entry.unit for entry in self._entries}
+        self._estimates = bool(units & {"tokens", "spend"})
+        if self._estimates:
+            await services.prepare_tokens()
+        self._settles = units != {"requests"}
+        self._spends = "spend" in units
+        dimensions = {name for entry in self._entries for name in entry.dimensions}
+        self._by_model = "model" in dimensions or self._spends
+        self._by_client = "client" in dimensions
+        self._known: dict[tuple[str, str, str], Made] = {}
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        who = self._who(request)
-        if self.in_flight is not None and self._running.get(who, 0) >= self.in_flight:
+        model = (await request.model() or "").strip() if self._by_model else ""
+        who = (request.caller or "", request.client if self._by_client else "", model)
+        entries, charges = self._known.get(who) or self._make(request.team, who)
+        if self._estimates:
+            charges = self._with_costs(entries, charges, await request.expected_tokens(), model)
+        try:
+            verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
+        except CountersUnavailable:
+            if self.on_error == "open":
+                request.count("unlimited")
+                return await call_next(request)
             raise ApiError(
-                429,
-                f"{self.in_flight} requests of this {self.per} are running, which is the most at once; "
-                "try again when one has ended",
-                code="rate_limit_exceeded",
-                headers={"retry-after": "1", "retry-after-ms": "1000"},
-            )
-        headers = self._take(who) if self._limit else None
-        if self.in_flight is not None:
-            self._running[who] = self._running.get(who, 0) + 1
-            request.defer(lambda outcome: self._leave(who, outcome))
+                503,
+                "limits cannot be counted now, and no request passes without; try again in a moment",
+                code="limits_unavailable",
+                headers={"retry-after": "1"},
+            ) from None
+        if verdict.over:
+            self._note_shadows(request, entries, verdict)
+            if verdict.refused:
+                raise self._refusal(request, entries, verdict)
+        if self._settles:
+            request.defer(lambda outcome: self._settle(entries, verdict, model, outcome))
         response = await call_next(request)
-        if headers is not None:
-            # Two limits may stand in one pipeline: the client is told of the one with the least room.
-            room = int(headers["x-ratelimit-remaining-requests"])
-            told = request.notes.get("ratelimit_remaining")
-            if not isinstance(told, int) or room < told:
-                request.notes["ratelimit_remaining"] = room
-                response.headers.update(headers)
+        response.headers.update(self._headers(request, entries, verdict))
         return response
 
-    def _who(self, request: Request) -> str:
-        if self.per == "team":
-            return request.team
-        if self.per == "client":
-            return request.client
-        return request.caller or ""
+    # -- before it is sent -----------------------------------------------------------------------------
 
-    def _take(self, who: str) -> dict[str, str]:
-        """Take one request from a caller's allowance, or raise ApiError 429; return the headers to show."""
-        now = self._clock()
-        left, since = self._buckets.get(who) or (self._size, now)
-        if left >= self._size or now - since >= self._step - 1e-6:
-            left, since = self._refilled(left, since, now)
-        if left >= 1:
-            left -= 1
-            self._buckets[who] = (left, since)
-            if len(self._buckets) > self._sweep_at:
-                self._sweep(now)
-            return self._headers(left, since, now)
-        self._buckets[who] = (left, since)
-        wait = max(0.001, since + self._steps_to(1 - left) * self._step - now)
-        raise ApiError(
-            429,
-            f"the limit of {self._limit} requests per minute for this {self.per} is used up; "
-            f"try again in {duration(wait)}",
-            code="rate_limit_exceeded",
-            headers={
-                **self._headers(left, since, now),
-                "retry-after": str(math.ceil(wait)),
-                "retry-after-ms": str(math.ceil(wait * 1000)),
-            },
-        )
+    def _make(self, team: str, who: tuple[str, str, str]) -> Made:
+        """Make a caller's charges, once: those of a request that uses nothing but itself."""
+        caller, client, model = who
+        # Names that Azure takes for one count as one: it ignores the case, and dots may be left out.
+        values = {"key": f"{team}/{caller}", "team": team, "client": client, "model": model.lower().replace(".", "")}
+        entries = [each for each in self._entries if model or "model" not in each.dimensions]
+        made = entries, [each.charge(values) for each in entries]
+        if len(self._known) >= CALLERS:
+            self._known.clear()
+        self._known[who] = made
+        return made
 
-    def _refilled(self, left: float, since: float, now: float) -> tuple[float, float]:
-        """Return (what is left, when the last step was) at `now`; the first request after full starts the steps."""
-        if left < self._size:
-            steps = math.floor((now - since) / self._step + 1e-9)
-            left = min(self._size, left + steps * self._step * self._rate)
-            since += steps * self._step
-        return (left, since) if left < self._size else (self._size, now)
+    def _with_costs(
+        self, entries: Sequence[Entry], charges: Sequence[Charge], expected: tuple[int, int | None], model: str
+    ) -> list[Charge]:
+        """Return the charges of a request that may use so many tokens."""
+        prompt, answer = expected
+        used = Usage(prompt, (self.answer_tokens if prompt else 0) if answer is None else answer)
+        costs = {"requests": 1.0, "slots": 1.0, "tokens": float(used.total_tokens), "spend": 0.0}
+        if self._spends and model:
+            costs["spend"] = float(self._price(model).cost(used))
+        return [
+            Charge(charge.name, charge.rule, costs[entry.unit], shadow=charge.shadow)
+            for entry, charge in zip(entries, charges, strict=True)
+        ]
 
-    def _steps_to(self, missing: float) -> int:
-        return math.ceil(missing / (self._step * self._rate) - 1e-9)
+    def _price(self, model: str) -> Price:
+        price = self._prices.of(model)
+        if price is None:
+            raise ApiError(
+                403,
+                f"the model {model!r} has no price here, and spending is limited; the operator adds it to `prices`",
+                param="model",
+                code="model_without_price",
+            )
+        return price
 
-    def _headers(self, left: float, since: float, now: float) -> dict[str, str]:
-        full = since + self._steps_to(self._size - left) * self._step - now if left < self._size else 0.0
-        return {
-            "x-ratelimit-limit-requests": self._limit_text,
-            "x-ratelimit-remaining-requests": str(int(left + 1e-9)),
-            "x-ratelimit-reset-requests": duration(max(0.0, full)),
-        }
+    # -- when it is over -------------------------------------------------------------------------------
 
-    def _leave(self, who: str, _: Outcome) -> None:
-        running = self._running.get(who, 1) - 1
-        if running > 0:
-            self._running[who] = running
+    def _settle(self, entries: Sequence[Entry], verdict: Verdict, model: str, outcome: Outcome) -> None:
+        used = outcome.usage
+        actual = {"requests": None, "slots": 0.0, "tokens": float(used.total_tokens) if used is not None else 0.0}
+        if self._spends:
+            price = self._prices.of(model) if model else None
+            worked = used is not None or outcome.status < 400
+            actual["spend"] = float(price.cost(used or Usage())) if price is not None and worked else 0.0
+        self._counters.settle(verdict, [actual[entry.unit] for entry in entries])
+
+    # -- what the client is told -----------------------------------------------------------------------
+
+    def _note_shadows(self, request: Request, entries: Sequence[Entry], verdict: Verdict) -> None:
+        names = [entries[place].name for place in verdict.over if entries[place].shadow]
+        if names:
+            request.count("shadow_refused")
+            request.notes["shadow_refused"] = names
+
+    def _headers(self, request: Request, entries: Sequence[Entry], verdict: Verdict) -> dict[str, str]:
+        """Return the headers of the limits with the least room, of requests and of tokens.
+
+        Of all stages that limit: what the client is told already is in the notes.
+        """
+        headers: dict[str, str] = {}
+        for place, entry in enumerate(entries):
+            if entry.note is None or entry.shadow:
+                continue
+            left, told = verdict.left(place), request.notes.get(entry.note)
+            if not isinstance(told, int) or left < told:
+                request.notes[entry.note] = left
+                headers[f"x-ratelimit-limit-{entry.unit}"] = entry.limit
+                headers[f"x-ratelimit-remaining-{entry.unit}"] = str(left)
+                headers[f"x-ratelimit-reset-{entry.unit}"] = duration(verdict.reset(place))
+        return headers
+
+    def _refusal(self, request: Request, entries: Sequence[Entry], verdict: Verdict) -> ApiError:
+        wait, place = max((verdict.wait(place), place) for place in verdict.over if not entries[place].shadow)
+        entry, charge = entries[place], verdict.charges[place]
+        request.notes["limit"] = entry.name
+        headers = self._headers(request, entries, verdict)
+        if wait < math.inf:
+            headers |= {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
         else:
-            self._running.pop(who, None)
-
-    def _sweep(self, now: float) -> None:
-        for who, (left, since) in list(self._buckets.items()):
-            if self._refilled(left, since, now)[0] >= self._size:
-                del self._buckets[who]
-        # If most are still in use, do not look at all of them for each newcomer.
-        self._sweep_at = max(CALLERS, 2 * len(self._buckets))
+            headers["x-should-retry"] = "false"
+        return ApiError(
+            429,
+            entry.words(charge.cost, verdict.left(place), wait),
+            type=entry.error_type,
+            code="insufficient_quota" if entry.unit == "spend" else "rate_limit_exceeded",
+            headers=headers,
+        )
 
 
 def duration(seconds: float) -> str:

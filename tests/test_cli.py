@@ -64,7 +64,7 @@ def test_help_and_version() -> None:
     assert "gateway 0.1.0" in run("--version").stdout
     assert "COMMAND" in run().stdout
     assert run("--version").stdout == run("-v").stdout
-    for command in ("serve", "check", "keys", "import", "stages", "schema", "demo"):
+    for command in ("serve", "reload", "check", "keys", "import", "stages", "schema", "demo"):
         assert "usage: gateway " + command in run(command, "--help").stdout
 
 

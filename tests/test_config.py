@@ -115,6 +115,15 @@ def test_json_schema_takes_what_the_gateway_takes() -> None:
     team = base_load(root / "teams" / "research.yaml.example")
     team["pipeline"][1]["rate_limit"] = {"requests_per_minute": 60, "burst": 10}  # BaseLoader makes all of it text
     assert validate(team, team=True) == []
+    main = base_load(root / "gateway.yaml")
+    issuer = {"issuer": "https://login.example.com", "audience": ["api://gateway"], "leeway": 5}
+    for identity in (
+        issuer,
+        [issuer, {**issuer, "audience": "a", "jwks": "https://keys.example.com", "caller": "sub"}],
+    ):
+        assert validate({**main, "identity": identity, "match": {"claims": {"roles": "research"}}}) == []
+        assert validate({"match": {"claims": {"roles": ["research", "sales"], "tid": "t"}}}, team=True) == []
+    assert validate({**main, "identity": {"issuer": "https://login.example.com"}})
 
 
 @pytest.mark.parametrize(

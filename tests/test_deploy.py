@@ -72,10 +72,10 @@ def test_systemd_unit_is_hardened() -> None:
 
 
 def test_systemd_waits_reloads_and_stops_as_the_supervisor_means_it() -> None:
-    """Readiness is told, a reload is a rolling restart, and the socket is one, with systemd's accept left to us."""
+    """Readiness is told, a reload is of the file that is served, and the socket is one, its accept left to us."""
     service = unit("gateway.service")["Service"]
     assert service["Type"] == "notify"
-    assert service["ExecReload"].endswith("kill -USR2 $MAINPID")
+    assert service["ExecReload"] == service["ExecStart"].replace("serve", "reload")
     assert service["KillMode"] == "mixed"
     text = (ROOT / "deploy" / "gateway.socket").read_text()
     assert [line for line in text.splitlines() if line.startswith("ListenStream=")] == ["ListenStream=127.0.0.1:8080"]

@@ -15,7 +15,7 @@ from gateway import Response
 from gateway.azure import OPERATIONS
 from gateway.cli import _parser
 from gateway.config import GatewayFile, TeamFile, load
-from gateway.config.files import StoreFile
+from gateway.config.files import IdentityFile, StoreFile
 from gateway.config.show import show
 from gateway.fields import settings_of
 from gateway.messages import Resource
@@ -159,3 +159,26 @@ def test_every_operation_is_documented() -> None:
 
 # Operations that are on one API alone, in a family that is on both.
 ONLY_IN_PART = {"responses.compact"}
+
+
+def test_the_documented_identities_load(tmp_path: Path) -> None:
+    """Those of the configuration's page and of the page for Entra, each with a team that its claims lead to."""
+    (main, team) = (block for block in blocks(CONFIGURATION, "yaml") if "identity" in block or "claims" in block)
+    entra = next(block for block in blocks((ROOT / "docs" / "operating.md").read_text(), "yaml") if "identity" in block)
+    rest = (
+        "resources: {azure: {endpoint: 'https://x.openai.azure.com', api_key: k}}\nteams: teams/*.yaml\n"
+        "pipeline: [auth_keys, model_map, api_version]\n"
+    )
+    for identity in (main, entra):
+        text = show(load(write_files(tmp_path, {"gateway.yaml": identity + rest, "teams/research.yaml": team}), {}))
+        assert "team research: tokens with roles research" in text
+        assert "identity https://login.microsoftonline.com/TENANT/v2.0 for " in text
+
+
+def test_every_setting_of_an_issuer_is_documented() -> None:
+    """With its default."""
+    section = CONFIGURATION.partition("## Tokens of clients")[2].partition("\n## ")[0]
+    for name, (_, field) in settings_of(IdentityFile).items():
+        assert f"| `{name}` |" in section
+        if isinstance(field.default, float):
+            assert f"| `{name}` | {field.default:g} |" in section

@@ -63,3 +63,13 @@ def test_the_image_has_what_an_extra_needs(extra: str, library: str) -> None:
     assert library in config["options.extras_require"][extra]
     assert library not in config["options"]["install_requires"]
     assert f"\n{library}==" in (ROOT / "requirements" / "run.txt").read_text()
+
+
+def test_the_image_can_judge_tokens() -> None:
+    """`identity:` needs what signatures are checked with: an extra of the package, and in the image's lock file."""
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for name in ("pyjwt", "cryptography"):
+        assert name in config["options.extras_require"]["identity"]
+        assert name not in config["options"]["install_requires"]
+        assert f"\n{name}==" in (ROOT / "requirements" / "run.txt").read_text()

@@ -86,7 +86,7 @@ class Peeks(Stage):
 YAML = """
 plugins_path: mine
 resources: {azure: {endpoint: "${ENDPOINT}"}}
-pipeline: [peeks, access_log, auth_passthrough, model_map, api_version]
+pipeline: [peeks, access_log: {usage: false}, auth_passthrough, model_map, api_version]
 """
 
 

@@ -922,7 +922,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + whole[:cut])
         await asyncio.wait_for(asked.wait(), 5)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
         writer.write(whole[cut:])
         await told.wait()
 
@@ -943,7 +943,7 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + b"\x01\x02ab")
         await asyncio.wait_for(asked.wait(), 5)
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
         writer.write(b"\x80\x02cd" + close_frame(1000, "bye", masked=False))
         await reader.read()
 

@@ -17,6 +17,7 @@ import pytest
 
 from gateway import workers
 from gateway.cli import main
+from gateway.control import Report
 from gateway.errors import StartError
 from gateway.listener import Listener
 from gateway.settings import Listen
@@ -211,9 +212,10 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
 @pytest.mark.slow
 async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tmp_path: Path) -> None:
     """The log says why, once; a mended one is taken over by the next restart, and new code of a stage with it."""
-    async with fleet(azure, tmp_path) as running:
+    unwatched = YAML + "watch: false\n"
+    async with fleet(azure, tmp_path, yaml=unwatched) as running:
         old = running.pids
-        running.config.write_text(YAML.replace("pipeline: [who", "pipeline: [whom"))
+        running.config.write_text(unwatched.replace("pipeline: [who", "pipeline: [whom"))
         running.process.send_signal(signal.SIGUSR2)
         failed = await running.until("rolling restart failed; the old workers stay")
         assert failed["level"] == "error"
@@ -223,7 +225,7 @@ async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tm
         await answering(running.url, old)
 
         write_files(tmp_path, {"mine/who.py": WHO.replace("    name: str", "    title: str = 'x'\n    name: str")})
-        running.config.write_text(YAML.replace("[who,", "[{who: {title: t, name: second}},"))
+        running.config.write_text(unwatched.replace("[who,", "[{who: {title: t, name: second}},"))
         running.process.send_signal(signal.SIGUSR2)
         await running.until("workers ready", 3)
         assert not running.pids & old
@@ -417,14 +419,19 @@ def test_workers_import_from_where_the_supervisor_does(monkeypatch: pytest.Monke
 
 
 # A worker that says that it serves, and ends; one that never says anything.
-CRASHES = "import socket, sys; socket.socket(fileno=int(sys.argv[2].split(',')[-1])).sendall(b'ready'); sys.exit(3)"
+CRASHES = """
+import socket, sys
+socket.socket(fileno=int(sys.argv[2].split(",")[-1])).sendall(b'{"word": "ready"}\\n')
+sys.exit(3)
+"""
 SILENT = "import time; time.sleep(3600)"
 
 
 def supervisor(code: str, count: int = 1, **more: Any) -> Supervisor:
     """A supervisor of stubs, which runs in this process."""
     command = [sys.executable, "-S", "-c", code]
-    return Supervisor(Listener.open(Listen("127.0.0.1", 0)), command, count, Notifier({}), **more)
+    listener = Listener.open(Listen("127.0.0.1", 0))
+    return Supervisor(listener, command, count, Notifier({}), config=Path("none.yaml"), **more)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +474,8 @@ async def test_workers_that_never_become_ready_are_killed() -> None:
 
 async def test_a_system_without_processes_is_a_clear_error() -> None:
     """As any other reason why the first worker cannot start."""
-    running = Supervisor(Listener.open(Listen("127.0.0.1", 0)), ["no-such-program"], 2, Notifier({}))
+    running = Supervisor(Listener.open(Listen("127.0.0.1", 0)), ["no-such-program"], 2, Notifier({}),
+                         config=Path("none.yaml"))  # fmt: skip
     async with asyncio.timeout(30):
         with pytest.raises(StartError, match="cannot start a worker: No such file"):
             await running.run()
@@ -479,3 +487,161 @@ async def test_a_worker_that_dies_without_a_word_is_told_of_by_its_status() -> N
     async with asyncio.timeout(30):
         with pytest.raises(StartError, match="ended before it was ready: status 7"):
             await running.run()
+
+
+# A worker that prepares reloads: `other` is code for the second one of them. What it hears is in a file.
+PREPARES = """
+import json, os, socket, sys, time
+line = socket.socket(fileno=int(sys.argv[2].split(",")[-1]))
+first = not os.path.exists("FOLDER/first")
+heard = open("FOLDER/" + ("first" if first else "second"), "a", buffering=1)
+def say(**words):
+    line.sendall(json.dumps(words).encode() + b"\\n")
+def state(content):
+    return {"sources": {"files": {"f": content}, "patterns": {}}, "watch": False}
+def prepared(content):
+    say(word="prepared", number=int(number), prepared={"report": {"changes": [content]}, "state": state(content)})
+say(word="ready", state=state("0"))
+for order in line.makefile("r"):
+    heard.write(order)
+    word, _, number = order.strip().partition(" ")
+    if word in ("drain", "end"):
+        break
+    if word == "commit":
+        say(word="committed", number=int(number))
+    if word == "prepare":
+        if first:
+            prepared("new")
+        else:
+            OTHER
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "said", "heard"),
+    [
+        ("prepared('new')", Report(changes=["new"]), "prepare 1, commit 1"),
+        ("pass", Report(mistakes=["a worker had not prepared it after 2 s"]), "prepare 1, abort 1"),
+        ("sys.exit(3)", Report(mistakes=["a worker ended while it prepared it"]), "prepare 1, abort 1"),
+        ("prepared('old' if number == '1' else 'new')", Report(changes=["new"]),
+         "prepare 1, abort 1, prepare 2, commit 2"),
+        ("prepared('old')", Report(mistakes=["the files changed while they were read; they are read again"]),
+         "prepare 1, abort 1, prepare 2, abort 2"),
+    ],
+    ids=["well", "late", "dies", "changed-once", "changed-again"],
+)  # fmt: skip
+async def test_all_workers_take_the_same_files_over_or_none(
+    other: str, said: Report, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes too long, ends meanwhile, or has read other files, keeps the others from it."""
+    monkeypatch.setattr(workers, "_FIRST_DELAY", 30.0)
+    code = PREPARES.replace("FOLDER", str(tmp_path)).replace("OTHER", other)
+    running = supervisor(code, 2, patience=2)
+    task = asyncio.create_task(running.run())
+    async with asyncio.timeout(30):
+        while len(running._serving()) < 2 or running._reloading is None:
+            await asyncio.sleep(0.01)
+        report = await running._reloads.ask()
+        running._stop()
+        running._stop()
+        await task
+    assert report == said
+    assert (tmp_path / "first").read_text().split("\n") == [*heard.split(", "), "drain", ""]
+    assert running._reloads.state is not None
+    if "read again" in str(report):
+        assert running._reloads.state.sources.files == {"f": "unread"}
+
+
+async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have, so there is no way back; it does when it can."""
+    monkeypatch.setattr(workers, "_LAST_WORDS", 0.2)
+    warned: list[str] = []
+
+    class Log:
+        def info(self, event: str, **facts: Any) -> None:
+            pass
+
+        def warning(self, event: str, **facts: Any) -> None:
+            warned.append(event)
+
+    monkeypatch.setattr(workers, "get_logger", Log)
+    code = PREPARES.replace("FOLDER", str(tmp_path)).replace("OTHER", "prepared('new'); time.sleep(1)")
+    running = supervisor(code, 2)
+    task = asyncio.create_task(running.run())
+    async with asyncio.timeout(30):
+        while len(running._serving()) < 2 or running._reloading is None:
+            await asyncio.sleep(0.01)
+        assert (await running._reloads.ask()).changes == ["new"]
+        assert warned == ["a worker has not taken the configuration over yet"]
+        running._stop()
+        await task
+    assert "commit 1" in (tmp_path / "second").read_text()
+
+
+LIMITED = """
+plugins_path: mine
+timeouts: {grace: 20}
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline:
+  - who
+  - auth_passthrough
+  - rate_limit: {requests_per_day: 20, limits: [{in_flight: 3, per: team}]}
+  - {model_map: {unmapped: own_name_without_dots}}
+  - api_version: 2024-10-21
+"""
+
+
+@pytest.mark.slow
+async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None:
+    """Exactly, whoever of them is asked; over a reload that changes it, a rolling restart, and the death of one."""
+
+    async def statuses(count: int) -> list[int]:
+        async def one() -> int:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(running.url, json=CHAT, headers={"api-key": KEY}) as answer,
+            ):
+                return answer.status
+
+        return [await one() for _ in range(count)]
+
+    async with fleet(azure, tmp_path, yaml=LIMITED) as running:
+        await asyncio.gather(statuses(6), statuses(6))
+        assert sorted(await statuses(10)) == [200] * 8 + [429] * 2
+        write_files(tmp_path, {"gateway.yaml": LIMITED.replace("requests_per_day: 20", "requests_per_day: 25")})
+        running.process.send_signal(signal.SIGHUP)
+        await running.until("configuration reloaded")
+        assert sorted(await statuses(6)) == [200] * 5 + [429]
+        running.process.send_signal(signal.SIGUSR2)
+        await running.until("workers ready", 2)
+        assert await statuses(3) == [429] * 3
+        os.kill(min(running.pids), signal.SIGKILL)
+        await running.until("worker ready", 5)
+        assert await statuses(3) == [429] * 3
+        running.process.send_signal(signal.SIGTERM)
+        assert await running.gone() == 0
+
+
+@pytest.mark.slow
+async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) -> None:
+    """Three at once may run, whoever runs them; when a worker is replaced, its own count no more."""
+    async with FakeAzure(words=["x"] * 100, delay=0.1) as azure, fleet(azure, tmp_path, yaml=LIMITED) as running:
+        async with contextlib.AsyncExitStack() as stack:
+            answers = []
+            for _ in range(4):
+                session = await stack.enter_async_context(aiohttp.ClientSession())
+                body = {**CHAT, "stream": True}
+                answers.append(await session.post(running.url, json=body, headers={"api-key": KEY}))
+            assert [each.status for each in answers] == [200, 200, 200, 429]
+            assert "which is the most at once" in await answers[3].text()
+            pids = [int(each.headers["x-pid"]) for each in answers[:3]]
+            os.kill(pids[0], signal.SIGKILL)
+            await running.until("worker ready", 3)
+            free = pids.count(pids[0])
+            for status in [200] * free + [429]:
+                session = await stack.enter_async_context(aiohttp.ClientSession())
+                answer = await session.post(running.url, json={**CHAT, "stream": True}, headers={"api-key": KEY})
+                assert answer.status == status
+        running.process.send_signal(signal.SIGTERM)
+        running.process.send_signal(signal.SIGTERM)
+        await running.gone()

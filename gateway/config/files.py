@@ -8,9 +8,19 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from gateway.config.convert import RawNode
+from gateway.prices import Price
 from gateway.settings import Limits, Timeouts
 
-__all__ = ("GatewayFile", "KeyFile", "LogFile", "MatchFile", "ResourceFile", "StoreFile", "TeamFile")
+__all__ = (
+    "GatewayFile",
+    "IdentityFile",
+    "KeyFile",
+    "LogFile",
+    "MatchFile",
+    "ResourceFile",
+    "StoreFile",
+    "TeamFile",
+)
 
 
 Pipeline = Annotated[
@@ -60,6 +70,26 @@ class KeyFile:
 
 
 @dataclass(frozen=True)
+class IdentityFile:
+    """One issuer whose tokens clients may present, such as an Entra tenant."""
+
+    issuer: Annotated[
+        str, Meta(description="the `iss` of its tokens, to the letter: https://login.microsoftonline.com/TENANT/v2.0")
+    ]
+    audience: Annotated[
+        str | list[str],
+        Meta(min_length=1, description="for whom tokens must be: api://gateway, or an application's id"),
+    ]
+    jwks: Annotated[
+        str | None, Meta(description="the URL of its keys; its metadata (.well-known/openid-configuration) says it")
+    ] = None
+    caller: Annotated[
+        str | None, Meta(min_length=1, description="the claim that names the caller; oid, else sub, if it is left out")
+    ] = None
+    leeway: Annotated[float, Meta(ge=0, le=600, description="how far clocks may differ, in seconds")] = 60.0
+
+
+@dataclass(frozen=True)
 class MatchFile:
     """Whose requests a team's are: any one of these is enough."""
 
@@ -68,6 +98,10 @@ class MatchFile:
     keys: Annotated[
         KeyFile | list[KeyFile] | None,
         Meta(description="the team's keys: digests (sha256:HEX), or what `gateway keys new` prints"),
+    ] = None
+    claims: Annotated[
+        dict[str, str | list[str]] | None,
+        Meta(description="what a token of `identity:` must say: every claim that is named, with one of its values"),
     ] = None
 
 
@@ -133,13 +167,22 @@ class GatewayFile:
         default_factory=list
     )
     resources: Annotated[RawNode | None, Meta(description="the Azure OpenAI resources by name")] = None
-    match: Annotated[MatchFile | None, Meta(description="the default team's `keys`, if it has some of its own")] = None
+    identity: Annotated[
+        IdentityFile | list[IdentityFile] | None, Meta(description="whose tokens clients may present, as with Entra")
+    ] = None
+    match: Annotated[
+        MatchFile | None, Meta(description="the default team's `keys` and `claims`, if it has some of its own")
+    ] = None
     pipeline: Pipeline = None
     resource: Annotated[str | None, Meta(description="the resource of deployments that name none")] = None
     auth: Auth = "required"
     trusted_proxies: Annotated[
         str | list[str], Meta(description="addresses or networks whose X-Forwarded-For is believed")
     ] = field(default_factory=list)
+    prices: Annotated[
+        dict[str, Price],
+        Meta(description="what models cost, by the names that clients use or globs, for limits of what may be spent"),
+    ] = field(default_factory=dict)
     timeouts: Annotated[Timeouts, Meta(description="how long the gateway waits, in seconds")] = field(
         default_factory=Timeouts
     )
@@ -148,3 +191,6 @@ class GatewayFile:
         StoreFile | None, Meta(description="where limits are counted; in each process by itself if it is left out")
     ] = None
     log: Annotated[LogFile, Meta(description="what is logged, and how")] = field(default_factory=LogFile)
+    watch: Annotated[bool, Meta(description="whether a change of these files is taken over while the gateway runs")] = (
+        True
+    )

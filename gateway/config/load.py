@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import datetime
-import glob
 import ipaddress
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
+from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
+from gateway.config.sources import Sources
 from gateway.config.store import count_in, read_store
 from gateway.counters.place import RedisPlace
 from gateway.errors import ConfigError, Mistake
+from gateway.identity import Issuer, Issuers
 from gateway.keys import ListedKey
 from gateway.messages import Resource, Target
+from gateway.prices import Price, Prices
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Listen, Network, Settings
@@ -50,6 +53,11 @@ class Loaded:
     teams: Teams
     resources: Mapping[str, Resource]
     log: LogFile
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    watch: bool = True
+    """Whether a change of the files is a reload."""
+    sources: Sources = field(default_factory=Sources)
+    """What it was made of."""
     store: RedisPlace | None = None
     """The Redis in which limits are counted; None is each process by itself."""
     differences: tuple[Mistake, ...] | None = None
@@ -57,14 +65,19 @@ class Loaded:
 
 
 def load(
-    path: Path, env: Mapping[str, str] | None = None, shared: Shared | None = None, *, cors: bool = False
+    path: Path,
+    env: Mapping[str, str] | None = None,
+    shared: Shared | None = None,
+    *,
+    cors: bool = False,
+    sources: Sources | None = None,
 ) -> Loaded:
     """Load `gateway.yaml` and the teams' files. Raises ConfigError with every mistake there is.
 
     A file of the Go proxy's is read as what `import_go_proxy` makes of it. With `cors`, a pipeline of `gateway.yaml`
-    that lists no stage `cors` gets one.
+    that lists no stage `cors` gets one. What is read is noted in `sources`, also where this raises.
     """
-    reader = Reader(env=os.environ if env is None else env)
+    reader = Reader(env=os.environ if env is None else env, sources=Sources() if sources is None else sources)
     root = reader.read(path)
     differences = None
     if root is not None and is_go_proxy(root):
@@ -109,16 +122,24 @@ class _Loader:
         self.folder = path.parent
         self.resources: dict[str, Resource] = {}
         self.teams = 1
+        self.prices = Prices()
         self.whole = True
+        self.with_identity = False
 
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
         reader = self.reader
         main = fill(reader, root, GatewayFile, "", lenient=True)
         listen = self._listen(main.listen, root)
-        registry = Registry([self._plugins(folder, root) for folder in _listed(main.plugins_path)])
+        self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
+        folders = [self._plugins(folder, root) for folder in _listed(main.plugins_path)]
+        for folder in folders:
+            reader.sources.find(folder / "*.py")  # a stage that was missing may come; its code is not looked at
+        registry = Registry(folders)
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         store = read_store(reader, main.store, value_of(root, "store"), self.folder)
+        issuers = read_issuers(reader, main.identity, root)
+        self.with_identity = has_issuers(reader, main.identity, root)
         before = len(reader.mistakes)
         if main.pipeline is None:
             reader.mistake(root, "there is no `pipeline:`; list the stages that requests go through")
@@ -134,7 +155,7 @@ class _Loader:
         if match.path_prefix or match.host:
             reader.mistake(
                 value_of(root, "match"),
-                "the default team has every request that is no other team's; its `match` has only `keys`",
+                "the default team has every request that is no other team's; its `match` has only `keys` and `claims`",
             )
         default = self._team("default", main, entries, root, main, match, self.whole)
         teams = [team for file in files if (team := self._team_file(file, main, entries, registry)) is not None]
@@ -145,10 +166,13 @@ class _Loader:
         return Loaded(
             path=self.path,
             settings=Settings(listen, main.timeouts, main.limits, proxies),
-            teams=Teams(default, [team for team, _ in teams], self.shared),
+            teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
             resources=self.resources,
             log=main.log,
             store=store,
+            prices=main.prices,
+            watch=main.watch,
+            sources=reader.sources,
         )
 
     # -- the parts of gateway.yaml ---------------------------------------------------------------------
@@ -177,16 +201,18 @@ class _Loader:
                 )
         return tuple(networks)
 
+    def _issuers(self, issuers: Sequence[Issuer]) -> Issuers | None:
+        if not issuers:
+            return None
+        return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
+
     # -- teams -----------------------------------------------------------------------------------------
 
     def _team_files(self, patterns: str | list[str], root: MappingNode) -> list[Path]:
         files: list[Path] = []
         for pattern in _listed(patterns):
             path = self.folder / pattern
-            try:
-                found = sorted(map(Path, glob.glob(str(path))))
-            except (OSError, ValueError, re.error):
-                found = []
+            found = self.reader.sources.find(path)
             files += found
             if not found and not any(sign in pattern for sign in "*?["):
                 self.reader.mistake(value_of(root, "teams"), f"teams: there is no file {pattern}")
@@ -219,7 +245,8 @@ class _Loader:
 
     def _match(self, match: MatchFile | None, root: MappingNode) -> Match:
         if match is None:
-            return Match()
+            # Of what is wrong it is not said as well that it is missing.
+            return Match() if value_of(root, "match") is root else Match(keys=(ListedKey("unknown"),))
         node = value_of(root, "match")
         prefixes = [text.rstrip("/") for text in _listed(match.path_prefix)]
         hosts = [text.lower() for text in _listed(match.host)]
@@ -235,7 +262,8 @@ class _Loader:
                 self.reader.mistake(value_of(node, "host"), f"{host!r} is not a host name; leave scheme and port out")
         places = _each_node(value_of(node, "keys"))
         listed = [self._key(key, place) for key, place in zip(keys, places, strict=False)]
-        return Match(tuple(prefixes), tuple(hosts), tuple(listed))
+        claims = read_claims(self.reader, match.claims, node, with_identity=self.with_identity)
+        return Match(tuple(prefixes), tuple(hosts), tuple(listed), claims)
 
     def _key(self, key: KeyFile, node: Node) -> ListedKey:
         digest = key.digest.lower()
@@ -274,6 +302,8 @@ class _Loader:
                 resources=self.resources,
                 resource=resource,
                 keys={key.digest: key for key in match.keys},
+                prices=self.prices,
+                claims=match.claims,
                 teams=self.teams,
                 shared=self.shared,
             )

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from gateway.config.sources import Sources
 from gateway.errors import Mistake
 
 __all__ = ("NAME", "MappingNode", "Node", "Reader", "ScalarNode", "SequenceNode", "value_of")
@@ -47,6 +48,8 @@ class Reader:
 
     env: Mapping[str, str] = field(default_factory=lambda: os.environ)
     mistakes: list[Mistake] = field(default_factory=list)
+    sources: Sources = field(default_factory=Sources)
+    """Everything that was read."""
     _folders: dict[str, Path] = field(default_factory=dict)
 
     def mistake(self, node: Node, message: str) -> None:
@@ -66,7 +69,8 @@ class Reader:
         name = _shown(path)
         self._folders[name] = path.parent
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            # (Text with the newlines of any system, as files are read in text mode.)
+            text = io.TextIOWrapper(io.BytesIO(self.sources.read(path)), encoding="utf-8-sig").read()
         except (OSError, UnicodeDecodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8"
             self.mistakes.append(Mistake(name, 1, 1, f"cannot read this file: {reason}"))
@@ -171,7 +175,7 @@ class Reader:
         if inside.startswith("file:"):
             path = self.folder(node) / inside[5:]
             try:
-                return path.read_text(encoding="utf-8").rstrip("\r\n")
+                return self.sources.read(path).decode().rstrip("\r\n")
             except (OSError, ValueError) as exc:
                 reason = exc.strerror if isinstance(exc, OSError) else "it is not UTF-8, or its name is no name"
                 self.mistake(node, f"cannot read {inside[5:]}: {reason}")

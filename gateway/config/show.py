@@ -15,7 +15,7 @@ from gateway.registry import Registry, UnknownStage
 from gateway.stage import Stage
 from gateway.teams import Team
 
-__all__ = ("show", "show_stage", "show_stages")
+__all__ = ("kind_of", "show", "show_stage", "show_stages", "shown")
 
 
 def show(loaded: Loaded) -> str:
@@ -27,6 +27,8 @@ def show(loaded: Loaded) -> str:
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
     if loaded.store is not None:
         lines.append(f"limits are counted in {loaded.store}")
+    if loaded.teams.issuers is not None:
+        lines += [f"identity {each.issuer} for {', '.join(each.audience)}" for each in loaded.teams.issuers.all]
     for team in loaded.teams.all:
         lines.append(f"team {team.name}: {_whose(team, loaded)}")
         if team.target.resource is not None and len(loaded.resources) > 1:
@@ -43,6 +45,9 @@ def _whose(team: Team, loaded: Loaded) -> str:
     if team.match.keys:
         count = len(team.match.keys)
         parts.append(f"{count} key{'s' if count > 1 else ''}")
+    if team.match.claims:
+        claims = [f"{name} {' or '.join(values)}" for name, values in team.match.claims.items()]
+        parts.append(f"tokens with {' and '.join(claims)}")
     return ", ".join(parts)
 
 
@@ -54,30 +59,30 @@ def _stage_lines(stage: Stage) -> list[str]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if value != default:
-            given.append(f"{name}={_shown(value, kind)}")
+            given.append(f"{name}={shown(value, kind)}")
     return [f"{stage.id}{': ' if given else ''}{' '.join(given)}"]
 
 
-def _shown(value: Any, kind: Any) -> str:
+def shown(value: Any, kind: Any) -> str:
     """Return a value as text, with `***` for each part of it whose type is a secret's."""
     if is_secret(kind):
         return "***"
     base, _ = unwrap(kind)
     args = get_args(base)
     if get_origin(base) in (Union, types.UnionType):
-        return "***" if any(map(is_secret, args)) else _shown(value, _kind_of(value, args))
+        return "***" if any(map(is_secret, args)) else shown(value, kind_of(value, args))
     if isinstance(value, dict):
         inside = args[1] if len(args) > 1 else str
-        return "{" + ", ".join(f"{key}: {_shown(each, inside)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {shown(each, inside)}" for key, each in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_shown(each, args[0] if args else str) for each in value) + "]"
+        return "[" + ", ".join(shown(each, args[0] if args else str) for each in value) + "]"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         known = settings_of(type(value))
-        return "{" + ", ".join(f"{name}: {_shown(getattr(value, name), known[name][0])}" for name in known) + "}"
+        return "{" + ", ".join(f"{name}: {shown(getattr(value, name), known[name][0])}" for name in known) + "}"
     return str(value)
 
 
-def _kind_of(value: Any, kinds: Sequence[Any]) -> Any:
+def kind_of(value: Any, kinds: Sequence[Any]) -> Any:
     """Return the kind of a union that a value is of, as far as it matters for what may be shown."""
     for kind in kinds:
         base, _ = unwrap(kind)
@@ -125,7 +130,7 @@ def show_stage(name: str, cls: type[Stage]) -> str:
 
 def _default(kind: Any, field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return "" if field.default is None else f" (default: {_shown(field.default, kind)})"
+        return "" if field.default is None else f" (default: {shown(field.default, kind)})"
     if field.default_factory is not dataclasses.MISSING:
         return ""
     return " (must be given)"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from gateway.config.files import StoreFile
 from gateway.config.nodes import Node, Reader, value_of
-from gateway.counters import MemoryCounters
 from gateway.counters.place import RedisPlace
 from gateway.counters.redis import RedisCounters
 from gateway.services import Shared
@@ -33,10 +32,10 @@ def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path
 
 def count_in(shared: Shared, place: RedisPlace | None) -> None:
     """Let limits be counted there. Where they are already, as before a reload, they go on as they are."""
-    now = shared.counters
+    now = shared.counters.store
     if place is None:
         if isinstance(now, RedisCounters):
-            shared.count_in(MemoryCounters())
+            shared.count_in(None)
     elif not isinstance(now, RedisCounters) or now.place != place:
         shared.count_in(RedisCounters(place))
 

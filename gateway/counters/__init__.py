@@ -7,9 +7,10 @@ from typing import Protocol
 
 from gateway.counters.memory import MemoryCounters
 from gateway.counters.rules import Charge, Rule, Verdict
+from gateway.counters.turns import Turns
 from gateway.errors import GatewayError
 
-__all__ = ("Charge", "Counters", "CountersUnavailable", "MemoryCounters", "Rule", "Verdict")
+__all__ = ("Charge", "Counters", "CountersUnavailable", "MemoryCounters", "Rule", "Turns", "Verdict")
 
 
 class CountersUnavailable(GatewayError):

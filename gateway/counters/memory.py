@@ -34,7 +34,9 @@ class MemoryCounters:
             charge = charges[0]
             record = charge.rule.at(known.get(charge.name, NONE), now)
             level, since, inflow, born = record
-            if level + charge.cost > charge.rule.most:
+            if level + charge.cost > charge.rule.most and charge.cost:
+                if charge.name in known:
+                    known[charge.name] = record  # steps that a clock that was set back begins anew, go on
                 return Verdict(charges, (record,), now, (0,), refused=not charge.shadow)
             known[charge.name] = record = (level + charge.cost, since, inflow + charge.cost, born)
             if len(known) > self._sweep_at or charge.name not in self._rules:
@@ -46,7 +48,7 @@ class MemoryCounters:
         for place, charge in enumerate(charges):
             rule = charge.rule
             record = rule.at(known.get(charge.name, NONE), now)
-            if record[0] + charge.cost > rule.most:
+            if record[0] + charge.cost > rule.most and charge.cost:
                 over.append(place)
                 refused = refused or not charge.shadow
             records.append(record)
@@ -55,6 +57,10 @@ class MemoryCounters:
                 if place not in over:
                     known[charge.name] = records[place] = charge.rule.with_use(records[place], charge.cost)
             self._remember(charges, now)
+        else:
+            known.update(
+                (charge.name, record) for charge, record in zip(charges, records, strict=True) if charge.name in known
+            )
         return Verdict(charges, records, now, over, refused)
 
     def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:

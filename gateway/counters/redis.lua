@@ -54,6 +54,23 @@ local function calendar(period)
     return first * 86400, (first + length) * 86400
 end
 
+-- Keep a record for as long as it differs from none, and a second more.
+local function keep(key, period, step, per_step, level, since, inflow, born)
+    if level <= 0 and period == MINUTE then
+        redis.call('DEL', key)
+        return
+    end
+    local gone
+    if period == MINUTE then
+        gone = since + math.ceil(level / per_step) * step
+    else
+        local _
+        _, gone = calendar(period)
+    end
+    local live = math.min(math.max(floor((gone - now) * 1000), 0) + 1000, LONGEST)
+    redis.call('SET', key, write('<dddd', level, since, inflow, born), 'PX', string.format('%.0f', live))
+end
+
 -- What is counted under a key by now: level, since, inflow, born. See Rule.at.
 local function used(key, period, step, per_step)
     local level, since, inflow, born = 0, 0, 0, 0
@@ -72,6 +89,8 @@ local function used(key, period, step, per_step)
         return 0, now, 0, now
     end
     if now < since then
+        -- Steps that a clock that was set back begins anew go on, whatever becomes of this order.
+        keep(key, period, step, per_step, level, now, inflow, born)
         return level, now, inflow, born
     end
     local steps = floor((now - since) / step + 1e-9)
@@ -83,23 +102,6 @@ local function used(key, period, step, per_step)
         return 0, now, 0, now
     end
     return level, since + steps * step, inflow, born
-end
-
--- Keep a record for as long as it differs from none, and a second more.
-local function keep(key, period, step, per_step, level, since, inflow, born)
-    if level <= 0 and period == MINUTE then
-        redis.call('DEL', key)
-        return
-    end
-    local gone
-    if period == MINUTE then
-        gone = since + math.ceil(level / per_step) * step
-    else
-        local _
-        _, gone = calendar(period)
-    end
-    local live = math.min(math.max(floor((gone - now) * 1000), 0) + 1000, LONGEST)
-    redis.call('SET', key, write('<dddd', level, since, inflow, born), 'PX', string.format('%.0f', live))
 end
 
 local me = ARGV[1]
@@ -148,7 +150,7 @@ local function take(order, first)
         else
             level, since, inflow, born = used(key, period, step, per_step)
         end
-        local over = level + cost > most
+        local over = cost ~= 0 and level + cost > most  -- nothing always has room
         refused = refused or (over and shadow == 0)
         found[place + 1] = {key, period, step, per_step, cost, over, level, since, inflow, born, mine}
     end

@@ -21,6 +21,8 @@ Period: TypeAlias = Literal["minute", "day", "month", "at_once"]
 # What was used in a minute comes back in steps of at most so many seconds, as Azure counts its own limits: between
 # two steps a caller gets exactly its limit, however long its requests take to arrive.
 STEP = 10.0
+# What is held at once is thought to end within so many seconds, where nothing else tells.
+_HELD = 86_400.0
 # Of a step, so that seconds since the epoch, which doubles have to a quarter of a microsecond, still make it whole.
 _ROUNDING = 1e-9
 # Of a level, which a rate that is no whole number leaves a little above or below the number it means.
@@ -113,6 +115,14 @@ class Rule:
             return 0.0
         return self._until(record, record[0], now)
 
+    def kept(self, record: Record, now: float) -> float:
+        """Return for how many seconds a record says something, or longer, so that it costs nothing to know."""
+        if record[0] <= 0:
+            return 0.0
+        if self.period == "minute":
+            return (record[0] / self.per_step + 1) * self.step
+        return _HELD if self.period == "at_once" else self._until(record, record[0], now)
+
     def wait(self, record: Record, cost: float, now: float) -> float:
         """Return the seconds until there is room for `cost`: infinity where there never is."""
         missing = record[0] + cost - self.size
@@ -142,7 +152,7 @@ def calendar(period: Period, now: float) -> tuple[float, float]:
 class Charge:
     """A use of `cost` under a `name`, by a rule. In the `shadow` it is counted where there is room, and never refused.
 
-    Costs are whole numbers: of requests, of tokens, of millionths of a currency's unit.
+    Costs are whole numbers: of requests, of tokens, of millionths of a currency's unit. Nothing always has room.
     """
 
     __slots__ = ("cost", "name", "rule", "shadow")
@@ -188,3 +198,9 @@ class Verdict(msgspec.Struct):
         """Return the seconds until there is room for a charge; infinity where there never is."""
         charge = self.charges[place]
         return charge.rule.wait(self.records[place], charge.cost, self.now)
+
+    def fullest(self) -> tuple[str, float]:
+        """Return the name, of those for which there is no room, for which to wait longest, and the seconds."""
+        places = [place for place in self.over if not self.charges[place].shadow]
+        seconds, place = max((self.wait(place), place) for place in places)
+        return self.charges[place].name, seconds

@@ -355,6 +355,8 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> I
         "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}],
     }
 
+    told = bool((body.get("stream_options") or {}).get("include_usage"))
+
     def chunk(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         return {
             "choices": choices,
@@ -362,7 +364,7 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> I
             "id": "chatcmpl-fake",
             "model": "gpt-4o-2024-11-20",
             "object": "chat.completion.chunk" if chat else "text_completion",
-            "usage": usage,
+            **({"usage": usage} if told else {}),
         }
 
     def choice(content: str | None, finish: str | None) -> dict[str, Any]:
@@ -384,7 +386,7 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> I
     yield chunk([choice(None, "stop")])
     if findings:
         yield found
-    if (body.get("stream_options") or {}).get("include_usage"):
+    if told:
         yield chunk([], _USAGE)
 
 

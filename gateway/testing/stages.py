@@ -14,15 +14,19 @@ import msgspec
 from gateway.answer import note_end
 from gateway.azure import find_operation
 from gateway.body import Body
+from gateway.counters import MemoryCounters
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
+from gateway.identity import Claims, Identity, Judgement
 from gateway.keys import ListedKey
 from gateway.messages import Request, Resource, Response, Target
+from gateway.prices import Price, Prices
 from gateway.relay import MessageEvent, error_event
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
 from gateway.stream import CutShort, Event, EventFilter, Filter, link, through
+from gateway.usage import METERED, Meter, Watch
 from gateway.websocket import WebSocket
 from gateway.wire import Wire
 
@@ -64,6 +68,7 @@ class Running:
 
     def __init__(self, pipeline: Next, answer: list[Answer], target: Target) -> None:
         self._pipeline = pipeline
+        self._metered = False
         self._answer = answer
         self._target = target
         self._reached: Request | None = None
@@ -74,6 +79,21 @@ class Running:
 
     async def _end(self, request: Request) -> Response:
         self._reached = request
+        meter = request._exchange.meter
+        watch = None
+        if meter is not None and request.operation in METERED:
+            watch = meter.watch(request.operation, await request.body(), request._model)
+            watch.sent = True
+        response = await self._answered(request)
+        if watch is not None:
+            watch.status = response.status
+            if isinstance(response.body, bytes):
+                watch.feed(response.body)
+            elif not isinstance(response.body, WebSocket):
+                response.body = _watched(response.body, watch)
+        return response
+
+    async def _answered(self, request: Request) -> Response:
         answer = self._answer[0]
         if isinstance(answer, Exception):
             raise answer
@@ -97,15 +117,19 @@ class Running:
         query: str = "",
         team: str = "test",
         client: str = "127.0.0.1",
+        identity: Identity | str | None = None,
         leave_after: int | None = None,
     ) -> Sent:
         """Send one request through the stages. `path` is what follows `/v1`.
 
+        `identity` is who its token says it is, or, as text, why the token is not good.
         The client leaves after `leave_after` bytes of the answer, if that is given.
         """
         if json is not None:
             body = msgspec.json.encode(json)
         exchange = Exchange()
+        if self._metered:
+            exchange.meter = Meter()
         outcomes: list[Outcome] = []
         exchange.defer(outcomes.append)
         request = Request(
@@ -120,6 +144,7 @@ class Running:
             target=self._target,
             exchange=exchange,
             address=lambda: client,
+            judgement=Judgement(reason=identity) if isinstance(identity, str) else Judgement(identity),
         )
         self._reached = None
         try:
@@ -166,17 +191,19 @@ async def running(
     resource: str | None = None,
     shared: Shared | None = None,
     keys: Sequence[ListedKey] = (),
+    prices: Mapping[str, Price] | None = None,
+    claims: Claims | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
     """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
 
-    `resource` names the team's own where there are several `resources`. The team is `test`, and `keys` are its
-    own. Raises AssertionError with what the stages find wrong in their settings.
+    `resource` names the team's own where there are several `resources`. The team is `test`, and `keys` and
+    `claims` are its own. Raises AssertionError with what the stages find wrong in their settings.
     """
     resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
     only = next(iter(resources.values())) if len(resources) == 1 else None
     chosen = resources[resource] if resource is not None else only
-    shared = shared or Shared()
+    shared = shared or Shared(MemoryCounters(now))
     started: list[Stage] = []
     services: dict[int, Services] = {}
     for stage in stages:
@@ -187,6 +214,8 @@ async def running(
             resources=resources,
             resource=chosen,
             keys={key.digest: key for key in keys},
+            prices=Prices(prices),
+            claims=claims or {},
             clock=clock,
             now=now,
             shared=shared,
@@ -202,6 +231,7 @@ async def running(
         for stage in stages:
             started.append(stage)
             await stage.start(services[id(stage)])
+        run._metered = any(stage.needs_usage for stage in stages)
         run._pipeline = compile_pipeline([(stage.id, stage) for stage in stages if not stage.idle], run._end)
         yield run
     finally:
@@ -210,13 +240,19 @@ async def running(
         await shared.close()
 
 
+async def _watched(body: AsyncIterator[bytes], watch: Watch) -> AsyncIterator[bytes]:
+    async for chunk in body:
+        watch.feed(chunk)
+        yield chunk
+
+
 async def _unset(_: Request) -> Response:
     raise RuntimeError("the stages are not started")
 
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    names = ("answer", "clock", "now", "resources", "resource", "shared", "keys")
+    names = ("answer", "clock", "now", "resources", "resource", "shared", "keys", "prices", "claims")
     around = {name: more.pop(name) for name in names if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)

@@ -11,6 +11,7 @@ import pytest
 
 from gateway.config import load
 from gateway.errors import ConfigError
+from gateway.identity import Identity
 from gateway.keys import ListedKey, key_digest, new_key
 from gateway.services import Services
 from gateway.testing import FakeAzure, post
@@ -73,6 +74,43 @@ async def test_every_wrong_key_is_the_same_401() -> None:
     assert all(each.reached is None for each in answers)
 
 
+ANN = Identity({"roles": ["research"], "tid": "t"}, "oid-ann")
+
+
+@pytest.mark.parametrize("keys", [[], KEYS])
+async def test_a_token_with_the_team_s_claims_is_let_in(keys: list[ListedKey]) -> None:
+    """Beside keys, or in place of them; the caller is who the token says, and may use all of the team's models."""
+    sent = await post(
+        AuthKeys(),
+        headers={"Authorization": "Bearer eyJh.eyJh.x"},
+        keys=keys,
+        claims={"roles": ("x", "research")},
+        identity=ANN,
+    )
+    assert sent.reached is not None
+    assert sent.reached.caller == "oid-ann"
+    assert sent.reached.allowed_models is None
+    assert sent.reached.target.credential is None
+
+
+async def test_every_other_token_is_the_same_401_as_a_wrong_key() -> None:
+    """Of nobody's, of another team's, of a team that knows its own by keys alone, and one that is not good."""
+    answers = [
+        await post(AuthKeys(), headers={"Authorization": f"Bearer {key}"}, keys=KEYS, claims=claims, identity=identity)
+        for key, claims, identity in (
+            ("K-unknown", None, None),
+            ("eyJh.eyJh.x", {"roles": ("sales",)}, ANN),
+            ("eyJh.eyJh.x", {"roles": ("research",), "tid": ("another",)}, ANN),
+            ("eyJh.eyJh.x", None, ANN),
+            ("eyJh.eyJh.x", {"roles": ("research",)}, "expired token"),
+        )
+    ]
+    assert {(each.status, each.body, str(sorted(each.headers))) for each in answers} == {
+        (401, answers[0].body, str(sorted(answers[0].headers)))
+    }
+    assert all(each.reached is None for each in answers)
+
+
 YAML = f"""
 resources: {{azure: {{endpoint: "${{ENDPOINT}}", api_key: stored-key}}}}
 match:
@@ -111,12 +149,13 @@ async def test_the_log_has_the_reason(start_gateway: StartGateway, azure: FakeAz
     assert not any("K-" in value for each in azure.requests for _, value in each.headers)
 
 
-def test_a_team_without_keys_is_a_mistake() -> None:
+def test_a_team_without_keys_and_claims_is_a_mistake() -> None:
     """Nobody could use it; but the default team may be there for requests that are no team's."""
     for services, wrong in (
         (Services(team="research", stage="auth_keys", teams=3), True),
         (Services(team="default", stage="auth_keys"), True),
         (Services(team="default", stage="auth_keys", teams=2), False),
+        (Services(team="research", stage="auth_keys", claims={"roles": ("research",)}), False),
         (Services(team="research", stage="auth_keys", keys={each.digest: each for each in KEYS}), False),
     ):
         assert bool(list(AuthKeys().check(services))) == wrong

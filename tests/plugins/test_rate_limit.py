@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 
-from gateway import Response
-from gateway.services import Services
-from gateway.testing import FakeAzure, Sent, running
+from gateway import ApiError, CountersUnavailable, Price, Response, Verdict
+from gateway.counters import MemoryCounters
+from gateway.services import Services, Shared
+from gateway.testing import FakeAzure, Seen, Sent, running
 from plugins.auth_passthrough import AuthPassthrough
-from plugins.rate_limit import CALLERS, RateLimit, duration
+from plugins.rate_limit import Limit, RateLimit, duration
+from tests.chunks import event
 from tests.conftest import CHAT, StartGateway
 
 
@@ -28,7 +35,7 @@ def shown(sent: Sent) -> tuple[str | None, ...]:
 async def test_limit_and_headers() -> None:
     """Every answer says what is left; the one too many is a 429 that says when to come again."""
     clock = Clock()
-    async with running(RateLimit(requests_per_minute=2, per="team"), clock=clock) as run:
+    async with running(RateLimit(requests_per_minute=2, per="team"), now=clock) as run:
         assert shown(await run.post()) == ("2", "1", "30s")
         assert shown(await run.post()) == ("2", "0", "1m0s")
         sent = await run.post()
@@ -48,7 +55,7 @@ async def test_limit_and_headers() -> None:
 async def test_burst_is_how_many_may_come_at_once() -> None:
     """What was used comes back at the rate of the limit, never above the burst."""
     clock = Clock()
-    async with running(RateLimit(requests_per_minute=60, burst=2, per="team"), clock=clock) as run:
+    async with running(RateLimit(requests_per_minute=60, burst=2, per="team"), now=clock) as run:
         for _ in range(3):
             assert [(await run.post()).status for _ in range(3)] == [200, 200, 429]
             clock.now += 1000
@@ -62,7 +69,7 @@ async def test_never_more_than_burst_and_rate_allow(limit: int, burst: int | Non
     """In any stretch of time: at most the burst, and the rate times the stretch; and in the long run all of it."""
     clock = Clock()
     admitted: list[float] = []
-    async with running(RateLimit(requests_per_minute=limit, burst=burst, per="team"), clock=clock) as run:
+    async with running(RateLimit(requests_per_minute=limit, burst=burst, per="team"), now=clock) as run:
         for _ in range(1200):
             if (await run.post()).status == 200:
                 admitted.append(clock.now)
@@ -151,19 +158,6 @@ pipeline: [auth_passthrough, rate_limit: {requests_per_minute: 100}, model_map, 
     assert len(azure.requests) == 100
 
 
-async def test_callers_with_full_allowance_are_forgotten() -> None:
-    """Memory does not grow with every key that was ever tried."""
-    clock = Clock()
-    stage = RateLimit(requests_per_minute=60, per="client")
-    async with running(stage, clock=clock) as run:
-        for number in range(CALLERS):
-            await run.post(client=str(number))
-        clock.now += 100
-        await run.post(client="another")
-        await run.post(client="and one more")
-        assert len(stage._buckets) < 10
-
-
 @pytest.mark.parametrize(
     ("stage", "words"),
     [(RateLimit(), "nothing to limit"), (RateLimit(in_flight=1, burst=2), "requests_per_minute")],
@@ -181,3 +175,308 @@ def test_settings_that_say_nothing_are_mistakes(stage: RateLimit, words: str) ->
 def test_durations_are_written_as_openai_does(seconds: float, text: str) -> None:
     """`12ms`, `1.5s`, `6m0s`: Go's way, which the SDKs' users know."""
     assert text == duration(seconds)
+
+
+# -- tokens, money, several limits ---------------------------------------------------------------------
+
+USED = b'{"choices":[],"usage":{"prompt_tokens":%d,"completion_tokens":%d}}'
+TOKENS = {"max_tokens": 100}
+
+
+def used(prompt: int, answer: int) -> Response:
+    return Response(200, USED % (prompt, answer), {"content-type": "application/json"})
+
+
+def tokens_left(sent: Sent) -> int:
+    return int(sent.headers.get("x-ratelimit-remaining-tokens") or -1)
+
+
+async def estimate(**fields: Any) -> int:
+    """Return what a request is taken for."""
+    async with running(RateLimit(tokens_per_day=10**9, per="team")) as run:
+        return 10**9 - tokens_left(await run.post({**CHAT, **fields}))
+
+
+async def test_tokens_are_taken_before_and_settled_after() -> None:
+    """As many as the request may use, then as many as it did; nothing where it failed."""
+    most = await estimate(**TOKENS)
+    assert 100 < most < 140
+    async with running(RateLimit(tokens_per_minute=1000, per="team"), answer=used(10, 20), now=Clock()) as run:
+        assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - most
+        assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 30 - most
+        run.answers(ApiError(502, "down"))
+        assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - most
+        run.answers(Response.json({"error": {}}, 400))
+        assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - most
+        run.answers(used(10, 300))
+        await run.post({**CHAT, **TOKENS})
+        assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - 310 - most
+
+
+async def test_what_bounds_an_answer() -> None:
+    """The most that it asks for, for each choice; without that `answer_tokens`; embeddings have none."""
+    plain = await estimate(max_tokens=1)
+    assert await estimate(max_completion_tokens=50, n=3) - plain == pytest.approx(149, abs=12)
+    assert await estimate() - plain == pytest.approx(999, abs=12)
+    async with running(RateLimit(tokens_per_day=10**6, per="team", answer_tokens=7)) as run:
+        sent = await run.post(CHAT)
+        assert 10**6 - tokens_left(sent) - plain == pytest.approx(6, abs=12)
+        sent = await run.send("POST", "/embeddings", json={"model": "e", "input": "hello"})
+        assert "x-ratelimit-remaining-tokens" in sent.headers
+        before = tokens_left(sent)
+        sent = await run.send("POST", "/images/generations", json={"model": "d", "prompt": "a cat"})
+        assert tokens_left(sent) >= before
+
+
+async def test_a_token_limit_that_is_used_up() -> None:
+    """A 429 of the kind `tokens`, that says how many are left and when to come again."""
+    async with running(RateLimit(tokens_per_minute=600, per="team"), answer=used(0, 500), now=Clock()) as run:
+        await run.post({**CHAT, "max_tokens": 500})
+        sent = await run.post({**CHAT, "max_tokens": 300})
+    error = sent.json()["error"]
+    assert (sent.status, error["type"], error["code"]) == (429, "tokens", "rate_limit_exceeded")
+    assert "100 are left of the 600 per minute for this team" in error["message"]
+    assert "try again in 30s" in error["message"]
+    assert sent.headers.get("x-ratelimit-limit-tokens") == "600"
+    assert sent.headers.get("x-ratelimit-remaining-tokens") == "100"
+    assert sent.headers.get("x-ratelimit-reset-tokens") == "50s"
+    assert sent.headers.get("retry-after") == "30"
+
+
+async def test_a_request_that_can_never_pass() -> None:
+    """It says what to change, and that trying again is no use."""
+    for burst, limit in ((None, 100), (100, 10_000)):
+        async with running(RateLimit(tokens_per_minute=limit, token_burst=burst, per="team")) as run:
+            sent = await run.post({**CHAT, "max_tokens": 200})
+        assert sent.status == 429
+        assert "ask for less with max_tokens" in sent.json()["error"]["message"]
+        assert sent.headers.get("x-should-retry") == "false"
+        assert "retry-after" not in sent.headers
+
+
+PRICES = {"gpt-4o*": Price(input=2.5, output=10.0, cached_input=1.25), "dall-e": Price(input=0, request=0.04)}
+
+
+async def test_what_may_be_spent() -> None:
+    """In the prices' currency, estimated before and settled after; a model without a price is refused."""
+    stage = RateLimit(spend_per_day=0.01, per="team", limits=[Limit(spend_per_month=1.0, per="key")])
+    async with running(stage, answer=used(1000, 500), prices=PRICES, now=Clock()) as run:
+        # 1000 x 2.5 + 500 x 10 millionths: three quarters of the day's hundredth
+        assert (await run.post({**CHAT, "max_tokens": 500})).status == 200
+        sent = await run.post({**CHAT, "max_tokens": 500})
+        assert sent.status == 429
+        error = sent.json()["error"]
+        assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
+        assert "this team may spend 0.01 per day" in error["message"]
+        assert (await run.post({**CHAT, "max_tokens": 100})).status == 200
+        assert (await run.post({**CHAT, "model": "o3"})).json()["error"]["code"] == "model_without_price"
+        assert (await run.send("GET", "/files")).status == 200
+
+
+async def test_requests_may_have_a_price() -> None:
+    """Whatever they use: also where no tokens are told; not where they failed."""
+    stage = RateLimit(spend_per_day=0.10, per="team")
+    async with running(stage, answer=Response.json({"data": []}), prices=PRICES, now=Clock()) as run:
+
+        async def draw() -> int:
+            sent = await run.send("POST", "/images/generations", json={"model": "dall-e", "prompt": "a cat"})
+            return sent.status
+
+        assert [await draw() for _ in range(3)] == [200, 200, 429]
+    async with running(stage, answer=Response.json({"error": {}}, 500), prices=PRICES, now=Clock()) as run:
+        assert [await draw() for _ in range(4)] == [500] * 4
+
+
+async def test_several_limits_hold_at_once() -> None:
+    """Of pairs as well; a refused request takes nothing of any of them."""
+    stage = RateLimit(
+        requests_per_minute=100,
+        per="team",
+        limits=[Limit(requests_per_day=4, per=["key", "model"]), Limit(requests_per_minute=3, per="model")],
+    )
+    async with running(AuthPassthrough(), stage, now=Clock()) as run:
+
+        async def ask(key: str, model: str) -> int:
+            return (await run.post({**CHAT, "model": model}, headers={"api-key": key})).status
+
+        assert [await ask("a", "m") for _ in range(4)] == [200, 200, 200, 429]
+        assert await ask("b", "m") == 429  # the model's three are used up, whoever used them
+        assert [await ask("b", "n") for _ in range(3)] == [200] * 3
+        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # another spelling is no other model
+        sent = await run.send("GET", "/files", headers={"api-key": "c"})
+        assert (sent.status, shown(sent)[:2]) == (200, ("100", "93"))
+
+
+async def test_a_shadow_refuses_nothing() -> None:
+    """What it would have refused is counted, and named in the log event; clients are told nothing of it."""
+    stage = RateLimit(limits=[Limit(requests_per_minute=1, per="team", shadow=True)])
+    async with running(stage, now=Clock()) as run:
+        first = await run.post()
+        second = await run.post()
+    assert (first.status, second.status) == (200, 200)
+    assert shown(second) == (None, None, None)
+    assert "shadow_refused" not in first.outcome.counts
+    assert second.outcome.counts["shadow_refused"] == 1
+    assert second.reached is not None
+    assert second.reached.notes["shadow_refused"] == ["requests_per_minute per team"]
+
+
+async def test_a_stage_of_shadows_alone() -> None:
+    """The simple form may be one, too."""
+    async with running(RateLimit(requests_per_minute=1, per="team", shadow=True), now=Clock()) as run:
+        assert [(await run.post()).status for _ in range(3)] == [200] * 3
+
+
+class Away(MemoryCounters):
+    """Counters that cannot be asked."""
+
+    async def take(self, charges: object) -> Verdict:
+        raise CountersUnavailable("away")
+
+
+@pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
+async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
+    """Requests pass uncounted, or none does."""
+    stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
+    async with running(stage, shared=Shared(Away())) as run:
+        sent = await run.post()
+    assert sent.status == status
+    if status == 503:
+        assert sent.json()["error"]["code"] == "limits_unavailable"
+        assert sent.headers.get("retry-after") == "1"
+    else:
+        assert sent.outcome.counts["unlimited"] == 1
+
+
+async def test_a_request_may_wait_for_room() -> None:
+    """Until another has ended, or as long as it may; then it is refused like any."""
+    release = asyncio.Event()
+
+    async def slow(request: object) -> Response:
+        await release.wait()
+        return Response()
+
+    async with running(RateLimit(in_flight=1, per="team", wait=0.2), answer=slow) as run:
+        first = asyncio.create_task(run.post())
+        await asyncio.sleep(0)
+        assert (await run.post()).status == 429
+        second = asyncio.create_task(run.post())
+        await asyncio.sleep(0.05)
+        release.set()
+        assert [(await task).status for task in (first, second)] == [200, 200]
+
+
+async def test_limits_are_kept_by_name(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Counters of a team's keys are its own; those of a model alone are everybody's."""
+    yaml = """
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+teams: teams/*.yaml
+pipeline:
+  - auth_passthrough
+  - rate_limit: {requests_per_minute: 2, limits: [{requests_per_day: 5, per: model}]}
+  - model_map
+  - api_version
+"""
+    files = {f"teams/{name}.yaml": f"match: {{path_prefix: /{name}}}\n" for name in "ab"}
+    gateway = await start_gateway(azure.endpoint, yaml, files)
+
+    async def ask(path: str) -> int:
+        async with gateway.post(f"{path}/v1/chat/completions") as answer:
+            status: int = answer.status
+            return status
+
+    assert [await ask("/a") for _ in range(3)] == [200, 200, 429]
+    assert [await ask("/b") for _ in range(3)] == [200, 200, 429]
+    assert [await ask("") for _ in range(2)] == [200, 429]
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (RateLimit(requests_per_minute=1, limits=[Limit()]), "limits nothing"),
+        (RateLimit(limits=[Limit(tokens_per_day=1, token_burst=5)]), "tokens_per_minute"),
+        (RateLimit(limits=[Limit(in_flight=1, per=[])]), "names nobody"),
+        (RateLimit(spend_per_day=1.0), "prices"),
+        (RateLimit(in_flight=1, limits=[Limit(in_flight=2)]), "already"),
+        (
+            RateLimit(limits=[Limit(in_flight=1, per=["team", "key"]), Limit(in_flight=2, per=["key", "team"])]),
+            "already",
+        ),
+    ],
+)
+def test_limits_that_cannot_be_are_mistakes(stage: RateLimit, words: str) -> None:
+    """With the entry that they stand in."""
+    assert any(words in message for _, message in stage.check(Services("t", "s")))
+
+
+async def test_1000_at_once_never_pass_a_token_limit(start_gateway: StartGateway) -> None:
+    """Through real sockets, with streams that end, break off and are left: together no more than the limit.
+
+    The bound: what was used beyond the estimates of the requests that ran. Here no answer is longer than its
+    `max_tokens`, and so there is nothing beyond it.
+    """
+    answers = itertools.count()
+
+    async def answer(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+        number = next(answers)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for _ in range(3):
+            await response.write(event({"choices": [{"delta": {"content": " word"}}], "usage": None}))
+        if number % 3 == 0:
+            assert request.transport is not None
+            request.transport.abort()
+        elif number % 3 == 1:
+            usage = {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens": 30}
+            await response.write(event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n")
+        return response
+
+    yaml = """
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline: [access_log, auth_passthrough, rate_limit: {tokens_per_day: 3000, per: team}, model_map, api_version]
+"""
+    async with FakeAzure(respond=answer) as azure:
+        gateway = await start_gateway(azure.endpoint, yaml)
+
+        async def one(number: int) -> None:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                body = {**CHAT, "stream": True, "max_tokens": 20}
+                async with gateway.post(json=body, timeout=aiohttp.ClientTimeout(total=30)) as answer:
+                    if number % 5:
+                        await answer.read()
+                    else:
+                        await answer.content.readany()
+
+        await asyncio.gather(*[one(number) for number in range(1000)])
+        await gateway.idle()
+        events = gateway.exchanges()
+        assert len(events) == 1000
+        total = sum(each.get("input_tokens", 0) + each.get("output_tokens", 0) for each in events)
+        admitted = [each for each in events if each["status"] == 200]
+        assert 60 < len(admitted) < 1000
+        assert total <= 3000
+        # And what was settled is what was used: exactly so much is left.
+        async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer_:
+            left = int(answer_.headers["x-ratelimit-remaining-tokens"])
+            assert 3000 - total - left < 30
+            assert left <= 3000 - total
+
+
+async def test_a_stream_says_what_is_left(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """In its head, in Azure's place; the usage that settles it is hidden from the client."""
+    yaml = """
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline:
+  - auth_passthrough
+  - rate_limit: {requests_per_minute: 10, tokens_per_minute: 1000}
+  - model_map
+  - api_version
+  - sse_newline
+"""
+    gateway = await start_gateway(azure.endpoint, yaml)
+    for left in (1000, 1000 - 12):
+        async with gateway.post(json={**CHAT, "stream": True, "max_tokens": 100}) as answer:
+            assert 100 < left - int(answer.headers["x-ratelimit-remaining-tokens"]) < 140
+            assert answer.headers["x-ratelimit-limit-requests"] == "10"
+            assert b"usage" not in await answer.read()
+        await gateway.idle()

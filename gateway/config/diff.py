@@ -1,0 +1,205 @@
+"""What is different between two configurations, as lines for people; secrets are never part of it.
+
+Both are flattened into `path -> what is shown, what is compared`: a secret is shown as `***` and compared as itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Union, get_args, get_origin
+
+from gateway.config.load import Loaded
+from gateway.config.show import kind_of, shown
+from gateway.fields import is_secret, settings_of, unwrap
+from gateway.teams import Team
+
+__all__ = ("diff",)
+
+# How many changes are listed, teams of one change named, and letters of a value shown.
+_MOST, _MOST_TEAMS, _MOST_LETTERS = 50, 5, 200
+
+# What is shown, and what is compared.
+_Value = tuple[str, Any]
+_Flat = dict[str, _Value]
+
+
+def diff(old: Loaded, new: Loaded) -> list[str]:
+    """Return a line for each change, such as `team research: rate_limit.requests_per_minute: 600 -> 60`."""
+    lines = [
+        *_changes(dict(_settings(old)), dict(_settings(new))),
+        *_named("resource", dict(_resources(old)), dict(_resources(new))),
+        *_of_teams(old, new),
+    ]
+    if len(lines) > _MOST:
+        lines = [*lines[:_MOST], f"and {len(lines) - _MOST} more"]
+    return lines
+
+
+def _changes(old: _Flat, new: _Flat) -> list[str]:
+    lines = []
+    for path in {**old, **new}:
+        before, after = old.get(path), new.get(path)
+        if before is None and after is not None:
+            lines.append(f"{path}: {_pair(after[0])[0]} added")
+        elif after is None and before is not None:
+            lines.append(f"{path}: {_pair(before[0])[0]} removed")
+        elif before is not None and after is not None and before[1] != after[1]:
+            told = " -> ".join(_pair(before[0], after[0]))
+            lines.append(f"{path}: {told}{' (changed)' if before[0] == after[0] else ''}")
+    return lines
+
+
+def _named(what: str, old: Mapping[str, _Flat], new: Mapping[str, _Flat]) -> list[str]:
+    """Return the changes of things with names, some of which are new and some gone."""
+    lines = []
+    for name in {**old, **new}:
+        if name not in old:
+            lines.append(f"{what} {name}: added")
+        elif name not in new:
+            lines.append(f"{what} {name}: removed")
+        else:
+            lines += [f"{what} {name}: {line}" for line in _changes(old[name], new[name])]
+    return lines
+
+
+def _of_teams(old: Loaded, new: Loaded) -> list[str]:
+    """Return the changes of all teams; one that many have, because they inherit it, is told once."""
+    before, after = ({team.name: team for team in loaded.teams.all} for loaded in (old, new))
+    lines: list[str] = []
+    shared: dict[str, list[str]] = {}
+    for name in {**before, **after}:
+        if name not in before or name not in after:
+            lines.append(f"team {name}: {'added' if name in after else 'removed'}")
+            continue
+        for line in _of_team(before[name], after[name]):
+            shared.setdefault(line, []).append(name)
+    for line, names in shared.items():
+        more = len(names) - _MOST_TEAMS
+        told = ", ".join(names[:_MOST_TEAMS]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"team{'s' if len(names) > 1 else ''} {told}: {line}")
+    return lines
+
+
+def _of_team(old: Team, new: Team) -> Iterator[str]:
+    yield from _changes(dict(_team(old)), dict(_team(new)))
+    before, after = ({stage.id: stage for stage in team.stages} for team in (old, new))
+    for name in {**before, **after}:
+        if name not in before:
+            yield f"{name}: stage added"
+            given = {
+                f"{name}.{key}": value
+                for key, (kind, field) in settings_of(type(after[name])).items()
+                if not _is_default(getattr(after[name], key), field)
+                for value in [(_text(getattr(after[name], key), kind), None)]
+            }
+            yield from _changes({}, given)
+        elif name not in after:
+            yield f"{name}: stage removed"
+        elif type(before[name]) is not type(after[name]):
+            kinds = type(before[name]).__qualname__, type(after[name]).__qualname__
+            yield f"{name}: {' -> '.join(kinds)}, {'other code' if kinds[0] == kinds[1] else 'another stage'}"
+        else:
+            yield from _changes(dict(_fields(name, before[name])), dict(_fields(name, after[name])))
+    kept = [name for name in before if name in after], [name for name in after if name in before]
+    if kept[0] != kept[1]:
+        yield f"order of the pipeline: {' -> '.join(map(_list, (list(before), list(after))))}"
+
+
+def _settings(loaded: Loaded) -> Iterator[tuple[str, _Value]]:
+    settings = loaded.settings
+    yield "listen", (str(settings.listen), settings.listen)
+    for name, each in (("timeouts", settings.timeouts), ("limits", settings.limits), ("log", loaded.log)):
+        yield from _fields(name, each)
+    proxies = [str(each) for each in settings.trusted_proxies]
+    yield "trusted_proxies", (_list(proxies), proxies)
+    if loaded.store is not None:
+        yield "store", (str(loaded.store), loaded.store)
+    yield "watch", (_plain(loaded.watch), loaded.watch)
+    for name, price in loaded.prices.items():
+        yield from _fields(f"prices.{name}", price)
+    for issuer in loaded.teams.issuers.all if loaded.teams.issuers is not None else ():
+        yield f"identity {issuer.issuer}", (_list(list(issuer.audience)), issuer)
+
+
+def _resources(loaded: Loaded) -> Iterator[tuple[str, _Flat]]:
+    for name, each in loaded.resources.items():
+        stored = each.credential
+        flat: _Flat = {"endpoint": (each.endpoint, each.endpoint)}
+        if stored is not None:
+            flat["api_key"] = ("***", stored.value)
+        if each.proxy is not None:
+            flat["proxy"] = (str(each.proxy), each.proxy)
+        yield name, flat
+
+
+def _team(team: Team) -> Iterator[tuple[str, _Value]]:
+    for field in dataclasses.fields(team.match):
+        value = getattr(team.match, field.name)
+        if field.name == "keys":
+            for key in value:
+                # A digest is no secret; its beginning tells keys of one label apart.
+                name = f"{key.label} ({key.digest[:15]})" if key.label else key.digest[:15]
+                state = "disabled" if key.disabled else "expires" if key.expires is not None else "listed"
+                yield f"match.keys {name}", (state, key)
+        elif value:
+            yield f"match.{field.name}", (_plain(value), value)
+    resource = team.target.resource
+    if resource is not None:
+        yield "resource", (resource.name, resource.name)
+
+
+def _fields(path: str, value: Any) -> Iterator[tuple[str, _Value]]:
+    """Flatten a dataclass's settings."""
+    for name, (kind, _) in settings_of(type(value)).items():
+        if (each := getattr(value, name)) is not None:
+            yield from _flat(f"{path}.{name}", each, kind)
+
+
+def _flat(path: str, value: Any, kind: Any) -> Iterator[tuple[str, _Value]]:
+    """Flatten one setting: a mapping's entries and a dataclass's fields are told of one by one."""
+    base, _ = unwrap(kind)
+    args = get_args(base)
+    if is_secret(kind):
+        yield path, ("***", value)
+    elif get_origin(base) in (Union, types.UnionType):
+        yield from [(path, ("***", value))] if any(map(is_secret, args)) else _flat(path, value, kind_of(value, args))
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from _flat(f"{path}.{key}", each, args[1] if len(args) > 1 else str)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _fields(path, value)
+    else:
+        yield path, (_text(value, kind), value)
+
+
+def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    return bool(value == field.default)
+
+
+def _text(value: Any, kind: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) and not is_secret(kind) else shown(value, kind)
+
+
+def _plain(value: Any) -> str:
+    """Return a value as YAML would have it."""
+    if isinstance(value, (tuple, list)):
+        return _list([str(each) for each in value])
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _list(values: list[str]) -> str:
+    return f"[{', '.join(values)}]"
+
+
+def _pair(*texts: str) -> list[str]:
+    """Return texts as they are told: of long ones, what begins shortly before they differ."""
+    texts = tuple(text if text.isprintable() else ascii(text) for text in texts)
+    long = len(texts) > 1 and max(map(len, texts)) > _MOST_LETTERS
+    same = next((place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), 0)
+    start = max(0, same - 20) if long else 0
+    end = start + _MOST_LETTERS
+    return [("..." if start else "") + text[start:end] + ("..." if len(text) > end else "") for text in texts]

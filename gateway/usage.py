@@ -1,0 +1,340 @@
+"""What an exchange used: told by Azure, or, where an answer broke off or tells nothing, made out from what was seen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+
+from gateway.tokens import Source, count_tokens, prompt_tokens
+
+__all__ = ("METERED", "PROMPTED", "Meter", "Usage", "Watch")
+
+# What has a prompt of text; and all that uses tokens. Not all that has a `usage` in its answer does: a file may hold
+# thousands, and a stored answer has an old one.
+PROMPTED = frozenset({"chat.completions", "completions", "responses", "embeddings"})
+METERED = PROMPTED | {
+    "audio.speech",
+    "audio.transcriptions",
+    "audio.translations",
+    "images.edits",
+    "images.generations",
+    "realtime.connect",
+    "responses.compact",
+    "responses.connect",
+    "threads.create_and_run",
+    "threads.runs.create",
+    "threads.runs.submit_tool_outputs",
+}
+
+_KEY = b'"usage"'
+# As it stands in nearly every event of a stream.
+_NOT_YET = b":null"
+_AT_ONCE = b":{"
+_VALUE = re.compile(rb"\s*:\s*(?:(\{)|[^\s{])")
+# A usage holds details, one level deep, and no text.
+_OBJECT = re.compile(rb"\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}")
+_MOST_USAGE = 4096
+# How much of a stream is kept before its text is taken out of it.
+_KEPT = 32 * 1024
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """The tokens of an exchange.
+
+    `cached_tokens` and `audio_input_tokens` are part of `input_tokens`; `reasoning_tokens` and
+    `audio_output_tokens` of `output_tokens`. `source` says whether Azure reported them, or whether those that it did
+    not report were counted, or estimated.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+    source: Source = "reported"
+
+    @property
+    def total_tokens(self) -> int:
+        """All of them."""
+        return self.input_tokens + self.output_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _NUMBERS}
+        return Usage(**sums, source=max(self.source, other.source, key=_SOURCES.index))
+
+
+_NUMBERS = tuple(name for name in Usage.__struct_fields__ if name != "source")
+_SOURCES = ("reported", "counted", "estimated")
+
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)] | None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: _Count = None
+    reasoning_tokens: _Count = None
+    audio_tokens: _Count = None
+
+
+class _Told(msgspec.Struct):
+    """A usage in the words of any of the APIs."""
+
+    prompt_tokens: _Count = None
+    completion_tokens: _Count = None
+    input_tokens: _Count = None
+    output_tokens: _Count = None
+    total_tokens: _Count = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+    input_token_details: _Details | None = None
+    output_token_details: _Details | None = None
+
+
+_told = msgspec.json.Decoder(_Told)
+_NO_DETAILS = _Details()
+
+
+def _usage(data: bytes) -> Usage | None:
+    """Return the usage that an object of JSON tells; None where it is something else of that name."""
+    try:
+        told = _told.decode(data)
+    except (msgspec.DecodeError, ValueError):
+        return None
+    taken = told.prompt_tokens if told.prompt_tokens is not None else told.input_tokens
+    given = told.completion_tokens if told.completion_tokens is not None else told.output_tokens
+    if taken is None and given is None:
+        if told.total_tokens is None:
+            return None
+        taken = told.total_tokens
+    before = told.prompt_tokens_details or told.input_tokens_details or told.input_token_details or _NO_DETAILS
+    after = told.completion_tokens_details or told.output_tokens_details or told.output_token_details or _NO_DETAILS
+    return Usage(
+        taken or 0,
+        given or 0,
+        before.cached_tokens or 0,
+        after.reasoning_tokens or 0,
+        before.audio_tokens or 0,
+        after.audio_tokens or 0,
+    )
+
+
+def _last(data: bytes, start: int) -> Usage | None:
+    """Return the usage at a place if it is what an answer ends with, as nearly all do: found at half the cost."""
+    end = data.rfind(b"}")
+    return _usage(data[start:end]) if data.startswith(b"}", end - 1) and end - start < _MOST_USAGE else None
+
+
+def _object(data: bytes, start: int) -> bytes | None:
+    """Return the object that begins at a place; None where its end has not come."""
+    found = _OBJECT.match(data, start)
+    return found.group() if found is not None else None
+
+
+class Watch:
+    """Sees one answer's bytes pass, and finds the usage in them. Of several in one answer the last one counts.
+
+    Of a stream the text is kept, so that its tokens can be counted if it breaks off.
+    """
+
+    # One is made for each request, and most of these are never set: defaults of the class cost nothing.
+    found: Usage | None = None
+    status = 0
+    """The answer's; 0 as long as there is none."""
+    sent = False
+    """Whether the request was written to Azure."""
+    _rest = b""  # what may be the beginning of a usage
+    _events: bool | None = None  # whether it is a stream of events; None as long as nothing has come
+    _size = 0  # of what came, and in a stream was not looked at yet
+    _text = ""
+
+    def __init__(self, *, each: bool = False) -> None:
+        self._each = each  # of a WebSocket, which has many answers, all count
+        self._kept: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        """Take what came."""
+        if not self._each:
+            self._keep(data)
+        if self._rest:
+            data, self._rest = self._rest + data, b""
+        place = data.find(_KEY)
+        while place >= 0:
+            if data.startswith(_NOT_YET, place + 7):
+                place = data.find(_KEY, place + 7)
+                continue
+            if data.startswith(_AT_ONCE, place + 7) and (usage := _last(data, place + 8)) is not None:
+                self._found(usage)
+                return
+            value = _VALUE.match(data, place + 7)
+            if value is None:
+                whole = None
+            elif value.group(1) is None:
+                whole = b""
+            else:
+                whole = _object(data, value.start(1))
+            if whole is None and len(data) - place < _MOST_USAGE:
+                self._rest = data[place:]
+                return
+            if whole and (usage := _usage(whole)) is not None:
+                self._found(usage)
+            place = data.find(_KEY, place + 7)
+        # (A read of a stream ends where an event does, nearly always.)
+        if self.found is None and not data.endswith(b"\n") and (quote := data.rfind(b'"', max(0, len(data) - 6))) >= 0:
+            tail = data[quote:]
+            if _KEY.startswith(tail):
+                self._rest = tail
+
+    def _found(self, usage: Usage) -> None:
+        self.found = self.found + usage if self._each and self.found is not None else usage
+
+    def _keep(self, data: bytes) -> None:
+        """Keep what may have to be counted: of a stream its text, of another answer its beginning."""
+        if self._events is None:
+            self._events = data.startswith((b"data:", b"event:", b":", b"\xef\xbb\xbf", b"id:", b"retry:"))
+        self._size += len(data)
+        if self._size <= _KEPT:
+            self._kept.append(data)
+        elif self._events:
+            self._kept.append(data)
+            self._take_text(last=False)
+
+    def output(self, model: str | None) -> tuple[int, Source]:
+        """Return how many tokens of an answer have come, and how that is known."""
+        if self._events:
+            self._take_text(last=True)
+        elif self._size > _KEPT:
+            return -(-self._size // 4), "estimated"
+        else:
+            self._text = "".join(_texts_of_json(b"".join(self._kept)))
+        return count_tokens(self._text, model)
+
+    def _take_text(self, *, last: bool) -> None:
+        """Take the text out of the events that are kept whole."""
+        data = b"".join(self._kept)
+        end = len(data) if last else data.rfind(b"\n\n") + 2
+        if end < 2:
+            return
+        self._kept, self._size = [data[end:]], len(data) - end
+        lines = [line[5:] for line in data[:end].splitlines() if line.startswith(b"data:")]
+        self._text += "".join([text for line in lines for text in _texts_of_event(line)])
+
+
+class _Delta(msgspec.Struct):
+    content: Any = None
+    refusal: Any = None
+    reasoning_content: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    text: str | None = None
+
+
+class _Event(msgspec.Struct):
+    """What adds text to an answer, of an event of chat and completions, or of the Responses API."""
+
+    choices: list[_Choice] = []
+    type: str = ""
+    delta: str | None = None
+
+
+_event = msgspec.json.Decoder(_Event)
+
+
+def _texts_of_event(data: bytes) -> Iterator[str]:
+    """Yield the text that one event of a stream adds to the answer."""
+    try:
+        event = _event.decode(data)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        return  # [DONE], or an event that did not come whole
+    if event.delta is not None and not event.type.endswith("audio.delta"):
+        yield event.delta
+    for choice in event.choices:
+        if choice.text is not None:
+            yield choice.text
+        if (delta := choice.delta) is not None:
+            for text in (delta.content, delta.refusal, delta.reasoning_content):
+                if isinstance(text, str):
+                    yield text
+            if delta.tool_calls is not None or delta.function_call is not None:
+                yield from _texts_of([delta.tool_calls, delta.function_call])
+
+
+def _texts_of_json(data: bytes) -> Iterator[str]:
+    """Yield the texts of an answer that is no stream; of one that broke off, all there is of it."""
+    try:
+        answer = msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        yield data.decode("utf-8", "replace")
+        return
+    if not isinstance(answer, dict):
+        return
+    for choice in answer.get("choices") or () if isinstance(answer.get("choices"), list) else ():
+        if isinstance(choice, dict):
+            yield from _texts_of(choice.get("message"))
+            if isinstance(choice.get("text"), str):
+                yield choice["text"]
+    yield from _texts_of(answer.get("output"))
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """Yield the texts of a message, or of a part of one."""
+    if isinstance(value, list):
+        for each in value:
+            yield from _texts_of(each)
+    elif isinstance(value, dict):
+        for name in ("content", "refusal", "reasoning_content", "arguments", "text", "name"):
+            if isinstance(value.get(name), str):
+                yield value[name]
+        for name in ("content", "tool_calls", "function", "function_call", "summary"):
+            if isinstance(value.get(name), dict | list):
+                yield from _texts_of(value[name])
+
+
+class Meter:
+    """What one exchange used, over all that Azure was asked for it."""
+
+    __slots__ = ("_asked",)
+
+    def __init__(self) -> None:
+        self._asked: list[tuple[Watch, str, bytes | None, str | None]] = []
+
+    def watch(self, operation: str, body: bytes | None, model: str | None) -> Watch:
+        """Return what is to see the answer that Azure is now asked for, with this body."""
+        watch = Watch(each=operation in ("realtime.connect", "responses.connect"))
+        self._asked.append((watch, operation, body, model))
+        return watch
+
+    def usage(self, *, abandoned: bool) -> Usage | None:
+        """Return the sum of what was used; None where nothing was, as far as is known.
+
+        `abandoned` says that it was the client that ended it: what Azure was at work on then, it has not told.
+        """
+        used: Usage | None = None
+        for asked in self._asked:
+            one = self._of(*asked, abandoned=abandoned)
+            if one is not None:
+                used = one if used is None else used + one
+        return used
+
+    def _of(
+        self, watch: Watch, operation: str, body: bytes | None, model: str | None, *, abandoned: bool
+    ) -> Usage | None:
+        if watch.found is not None:
+            return watch.found
+        status = watch.status
+        if operation not in PROMPTED or status >= 400 or (status == 0 and not (abandoned and watch.sent)):
+            return None
+        taken, source = prompt_tokens(body, model) if body else (0, "estimated")
+        if operation == "embeddings" or status == 0:
+            return Usage(taken, 0, source=source)
+        given, how = watch.output(model)
+        return Usage(taken, given, source=max(source, how, key=_SOURCES.index))

@@ -1,0 +1,121 @@
+"""Tokens, counted where there is a tokenizer and estimated where there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from gateway import tokens
+from gateway.tokens import count_tokens, load_encodings, most_output, prompt_tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _tokenizer() -> None:
+    """The encodings are there, as they are a moment after they are first needed."""
+    load_encodings()
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"model": "gpt-4o", **fields}).encode()
+
+
+@pytest.fixture
+def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without the extra `tokens`."""
+    monkeypatch.setattr(tokens, "toktok", None)
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [("gpt-4o", 8), ("gpt-4.1-mini", 8), ("o3", 8), (None, 8), ("gpt-4", 10), ("gpt-35-turbo", 10)]
+)
+def test_text_is_counted_in_the_encoding_of_its_model(model: str | None, count: int) -> None:
+    """The newer models' where the name tells nothing."""
+    assert count_tokens("Grüße aus Köln, 你好", model) == (count, "counted")
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+def test_without_a_tokenizer_a_quarter_of_the_bytes() -> None:
+    """And the source says so."""
+    assert count_tokens("abcde", "gpt-4o") == (2, "estimated")
+    assert count_tokens("é" * 4, "gpt-4o") == (2, "estimated")
+    assert prompt_tokens(b"x" * 401, None) == (101, "estimated")
+
+
+def test_halves_of_surrogate_pairs_do_no_harm() -> None:
+    """A text that was cut in the wrong place is counted all the same."""
+    assert count_tokens("a\ud83d", "gpt-4o")[0] > 0
+    assert prompt_tokens(b'{"messages":[{"role":"user","content":"\\ud83d"}]}', "gpt-4o")[0] > 0
+
+
+def test_a_prompt_is_all_text_that_the_model_reads() -> None:
+    """Messages in either form, instructions, input, tools."""
+    hello = count_tokens("hello", "gpt-4o")[0]
+    for fields in (
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "hello"}]}]},
+    ):
+        assert prompt_tokens(body(**fields), "gpt-4o") == (hello + 4, "counted")
+    assert prompt_tokens(body(input="hello"), "gpt-4o") == (hello, "counted")
+    assert prompt_tokens(body(prompt=[[1, 2, 3], [4]]), "gpt-4o") == (4, "counted")
+    assert prompt_tokens(body(input=[1, 2, 3]), "gpt-4o")[0] == 3
+    tools = [{"type": "function", "function": {"name": "weather", "description": "of a town"}}]
+    assert prompt_tokens(body(input="hello", tools=tools), "gpt-4o")[0] > hello
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_a_picture_is_not_counted_by_its_bytes(tokenizer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is sound."""
+    if not tokenizer:
+        monkeypatch.setattr(tokens, "toktok", None)
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    content = [{"type": "text", "text": "what is this?"}, picture]
+    assert 765 < prompt_tokens(body(messages=[{"role": "user", "content": content}]), "gpt-4o")[0] < 800
+    sound = {"type": "input_audio", "input_audio": {"data": "A" * 640_000, "format": "wav"}}
+    assert 90 < prompt_tokens(body(messages=[{"role": "user", "content": [sound]}]), "gpt-4o")[0] < 130
+
+
+def test_what_is_no_json_object_is_estimated() -> None:
+    """It is refused elsewhere."""
+    for data in (b"[1,2]", b"{", b"nothing "):
+        assert prompt_tokens(data, None) == (-(-len(data) // 4), "estimated")
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [
+        ({}, None),
+        ({"max_tokens": 10}, 10),
+        ({"max_completion_tokens": 10, "max_tokens": 5}, 10),
+        ({"max_output_tokens": 7}, 7),
+        ({"max_tokens": 10, "n": 3}, 30),
+        ({"max_tokens": 10, "n": 1000}, 10),
+        ({"max_tokens": "10"}, None),
+        ({"max_tokens": -1}, None),
+        ({"max_tokens": None}, None),
+    ],
+)
+def test_what_an_answer_may_have_at_most(fields: dict[str, Any], most: int | None) -> None:
+    """All choices together."""
+    assert most_output(body(**fields)) == most
+
+
+def test_a_body_that_is_none_bounds_nothing() -> None:
+    """It is refused elsewhere."""
+    assert most_output(b"{") is None
+
+
+def test_nobody_waits_while_an_encoding_is_loaded() -> None:
+    """Half a second of it: until then tokens are estimated."""
+    code = """
+from gateway import tokens
+print(tokens.count_tokens("hello there", "gpt-4o"))
+tokens._loading["o200k_base"].join()
+print(tokens.count_tokens("hello there", "gpt-4o"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.splitlines() == ["(3, 'estimated')", "(2, 'counted')"]
