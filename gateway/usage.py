@@ -37,8 +37,9 @@ _VALUE = re.compile(rb"\s*:\s*(?:(\{)|[^\s{])")
 # A usage holds details, one level deep, and no text.
 _OBJECT = re.compile(rb"\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}")
 _MOST_USAGE = 4096
-# How much of a stream is kept before its text is taken out of it.
-_KEPT = 32 * 1024
+# How much of a stream is kept before its text is taken out of it, and how much of another answer is kept.
+_KEPT = 4 * 1024
+_KEPT_WHOLE = 64 * 1024
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -151,11 +152,11 @@ class Watch:
     _rest = b""  # what may be the beginning of a usage
     _events: bool | None = None  # whether it is a stream of events; None as long as nothing has come
     _size = 0  # of what came, and in a stream was not looked at yet
-    _text = ""
 
     def __init__(self, *, each: bool = False) -> None:
         self._each = each  # of a WebSocket, which has many answers, all count
         self._kept: list[bytes] = []
+        self._texts: list[str] = []
 
     def feed(self, data: bytes) -> None:
         """Take what came."""
@@ -198,21 +199,20 @@ class Watch:
         if self._events is None:
             self._events = data.startswith((b"data:", b"event:", b":", b"\xef\xbb\xbf", b"id:", b"retry:"))
         self._size += len(data)
-        if self._size <= _KEPT:
+        if self._events or self._size <= _KEPT_WHOLE:
             self._kept.append(data)
-        elif self._events:
-            self._kept.append(data)
+        if self._events and self._size > _KEPT:
             self._take_text(last=False)
 
     def output(self, model: str | None) -> tuple[int, Source]:
         """Return how many tokens of an answer have come, and how that is known."""
         if self._events:
             self._take_text(last=True)
-        elif self._size > _KEPT:
+        elif self._size > _KEPT_WHOLE:
             return -(-self._size // 4), "estimated"
         else:
-            self._text = "".join(_texts_of_json(b"".join(self._kept)))
-        return count_tokens(self._text, model)
+            self._texts = list(_texts_of_json(b"".join(self._kept)))
+        return count_tokens("".join(self._texts), model)
 
     def _take_text(self, *, last: bool) -> None:
         """Take the text out of the events that are kept whole."""
@@ -222,7 +222,7 @@ class Watch:
             return
         self._kept, self._size = [data[end:]], len(data) - end
         lines = [line[5:] for line in data[:end].splitlines() if line.startswith(b"data:")]
-        self._text += "".join([text for line in lines for text in _texts_of_event(line)])
+        self._texts.append("".join([text for line in lines for text in _texts_of_event(line)]))
 
 
 class _Delta(msgspec.Struct):

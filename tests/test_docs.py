@@ -26,6 +26,7 @@ from tests.conftest import CHAT, StartGateway, write_files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TEAMS = (ROOT / "docs" / "teams.md").read_text()
 STAGES_GUIDE = (ROOT / "docs" / "writing-a-stage.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 
@@ -182,3 +183,13 @@ def test_every_setting_of_an_issuer_is_documented() -> None:
         assert f"| `{name}` |" in section
         if isinstance(field.default, float):
             assert f"| `{name}` | {field.default:g} |" in section
+
+
+def test_the_teams_of_the_guide_load(tmp_path: Path) -> None:
+    """Its two files are a sound configuration, and the team's limits are its own."""
+    gateway, team = blocks(TEAMS, "yaml")[:2]
+    config = write_files(tmp_path, {"gateway.yaml": gateway, "teams/research.yaml": team})
+    text = show(load(config, {"EAST_KEY": "key"}))
+    assert "team research: 1 key" in text
+    assert "tokens_per_minute: 50000" in text
+    assert "requests_per_minute=300" in text

@@ -922,7 +922,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + whole[:cut])
         await asyncio.wait_for(asked.wait(), 5)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.05)
         writer.write(whole[cut:])
         await told.wait()
 
@@ -943,7 +943,7 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + b"\x01\x02ab")
         await asyncio.wait_for(asked.wait(), 5)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.05)
         writer.write(b"\x80\x02cd" + close_frame(1000, "bye", masked=False))
         await reader.read()
 
@@ -951,7 +951,7 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
         gateway = await start_gateway(upstream.endpoint, TWO)
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(HANDSHAKE.replace(b"/v1/realtime?model=gpt-4o", b"/v1/responses"))
-        await reader.readuntil(b"ab")
+        await reader.readuntil(b"\x01\x02ab")
         writer.write(frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
         asked.set()
         frames = Frames(masked=False, most=10_000, whole=True)

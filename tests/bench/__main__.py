@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.bench import growth, limits, memory, start, work, workers
+from tests.bench import growth, inside, limits, memory, start, work, workers
 from tests.bench.interpreters import Interpreter, prepare
 from tests.bench.limits import FAILED
 from tests.bench.load import Loader
@@ -34,6 +34,9 @@ OURS: dict[str, Callable[[Place], list[Row]]] = {
     "stages": growth.stages,
     "streams": growth.streams,
     "repairs": growth.repairs,
+    "usage": growth.usage,
+    "limiter": inside.limiter,
+    "load": inside.load,
     "workers": workers.workers,
     "restarts": workers.restarts,
 }

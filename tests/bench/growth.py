@@ -14,7 +14,7 @@ from tests.bench.peers import PIPELINE, REPAIRS, Peer, Setup
 from tests.bench.place import Place
 from tests.bench.rows import Row
 
-TEAMS, MODELS, NO_OPS = 1000, 200, 20
+TEAMS, KEYS, MODELS, NO_OPS = 500, 5, 200, 20
 FEW, MANY = 100, 5000
 EVENTS_PER_SECOND = 2500
 SHORT = 8
@@ -30,14 +30,23 @@ class BenchNoOp(Stage):
 
 
 def teams(place: Place) -> list[Row]:
-    """Measure requests of one team's clients, and of clients that are each another team's."""
-    few, many = (
-        (place.ours(Setup(teams=count)), _requests(place, "teams", [_request(path=path) for path in paths], True))
-        for count in (1, TEAMS)
-        for paths in [[f"/t{number:04}{traffic.CHAT}" for number in range(count)]]
+    """Measure requests by one team's keys, alone and where there are many teams, and by the keys of all of them."""
+    one, spread = (
+        [traffic.team_key(team, key) for key in range(KEYS) for team in range(count)] for count in (1, TEAMS)
     )
-    figures = _compare(place, f"{TEAMS} teams", {"few": few, "many": many})
-    return [Row(f"a request, {TEAMS:,} teams instead of 1", "% more CPU", limits.TEAMS, _more(figures))]
+    few, many = place.ours(Setup(teams=1, keys=KEYS)), place.ours(Setup(teams=TEAMS, keys=KEYS))
+    load = _requests(place, "one-team", [_request(key=key) for key in one], True)
+    figures = _compare(place, f"{TEAMS} teams", {
+        "few": (few, load),
+        "many": (many, load),
+        "spread": (many, _requests(place, "teams", [_request(key=key) for key in spread], True)),
+    })  # fmt: skip
+    title = f"a request, {TEAMS} teams of {KEYS} keys instead of 1"
+    return [
+        Row(title, "% more CPU", limits.TEAMS, _more(figures)),
+        Row(f"{title}, each connection another's", "% more CPU", limits.TEAMS,
+            _more({"few": figures["few"], "many": figures["spread"]})),
+    ]  # fmt: skip
 
 
 def models(place: Place) -> list[Row]:
@@ -72,15 +81,31 @@ def stages(place: Place) -> list[Row]:
 
 
 def repairs(place: Place) -> list[Row]:
-    """Measure events of paced streams, with the stages that mend Azure's streams and without them.
+    """Measure events of paced streams, with the stages that mend Azure's streams and without them."""
+    without = Setup([stage for stage in PIPELINE if stage not in REPAIRS])
+    figures = _beside(place, "repairs", {"few": without, "many": Setup()})
+    return [Row("an event, with the default repairs instead of without", "% more CPU", limits.REPAIRS, _more(figures))]
 
-    Both at once, on the same core: a few percent are to be seen, and what else the machine does hits both alike.
+
+def usage(place: Place) -> list[Row]:
+    """Measure events of paced streams, of which the usage is asked for and hidden, and of which it is not."""
+    without = Setup(["access_log: {usage: false}" if stage == "access_log" else stage for stage in PIPELINE])
+    figures = _beside(place, "usage", {"few": without, "many": Setup()})
+    return [
+        Row("an event, with the usage of its stream instead of without", "% more CPU", limits.USAGE, _more(figures))
+    ]
+
+
+def _beside(place: Place, what: str, setups: dict[str, Setup]) -> dict[str, list[float]]:
+    """Return the microseconds of an event, round by round.
+
+    Both gateways at once, on the same core: a few percent are to be seen, and what else the machine does hits both
+    alike.
     """
-    file = place.workplace.write("repairs.request", _request(stream=True))
+    file = place.workplace.write(f"{what}.request", _request(stream=True))
     load = Traffic(file, place.azure.event, events=10_000_000, connections=FEW, opening=64)
     place.azure.stream(load.events, 1000 * FEW // EVENTS_PER_SECOND)
-    without = Setup([stage for stage in PIPELINE if stage not in REPAIRS])
-    peers = {"few": place.ours(without), "many": place.ours()}
+    peers = {name: place.ours(setup) for name, setup in setups.items()}
     figures: dict[str, list[float]] = {"few": [], "many": []}
     with contextlib.ExitStack() as stack:
         held = {name: stack.enter_context(place.meter.held(peer, load)) for name, peer in peers.items()}
@@ -91,8 +116,8 @@ def repairs(place: Place) -> list[Row]:
             for name, peer in peers.items():
                 events = (held[name].ask().bytes - before[name][0]) / load.answer.stat().st_size
                 figures[name].append((peer.process.cpu() - before[name][1]) / events * 1e6)
-            say(f"repairs: without {figures['few'][-1]:.1f} us, with them {figures['many'][-1]:.1f} us for an event")
-    return [Row("an event, with the default repairs instead of without", "% more CPU", limits.REPAIRS, _more(figures))]
+            say(f"{what}: without {figures['few'][-1]:.1f} us, with {figures['many'][-1]:.1f} us for an event")
+    return figures
 
 
 def streams(place: Place) -> list[Row]:
@@ -115,8 +140,8 @@ def streams(place: Place) -> list[Row]:
     return [Row(title, "% more CPU", limits.STREAMS, _more(figures))]
 
 
-def _request(model: str = traffic.MODEL, path: str = traffic.CHAT, *, stream: bool = False) -> bytes:
-    return traffic.request(traffic.body(1024, model=model, stream=stream), path)
+def _request(model: str = traffic.MODEL, *, key: str = traffic.KEY, stream: bool = False) -> bytes:
+    return traffic.request(traffic.body(1024, model=model, stream=stream), key=key)
 
 
 def _requests(place: Place, name: str, requests: Sequence[bytes], faithful: bool = False) -> Traffic:

@@ -41,12 +41,16 @@ START = Limit(0.5, 1.0)  # s from the start of the process to its first answer
 IDLE = Limit(45, 60)  # MB of memory before any work
 STREAM = Limit(20, 32)  # KiB of memory for each open stream
 # Growth has goals alone: a run does not fail by them, but says loudly where one is missed.
-TEAMS = Limit(5, inf)  # % more CPU for a request with 1,000 teams instead of one
+TEAMS = Limit(5, inf)  # % more CPU for a request with 500 teams of 5 keys each instead of one
 MODELS = Limit(5, inf)  # % more with 200 models in the map instead of one
 STAGE = Limit(0.3, inf)  # us for a stage that does nothing
 STAGES = Limit(5, inf)  # % more with twice the stages
 STREAMS = Limit(20, inf)  # % more CPU for an event with 5,000 open streams instead of 100
+USAGE = Limit(5, inf)  # % more CPU for an event of a stream of which the usage is asked for
 REPAIRS = Limit(5, 8)  # % more CPU for an event with the default repairs instead of without
+LIMITER = Limit(2, 4)  # us to count a request against one limit
+SHARED_LIMITER = Limit(None, 8)  # us where the workers of a machine share it
+LOAD = Limit(0.5, 1.0)  # s to load 500 teams with 5 keys each
 UPLOAD = Limit(None, 8)  # MB of memory for an upload of 1 GB
 WORKERS = Limit(None, 10)  # % more CPU for a request with two workers instead of one
 RESTARTS = Limit(None, 0)  # failed requests in three rolling restarts

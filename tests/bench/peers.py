@@ -6,6 +6,7 @@ import http.client
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from tests.bench import traffic
@@ -129,6 +130,8 @@ class Setup:
     stages: Mapping[str, str] | None = None
     """Stages of the run's own: name and code."""
     teams: int = 0
+    keys: int = 0
+    """Of each team: it is found by them then, and the resource's own goes to Azure."""
     body_limit: int | None = None
     workers: int | None = None
 
@@ -139,9 +142,9 @@ class Setup:
         lines = [
             f"listen: 127.0.0.1:{port}",
             "log: {level: info, format: json}",
-            f"resources: {{azure: {{endpoint: '{endpoint}'}}}}",
+            f"resources: {{azure: {{endpoint: '{endpoint}'{f', api_key: {traffic.KEY}' if self.keys else ''}}}}}",
             "pipeline:",
-            *(f"  - {stage}" for stage in self.pipeline),
+            *(f"  - {'auth_keys' if self.keys and stage == 'auth_passthrough' else stage}" for stage in self.pipeline),
         ]
         if self.body_limit is not None:
             lines.append(f"limits: {{body: {self.body_limit}}}")
@@ -152,8 +155,18 @@ class Setup:
         if self.teams:
             lines.append("teams: teams/*.yaml")
             for number in range(self.teams):
-                workplace.write(f"{folder}/teams/t{number:04}.yaml", f"match: {{path_prefix: /t{number:04}}}\n")
+                workplace.write(f"{folder}/teams/t{number:04}.yaml", f"match:{self._match(number)}\n")
         return workplace.write(f"{folder}/gateway.yaml", "\n".join(lines) + "\n"), port
+
+    def _match(self, team: int) -> str:
+        if not self.keys:
+            return f" {{path_prefix: /t{team:04}}}"
+        digests = [sha256(traffic.team_key(team, number).encode()).hexdigest() for number in range(self.keys)]
+        lines = [
+            f'{{digest: "sha256:{digest}", label: user{place}, created: 2026-01-01}}'
+            for place, digest in enumerate(digests)
+        ]
+        return "\n  keys:" + "".join(f"\n    - {line}" for line in lines)
 
 
 def ours(

@@ -25,9 +25,14 @@ def body(size: int, *, model: str = MODEL, stream: bool = False) -> bytes:
     return json.dumps(wanted).encode()
 
 
-def request(content: bytes, path: str = CHAT) -> bytes:
+def request(content: bytes, path: str = CHAT, key: str = KEY) -> bytes:
     """Return a whole request of a client."""
-    return _request(path, f"Authorization: Bearer {KEY}", content)
+    return _request(path, f"Authorization: Bearer {key}", content)
+
+
+def team_key(team: int, number: int) -> str:
+    """Return a key of a team's."""
+    return f"{team:016x}{number:016x}"
 
 
 def request_to_azure(content: bytes) -> bytes:
