@@ -802,6 +802,10 @@ async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: Ope
         assert "AuthenticationError" in logs[0]["reason"]
         assert "sesame" not in str(logs)
         assert "sesame" not in repr(wrong.place)
+        wrong._away_since = None
+        with structlog.testing.capture_logs() as logs:
+            wrong._gone("a library that says opensesame")
+        assert logs[0]["reason"] == "a library that says ***"
         right = open_counters(f"redis://gw:sesame@127.0.0.1:{server.port}")
         verdict = await right.take([*SLOTS, *DAY, Charge("minute", Rule(60, "minute"))])
         right.settle(verdict, [0.0, 0.0, 0.0])
