@@ -188,7 +188,7 @@ class GatewayFile:
     )
     limits: Annotated[Limits, Meta(description="how much the gateway takes")] = field(default_factory=Limits)
     store: Annotated[
-        StoreFile | None, Meta(description="where limits are counted; in each process by itself if it is left out")
+        StoreFile | None, Meta(description="where limits are counted; by this gateway alone if it is left out")
     ] = None
     log: Annotated[LogFile, Meta(description="what is logged, and how")] = field(default_factory=LogFile)
     watch: Annotated[bool, Meta(description="whether a change of these files is taken over while the gateway runs")] = (

@@ -59,7 +59,7 @@ class Loaded:
     sources: Sources = field(default_factory=Sources)
     """What it was made of."""
     store: RedisPlace | None = None
-    """The Redis in which limits are counted; None is each process by itself."""
+    """The Redis in which limits are counted; None is this gateway alone."""
     differences: tuple[Mistake, ...] | None = None
     """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
 

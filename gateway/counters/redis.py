@@ -168,7 +168,7 @@ class RedisCounters:
             try:
                 await self._make(call)
             except Exception as exc:  # whatever a library finds to raise: Redis does not answer as it should
-                self._gone(f"{type(exc).__name__}: {exc}")
+                self._gone(_reason(exc))
                 self._refuse(call.takes)
                 call.repeated = True
                 self._drop_old()
@@ -283,3 +283,11 @@ class RedisCounters:
             seconds = round(time.monotonic() - self._away_since, 3)
             self._away_since = None
             get_logger().info("the counters of limits are back", store=str(self.place), seconds=seconds)
+
+
+def _reason(exc: BaseException) -> str:
+    """Say what went wrong, and what was behind it where the library keeps that to itself."""
+    text = f"{type(exc).__name__}: {exc}"
+    behind = exc.__cause__ or exc.__context__
+    known = behind is None or not behind.args or str(behind.args[-1]) in text
+    return text if known or behind is None else f"{text} ({_reason(behind)})"
