@@ -220,7 +220,8 @@ class FakeAzure:
             for word in self.words:
                 await socket.send_json({"type": "response.output_text.delta", "delta": word})
             done = "response.done" if named else "response.completed"
-            await socket.send_json({"type": done, "response": {**response, "status": "completed"}})
+            usage = {"input_tokens": 9, "output_tokens": len(self.words), "total_tokens": 9 + len(self.words)}
+            await socket.send_json({"type": done, "response": {**response, "status": "completed", "usage": usage}})
 
     def _has(self, v1: str | None, deployment: str | None, operation: str, versions: list[str]) -> bool:
         if v1:

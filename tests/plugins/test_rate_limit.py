@@ -409,6 +409,20 @@ def test_limits_that_cannot_be_are_mistakes(stage: RateLimit, words: str) -> Non
     assert any(words in message for _, message in stage.check(Services("t", "s")))
 
 
+class Settled(MemoryCounters):
+    """Counters that note what is settled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+        self._verdicts: list[Verdict] = []  # so that no two have one id
+
+    def settle(self, verdict: Verdict, actual: Any) -> None:
+        self._verdicts.append(verdict)
+        self.calls.append(id(verdict))
+        super().settle(verdict, actual)
+
+
 async def test_1000_at_once_never_pass_a_token_limit(start_gateway: StartGateway) -> None:
     """Through real sockets, with streams that end, break off and are left: together no more than the limit.
 
@@ -437,6 +451,8 @@ pipeline: [access_log, auth_passthrough, rate_limit: {tokens_per_day: 3000, per:
 """
     async with FakeAzure(respond=answer) as azure:
         gateway = await start_gateway(azure.endpoint, yaml)
+        settled = Settled()
+        gateway.server.shared.counters.store = settled
 
         async def one(number: int) -> None:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
@@ -454,6 +470,8 @@ pipeline: [access_log, auth_passthrough, rate_limit: {tokens_per_day: 3000, per:
         total = sum(each.get("input_tokens", 0) + each.get("output_tokens", 0) for each in events)
         admitted = [each for each in events if each["status"] == 200]
         assert 60 < len(admitted) < 1000
+        # Each of those that were let in, once.
+        assert (len(settled.calls), len(set(settled.calls))) == (len(admitted), len(admitted))
         assert total <= 3000
         # And what was settled is what was used: exactly so much is left.
         async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer_:
