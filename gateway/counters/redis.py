@@ -289,5 +289,6 @@ def _reason(exc: BaseException) -> str:
     """Say what went wrong, and what was behind it where the library keeps that to itself."""
     text = f"{type(exc).__name__}: {exc}"
     behind = exc.__cause__ or exc.__context__
-    known = behind is None or not behind.args or str(behind.args[-1]) in text
-    return text if known or behind is None else f"{text} ({_reason(behind)})"
+    if behind is None or (behind.args and str(behind.args[-1]) in text):
+        return text
+    return f"{text} ({_reason(behind)})"
