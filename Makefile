@@ -34,7 +34,7 @@ check: .venv/dev ## format, lint, types, and the tests that need no other progra
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -q -n 2 -m "not clients and not slow"
+	$(PYTEST) -q -n 2 -m "not clients and not slow and not redis"
 
 test: .venv/dev ## all tests in Python, those of the wire on both event loops, asyncio's and the one of the extra `speed`
 	$(PYTEST) -q -n 2 -m "not clients"
@@ -58,8 +58,8 @@ format: .venv/dev ## format the code and mend what lint can mend
 	$(BIN)/ruff format -q .
 
 lock: .venv/dev ## make the lock files anew from setup.cfg
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in
-	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra identity --extra tokens --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info tests/clients/node_modules .mypy_cache .ruff_cache .pytest_cache

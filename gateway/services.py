@@ -30,7 +30,8 @@ class Shared:
     """What all stages of a gateway share: one HTTP session, one store, the counters."""
 
     def __init__(self, counters: Counters | None = None) -> None:
-        self.counters = Turns(counters or MemoryCounters())
+        self.counters = self._here = Turns(counters or MemoryCounters())
+        self._elsewhere: list[Turns] = []
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -46,9 +47,18 @@ class Shared:
         """Return the state kept for one stage of one team; it outlives the stage's instance."""
         return self._spaces.setdefault((team, stage), {})
 
+    def count_in(self, counters: Counters | None) -> None:
+        """Count elsewhere from now on; None is here. Stages that have started go on where they are."""
+        if counters is None:
+            self.counters = self._here
+        else:
+            self.counters = Turns(counters)
+            self._elsewhere.append(self.counters)
+
     async def close(self) -> None:
         """Close the session, and the counters."""
-        await self.counters.close()
+        for counters in (*self._elsewhere, self._here):
+            await counters.close()
         if self._session is not None:
             await self._session.close()
             self._session = None

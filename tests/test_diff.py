@@ -56,6 +56,7 @@ def loaded(folder: Path, yaml: str = YAML, **files: str) -> Loaded:
         ("", "", []),
         ("\nlisten", "\n# more\nlisten", []),
         ("8080", "9090", ["listen: 127.0.0.1:8080 -> 127.0.0.1:9090"]),
+        ("listen:", "store: redis://:hush@one\nlisten:", ["store: Redis added"]),
         ("listen:", "timeouts: {grace: 5}\nlisten:", ["timeouts.grace: 30.0 -> 5.0"]),
         ("listen:", "log: {level: debug}\nwatch: false\nlisten:", ["log.level: info -> debug", "watch: true -> false"]),
         ("listen:", "trusted_proxies: [10.0.0.0/8]\nlisten:", ["trusted_proxies: [] -> [10.0.0.0/8]"]),
@@ -143,6 +144,14 @@ def test_long_values_and_many_changes_are_bounded(tmp_path: Path) -> None:
     lines = diff(loaded(tmp_path), loaded(tmp_path, YAML.replace("gpt-4: two", models)))
     assert len(lines) == 51
     assert lines[-1] == "and 21 more"
+
+
+def test_another_store_is_a_change(tmp_path: Path) -> None:
+    """Of which nothing is told but that it is another, or how it is reached."""
+    texts = ["redis://:hush@one", "redis://:sesame@one", "rediss://:sesame@two"]
+    made = [loaded(tmp_path, YAML.replace("listen:", f"store: {text}\nlisten:")) for text in texts]
+    assert diff(made[0], made[1]) == ["store: Redis -> Redis (changed)"]
+    assert diff(made[1], made[2]) == ["store: Redis -> Redis over TLS"]
 
 
 def test_prices_and_issuers_are_told_of(tmp_path: Path) -> None:

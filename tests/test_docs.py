@@ -15,7 +15,7 @@ from gateway import Response
 from gateway.azure import OPERATIONS
 from gateway.cli import _parser
 from gateway.config import GatewayFile, TeamFile, load
-from gateway.config.files import IdentityFile
+from gateway.config.files import IdentityFile, StoreFile
 from gateway.config.show import show
 from gateway.fields import settings_of
 from gateway.messages import Resource
@@ -115,7 +115,7 @@ def test_the_guide_s_script_runs(tmp_path: Path) -> None:
 
 def test_every_setting_of_the_files_is_documented() -> None:
     """With its default."""
-    for cls in (GatewayFile, TeamFile, Timeouts, Limits):
+    for cls in (GatewayFile, TeamFile, StoreFile, Timeouts, Limits):
         for name, (_, field) in settings_of(cls).items():
             assert f"`{name}`" in CONFIGURATION, name
             if cls is Timeouts:

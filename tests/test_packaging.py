@@ -39,6 +39,7 @@ def test_installed_package_has_what_it_needs(tmp_path: Path) -> None:
     assert "sse_newline" in done.stdout
     assert (site / "bin" / "gateway").exists()
     assert (site / "gateway" / "py.typed").exists()
+    assert (site / "gateway" / "counters" / "redis.lua").exists()
 
 
 def test_the_default_install_stays_small() -> None:
@@ -54,13 +55,14 @@ def test_the_default_install_stays_small() -> None:
         assert f"\n{name}==" in (ROOT / "requirements" / "run.txt").read_text(), "the image and `make run` have it"
 
 
-def test_the_image_can_use_socks_proxies() -> None:
-    """The proxy that people come from could: the library is an extra of the package, and in the image's lock file."""
+@pytest.mark.parametrize(("extra", "library"), [("socks", "python-socks"), ("redis", "redis")])
+def test_the_image_has_what_an_extra_needs(extra: str, library: str) -> None:
+    """SOCKS proxies, as the proxy that people come from has, and Redis: an extra of the package, not of the image."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
-    assert "python-socks" in config["options.extras_require"]["socks"]
-    assert "python-socks" not in config["options"]["install_requires"]
-    assert "\npython-socks==" in (ROOT / "requirements" / "run.txt").read_text()
+    assert library in config["options.extras_require"][extra]
+    assert library not in config["options"]["install_requires"]
+    assert f"\n{library}==" in (ROOT / "requirements" / "run.txt").read_text()
 
 
 def test_the_image_can_judge_tokens() -> None:

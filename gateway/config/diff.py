@@ -114,6 +114,8 @@ def _settings(loaded: Loaded) -> Iterator[tuple[str, _Value]]:
         yield from _fields(name, each)
     proxies = [str(each) for each in settings.trusted_proxies]
     yield "trusted_proxies", (_list(proxies), proxies)
+    if loaded.store is not None:
+        yield "store", (str(loaded.store), loaded.store)
     yield "watch", (_plain(loaded.watch), loaded.watch)
     for name, price in loaded.prices.items():
         yield from _fields(f"prices.{name}", price)

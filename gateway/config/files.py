@@ -11,7 +11,16 @@ from gateway.config.convert import RawNode
 from gateway.prices import Price
 from gateway.settings import Limits, Timeouts
 
-__all__ = ("GatewayFile", "IdentityFile", "KeyFile", "LogFile", "MatchFile", "ResourceFile", "TeamFile")
+__all__ = (
+    "GatewayFile",
+    "IdentityFile",
+    "KeyFile",
+    "LogFile",
+    "MatchFile",
+    "ResourceFile",
+    "StoreFile",
+    "TeamFile",
+)
 
 
 Pipeline = Annotated[
@@ -108,6 +117,32 @@ class LogFile:
 
 
 @dataclass(frozen=True)
+class StoreFile:
+    """Where limits are counted, so that several gateways keep one."""
+
+    redis: Annotated[
+        str,
+        Meta(
+            description="a Redis or Valkey: redis://USER:PASSWORD@HOST:PORT, rediss://... (TLS) or unix:///PATH",
+            extra={"secret": True},
+        ),
+    ]
+    cluster: Annotated[bool, Meta(description="it is one node of a cluster")] = False
+    ca: Annotated[str | None, Meta(min_length=1, description="a file with the CA of its certificate, if private")] = (
+        None
+    )
+    timeout: Annotated[float, Meta(gt=0, le=60, description="for it to answer, in seconds")] = 0.25
+    prefix: Annotated[
+        str,
+        Meta(
+            pattern="^[A-Za-z0-9_.:-]{1,64}$",
+            examples=["gateway"],
+            description="what its keys begin with; gateways with one prefix share their limits",
+        ),
+    ] = "gateway"
+
+
+@dataclass(frozen=True)
 class TeamFile:
     """One team's file: what it does not say comes from the file that lists it."""
 
@@ -152,6 +187,9 @@ class GatewayFile:
         default_factory=Timeouts
     )
     limits: Annotated[Limits, Meta(description="how much the gateway takes")] = field(default_factory=Limits)
+    store: Annotated[
+        StoreFile | None, Meta(description="where limits are counted; by this gateway alone if it is left out")
+    ] = None
     log: Annotated[LogFile, Meta(description="what is logged, and how")] = field(default_factory=LogFile)
     watch: Annotated[bool, Meta(description="whether a change of these files is taken over while the gateway runs")] = (
         True

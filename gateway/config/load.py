@@ -19,6 +19,8 @@ from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, 
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.config.sources import Sources
+from gateway.config.store import count_in, read_store
+from gateway.counters.place import RedisPlace
 from gateway.errors import ConfigError, Mistake
 from gateway.identity import Issuer, Issuers
 from gateway.keys import ListedKey
@@ -56,6 +58,8 @@ class Loaded:
     """Whether a change of the files is a reload."""
     sources: Sources = field(default_factory=Sources)
     """What it was made of."""
+    store: RedisPlace | None = None
+    """The Redis in which limits are counted; None is this gateway alone."""
     differences: tuple[Mistake, ...] | None = None
     """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
 
@@ -133,6 +137,7 @@ class _Loader:
         registry = Registry(folders)
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
+        store = read_store(reader, main.store, value_of(root, "store"), self.folder)
         issuers = read_issuers(reader, main.identity, root)
         self.with_identity = has_issuers(reader, main.identity, root)
         before = len(reader.mistakes)
@@ -157,12 +162,14 @@ class _Loader:
         self._check_matches([(default, root), *teams])
         if reader.mistakes:
             raise ConfigError(reader.mistakes)
+        count_in(self.shared, store)
         return Loaded(
             path=self.path,
             settings=Settings(listen, main.timeouts, main.limits, proxies),
             teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
             resources=self.resources,
             log=main.log,
+            store=store,
             prices=main.prices,
             watch=main.watch,
             sources=reader.sources,

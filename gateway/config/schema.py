@@ -148,7 +148,8 @@ def _plain(kind: Any) -> dict[str, Any]:
     if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _type(args[1])}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return _settings(kind)
+        made, short = _settings(kind), _type(next(iter(settings_of(kind).values()))[0])
+        return made if short.get("type") == "object" else {"anyOf": [made, short]}
     plain: dict[Any, dict[str, Any]] = {
         str: {"type": ["string", "number", "boolean"]},  # an unquoted 2024 or true is text to the gateway
         int: {"anyOf": [{"type": "integer"}, _VARIABLE]},

@@ -25,6 +25,8 @@ def show(loaded: Loaded) -> str:
         stored = " with a stored key" if resource.credential is not None else ""
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
+    if loaded.store is not None:
+        lines.append(f"limits are counted in {loaded.store}")
     if loaded.teams.issuers is not None:
         lines += [f"identity {each.issuer} for {', '.join(each.audience)}" for each in loaded.teams.issuers.all]
     for team in loaded.teams.all:

@@ -34,7 +34,7 @@ class MemoryCounters:
             charge = charges[0]
             record = charge.rule.at(known.get(charge.name, NONE), now)
             level, since, inflow, born = record
-            if level + charge.cost > charge.rule.size and charge.cost:
+            if level + charge.cost > charge.rule.most and charge.cost:
                 if charge.name in known:
                     known[charge.name] = record  # steps that a clock that was set back begins anew, go on
                 return Verdict(charges, (record,), now, (0,), refused=not charge.shadow)
@@ -48,7 +48,7 @@ class MemoryCounters:
         for place, charge in enumerate(charges):
             rule = charge.rule
             record = rule.at(known.get(charge.name, NONE), now)
-            if record[0] + charge.cost > rule.size and charge.cost:
+            if record[0] + charge.cost > rule.most and charge.cost:
                 over.append(place)
                 refused = refused or not charge.shadow
             records.append(record)
@@ -70,7 +70,7 @@ class MemoryCounters:
         verdict.settled = True
         now = self._now()
         for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
-            if used is not None and verdict.holds(place):
+            if used is not None and used != charge.cost and verdict.holds(place):
                 rule, name = charge.rule, charge.name
                 record = rule.at(self._records.get(name, NONE), now)
                 self._records[name] = rule.settled(record, verdict.records[place], charge.cost, used)

@@ -25,6 +25,8 @@ STEP = 10.0
 _HELD = 86_400.0
 # Of a step, so that seconds since the epoch, which doubles have to a quarter of a microsecond, still make it whole.
 _ROUNDING = 1e-9
+# Of a level, which a rate that is no whole number leaves a little above or below the number it means.
+_LITTLE = 1e-6
 
 
 # What was used under one name: (level, since, inflow, born). The level is what counts as used; `since` is when a
@@ -42,13 +44,15 @@ class Rule:
     limit's rate. A day and a month are those of the calendar, in UTC. `at_once` counts what is held at one time.
     """
 
-    __slots__ = ("_end", "_start", "burst", "limit", "per_step", "period", "size", "step")
+    __slots__ = ("_end", "_start", "burst", "limit", "most", "per_step", "period", "size", "step")
 
     def __init__(self, limit: int, period: Period, burst: int | None = None) -> None:
         self.limit = limit
         self.period = period
         self.burst = burst
         self.size = float(limit if burst is None else burst)
+        self.most = self.size + _LITTLE
+        """How much may be used at once, and the level above which there is no room."""
         rate = limit / 60
         self.step = min(STEP, self.size / rate)
         """Of a minute's limit, the seconds from one step to the next, and `per_step` what comes back in it."""
@@ -62,7 +66,9 @@ class Rule:
         """Return what becomes of a record by `now`, in seconds since the epoch."""
         level, since, inflow, born = record
         if self.period == "minute":
-            if level <= 0 or now < since:  # the first use begins the steps; a clock that was set back begins them anew
+            if level <= 0:  # the first use begins the steps; what was held before has drained, and is not given back
+                return 0.0, now, 0.0, now
+            if now < since:  # a clock that was set back begins the steps anew
                 return level, now, inflow, born
             steps = math.floor((now - since) / self.step + _ROUNDING)
             if not steps:
@@ -101,7 +107,7 @@ class Rule:
 
     def left(self, record: Record) -> int:
         """Return how much may be used at once."""
-        return max(0, math.floor(self.size - record[0] + 1e-6))
+        return max(0, math.floor(self.most - record[0]))
 
     def reset(self, record: Record, now: float) -> float:
         """Return the seconds until all of it may be used again."""
@@ -120,7 +126,7 @@ class Rule:
     def wait(self, record: Record, cost: float, now: float) -> float:
         """Return the seconds until there is room for `cost`: infinity where there never is."""
         missing = record[0] + cost - self.size
-        if missing <= 0:
+        if missing <= _LITTLE:
             return 0.0
         if cost > self.size:
             return math.inf

@@ -81,7 +81,7 @@ class SharedCounters:
                 found.append((row, digest, name))
                 record = rule.at(record, now)
                 level = record[0] if rule.period != "at_once" else self._held(charge.name)
-                if level + charge.cost > rule.size and charge.cost:
+                if level + charge.cost > rule.most and charge.cost:
                     over.append(place)
                     refused = refused or not charge.shadow
                 records.append(record)

@@ -1,0 +1,96 @@
+"""Where a Redis is, as `store:` names it. Its password is part of no text."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote
+
+from yarl import URL
+
+__all__ = ("RedisPlace",)
+
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
+_UNIX = re.compile(r"unix://(?:(?P<user>[^@/:]*)(?::(?P<password>[^@/]*))?@)?(?P<path>/[^?#]+)")
+_PORT = 6379
+# (What was written instead is not repeated: it may hold a password.)
+_WANTED = (
+    "it must be a URL: redis://USER:PASSWORD@HOST:PORT, rediss://... for TLS, or unix:///PATH; "
+    "write / ? # @ in a password as %2F %3F %23 %40"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RedisPlace:
+    """A Redis or Valkey server, or a cluster of them; equal ones are asked through one connection."""
+
+    host: str = ""
+    port: int = _PORT
+    unix: str | None = None
+    database: int = 0
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    ca: Path | None = None
+    cluster: bool = False
+    timeout: float = 0.25
+    prefix: str = "gateway"
+
+    @classmethod
+    def parse(
+        cls, text: str, *, cluster: bool = False, ca: Path | None = None, timeout: float = 0.25, prefix: str = "gateway"
+    ) -> RedisPlace:
+        """Read `redis://USER:PASSWORD@HOST:PORT/DATABASE`, `rediss://...` or `unix:///PATH`.
+
+        Raises ValueError, never repeating the text.
+        """
+        place = _of_socket(text) if text.startswith("unix:") else _of_url(text)
+        if cluster and (place.unix is not None or place.database):
+            raise ValueError("a cluster has neither a unix socket nor databases; write redis://HOST:PORT")
+        if ca is not None and not place.tls:
+            raise ValueError("`ca` is for TLS; write rediss://")
+        if find_spec("redis") is None:
+            raise ValueError("Redis needs the extra `redis`: pip install 'azure-openai-gateway[redis]'")
+        return replace(place, cluster=cluster, ca=ca, timeout=timeout, prefix=prefix)
+
+    @property
+    def keys(self) -> str:
+        """What all keys begin with: a hash tag, so that those of one script are on one shard of a cluster."""
+        return f"{{{self.prefix}}}:"
+
+    def __str__(self) -> str:
+        """Return what may be known of it: nothing of its URL."""
+        kind = "a Redis cluster" if self.cluster else "Redis"
+        return f"{kind} over TLS" if self.tls else kind
+
+
+def _of_socket(text: str) -> RedisPlace:
+    found = _UNIX.fullmatch(text)
+    if found is None:
+        raise ValueError(_WANTED)
+    user, password, path = (unquote(each) if each else None for each in found.group("user", "password", "path"))
+    return RedisPlace(unix=path, user=user, password=password)
+
+
+def _of_url(text: str) -> RedisPlace:
+    try:
+        url = URL(text)
+        host, port = url.host or "", url.port or _PORT
+    except ValueError:
+        raise ValueError(_WANTED) from None
+    if url.scheme not in ("redis", "rediss") or not _HOST.fullmatch(host) or url.query_string or url.fragment:
+        # An unescaped / ? or # in a password ends the host's part of a URL.
+        raise ValueError(_WANTED)
+    database = url.path.strip("/") or "0"
+    if not re.fullmatch("[0-9]{1,5}", database):
+        raise ValueError("what stands behind the port is the number of a database, as in redis://HOST:6379/1")
+    return RedisPlace(
+        host=host,
+        port=port,
+        database=int(database),
+        user=url.user or None,
+        password=url.password or None,
+        tls=url.scheme == "rediss",
+    )
