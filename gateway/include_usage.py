@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.errors import ApiError
 from gateway.jsonbody import raw_fields, with_field
-from gateway.stream import Event, Filter
+from gateway.stream import Event, Filter, Splitter
 
 __all__ = ("STREAMED", "HiddenUsage", "with_usage_asked")
 
@@ -71,9 +71,12 @@ class HiddenUsage(Filter):
         self._rest = b""  # an event of JSON that has not ended
         self._inside = b""  # the last byte of another event that has not ended
         self.between = True
+        self._splitter: Splitter | None = None  # of a stream whose lines do not end with LF, as Azure's do
 
     def feed(self, data: bytes) -> bytes:
         """Return the events without their usage."""
+        if self._splitter is not None or b"\r" in data:
+            return self._split(data)
         if self._inside:
             return self._go_on(data)
         if self._rest:
@@ -81,7 +84,7 @@ class HiddenUsage(Filter):
         if not data.endswith(b"\n\n"):
             end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
             rest = data[end:]
-            if (rest.startswith(_JSON) or _JSON.startswith(rest)) and len(rest) <= _MOST_HELD and b"\r" not in rest:
+            if (rest.startswith(_JSON) or _JSON.startswith(rest)) and len(rest) <= _MOST_HELD:
                 data, self._rest = data[:end], rest
             else:
                 self._inside = rest[-1:]
@@ -101,6 +104,14 @@ class HiddenUsage(Filter):
         self._inside, self.between = b"", True
         return data[:end] + (self.feed(data[end:]) if data[end:] else b"")
 
+    def _split(self, data: bytes) -> bytes:
+        """Do it event by event."""
+        if self._splitter is None:
+            self._splitter, self._inside = Splitter(), b""
+            self.between = False
+            data, self._rest = self._rest + data, b""
+        return b"".join([self._hidden(each) for each in self._splitter.feed(data) if not _tells_usage(each)])
+
     def _hidden(self, data: bytes) -> bytes:
         if b'"usage"' not in data:
             return data
@@ -111,6 +122,8 @@ class HiddenUsage(Filter):
     def cut(self) -> bytes:
         """Return what is left of an event that will not end."""
         rest, self._rest = self._rest, b""
+        if self._splitter is not None:
+            rest += self._splitter.close()
         return self._hidden(rest)
 
     def close(self) -> bytes:

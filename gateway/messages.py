@@ -28,7 +28,7 @@ from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
 from gateway.stream import CutShort, EventFilter, Filter, link
 from gateway.tokens import most_output, prompt_tokens
-from gateway.usage import METERED, PROMPTED
+from gateway.usage import METERED, PROMPTED, UNTOLD
 from gateway.websocket import WebSocket
 
 __all__ = ("Request", "Resource", "Response", "Target", "check_body")
@@ -252,6 +252,11 @@ class Request:
                 self.notes["model"] = self._model
         return self._model
 
+    @property
+    def tells_usage(self) -> bool:
+        """Whether the tokens that it uses, if any, are told in its answer: not those of batches, runs and the like."""
+        return self.operation not in UNTOLD
+
     async def expected_tokens(self) -> tuple[int, int | None]:
         """Return how many tokens the request is going to use: its prompt's, and the most that its answer may have.
 
@@ -291,8 +296,7 @@ class Request:
             self.target = self.target.replace(resource=found.resource, deployment=found.deployment)
         elif self._model_set is not None:  # no model is asked for, but a deployment in the path chooses the resource
             self.target = self.target.replace(resource=find(self._model_set.strip()).resource)
-        if self._row is not None and self._row.name == "responses":
-            map_image_deployment(self, find)
+        map_image_deployment(self, find)
 
     def copy(self, *, target: Target | None = None) -> Request:
         """Return a request of the same exchange that can be changed apart, for a second `call_next`."""

@@ -16,7 +16,7 @@ import msgspec
 
 from gateway.batch import batch_models, map_batch
 from gateway.errors import ApiError
-from gateway.jsonbody import decoded_json, with_field
+from gateway.jsonbody import decoded_json, encoded_json, with_field
 from gateway.multipart import FormReader, boundary_of
 from gateway.stream import Event, EventFilter
 
@@ -365,6 +365,8 @@ class FrameModels(EventFilter):
         content = decoded_json(event.raw, msgspec.json.decode)
         if not isinstance(content, dict):
             raise ApiError(400, "a message must be a JSON object")
+        if event.raw.count(b'"response"') > 1 or b"\\u006" in event.raw or b"\\u007" in event.raw:
+            event.raw = encoded_json(content)  # of two keys, Azure might take the one that was not looked at
         if "model" in content:
             event.raw = with_field(event.raw, "model", self._deployment(content["model"]))
         inner = content.get("response")

@@ -52,10 +52,13 @@ class Price:
 
 
 class Prices:
-    """Prices by the names that clients use: exact ones win, then globs in their order."""
+    """Prices by the names that clients use: exact ones win, then globs in their order.
+
+    Neither case nor dots count, as they do not for Azure: another spelling is no other price.
+    """
 
     def __init__(self, listed: Mapping[str, Price] | None = None) -> None:
-        self._exact = dict(listed or {})
+        self._exact = {_plain(name): price for name, price in (listed or {}).items()}
         self._globs = [
             (re.compile(translate(name)), price)
             for name, price in self._exact.items()
@@ -70,8 +73,13 @@ class Prices:
         """Return a model's price; None where it has none."""
         if model in self._known:
             return self._known[model]
-        found = self._exact.get(model) or next((price for glob, price in self._globs if glob.fullmatch(model)), None)
+        name = _plain(model)
+        found = self._exact.get(name) or next((price for glob, price in self._globs if glob.fullmatch(name)), None)
         if len(self._known) >= _MAX_KNOWN:
             self._known.clear()
         self._known[model] = found
         return found
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace(".", "")

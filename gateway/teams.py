@@ -130,7 +130,13 @@ class Teams:
         if owner is None:
             return team or (self._of_member(judgement) if judgement is not None and self._members else self.default)
         if team is not None and team is not owner:
-            raise ApiError(401, "this key belongs to another team than this URL", code="invalid_api_key")
+            # As any wrong key: whose it is, is nobody's business.
+            raise ApiError(
+                401,
+                "this key is not valid here; ask the operator of this gateway for one",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
         return owner
 
     def _owner(self, headers: Headers) -> Team | None:

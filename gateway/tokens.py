@@ -9,6 +9,7 @@ a picture of 1024 x 1024 and speech (platform.openai.com/docs/guides/images-visi
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -35,7 +36,10 @@ _IMAGE = 765
 _SPEECH = 24_000 * 2 // 10 * 4 // 3
 # Bytes of base64 for a token of a document: a page of text with its picture is some 100 KB and 1,000 tokens.
 _FILE = 100
-_NO_TEXT = frozenset({"role", "type", "detail", "format", "id", "call_id", "filename"})
+_NO_TEXT = frozenset({"role", "type", "id", "call_id"})
+# What stands for a picture, and for sound, in a body that is not decoded.
+_PICTURE = re.compile(rb'"data:[^",]{1,100};base64,[A-Za-z0-9+/=]*"')
+_SOUND = re.compile(rb'"data"\s*:\s*"[A-Za-z0-9+/=]{1000,}"')
 # What a message costs beside its text (the OpenAI cookbook's "How to count tokens").
 _MESSAGE = 4
 
@@ -43,7 +47,8 @@ _MESSAGE = 4
 _MOST, _MOST_CHOICES = 10**12, 128
 
 # Where the text of a prompt is.
-_PROMPT = ("messages", "input", "prompt", "instructions", "tools", "functions", "response_format", "text")
+_PROMPT = ("messages", "input", "prompt", "instructions", "prediction", "suffix")
+_SCHEMAS = ("tools", "functions", "response_format", "text")
 
 
 @lru_cache(maxsize=256)
@@ -83,15 +88,15 @@ def count_tokens(text: str, model: str | None) -> tuple[int, Source]:
 
 def prompt_tokens(body: bytes, model: str | None) -> tuple[int, Source]:
     """Return how many tokens a request's JSON body is as a prompt, and how that is known."""
-    if len(body) > _MOST_COUNTED or (toktok is None and b";base64," not in body and b'"input_audio"' not in body):
-        return -(-len(body) // 4), "estimated"
+    if len(body) > _MOST_COUNTED or toktok is None:
+        return _estimated(body), "estimated"
     try:
         fields = decoded_json(body, msgspec.json.decode)
     except ApiError:
         fields = None
     if not isinstance(fields, dict):
-        return -(-len(body) // 4), "estimated"
-    texts: list[str] = []
+        return _estimated(body), "estimated"
+    texts = [msgspec.json.encode(fields[name]).decode("utf-8", "replace") for name in _SCHEMAS if fields.get(name)]
     more = 0
     for name in _PROMPT:
         for part in _parts(fields.get(name)):
@@ -103,32 +108,54 @@ def prompt_tokens(body: bytes, model: str | None) -> tuple[int, Source]:
     return count + more, source
 
 
+def _estimated(body: bytes) -> int:
+    """Return a quarter of the bytes, but for those of pictures and sound."""
+    if b"base64," not in body and b'"data"' not in body:
+        return -(-len(body) // 4)
+    pictures = [len(found.group()) for found in _PICTURE.finditer(body)]
+    sounds = [len(found.group()) for found in _SOUND.finditer(body)]
+    return (
+        -(-(len(body) - sum(pictures) - sum(sounds)) // 4)
+        + len(pictures) * _IMAGE
+        + sum(size // _SPEECH for size in sounds)
+    )
+
+
 def _parts(value: Any) -> Iterator[str | int]:
     """Yield the texts in a part of a prompt, and what else is in it as a number of tokens.
 
     Without recursion: a body may be nested as deeply as it is long.
     """
-    waiting = [("", value)]
+    waiting = [value]
     while waiting:
-        key, value = waiting.pop()
+        value = waiting.pop()
         if isinstance(value, str):
-            if key in ("url", "image_url"):
-                yield _IMAGE
-            elif key == "data":
-                yield len(value) // _SPEECH
-            elif key == "file_data":
-                yield max(_IMAGE, len(value) // _FILE)
-            else:
-                yield value
+            yield value
         elif isinstance(value, dict):
-            if "role" in value:
-                yield _MESSAGE
-            waiting += [(name, inner) for name, inner in value.items() if name not in _NO_TEXT]
+            kind = value.get("type")
+            if kind in ("image_url", "input_image"):
+                yield _IMAGE
+            elif kind in ("input_audio", "audio"):
+                yield _length(value, "data") // _SPEECH
+            elif kind in ("file", "input_file"):
+                yield max(_IMAGE, _length(value, "file_data") // _FILE)
+            else:
+                if "role" in value:
+                    yield _MESSAGE
+                waiting += [inner for name, inner in value.items() if name not in _NO_TEXT]
         elif isinstance(value, list):
             if value and type(value[0]) is int:  # tokens already
                 yield len(value)
             else:
-                waiting += [(key, inner) for inner in value]
+                waiting += value
+
+
+def _length(part: dict[str, Any], name: str) -> int:
+    """Return how long a text in a part of a message is, or in the one thing that it is of."""
+    for each in (part, part.get(part["type"])):
+        if isinstance(each, dict) and isinstance(each.get(name), str):
+            return len(each[name])
+    return 0
 
 
 class _Asked(msgspec.Struct):

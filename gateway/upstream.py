@@ -25,7 +25,7 @@ from gateway.models import FrameModels, placed, placed_query
 from gateway.pool import Destination, Pool
 from gateway.settings import Timeouts
 from gateway.urls import upstream_path
-from gateway.usage import METERED, Watch
+from gateway.usage import METERED, PROMPTED, Watch
 from gateway.websocket import WebSocket, check_asked, new_key, offered_protocols, opening, taken
 from gateway.wire import Answer, Wire
 
@@ -84,6 +84,8 @@ class Upstream:
             body = request._body.as_it_came()
         watch, hides = None, False
         if exchange.meter is not None and operation.name in METERED:
+            if not isinstance(body, bytes) and operation.name in PROMPTED:
+                body = await request._body.read()
             kept = body if isinstance(body, bytes) else None
             if kept is not None and operation.name in STREAMED:
                 asking = with_usage_asked(kept, target.api_version or "")

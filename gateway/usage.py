@@ -12,7 +12,7 @@ from gateway.errors import ApiError
 from gateway.jsonbody import raw_fields
 from gateway.tokens import Source, count_tokens, most_output, prompt_tokens
 
-__all__ = ("METERED", "PROMPTED", "Meter", "Usage", "Watch")
+__all__ = ("METERED", "PROMPTED", "UNTOLD", "Meter", "Usage", "Watch")
 
 # What has a prompt of text; and all that uses tokens. Not all that has a `usage` in its answer does: a file may hold
 # thousands, and a stored answer has an old one.
@@ -30,6 +30,27 @@ METERED = PROMPTED | {
     "threads.runs.create",
     "threads.runs.submit_tool_outputs",
 }
+
+# What uses tokens that no answer here tells: it is worked on later, or elsewhere. (A session's secret and a call's SDP
+# let a client talk to Azure directly.)
+UNTOLD = frozenset({
+    "batches.create",
+    "evals.runs.create",
+    "fine_tuning.alpha.graders.run",
+    "fine_tuning.jobs.create",
+    "realtime.calls.create",
+    "realtime.client_secrets.create",
+    "realtime.sessions.create",
+    "realtime.transcription_sessions.create",
+    "realtime.translations.client_secrets.create",
+    "threads.create_and_run",
+    "threads.runs.create",
+    "threads.runs.submit_tool_outputs",
+    "videos.create",
+    "videos.edit",
+    "videos.extend",
+    "videos.remix",
+})  # fmt: skip
 
 _KEY = b'"usage"'
 _AT_ONCE = b":{"

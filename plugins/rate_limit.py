@@ -1,5 +1,6 @@
 """`rate_limit`: how much a key, a team, a model or an address may use."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ from gateway import (
     Meta,
     Next,
     Outcome,
-    Price,
     Request,
     Response,
     Rule,
@@ -56,9 +56,11 @@ class Limit:
     ] = None
     tokens_per_day: Annotated[int | None, Meta(gt=0, description="how many tokens in a day, in UTC")] = None
     spend_per_day: Annotated[
-        float | None, Meta(gt=0, description="how much may be spent in a day, in UTC, in the currency of `prices`")
+        float | None, Meta(ge=0.01, description="how much may be spent in a day, in UTC, in the currency of `prices`")
     ] = None
-    spend_per_month: Annotated[float | None, Meta(gt=0, description="how much may be spent in a month, in UTC")] = None
+    spend_per_month: Annotated[float | None, Meta(ge=0.01, description="how much may be spent in a month, in UTC")] = (
+        None
+    )
     in_flight: Annotated[int | None, Meta(gt=0, description="how many requests may run at once")] = None
     per: Annotated[
         Per | list[Per],
@@ -75,6 +77,11 @@ class Limit:
     def kinds(self) -> list[str]:
         """What is limited."""
         return [kind for kind in KINDS if getattr(self, kind) is not None]
+
+    @property
+    def spends(self) -> bool:
+        """Whether money is limited."""
+        return any(KINDS[kind][1] == "spend" for kind in self.kinds)
 
 
 class Entry:
@@ -149,6 +156,12 @@ class RateLimit(Limit, Stage):
         Literal["open", "closed"],
         Meta(description="what to do while the shared store cannot be asked: let requests through, or answer 503"),
     ] = "open"
+    untold: Annotated[
+        Literal["refuse", "allow"],
+        Meta(
+            description="of what uses tokens that no answer tells, such as batches, where tokens or money are limited"
+        ),
+    ] = "refuse"
 
     @property
     def _all(self) -> list[Limit]:
@@ -156,7 +169,11 @@ class RateLimit(Limit, Stage):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ("caller",) if any("key" in each.dimensions for each in self._all if each.kinds) else ()
+        limits = [each for each in self._all if each.kinds]
+        caller = any("key" in each.dimensions for each in limits)
+        # The name that counts is the deployment's: clients can spell models in many ways.
+        deployment = any("model" in each.dimensions or each.spends for each in limits)
+        return (*(("caller",) if caller else ()), *(("deployment",) if deployment else ()))
 
     @property
     def needs_usage(self) -> bool:
@@ -190,8 +207,11 @@ class RateLimit(Limit, Stage):
         self._estimates = bool(units & {"tokens", "spend"})
         if self._estimates:
             await services.prepare_tokens()
+        with contextlib.suppress(CountersUnavailable):
+            await self._counters.take([])  # a store that is elsewhere is connected to now, not by the first request
         self._settles = units != {"requests"}
         self._spends = "spend" in units
+        self._holds_tokens = any(each.unit in ("tokens", "spend") and not each.shadow for each in self._entries)
         dimensions = {name for entry in self._entries for name in entry.dimensions}
         self._by_model = "model" in dimensions or self._spends
         self._by_client = "client" in dimensions
@@ -200,8 +220,10 @@ class RateLimit(Limit, Stage):
     async def __call__(self, request: Request, call_next: Next) -> Response:
         model = (await request.model() or "").strip() if self._by_model else ""
         who = (request.caller or "", request.client if self._by_client else "", model)
-        entries, charges = self._known.get(who) or self._make(request.team, who)
+        entries, charges = self._known.get(who) or self._make(request, who)
         if self._estimates:
+            if self._holds_tokens:
+                self._refuse_untold(request)
             charges = self._with_costs(entries, charges, await request.expected_tokens(), model)
         try:
             verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
@@ -227,11 +249,11 @@ class RateLimit(Limit, Stage):
 
     # -- before it is sent -----------------------------------------------------------------------------
 
-    def _make(self, team: str, who: tuple[str, str, str]) -> Made:
+    def _make(self, request: Request, who: tuple[str, str, str]) -> Made:
         """Make a caller's charges, once: those of a request that uses nothing but itself."""
         caller, client, model = who
-        # Names that Azure takes for one count as one: it ignores the case, and dots may be left out.
-        values = {"key": f"{team}/{caller}", "team": team, "client": client, "model": model.lower().replace(".", "")}
+        team, deployment = request.team, (request.target.deployment or model).lower()
+        values = {"key": f"{team}/{caller}", "team": team, "client": client, "model": deployment}
         entries = [each for each in self._entries if model or "model" not in each.dimensions]
         made = entries, [each.charge(values) for each in entries]
         if len(self._known) >= CALLERS:
@@ -246,23 +268,32 @@ class RateLimit(Limit, Stage):
         prompt, answer = expected
         used = Usage(prompt, self.answer_tokens if answer is None else answer)
         costs = {"requests": 1.0, "slots": 1.0, "tokens": float(used.total_tokens), "spend": 0.0}
-        if self._spends and model:
-            costs["spend"] = float(self._price(model).cost(used))
-        return [
-            Charge(charge.name, charge.rule, costs[entry.unit], shadow=charge.shadow)
-            for entry, charge in zip(entries, charges, strict=True)
-        ]
-
-    def _price(self, model: str) -> Price:
-        price = self._prices.of(model)
-        if price is None:
+        price = self._prices.of(model) if self._spends and model else None
+        if price is not None:
+            costs["spend"] = float(price.cost(used))
+        elif model and any(entry.unit == "spend" and not entry.shadow for entry in entries):
             raise ApiError(
                 403,
                 f"the model {model!r} has no price here, and spending is limited; the operator adds it to `prices`",
                 param="model",
                 code="model_without_price",
             )
-        return price
+        return [
+            Charge(charge.name, charge.rule, costs[entry.unit], shadow=charge.shadow)
+            for entry, charge in zip(entries, charges, strict=True)
+        ]
+
+    def _refuse_untold(self, request: Request) -> None:
+        """Raise ApiError 403 for what would get round the limits."""
+        if request.operation == "responses.connect" and self._spends:
+            why = "its models, and so its prices, are named by each message"
+        elif self.untold == "refuse" and not request.tells_usage:
+            why = "no answer tells what it uses"
+        else:
+            return
+        raise ApiError(
+            403, f"{request.operation} cannot be used where tokens or money are limited: {why}", code="not_countable"
+        )
 
     # -- when it is over -------------------------------------------------------------------------------
 

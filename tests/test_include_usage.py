@@ -101,7 +101,6 @@ def test_the_usage_is_hidden_in_pieces_of_any_size(sizes: list[int]) -> None:
         sse({"choices": [{"finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}),
         b'event: x\ndata: {"a":1}\n\n: comment\n\ndata: [DONE]\n',
         b"data: one\ndata: two\n\n\n\ndata: [DONE]",
-        b'data: {"choices":[]}\r\n\r\ndata: {"choices":[],"usage":{"x":1}}\r\n\r\n',
         b"\n\n\n",
     ],
 )
@@ -140,3 +139,13 @@ def test_a_stream_that_breaks_behind_the_usage_shows_none() -> None:
     hidden = HiddenUsage()
     out = hidden.feed(sse(CHUNK) + sse(USAGE).rstrip()) + hidden.cut()
     assert out == sse({"choices": CHUNK["choices"], "id": "c"})
+
+
+@pytest.mark.parametrize("newline", [b"\r\n", b"\r"])
+def test_the_usage_is_hidden_whatever_lines_end_with(newline: bytes) -> None:
+    """As a proxy on the way may have changed them."""
+    data = STREAM.replace(b"\n", newline)
+    for pieces, out in every_split(data, HiddenUsage):
+        assert b'"usage":{"prompt' not in out, pieces
+        assert out.count(b"usage") == out.count(b'\\"usage') + 1  # in the first chunk's findings
+        assert out.endswith(DONE.replace(b"\n", newline))

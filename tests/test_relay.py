@@ -1147,7 +1147,7 @@ async def test_the_tokens_of_a_websocket_are_those_of_all_its_responses(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
     """In the log event at its end, and settled against the limits: each response adds its own."""
-    limited = "auth_passthrough\n  - rate_limit: {tokens_per_day: 1000, per: team}"
+    limited = "auth_passthrough\n  - rate_limit: {tokens_per_day: 10000, per: team}"
     gateway = await start_gateway(azure.endpoint, REALTIME.replace("auth_passthrough", limited))
     async with opened(gateway) as client:
         for _ in range(3):
@@ -1157,4 +1157,4 @@ async def test_the_tokens_of_a_websocket_are_those_of_all_its_responses(
     event = gateway.exchanges()[0]
     assert (event["input_tokens"], event["output_tokens"], event["usage_source"]) == (27, 9, "reported")
     async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer:
-        assert 1000 - 36 - 20 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 1000 - 36
+        assert 10000 - 36 - 20 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 10000 - 36

@@ -9,8 +9,9 @@ from gateway.counters.rules import NONE, Charge, Record, Rule, Verdict
 
 __all__ = ("MemoryCounters",)
 
-# Above this many names, those under which nothing is used any more are forgotten.
-_NAMES = 10_000
+# Above this many names, those under which nothing is used any more are forgotten; above the other, those under which
+# the smallest part of their limit is: clients can make up names, of models for instance.
+_NAMES, _MOST_NAMES = 10_000, 200_000
 
 
 class MemoryCounters:
@@ -85,8 +86,15 @@ class MemoryCounters:
             self._rules[charge.name] = charge.rule
         if len(self._records) <= self._sweep_at:
             return
-        for name, record in list(self._records.items()):
-            if self._rules[name].at(record, now)[0] <= 0:
+        parts = {
+            name: self._rules[name].at(record, now)[0] / self._rules[name].size
+            for name, record in self._records.items()
+        }
+        if len(parts) > _MOST_NAMES:
+            least = sorted(parts, key=parts.__getitem__)[: len(parts) // 2]
+            parts.update(dict.fromkeys(least, 0.0))
+        for name, part in parts.items():
+            if part <= 0:
                 del self._records[name], self._rules[name]
         # If most are still in use, do not look at all of them for each newcomer.
         self._sweep_at = max(_NAMES, 2 * len(self._records))

@@ -190,14 +190,17 @@ class SharedCounters:
         _ROW.pack_into(self._table, row, digest, *record, now + rule.kept(record, now))
 
     def _free_row(self, digest: bytes, now: float) -> int:
-        """Return a row for a new name: one of which nothing is left, else the one of which that will be so first."""
-        first, soonest = 0, math.inf
+        """Return a row for a new name: one of which nothing is left, else that of the name with the least use.
+
+        Clients can make up names, of models for instance, but each use of one costs a request.
+        """
+        first, least = 0, math.inf
         for row in _tried(digest):
-            found, *_, gone = _ROW.unpack_from(self._table, row)
+            found, level, *_, gone = _ROW.unpack_from(self._table, row)
             if found == _FREE or gone <= now:
                 return row
-            if gone < soonest:
-                first, soonest = row, gone
+            if level < least:
+                first, least = row, level
         if not self._full:
             self._full = True
             get_logger().warning("more is counted than there is room for; some limits begin anew", rows=_ROWS)

@@ -47,7 +47,7 @@ class Turns:
             if not verdict.refused or verdict.fullest()[1] == math.inf:
                 return verdict
             queue = self._queue(verdict.fullest()[0])
-        waiter = _Waiter(charges, who, verdict)
+        waiter = _Waiter(charges, who, verdict, queue)
         queue.add(waiter)
         try:
             async with asyncio.timeout(wait):
@@ -62,7 +62,7 @@ class Turns:
                 self._give_back(waiter.future.result())
             raise
         finally:
-            queue.remove(waiter)
+            waiter.queue.remove(waiter)
 
     def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
         """Let what was really used take the place of what was taken, once; whoever waits for it is tried."""
@@ -131,14 +131,19 @@ class Turns:
                 continue
             pause = max(pause, seconds)
             if full == name:
-                break  # nobody overtakes; where it is another name that is full, the next may have room
+                break  # nobody overtakes
+            # It waits for what is really full, in turn with those who do.
+            queue.remove(waiter)
+            waiter.queue = self._queue(full)
+            waiter.queue.add(waiter)
         return pause or _LONGEST
 
 
 class _Waiter:
     """One request that waits, and the last verdict on it."""
 
-    def __init__(self, charges: Sequence[Charge], who: str, verdict: Verdict | None) -> None:
+    def __init__(self, charges: Sequence[Charge], who: str, verdict: Verdict | None, queue: _Queue) -> None:
+        self.queue = queue
         self.charges = charges
         self.who = who
         self.verdict = verdict

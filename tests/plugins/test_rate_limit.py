@@ -16,6 +16,7 @@ from gateway.counters import MemoryCounters
 from gateway.services import Services, Shared
 from gateway.testing import FakeAzure, Seen, Sent, running
 from plugins.auth_passthrough import AuthPassthrough
+from plugins.model_map import ModelMap
 from plugins.rate_limit import Limit, RateLimit, duration
 from tests.chunks import event
 from tests.conftest import CHAT, StartGateway
@@ -234,7 +235,8 @@ async def test_what_bounds_an_answer() -> None:
 )
 async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, path: str) -> None:
     """Though it is not known beforehand how many it will use; what uses none passes."""
-    async with running(RateLimit(tokens_per_day=5000, per="team"), answer=used(4000, 4000)) as run:
+    stage = RateLimit(tokens_per_day=5000, per="team", untold="allow")
+    async with running(stage, answer=used(4000, 4000)) as run:
         assert [(await run.send(method, path, json={"model": "m"})).status for _ in range(3)] == [200, 429, 429]
         assert (await run.send("GET", "/files")).status == 200
 
@@ -292,6 +294,55 @@ async def test_what_may_be_spent() -> None:
         assert (await run.send("GET", "/files")).status == 200
 
 
+async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
+    """Azure ignores the case, and dots may be left out; what counts is the deployment."""
+    prices = {"gpt-4o": Price(input=100.0), "*": Price(input=0.0)}
+    for model in ("gpt-4o", "GPT-4o", "gpt-4.o"):
+        stage = RateLimit(spend_per_day=0.10, per="team")
+        async with running(ModelMap(), stage, answer=used(1000, 0), prices=prices, now=Clock()) as run:
+            statuses = [(await run.post({**CHAT, "model": model, "max_tokens": 1})).status for _ in range(2)]
+        assert statuses == [200, 429], model
+    stages = ModelMap({"gpt-4o*": "one"}), RateLimit(requests_per_day=2, per=["team", "model"])
+    async with running(*stages) as run:
+        models = [f"gpt-4o-{number}" for number in range(3)]
+        assert [(await run.post({**CHAT, "model": model})).status for model in models] == [200, 200, 429]
+
+
+async def test_a_shadow_needs_no_price() -> None:
+    """It refuses nothing."""
+    stage = RateLimit(spend_per_day=0.10, per="team", shadow=True)
+    async with running(stage, prices=PRICES) as run:
+        assert (await run.post({**CHAT, "model": "o3"})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "limit"),
+    [
+        ("POST", "/batches", {"tokens_per_day": 5}),
+        ("POST", "/threads/t/runs", {"spend_per_day": 5.0}),
+        ("POST", "/realtime/client_secrets", {"tokens_per_day": 5}),
+        ("POST", "/fine_tuning/jobs", {"tokens_per_minute": 5}),
+        ("WS", "/responses", {"spend_per_month": 5.0}),
+    ],
+)
+async def test_what_cannot_be_counted_does_not_get_round_the_limits(
+    method: str, path: str, limit: dict[str, Any]
+) -> None:
+    """It is refused where tokens or money are limited; by requests alone, in the shadow, and if allowed it passes."""
+    body = {"model": "gpt-4o"}
+    async with running(RateLimit(**limit, per="team"), prices=PRICES) as run:
+        sent = await run.send(method, path, json=body)
+        assert (sent.status, sent.json()["error"]["code"]) == (403, "not_countable")
+    stages = [RateLimit(requests_per_day=5, per="team"), RateLimit(**limit, per="team", shadow=True)]
+    if method != "WS":
+        stages.append(
+            RateLimit(**{name: 10 * value * 1000 for name, value in limit.items()}, per="team", untold="allow")
+        )
+    for stage in stages:
+        async with running(stage, prices=PRICES, answer=Response(200)) as run:
+            assert (await run.send(method, path, json=body)).status == 200
+
+
 async def test_requests_may_have_a_price() -> None:
     """Whatever they use: also where no tokens are told; not where they failed."""
     stage = RateLimit(spend_per_day=0.10, per="team")
@@ -321,7 +372,7 @@ async def test_several_limits_hold_at_once() -> None:
         assert [await ask("a", "m") for _ in range(4)] == [200, 200, 200, 429]
         assert await ask("b", "m") == 429  # the model's three are used up, whoever used them
         assert [await ask("b", "n") for _ in range(3)] == [200] * 3
-        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # another spelling is no other model
+        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # another case is no other model
         sent = await run.send("GET", "/files", headers={"api-key": "c"})
         assert (sent.status, shown(sent)[:2]) == (200, ("100", "93"))
 
@@ -392,8 +443,8 @@ resources: {azure: {endpoint: "${ENDPOINT}"}}
 teams: teams/*.yaml
 pipeline:
   - auth_passthrough
-  - rate_limit: {requests_per_minute: 2, limits: [{requests_per_day: 5, per: model}]}
   - model_map
+  - rate_limit: {requests_per_minute: 2, limits: [{requests_per_day: 5, per: model}]}
   - api_version
 """
     files = {f"teams/{name}.yaml": f"match: {{path_prefix: /{name}}}\n" for name in "ab"}
