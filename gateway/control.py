@@ -26,6 +26,8 @@ __all__ = ("NobodyThere", "Report", "ask", "listen")
 _ORDER = b"reload\n"
 # How long, in seconds, a client may take to say what it wants, and waits for what becomes of it.
 _PATIENCE, _CLIENT_PATIENCE = 5.0, 300.0
+# How many may ask at once.
+_MOST = 16
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -81,6 +83,9 @@ async def listen(config: Path, reload: Callable[[], Awaitable[Report]]) -> None:
                 except OSError:  # no descriptor is left
                     await asyncio.sleep(1)
                     continue
+                if len(tasks) >= _MOST:
+                    client.close()
+                    continue
                 task = loop.create_task(_answer(client, reload))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
@@ -94,14 +99,13 @@ async def _answer(client: socket.socket, reload: Callable[[], Awaitable[Report]]
     with client:
         client.setblocking(False)
         try:
+            if _user(client) not in (0, os.geteuid()):
+                return  # (anybody can come, and is waited for by nobody; `ask` has looked who it would ask)
             async with asyncio.timeout(_PATIENCE):
                 order = await loop.sock_recv(client, len(_ORDER))
             if order != _ORDER:
                 return
-            if _user(client) in (0, os.geteuid()):
-                report = await reload()
-            else:
-                report = Report(mistakes=["only root and the user that the gateway runs as may ask for a reload"])
+            report = await reload()
             async with asyncio.timeout(_PATIENCE):
                 await loop.sock_sendall(client, msgspec.json.encode(report))
         except (OSError, TimeoutError):

@@ -29,6 +29,7 @@ __all__ = (
     "COMMITTED",
     "DRAIN",
     "FAILED",
+    "LEAVING",
     "PREPARE",
     "PREPARED",
     "READY",
@@ -40,7 +41,11 @@ __all__ = (
 # What the supervisor orders; the last three with the number of the reload that they are of.
 DRAIN, AT_ONCE, PREPARE, COMMIT, ABORT = "drain", "end", "prepare", "commit", "abort"
 # What a worker says.
-READY, FAILED, PREPARED, COMMITTED = "ready", "failed", "prepared", "committed"
+READY, FAILED, PREPARED, COMMITTED, LEAVING = "ready", "failed", "prepared", "committed", "leaving"
+
+
+# How long, in seconds, the supervisor may take to read what is said.
+_PATIENCE = 10.0
 
 
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,6 +90,8 @@ class Line:
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
+        # What is said may be long, and the loop's own reader has made the descriptor one that does not wait.
+        self._socket.settimeout(_PATIENCE)
         self._heard = b""  # an order that has not ended
         self._orders: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
 
@@ -97,7 +104,7 @@ class Line:
         self._say(Said(FAILED, reason=reason))
 
     def _say(self, said: Said) -> None:
-        with contextlib.suppress(ConnectionError):  # the supervisor is gone; `obey` sees it, too
+        with contextlib.suppress(OSError):  # the supervisor is gone, which `obey` sees too, or does not listen
             self._socket.sendall(msgspec.json.encode(said) + b"\n")
 
     def obey(self, stop: asyncio.Event, now: asyncio.Event) -> None:
@@ -144,6 +151,7 @@ class Line:
                 else:
                     await renewal.abort()
         finally:
+            self._say(Said(LEAVING))
             await _end(preparing)
             await renewal.abort()
 

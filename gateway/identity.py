@@ -251,5 +251,6 @@ def _caller(claims: Mapping[str, Any], issuer: Issuer) -> str:
     for name in (issuer.caller,) if issuer.caller else ("oid", "sub"):
         value = claims.get(name)
         if isinstance(value, str) and 0 < len(value) <= _MAX_CALLER and value.isprintable():
-            return value
+            # Of this issuer: what another one calls so is somebody else, and so is a key's label.
+            return f"{value}@{issuer.issuer.partition('://')[2]}"
     raise _Refused("token that names no caller")

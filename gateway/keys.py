@@ -70,7 +70,8 @@ class ListedKey:
 
 # Keys that were looked at, by the SHA-256 of what was presented: the digest is needed for each request anyway.
 _seen: dict[tuple[bytes, bool], Credential] = {}
-_MAX_SEEN = 4096
+_seen_tokens: dict[tuple[bytes, bool], Credential] = {}  # which are long
+_MAX_SEEN, _MAX_TOKENS = 4096, 256
 
 
 def presented_key(headers: Headers) -> Credential | None:
@@ -107,13 +108,14 @@ def key_protocols(value: bytes) -> list[bytes]:
 
 def _credential(raw: bytes, *, authorization: bool) -> Credential:
     place = hashlib.sha256(raw).digest(), authorization
-    found = _seen.get(place)
+    found = _seen.get(place) or _seen_tokens.get(place)
     if found is None:
         text = _key_text(raw)
         found = Credential(text, bearer=authorization and is_jwt(text))
-        if len(_seen) >= _MAX_SEEN:
-            _seen.clear()
-        _seen[place] = found
+        seen, most = (_seen, _MAX_SEEN) if len(raw) <= _MAX_KEY else (_seen_tokens, _MAX_TOKENS)
+        if len(seen) >= most:
+            seen.clear()
+        seen[place] = found
     return found
 
 

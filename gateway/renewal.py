@@ -6,7 +6,10 @@ Until it is committed, the set at hand serves, and any error leaves it as it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 from gateway import logs
 from gateway.config import Loaded
@@ -22,6 +25,8 @@ from gateway.server import Generation, Server
 from gateway.services import Shared
 
 __all__ = ("Renewal",)
+
+T = TypeVar("T")
 
 # How long, in seconds, reading the files and starting the stages may take.
 _PATIENCE = 60.0
@@ -71,10 +76,10 @@ class Renewal:
     async def _prepare(self, sources: Sources) -> Prepared:
         old = self._loaded
         # Reading the files of many teams takes a while, in which requests go on.
-        new = await asyncio.to_thread(self._load, self._server.shared, sources)
+        new = await _aside(lambda: self._load(self._server.shared, sources))
         if new.sources.digest == old.sources.digest:
             return Prepared(Report(same=True), _state(old))
-        changes = await asyncio.to_thread(diff, old, new)
+        changes = await _aside(lambda: diff(old, new))
         notes = []
         if new.settings.listen != old.settings.listen:
             notes.append(f"listen: the gateway listens on {self._server.address} until it is restarted")
@@ -101,6 +106,28 @@ class Renewal:
             self._ready = None
             _use(self._loaded.log, new.log)
             await self._server.discard(generation)
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """Do something in a thread that nobody waits for when the process ends: a file may be a pipe that says nothing."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, exc: BaseException | None) -> None:
+        if not done.done():
+            done.set_exception(exc) if exc is not None else done.set_result(cast(T, result))
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = work()
+        except BaseException as exc:
+            failed = exc if isinstance(exc, Exception) else RuntimeError(f"{type(exc).__name__}: {exc}")
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants to know any more
+            loop.call_soon_threadsafe(tell, result, failed)
+
+    threading.Thread(target=run, name="reading the configuration", daemon=True).start()
+    return await done
 
 
 def _state(loaded: Loaded) -> State:

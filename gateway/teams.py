@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gateway.errors import ApiError, StartError
+from gateway.fields import is_secret, settings_of
 from gateway.headers import Headers
 from gateway.identity import Claims, Issuers, Judgement, unavailable
 from gateway.keys import ListedKey, presented_key
-from gateway.logs import get_logger
+from gateway.logs import get_logger, masked
 from gateway.messages import Target
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
 
 __all__ = ("Match", "Team", "Teams")
+
+
+# How long, in seconds, a stage may take to stop.
+_STOPPING = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,11 @@ class Team:
                 started.append(stage)
                 try:
                     await stage.start(self.services[stage.id])
-                except Exception as exc:
+                except (Exception, SystemExit, asyncio.CancelledError) as exc:
+                    if _is_cancelled(exc):
+                        raise
                     raise StartError(
-                        f"the stage {stage.id!r} of team {self.name!r} cannot start: {type(exc).__name__}: {exc}"
+                        f"the stage {stage.id!r} of team {self.name!r} cannot start: {_described(exc, stage)}"
                     ) from exc
         except BaseException:
             await self._stop(started)
@@ -66,15 +74,31 @@ class Team:
     async def _stop(self, stages: Sequence[Stage]) -> None:
         for stage in reversed(stages):
             try:
-                await stage.stop()
-            except Exception as exc:
+                async with asyncio.timeout(_STOPPING):
+                    await stage.stop()
+            except (Exception, SystemExit, asyncio.CancelledError) as exc:
+                if _is_cancelled(exc):
+                    raise
+                slow = isinstance(exc, TimeoutError)
                 get_logger().error(
                     "a stage failed to stop",
                     team=self.name,
                     stage=stage.id,
-                    error=type(exc).__name__,
-                    message=str(exc),
+                    reason=f"it took more than {_STOPPING:g} s" if slow else _described(exc, stage),
                 )
+
+
+def _is_cancelled(exc: BaseException) -> bool:
+    """Whether it is this task that is cancelled, and not one that a stage waited for."""
+    task = asyncio.current_task()
+    return isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling() > 0
+
+
+def _described(exc: BaseException, stage: Stage) -> str:
+    """Return an exception's name and words, without what of the stage's settings is secret."""
+    hidden = [str(getattr(stage, name)) for name, (kind, _) in settings_of(type(stage)).items() if is_secret(kind)]
+    shown = masked({"text": f"{type(exc).__name__}: {exc}"}, [value for value in hidden if value not in ("", "None")])
+    return str(shown["text"])
 
 
 class Teams:
@@ -114,8 +138,7 @@ class Teams:
         """Stop every team; what they share may go on, in those that follow them."""
         if self.issuers is not None:
             await self.issuers.stop()
-        for team in reversed(self.all):
-            await team.stop()
+        await asyncio.gather(*(team.stop() for team in self.all))
 
     def find(self, prefix: str, headers: Headers, judgement: Judgement | None = None) -> Team | None:
         """Return the team of a request, or None where no team has its path prefix.

@@ -23,7 +23,7 @@ from gateway.config.sources import Sources
 from gateway.control import Report
 from gateway.counters.shared import make_table
 from gateway.errors import StartError
-from gateway.handover import ABORT, AT_ONCE, COMMIT, COMMITTED, DRAIN, PREPARE, PREPARED, READY, Handover, Said
+from gateway.handover import ABORT, AT_ONCE, COMMIT, COMMITTED, DRAIN, LEAVING, PREPARE, PREPARED, READY, Handover, Said
 from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.reload import Prepared, Reloads, State, unharmed
@@ -109,7 +109,7 @@ class _Worker:
 
     async def _listen(self) -> None:
         try:
-            while (said := await self._hear()) is not None:
+            while (said := await self._hear()) is not None and said.word != LEAVING:
                 asked = self._asked.pop((said.word, said.number), None)
                 if asked is not None and not asked.done():
                     asked.set_result(said)
@@ -121,7 +121,7 @@ class _Worker:
 
     @property
     def serves(self) -> bool:
-        """Whether it has become ready, and not ended since."""
+        """Whether it has become ready, and has not begun to leave since."""
         return self._listening is not None
 
     async def ask(self, order: str, number: int, word: str, patience: float) -> Said | None:

@@ -57,6 +57,12 @@ class Model:
                 name.since = now
         return name
 
+    def _forgive(self, charge: Charge, name: Name) -> None:
+        """Nobody has to make up for more than ten minutes."""
+        most = Fraction(charge.rule.most) + 10 * charge.rule.limit
+        if charge.rule.period == "minute" and name.level > most:
+            self._drain(name, name.level - most)
+
     @staticmethod
     def _drain(name: Name, amount: Fraction) -> None:
         for use in name.uses:
@@ -68,10 +74,12 @@ class Model:
     def take(self, charges: list[Charge], now: Fraction) -> tuple[list[int], list[Use | None]]:
         """Return the places without room, and what was taken for each charge."""
         names = [self._at(charge, now) for charge in charges]
+        for charge, name in zip(charges, names, strict=True):
+            self._forgive(charge, name)
         over = [
             place
             for place, (charge, name) in enumerate(zip(charges, names, strict=True))
-            if charge.cost and name.level + Fraction(charge.cost) > Fraction(charge.rule.size)
+            if charge.cost and name.level + Fraction(charge.cost) > Fraction(charge.rule.most)
         ]
         if any(not charges[place].shadow for place in over):
             return over, [None] * len(charges)
@@ -98,7 +106,9 @@ class Model:
 
     def level(self, charge: Charge, now: Fraction) -> Fraction:
         """Return what counts as used under a charge's name."""
-        return self._at(charge, now).level
+        name = self._at(charge, now)
+        self._forgive(charge, name)
+        return name.level
 
 
 def step_of(rule: Rule) -> tuple[Fraction, Fraction]:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.counters import Charge, MemoryCounters, Rule, Turns, Verdict
+from gateway.counters import Charge, CountersUnavailable, MemoryCounters, Rule, Turns, Verdict
 from gateway.counters import memory as memory_module
 from gateway.counters import shared as shared_module
 from gateway.counters.rules import NONE, calendar
@@ -283,6 +284,43 @@ async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
     assert not (await counters.take([Charge("a", Rule(60, "minute"), 10.0)])).refused
 
 
+async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> None:
+    """What was used by the old one has not to be made up for in hours: in ten minutes at most."""
+    clock = Clock()
+    counters = make(clock)
+    await counters.take([Charge("a", Rule(100_000, "minute"), 100_000.0)])
+    refused = await counters.take([Charge("a", Rule(1000, "minute"))])
+    assert (refused.refused, refused.wait(0)) == (True, 610.0)
+    clock.now += 700
+    assert not (await counters.take([Charge("a", Rule(1000, "minute"))])).refused
+
+
+async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make) -> None:
+    """The old one's rate would make room that the new one does not have."""
+    clock = Clock()
+    counters = make(clock)
+    old, new = Rule(60_000, "minute"), Rule(600, "minute")
+    before = await counters.take([Charge("a", old, 10.0)])
+    await counters.take([Charge("a", old, 500.0)])
+    assert (await counters.take([Charge("a", new, 90.0)])).left(0) == 0
+    clock.now += 10
+    counters.settle(before, [10.0 - 1])
+    assert (await counters.take([Charge("a", new, 0.0)])).left(0) == 100
+
+
+async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with the smallest part of their limit in use are forgotten first."""
+    monkeypatch.setattr(memory_module, "_NAMES", 50)
+    monkeypatch.setattr(memory_module, "_MOST_NAMES", 200)
+    counters = MemoryCounters(Clock())
+    rule = Rule(100, "day")
+    await counters.take([Charge("used up", rule, 100.0)])
+    for number in range(2000):
+        await counters.take([Charge(f"made up {number}", rule)])
+    assert len(counters._records) <= 450
+    assert (await counters.take([Charge("used up", rule)])).refused
+
+
 async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many there were; those in use stay."""
     monkeypatch.setattr(memory_module, "_NAMES", 100)
@@ -440,11 +478,58 @@ async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, li
     await after.close()
 
 
-async def test_a_full_table_gives_up_what_is_soonest_over(monkeypatch: pytest.MonkeyPatch) -> None:
+HOLDER = """
+import fcntl, os, signal, sys
+fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX)
+print("holds it", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
+    """While it has the lock: limits are not counted then, as when a store is away, and what was to be settled waits."""
+    table = make_table()
+    counters = SharedCounters(os.dup(table))
+    charge = [Charge("x", Rule(10, "day"), 8.0)]
+    verdict = await counters.take(charge)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(table)], pass_fds=[table], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert hear(holder) == "holds it"
+        async with asyncio.timeout(5):
+            for _ in range(20):
+                with pytest.raises(CountersUnavailable):
+                    await counters.take(charge)
+            counters.settle(verdict, [1.0])
+            await until(lambda: Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (await counters.take([Charge("x", Rule(10, "day"), 0.0)])).left(0) == 9
+    await counters.close()
+
+
+async def test_a_process_of_the_same_number_is_another() -> None:
+    """By when it began: what the one before it held is free."""
+    table = make_table()
+    counters = SharedCounters(os.dup(table))
+    await counters.take([Charge("x", Rule(3, "at_once"), 2.0)])
+    place, number, began = shared_module._PLACE.unpack_from(counters._table, 0)
+    assert (place, number, began) == (os.getpid(), 1, shared_module._began(os.getpid()))
+    shared_module._PLACE.pack_into(counters._table, 0, os.getpid(), 1, began - 1)
+    after = SharedCounters(os.dup(table))
+    assert (await after.take([Charge("x", Rule(3, "at_once"), 3.0)])).refused is False
+    await after.close()
+
+
+async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """And says so once; rows of which nothing is left are taken first."""
     monkeypatch.setattr(shared_module, "_ROWS", 64)
     clock = Clock()
     counters = SharedCounters(make_table(), clock)
+    await counters.take([Charge("used up", Rule(60, "minute"), 60.0)])
     with pytest.MonkeyPatch.context():
         for number in range(300):
             assert not (await counters.take([Charge(f"a{number}", Rule(1000, "day"))])).refused
@@ -560,6 +645,39 @@ async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
     blocked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await blocked
+
+
+async def test_who_waits_for_two_things_is_not_starved() -> None:
+    """It stands in the queue of what is really full, in turn with those who came later."""
+    turns = Turns(MemoryCounters())
+    team, key = Rule(1, "at_once"), Rule(600, "minute", 1)
+    verdict = await turns.take([Charge("team", team)])
+    await turns.take([Charge("key", key)])
+    both = asyncio.create_task(turns.take([Charge("team", team), Charge("key", key)], wait=30, who="k"))
+    others = 0
+    async with asyncio.timeout(10):
+        while not both.done():
+            waiting = [asyncio.create_task(turns.take([Charge("team", team)], wait=30, who=who)) for who in "ab"]
+            await asyncio.sleep(0.02)
+            turns.settle(verdict, [0.0])
+            done, _ = await asyncio.wait([*waiting, both], return_when=asyncio.FIRST_COMPLETED)
+            verdict = await done.pop()
+            for task in waiting:
+                if not task.done():
+                    task.cancel()
+            others += 1
+    assert others < 30
+
+
+async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
+    """They are not behind those who wait by the old one."""
+    turns = Turns(MemoryCounters())
+    await turns.take([Charge("a", Rule(1, "at_once"))])
+    old = asyncio.create_task(turns.take([Charge("a", Rule(1, "at_once"))], wait=0.3, who="x"))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(0.2):
+        assert not (await turns.take([Charge("a", Rule(100, "at_once"))], wait=30, who="y")).refused
+    assert (await old).refused
 
 
 async def test_whoever_leaves_takes_nothing() -> None:

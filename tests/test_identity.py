@@ -94,7 +94,8 @@ async def test_a_token_that_the_issuer_signed_is_good(algorithm: str, issuers: I
     judgement = await judged(issuers, issuer.token(algorithm=algorithm))
     assert (judgement.reason, judgement.retry_after) == (None, None)
     assert judgement.identity is not None
-    assert judgement.identity.caller == "oid-ann"
+    # (Of this issuer: another one's `oid-ann` is somebody else.)
+    assert judgement.identity.caller == f"oid-ann@{issuer.url.partition('://')[2]}"
     assert judgement.identity.claims["roles"] == ["research"]
     assert "research" not in repr(judgement)
 
@@ -177,7 +178,7 @@ async def test_the_claim_that_names_the_caller_can_be_chosen(
     ):
         issuers = Issuers([Issuer(issuer.url, (AUDIENCE,), caller=chosen)], lambda: session)
         found = (await judged(issuers, issuer.token(**changed))).identity
-        assert (found.caller if found is not None else None) == caller
+        assert (found.caller.partition("@")[0] if found is not None else None) == caller
 
 
 # -- forgeries ----------------------------------------------------------------------------------------
@@ -498,7 +499,7 @@ async def test_the_claims_say_whose_it_is(
     assert not any("eyJ" in value for _, value in azure.requests[0].headers)
     await gateway.idle()
     (event,) = gateway.exchanges()
-    assert (event["team"], event["caller"], event.get("auth")) == (team, "oid-ann", None)
+    assert (event["team"], event["caller"].partition("@")[0], event.get("auth")) == (team, "oid-ann", None)
 
 
 async def test_every_wrong_token_is_the_same_401(gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer) -> None:
@@ -520,7 +521,8 @@ async def test_every_wrong_token_is_the_same_401(gateway: Gateway, azure: FakeAz
     assert json.loads(text)["error"]["code"] == "invalid_api_key"
     await gateway.idle()
     events = gateway.exchanges()
-    assert [(event["auth"], event["caller"]) for event in events] == [(reason, caller) for *_, reason, caller in tokens]
+    callers = [event["caller"] and event["caller"].partition("@")[0] for event in events]
+    assert [*zip([event["auth"] for event in events], callers, strict=True)] == [tuple(each[2:]) for each in tokens]
     assert [event["key"] for event in events] == [key_digest(token) for _, token, _, _ in tokens]
     assert not azure.requests
     assert "eyJ" not in str(gateway.events)

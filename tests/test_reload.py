@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -458,8 +459,9 @@ async def test_only_root_and_the_gateway_s_user_may_ask(tmp_path: Path, monkeypa
         assert (await asyncio.to_thread(control.ask, path)).same
         monkeypatch.setattr(control, "_user", lambda sock: 12345)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
-        report = await asyncio.to_thread(control.ask, path)
-        assert report.mistakes == ["only root and the user that the gateway runs as may ask for a reload"]
+        with pytest.raises(NobodyThere):
+            await asyncio.to_thread(control.ask, path)
+        assert asked == 1
         monkeypatch.setattr(os, "geteuid", lambda: 99)
         with pytest.raises(NobodyThere, match="as another user"):
             await asyncio.to_thread(control.ask, path)
@@ -816,3 +818,155 @@ def test_what_another_process_says_does_not_steer_a_terminal(
     printed = capsys.readouterr()
     assert printed.out == "'\\x1b[2J'\n"
     assert printed.err == "'gateway: listen: \\r'\n"
+
+
+ODD = """
+import asyncio, sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+from gateway import Meta, Stage
+
+stopped = []
+
+@dataclass
+class Odd(Stage):
+    "Do at its beginning or its end what no stage should."
+    how: Literal[
+        "well", "cancelled", "exits", "tells", "stops by cancelling", "hangs at its end", "exits at its end"
+    ] = "well"
+    secret: Annotated[str, Meta(extra={"secret": True})] = "sesame-open"
+
+    async def start(self, services):
+        if self.how == "cancelled":
+            task = asyncio.create_task(asyncio.sleep(10))
+            task.cancel()
+            await task
+        if self.how == "exits":
+            sys.exit(3)
+        if self.how == "tells":
+            raise OSError(f"cannot connect to redis://:{self.secret}@host")
+        self.task = asyncio.create_task(asyncio.sleep(3600))
+
+    async def stop(self):
+        self.task.cancel()
+        if self.how == "stops by cancelling":
+            await self.task
+        if self.how == "hangs at its end":
+            await asyncio.sleep(3600)
+        if self.how == "exits at its end":
+            sys.exit(3)
+        stopped.append(self.how)
+"""
+ODD_FILES = {**FILES, "mine/odd.py": ODD, "teams/b.yaml": "match: {path_prefix: /b}\n"}
+ODD_YAML = YAML.replace("  - mark: first", "  - mark: first\n  - odd: well") + "teams: teams/*.yaml\n"
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("cancelled", "CancelledError"), ("exits", "SystemExit: 3"), ("tells", "redis://:***@host")]
+)
+async def test_whatever_a_stage_does_when_it_starts_keeps_the_old_set(
+    how: str, words: str, start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what ends other programs; and a later reload works. Its secret settings are in no message."""
+    running = await start(ODD_YAML, **ODD_FILES)
+    report = await running.reload(("odd: well", f"odd: {how}"), yaml=ODD_YAML)
+    (mistake,) = report.mistakes
+    assert words in mistake
+    assert "sesame-open" not in str(report)
+    assert await running.name() == "first"
+    report = await running.reload(("mark: first", "mark: second"), yaml=ODD_YAML)
+    assert not report.mistakes
+    assert await running.name() == "second"
+
+
+@pytest.mark.parametrize("how", ["stops by cancelling", "hangs at its end", "exits at its end"])
+async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
+    how: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its team and of other teams; and the gateway can be stopped."""
+    monkeypatch.setattr("gateway.teams._STOPPING", 0.1)
+    yaml = ODD_YAML.replace("odd: well", f"odd: {how}")
+    running = await start(yaml, **ODD_FILES)
+    await running.reload(("mark: first", "mark: second"), yaml=yaml)
+    assert await running.name() == "second"
+    events = running.gateway.events
+    await until(lambda: len([each for each in events if each["event"] == "mark stopped"]) == 2)
+    failed = [each for each in events if each["event"] == "a stage failed to stop"]
+    assert {each["team"] for each in failed} == {"default", "b"}
+    now = asyncio.Event()
+    now.set()
+    async with asyncio.timeout(5):
+        await running.gateway.server.stop(now=now)
+    assert len([each for each in events if each["event"] == "mark stopped"]) == 4
+
+
+async def test_a_pipe_that_says_nothing_does_not_keep_the_gateway(start: Start, tmp_path: Path) -> None:
+    """A file of a configuration is read in a thread that nobody waits for."""
+    running = await start()
+    os.mkfifo(tmp_path / "pipe")
+    running.path.write_text(YAML.replace("${file:key}", "${file:pipe}"))
+    reloading = asyncio.create_task(running.renewal.reload())
+    await asyncio.sleep(0.1)
+    assert not reloading.done()
+    assert await running.name() == "first"
+    reloading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reloading
+    assert [each.daemon for each in threading.enumerate() if each.name == "reading the configuration"] == [True]
+    (tmp_path / "pipe").write_text("x")  # lets the thread end
+
+
+async def test_a_worker_says_what_is_long(tmp_path: Path) -> None:
+    """More than fits between it and its supervisor, on a descriptor that does not wait: that is how loops leave it."""
+    ours, theirs = socket.socketpair()
+    line = Line(theirs.detach())
+    os.set_blocking(line._socket.fileno(), False)
+    names = {f"/etc/gateway/teams/{number:05}.yaml": "0" * 64 for number in range(20_000)}
+    said = asyncio.create_task(asyncio.to_thread(line.ready, State(Sources(names))))
+    with ours:
+        ours.setblocking(False)
+        await asyncio.sleep(0.1)
+        heard = b""
+        while not heard.endswith(b"\n"):
+            heard += await asyncio.get_running_loop().sock_recv(ours, 65536)
+        await said
+        line._socket.close()
+    assert len(json.loads(heard)["state"]["sources"]["files"]) == 20_000
+
+
+async def test_names_that_are_no_text_are_none_of_a_configuration_s(tmp_path: Path) -> None:
+    """A stray file in a folder of stages must not keep workers from saying what they read."""
+    (tmp_path / "fine.py").write_text("")
+    Path(os.fsdecode(bytes(tmp_path) + b"/\xe4.py")).write_text("")
+    sources = Sources()
+    assert [each.name for each in sources.find(tmp_path / "*.py")] == ["fine.py"]
+    json.dumps(sources.patterns).encode()
+
+
+async def test_many_who_ask_at_once_take_no_more_than_their_places(tmp_path: Path) -> None:
+    """Each of them costs a descriptor, which clients need."""
+
+    async def reload() -> Prepared:
+        await asyncio.sleep(3600)
+        raise AssertionError
+
+    async with going(reloads(tmp_path, reload)):
+        clients = []
+        for _ in range(40):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            clients.append(sock)
+            while True:
+                try:
+                    sock.connect(control._name(tmp_path / "gateway.yaml"))
+                except BlockingIOError:
+                    await asyncio.sleep(0.01)
+                else:
+                    break
+        await asyncio.sleep(0.2)
+        closed = 0
+        for sock in clients:
+            with contextlib.suppress(BlockingIOError):
+                closed += sock.recv(1) == b""
+            sock.close()
+    assert closed == 40 - 16

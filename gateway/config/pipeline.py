@@ -196,7 +196,7 @@ def check_stage(reader: Reader, entry: Entry, stage: Stage, services: Services) 
     try:
         for path, message in stage.check(services):
             reader.mistake(_place(entry, path), f"stage {entry.id!r}: {message}")
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         reader.mistake(entry.node, f"stage {entry.id!r} failed to check itself: {type(exc).__name__}: {exc}")
 
 

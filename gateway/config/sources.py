@@ -36,7 +36,8 @@ class Sources:
     def find(self, pattern: Path) -> list[Path]:
         """Return the files that a pattern has, sorted."""
         try:
-            found = sorted(glob.glob(str(pattern)))
+            # (A name that is no UTF-8 is none that a configuration could give.)
+            found = sorted(name for name in glob.glob(str(pattern)) if _is_text(name))
         except (OSError, ValueError, re.error):
             found = []
         self.patterns[os.path.abspath(pattern)] = [os.path.abspath(each) for each in found]
@@ -77,6 +78,14 @@ class Sources:
                 again.files[name] = ""
                 again.read(Path(name))
         return again
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _status(name: str) -> os.stat_result | None:

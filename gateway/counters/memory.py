@@ -40,7 +40,7 @@ class MemoryCounters:
                     known[charge.name] = record  # steps that a clock that was set back begins anew, go on
                 return Verdict(charges, (record,), now, (0,), refused=not charge.shadow)
             known[charge.name] = record = (level + charge.cost, since, inflow + charge.cost, born)
-            if len(known) > self._sweep_at or charge.name not in self._rules:
+            if self._rules.get(charge.name) is not charge.rule or len(known) > self._sweep_at:
                 self._remember(charges, now)
             return Verdict(charges, (record,), now)
         records: list[Record] = []
@@ -72,10 +72,11 @@ class MemoryCounters:
         now = self._now()
         for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
             if used is not None and used != charge.cost and verdict.holds(place):
-                rule, name = charge.rule, charge.name
-                record = rule.at(self._records.get(name, NONE), now)
+                name = charge.name
+                # By the rule that counts now: a reload may have changed it. (The name may have been forgotten, too.)
+                rule = self._rules.setdefault(name, charge.rule)
+                record = rule.passed(self._records.get(name, NONE), now)
                 self._records[name] = rule.settled(record, verdict.records[place], charge.cost, used)
-                self._rules[name] = rule  # it may have been forgotten meanwhile
 
     async def close(self) -> None:
         """Let go of nothing: there is nothing."""

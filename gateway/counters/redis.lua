@@ -19,6 +19,8 @@ local SETTLING = '<Bdddddd'  -- period, step, what comes back in it, cost, actua
 -- Seconds for which a counter of what is held at once is kept without use, and the last answer of a gateway. Counts
 -- go when they are given back, or with their gateway: the first is for what a crash of all of them leaves.
 local DAYS_OF_HOLDING, LAST_WORDS = 86400, 600
+-- For how many seconds at most a caller has to make up for what was used above its limit.
+local OWED = 600
 -- What a key may live at most, in milliseconds: ten years. (Redis refuses what it cannot add to its clock.)
 local LONGEST = 315360000000
 
@@ -149,6 +151,9 @@ local function take(order, first)
             since, inflow = 0, 0
         else
             level, since, inflow, born = used(key, period, step, per_step)
+            if period == MINUTE then
+                level = math.min(level, most + OWED * per_step / step)  -- see Rule.at
+            end
         end
         local over = cost ~= 0 and level + cost > most  -- nothing always has room
         refused = refused or (over and shadow == 0)

@@ -21,7 +21,7 @@ from gateway.counters import CountersUnavailable
 from gateway.counters.orders import answers, key, settle_order, take_order
 from gateway.counters.place import RedisPlace
 from gateway.counters.refusals import Refusals
-from gateway.counters.rules import Charge, Verdict
+from gateway.counters.rules import Charge, Rule, Verdict
 from gateway.counters.script import SCRIPT, Script
 from gateway.counters.timer import Timer, within
 from gateway.logs import get_logger, masked
@@ -38,6 +38,8 @@ _CONNECT = 3.0
 _TAKES, _SETTLES = 100, 200
 # How many settlements are kept for a Redis that is away, and for how many seconds.
 _KEPT, _KEPT_FOR = 50_000, 3600.0
+# How many names' rules are remembered.
+_KNOWN = 50_000
 # How long `close` waits for the last settlements, in seconds.
 _LAST_WORDS = 2.0
 
@@ -79,6 +81,7 @@ class RedisCounters:
         self._gateways = f"{place.keys}gateways".encode()
         self._last = f"{place.keys}last:{self._me.decode()}".encode()
         self._refusals = Refusals()
+        self._rules: dict[str, Rule] = {}  # of what was taken last: by them it is settled, also after a reload
         self._takes: deque[_Take] = deque()
         self._settles: deque[_Settle] = deque(maxlen=_KEPT)
         self._asked = asyncio.Event()
@@ -96,6 +99,11 @@ class RedisCounters:
             return known
         if self._away_since is not None or self._closing.is_set():
             raise CountersUnavailable(f"{self.place} is away")
+        for charge in charges:
+            if self._rules.get(charge.name) is not charge.rule:
+                if len(self._rules) >= _KNOWN:
+                    self._rules.clear()
+                self._rules[charge.name] = charge.rule
         keys = [key(self.place.keys, charge) for charge in charges]
         take = _Take(charges, keys, take_order(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
@@ -123,6 +131,7 @@ class RedisCounters:
             if used is None or used == charge.cost or not verdict.holds(place):
                 continue
             self._refusals.forget(charge.name)
+            charge = Charge(charge.name, self._rules.get(charge.name, charge.rule), charge.cost)  # noqa: PLW2901
             order = settle_order(charge, verdict.records[place], used)
             self._settles.append(_Settle(key(self.place.keys, charge), order, now))
         if self._settles:

@@ -21,6 +21,8 @@ Period: TypeAlias = Literal["minute", "day", "month", "at_once"]
 # What was used in a minute comes back in steps of at most so many seconds, as Azure counts its own limits: between
 # two steps a caller gets exactly its limit, however long its requests take to arrive.
 STEP = 10.0
+# For how many seconds at most a caller has to make up for what was used above its limit.
+_OWED = 600.0
 # What is held at once is thought to end within so many seconds, where nothing else tells.
 _HELD = 86_400.0
 # Of a step, so that seconds since the epoch, which doubles have to a quarter of a microsecond, still make it whole.
@@ -44,7 +46,7 @@ class Rule:
     limit's rate. A day and a month are those of the calendar, in UTC. `at_once` counts what is held at one time.
     """
 
-    __slots__ = ("_end", "_start", "burst", "limit", "most", "per_step", "period", "size", "step")
+    __slots__ = ("_end", "_most_owed", "_start", "burst", "limit", "most", "per_step", "period", "size", "step")
 
     def __init__(self, limit: int, period: Period, burst: int | None = None) -> None:
         self.limit = limit
@@ -57,13 +59,25 @@ class Rule:
         self.step = min(STEP, self.size / rate)
         """Of a minute's limit, the seconds from one step to the next, and `per_step` what comes back in it."""
         self.per_step = self.step * rate
+        self._most_owed = self.most + _OWED * rate
         self._start = self._end = 0.0  # of the day or month at hand
 
     def __repr__(self) -> str:
         return f"Rule({self.limit}, {self.period!r}, {self.burst})"
 
     def at(self, record: Record, now: float) -> Record:
-        """Return what becomes of a record by `now`, in seconds since the epoch."""
+        """Return what becomes of a record by `now`, in seconds since the epoch, for whoever asks for room.
+
+        What is owed for more than ten minutes is forgiven: a limit that was lowered must not keep its callers out for
+        hours.
+        """
+        record = self.passed(record, now)
+        if self.period == "minute" and record[0] > self._most_owed:
+            return self._most_owed, record[1], record[2], record[3]
+        return record
+
+    def passed(self, record: Record, now: float) -> Record:
+        """Return what becomes of a record as time passes."""
         level, since, inflow, born = record
         if self.period == "minute":
             if level <= 0:  # the first use begins the steps; what was held before has drained, and is not given back

@@ -1,7 +1,8 @@
 """Counters that the workers of one machine share: a table in memory that all of them map.
 
 Rule 1: the table is only touched under its lock, which the kernel takes away from a process that dies.
-Rule 2: nothing waits under the lock; it is held for some microseconds.
+Rule 2: nothing waits under the lock, which is held for some microseconds, and nobody waits long for it: it may be held
+by a process that was stopped. What was to be settled then is settled later.
 Rule 3: what a worker holds at once is counted as that worker's, so that it is nobody's any more when it is gone.
 """
 
@@ -14,16 +15,20 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from fcntl import LOCK_EX, LOCK_UN, lockf
+from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, lockf
 from hashlib import blake2b
+from pathlib import Path
 
+from gateway.counters import CountersUnavailable
 from gateway.counters.rules import NONE, Charge, Record, Rule, Verdict
+from gateway.errors import StartError
 from gateway.logs import get_logger
 
 __all__ = ("SharedCounters", "make_table")
 
-# A worker's place in the head of the table: its process, and how many workers have had the place before it.
-_PLACE = struct.Struct("=II")
+# A worker's place in the head of the table: its process, how many workers have had the place before it, and when the
+# process began, by which it is told from a later one of the same number.
+_PLACE = struct.Struct("=IIQ")
 _PLACES = 256
 _HEAD = _PLACE.size * _PLACES
 # A row: the digest of a name, its record, and when nothing of it will be left.
@@ -33,6 +38,8 @@ _SIZE = _HEAD + _ROW.size * _ROWS
 _FREE = bytes(16)
 # Of the rows in which a name may be, the first is by its digest.
 _TRIED = 32
+# How long, in seconds, the lock is waited for, and for how long nobody waits for it after that.
+_PATIENCE, _STUCK = 0.02, 1.0
 # How many names' rows are remembered by each process.
 _KNOWN = 50_000
 
@@ -58,6 +65,9 @@ class SharedCounters:
         os.set_inheritable(descriptor, False)  # a stage's own child processes have no business with it
         self._table = mmap.mmap(descriptor, _SIZE)
         self._known: dict[str, tuple[int, bytes]] = {}
+        self._rules: dict[str, Rule] = {}  # of what was taken last: by them it is settled, also after a reload
+        self._waiting: list[tuple[Verdict, Sequence[float | None]]] = []  # to be settled, when the lock can be had
+        self._stuck_until = 0.0
         self._full = False  # it was said that the table is
         lockf(descriptor, LOCK_EX)
         try:
@@ -66,16 +76,19 @@ class SharedCounters:
             lockf(descriptor, LOCK_UN)
 
     async def take(self, charges: Sequence[Charge]) -> Verdict:
-        """Take all charges, or, where one has no room, none."""
+        """Take all charges, or none. Raises CountersUnavailable where the table cannot be locked for now."""
         now = self._now()
         found: list[tuple[int, bytes, str]] = []
         records: list[Record] = []
         over: list[int] = []
         refused = False
-        lockf(self._descriptor, LOCK_EX)
+        if not self._lock():
+            raise CountersUnavailable("another worker holds the table of counters")
         try:
             for place, charge in enumerate(charges):
                 rule = charge.rule
+                if self._rules.get(charge.name) is not rule:
+                    self._learn(charge)
                 name = charge.name if rule.period != "at_once" else self._own(charge.name)
                 row, digest, record = self._find(name)
                 found.append((row, digest, name))
@@ -104,23 +117,58 @@ class SharedCounters:
         if verdict.settled:
             return
         verdict.settled = True
-        now = self._now()
-        lockf(self._descriptor, LOCK_EX)
+        if not self._lock():
+            self._waiting.append((verdict, actual))
+            return
         try:
-            for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
-                if used is not None and verdict.holds(place):
-                    rule = charge.rule
-                    name = charge.name if rule.period != "at_once" else self._own(charge.name)
-                    row, digest, record = self._find(name)
-                    record = rule.settled(rule.at(record, now), verdict.records[place], charge.cost, used)
-                    self._put(row, digest, name, rule, record, now)
+            self._settle(verdict, actual)
         finally:
             lockf(self._descriptor, LOCK_UN)
 
+    def _settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+        now = self._now()
+        for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
+            if used is not None and verdict.holds(place):
+                rule = self._rules.get(charge.name, charge.rule)
+                name = charge.name if rule.period != "at_once" else self._own(charge.name)
+                row, digest, record = self._find(name)
+                record = rule.settled(rule.passed(record, now), verdict.records[place], charge.cost, used)
+                self._put(row, digest, name, rule, record, now)
+
+    def _learn(self, charge: Charge) -> None:
+        if len(self._rules) >= _KNOWN:
+            self._rules.clear()
+        self._rules[charge.name] = charge.rule
+
+    def _lock(self) -> bool:
+        """Lock the table; False where that takes longer than a request may be kept waiting for it."""
+        try:
+            lockf(self._descriptor, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < self._stuck_until or not self._lock_soon():
+                return False
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for verdict, actual in waiting:
+                self._settle(verdict, actual)
+        return True
+
+    def _lock_soon(self) -> bool:
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until:
+            try:
+                lockf(self._descriptor, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0)
+            else:
+                return True
+        self._stuck_until = time.monotonic() + _STUCK
+        return False
+
     async def close(self) -> None:
         """Give up the worker's place, and what it held with it."""
-        lockf(self._descriptor, LOCK_EX)
-        _PLACE.pack_into(self._table, self._place * _PLACE.size, 0, self._number)
+        if self._lock():
+            _PLACE.pack_into(self._table, self._place * _PLACE.size, 0, self._number, 0)
         self._table.close()
         os.close(self._descriptor)
 
@@ -130,15 +178,15 @@ class SharedCounters:
         """Take a place that is nobody's; those of processes that are gone become nobody's."""
         mine = None
         for place in range(_PLACES):
-            pid, number = _PLACE.unpack_from(self._table, place * _PLACE.size)
-            if pid and not _alive(pid):
+            pid, number, began = _PLACE.unpack_from(self._table, place * _PLACE.size)
+            if pid and _began(pid) != began:
                 pid = 0
-                _PLACE.pack_into(self._table, place * _PLACE.size, 0, number)
+                _PLACE.pack_into(self._table, place * _PLACE.size, 0, number, 0)
             if not pid and mine is None:
                 mine = place, number + 1
         if mine is None:
-            raise RuntimeError(f"there are more than {_PLACES} workers")
-        _PLACE.pack_into(self._table, mine[0] * _PLACE.size, os.getpid(), mine[1])
+            raise StartError(f"there are more than {_PLACES} workers, old ones that drain included")
+        _PLACE.pack_into(self._table, mine[0] * _PLACE.size, os.getpid(), mine[1], _began(os.getpid()))
         return mine
 
     def _own(self, name: str) -> str:
@@ -149,7 +197,7 @@ class SharedCounters:
         """Return how much is held at once under a name by all workers that there are."""
         held = 0.0
         for place in range(_PLACES):
-            pid, number = _PLACE.unpack_from(self._table, place * _PLACE.size)
+            pid, number, _ = _PLACE.unpack_from(self._table, place * _PLACE.size)
             if pid:
                 held += self._find(f"{name}\x1f{place}\x1f{number}")[2][0]
             elif not number:
@@ -214,11 +262,22 @@ def _tried(digest: bytes) -> Iterator[int]:
         yield _HEAD + (first + step) % _ROWS * _ROW.size
 
 
-def _alive(pid: int) -> bool:
+def _began(pid: int) -> int:
+    """Return when a process began, in ticks since the machine did (proc(5)); 0 where it is gone, or has ended.
+
+    Where the system does not tell, 1 for every process that there is.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")
+    except OSError:
+        if os.path.isdir("/proc/self"):
+            return 0
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return 0
+        except PermissionError:
+            pass
+        return 1
+    state, *fields = text.rpartition(")")[2].split()
+    return 0 if state in "ZX" else int(fields[18])

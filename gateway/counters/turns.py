@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gateway.counters.rules import Charge, Verdict
+from gateway.counters.rules import Charge, Rule, Verdict
 
 if TYPE_CHECKING:
     from gateway.counters import Counters
@@ -38,15 +38,13 @@ class Turns:
         """
         if not wait:
             return await self.store.take(charges)
-        # (What costs nothing always has room, and what is too much never has: neither waits.)
-        waiting = [self._queues[each.name] for each in charges if each.cost and each.name in self._queues]
-        queue = waiting[0] if waiting and not any(each.cost > each.rule.size for each in charges) else None
+        queue = self._ahead(charges) if self._queues else None
         verdict = None
         if queue is None:
             verdict = await self.store.take(charges)
             if not verdict.refused or verdict.fullest()[1] == math.inf:
                 return verdict
-            queue = self._queue(verdict.fullest()[0])
+            queue = self._queue_for(verdict)
         waiter = _Waiter(charges, who, verdict, queue)
         queue.add(waiter)
         try:
@@ -83,11 +81,26 @@ class Turns:
     def _give_back(self, verdict: Verdict) -> None:
         self.settle(verdict, [0.0] * len(verdict.charges))
 
-    def _queue(self, name: str) -> _Queue:
-        if name not in self._queues:
+    def _ahead(self, charges: Sequence[Charge]) -> _Queue | None:
+        """Return the queue of those who came before for the same, if there is one.
+
+        What costs nothing always has room, and what is too much never has: neither waits. Nor does who comes with
+        another rule than those who wait, since a reload.
+        """
+        if any(each.cost > each.rule.size for each in charges):
+            return None
+        queues = ((self._queues.get(each.name), each.rule) for each in charges if each.cost)
+        return next((queue for queue, rule in queues if queue is not None and queue.rule is rule), None)
+
+    def _queue_for(self, verdict: Verdict) -> _Queue:
+        """Return the queue for what is full."""
+        name, _ = verdict.fullest()
+        queue = self._queues.get(name)
+        if queue is None:
             queue = self._queues[name] = _Queue()
             queue.task = asyncio.create_task(self._serve(name, queue), name=f"waiting for {name}")
-        return self._queues[name]
+        queue.rule = next(each.rule for each in verdict.charges if each.name == name)
+        return queue
 
     async def _serve(self, name: str, queue: _Queue) -> None:
         """Try whose turn it is, until nobody waits."""
@@ -134,7 +147,7 @@ class Turns:
                 break  # nobody overtakes
             # It waits for what is really full, in turn with those who do.
             queue.remove(waiter)
-            waiter.queue = self._queue(full)
+            waiter.queue = self._queue_for(verdict)
             waiter.queue.add(waiter)
         return pause or _LONGEST
 
@@ -158,6 +171,8 @@ class _Queue:
     """Those who wait for room under one name: each caller's requests, and the callers in the order of their turns."""
 
     task: asyncio.Task[None]
+    rule: Rule
+    """By which the last of them came."""
 
     def __init__(self) -> None:
         self.callers: OrderedDict[str, deque[_Waiter]] = OrderedDict()
