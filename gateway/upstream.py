@@ -31,6 +31,10 @@ from gateway.wire import Answer, Wire
 
 __all__ = ("Upstream",)
 
+# How large a body, in bytes, may be that nobody has read, for its stream to be asked for its usage. A larger one, of
+# which the path names the deployment, streams through, and what it uses is made out from the answer.
+_ASKED_FOR = 1024 * 1024
+
 
 class Upstream:
     """Asks Azure. Call it with a request: it is the end of the pipeline."""
@@ -84,8 +88,8 @@ class Upstream:
             body = request._body.as_it_came()
         watch, hides = None, False
         if exchange.meter is not None and operation.name in METERED:
-            if not isinstance(body, bytes) and operation.name in PROMPTED:
-                body = await request._body.read()
+            if not isinstance(body, bytes) and operation.name in PROMPTED and 0 < (body.length or 0) <= _ASKED_FOR:
+                body = await body.read()
             kept = body if isinstance(body, bytes) else None
             if kept is not None and operation.name in STREAMED:
                 asking = with_usage_asked(kept, target.api_version or "")

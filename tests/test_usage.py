@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -365,3 +366,21 @@ def test_a_meter_that_saw_nothing_knows_nothing() -> None:
     assert meter.usage(abandoned=True) is None
     meter.watch("chat.completions", b"{}", None)
     assert meter.usage(abandoned=True) is None
+
+
+@pytest.mark.parametrize(("size", "source"), [(100_000, "reported"), (2_000_000, "estimated")])
+async def test_a_body_of_which_nobody_asks_the_model_is_metered(
+    size: int, source: str, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """Azure's own path names the deployment; a large one streams through, and is not asked for its stream's usage."""
+    gateway = await start_gateway(azure.endpoint)
+    body = {"messages": [{"role": "user", "content": "x" * size}], "stream": True}
+    path = "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
+    sent = io.BytesIO(json.dumps(body).encode())
+    headers = {"content-type": "application/json"}
+    async with gateway.post(path, None, data=sent, headers=headers) as answer:
+        assert b'"usage"' not in await answer.read()
+    await gateway.idle()
+    (event,) = gateway.exchanges()
+    assert event["usage_source"] in (source, "counted" if source == "estimated" else source)
+    assert event["output_tokens"] == (3 if source == "reported" else count_tokens("Hello there!", "gpt-4o")[0])
