@@ -22,6 +22,7 @@ TESTED_ELSEWHERE = {
     "__init__": "the public API, pinned here",
     "__main__": "one line, run by test_cli",
     "version": "one line, read by test_cli",
+    "answer_text": "a part of test_usage",
     "memory": "a part of test_counters",
     "rules": "a part of test_counters",
     "shared": "a part of test_counters",

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Next, Outcome, Request, Response, Stage, UpstreamError
+from gateway.azure import BY_NAME
 from gateway.testing import FakeAzure, post, send
 from gateway.tokens import count_tokens, load_encodings, prompt_tokens
-from gateway.usage import Meter, Usage, Watch
+from gateway.usage import METERED, PROMPTED, UNTOLD, Meter, Usage, Watch
 from tests.chunks import event as sse
 from tests.conftest import CHAT, RawUpstream, StartGateway, until
 
@@ -384,3 +385,9 @@ async def test_a_body_of_which_nobody_asks_the_model_is_metered(
     (event,) = gateway.exchanges()
     assert event["usage_source"] in (source, "counted" if source == "estimated" else source)
     assert event["output_tokens"] == (3 if source == "reported" else count_tokens("Hello there!", "gpt-4o")[0])
+
+
+def test_what_is_metered_are_operations() -> None:
+    """By their names in the table; what tells nothing, but for runs that stream, is not among what has a prompt."""
+    assert set(BY_NAME) >= METERED | UNTOLD
+    assert not UNTOLD & PROMPTED

@@ -231,3 +231,18 @@ async def test_two_keys_live_side_by_side(start_gateway: StartGateway, azure: Fa
             assert answer.status == 200
     await gateway.idle()
     assert [each["caller"] for each in gateway.exchanges()] == ["ann", "ann"]
+
+
+async def test_another_team_s_key_is_as_wrong_as_any(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """The answer does not tell that it is somebody's."""
+    yaml = YAML.replace("pipeline:", "teams: teams/*.yaml\npipeline:")
+    files = {
+        f"teams/{name}.yaml": f"match: {{path_prefix: /{name}, keys: ['{key_digest('K-' + name)}']}}\n" for name in "xy"
+    }
+    gateway = await start_gateway(azure.endpoint, yaml, files)
+    answers = []
+    for key in ("K-y", "K-nobody"):
+        async with gateway.post("/x/v1/chat/completions", key=key) as answer:
+            answers.append((answer.status, await answer.text(), answer.headers.get("www-authenticate")))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == 401
