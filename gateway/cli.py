@@ -37,6 +37,7 @@ gateway: nothing is configured. Do one of these:
                                       AZURE_OPENAI_API_VER=2024-10-21
   gateway serve --config gateway.yaml your own configuration (or GATEWAY_CONFIG=gateway.yaml)
   gateway check gateway.yaml          whether that file is right
+  gateway reload gateway.yaml         let the gateway that runs with it take a change over
   gateway demo                        no Azure at all: in front of a fake one, to try it
 """
 
@@ -123,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Let the gateway that runs here with this configuration read it anew, and print what has changed, "
         "or every mistake (status 1), for which it keeps the one at hand. The same as SIGHUP, with an answer.",
     )
-    reload.add_argument("-c", "--config", metavar="FILE", type=Path, help=where)
+    reload.add_argument("path", metavar="FILE", type=Path, nargs="?", help=where)
+    reload.add_argument("-c", "--config", metavar="FILE", type=Path, help="the same")
     reload.set_defaults(run=_reload)
 
     check = commands.add_parser(
@@ -144,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--team", metavar="NAME", required=True, help="whose key it will be: the name of the team's file")
     new.add_argument("--label", metavar="TEXT", help="who will have it, for logs and limits")
-    new.add_argument("--expires", metavar="DAYS|DATE", help="days from now (90), or its last day (2027-01-31)")
+    expires = "in so many days (90), or on its last day (2027-01-31); never if it is left out"
+    new.add_argument("--expires", metavar="DAYS|DATE", help=expires)
     new.set_defaults(run=_new_key)
     digest = keys.add_parser(
         "digest",
@@ -301,7 +304,7 @@ def _reload(options: argparse.Namespace) -> int:
     from gateway import control  # noqa: PLC0415
 
     try:
-        report = control.ask(_config_path(options.config))
+        report = control.ask(_config_path(options.config or options.path))
     except control.NobodyThere as exc:
         print(f"gateway: {exc}", file=sys.stderr)
         return 1
@@ -353,16 +356,21 @@ def _print_notes(notes: Sequence[Mistake]) -> None:
 
 
 def _new_key(options: argparse.Namespace) -> int:
+    from gateway.config.nodes import NAME  # noqa: PLC0415
     from gateway.keys import key_digest, new_key  # noqa: PLC0415
 
+    if not NAME.fullmatch(options.team):
+        raise StartError(f"--team: {options.team!r} cannot be a team's name: letters, digits, _ . -")
+    if options.label == "":
+        raise StartError("--label is empty; leave it out for a key that is known by its digest")
     today = datetime.datetime.now(datetime.UTC).date()
     key = new_key()
     facts = {"digest": key_digest(key), "label": options.label, "created": str(today)}
     facts["expires"] = _last_day(options.expires, today) if options.expires is not None else None
     line = ", ".join(f"{name}: {json.dumps(text, ensure_ascii=False)}" for name, text in facts.items() if text)
     where = "gateway.yaml" if options.team == "default" else f"the team's file, {options.team}.yaml"
-    print(f"{key}\n\nThis is the key; it is shown only now. It works once this line stands in {where}:\n")
-    print(f"match:\n  keys:\n    - {{{line}}}")
+    print(f"{key}\n\nThis is the key; it is shown only now. It works once this stands in {where}")
+    print(f"(where there are keys already, add its last line to them):\n\nmatch:\n  keys:\n    - {{{line}}}")
     return 0
 
 

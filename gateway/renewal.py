@@ -38,6 +38,7 @@ class Renewal:
     def __init__(self, server: Server, loaded: Loaded, load: Callable[[Shared, Sources], Loaded]) -> None:
         self._server = server
         self._loaded = loaded
+        self._listen = loaded.settings.listen
         self._load = load
         self._ready: tuple[Loaded, Generation] | None = None
 
@@ -81,7 +82,7 @@ class Renewal:
             return Prepared(Report(same=True), _state(old))
         changes = await _aside(lambda: diff(old, new))
         notes = []
-        if new.settings.listen != old.settings.listen:
+        if new.settings.listen not in (old.settings.listen, self._listen):
             notes.append(f"listen: the gateway listens on {self._server.address} until it is restarted")
         _use(new.log, old.log)  # before the stages start: they keep their loggers
         try:

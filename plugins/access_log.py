@@ -16,6 +16,7 @@ class AccessLog(Stage):
     An error that is the gateway's own has its words as `reason`; what is no operation has its method and path;
     `counts` has what stages did to the answer, such as repairs. Tokens are those that Azure reports; where it does
     not, because an answer broke off or its client left, they are made out from what was seen: `usage_source` says so.
+    `cost` is what they cost by `prices`.
     Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
     """
 
@@ -31,6 +32,7 @@ class AccessLog(Stage):
 
     async def start(self, services: Services) -> None:
         self._logger = services.logger
+        self._prices = services.prices
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         def log(outcome: Outcome) -> None:
@@ -54,6 +56,9 @@ class AccessLog(Stage):
             if (used := outcome.usage) is not None and self.usage:
                 facts["input_tokens"], facts["output_tokens"] = used.input_tokens, used.output_tokens
                 facts["usage_source"] = used.source
+                price = self._prices.of(str(request.notes.get("model", ""))) if self._prices else None
+                if price is not None:
+                    facts["cost"] = price.cost(used) / 1_000_000
                 for name in DETAILS:
                     if amount := getattr(used, name):
                         facts[name] = amount

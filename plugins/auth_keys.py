@@ -21,10 +21,8 @@ class AuthKeys(Stage):
     def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
         # The default team may well have none, where it is only there for requests that are no team's.
         if not services.keys and not services.claims and (services.team != "default" or services.teams == 1):
-            yield (
-                (),
-                f"this team has no keys and no claims, so nobody could use it: gateway keys new --team {services.team}",
-            )
+            has_none = f"team {services.team!r} has no keys and no claims, so nobody could use it"
+            yield (), f"{has_none}: gateway keys new --team {services.team}"
 
     async def start(self, services: Services) -> None:
         self._keys = services.keys
@@ -40,7 +38,11 @@ class AuthKeys(Stage):
         if listed is None or not listed.is_of(key):
             self._admit_member(request, key)
             return await call_next(request)
-        request.caller = listed.label or listed.digest
+        if listed.label is not None:
+            request.caller = listed.label
+            request.notes["key"] = listed.digest[:15]  # which of those of one label
+        else:
+            request.caller = listed.digest
         if listed.disabled:
             raise refusal(request, "disabled key")
         if listed.expires is not None and self._now() >= listed.expires:

@@ -1,6 +1,5 @@
 """`rate_limit`: how much a key, a team, a model or an address may use."""
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ KINDS: dict[str, tuple[Literal["minute", "day", "month", "at_once"], str]] = {
     "in_flight": ("at_once", "slots"),
 }
 MILLION = 1_000_000
+HEADERS = [f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")]
 # How many callers' charges are kept made.
 CALLERS = 10_000
 
@@ -92,13 +92,13 @@ class Entry:
         amount = getattr(limit, kind)
         self.dimensions = limit.dimensions
         self.shadow = limit.shadow
-        self.name = f"{kind} per {' and '.join(self.dimensions)}"
+        self.name = f"{stage}: {kind} {amount:,} per {' and '.join(self.dimensions)}"
         burst = {"requests_per_minute": limit.burst, "tokens_per_minute": limit.token_burst}.get(kind)
         self.rule = Rule(round(amount * MILLION) if self.unit == "spend" else amount, period, burst)
         self.limit = str(amount)
         self.note = {"requests": "ratelimit_remaining", "tokens": "ratelimit_remaining_tokens"}.get(self.unit)
         self.error_type = {"tokens": "tokens", "spend": "insufficient_quota"}.get(self.unit, "requests")
-        self._prefix = f"{stage}:{kind}:{'+'.join(self.dimensions)}:"
+        self._prefix = f"{stage}:{'shadow:' if limit.shadow else ''}{kind}:{'+'.join(self.dimensions)}:"
         self._whose = f"this {' and this '.join(self.dimensions)}"
         self._amount = f"{amount:,}"
         self._period = {"minute": "per minute", "day": "per day", "month": "per month"}.get(period, "")
@@ -119,15 +119,15 @@ class Entry:
         if self.unit == "requests":
             return f"the limit of {self._amount} requests {self._period} for {self._whose} is used up; {again}"
         if self.unit == "spend":
-            may_spend = f"{self._whose} may spend {self._amount} {self._period}, and not enough of it is left"
-            return f"{may_spend}; {again or 'it never is for a request as large as this one'}"
-        may_use = f"this request may use {cost:,.0f} tokens"
+            may_use, left_over = f"this request may cost {cost / MILLION:,.4g}", f"{left / MILLION:,.4g} is left"
+        else:
+            may_use, left_over = f"this request may use {cost:,.0f} tokens", f"{left:,} are left"
+        smaller = "send a shorter prompt, or ask for less with max_tokens"
         if not again:
-            return (
-                f"{may_use}, more than {self._whose} may use at once of {self._amount} {self._period}; "
-                "send a shorter prompt, or ask for less with max_tokens"
-            )
-        return f"{may_use}, and {left:,} are left of the {self._amount} {self._period} for {self._whose}; {again}"
+            return f"{may_use}, more than {self._whose} may use at once of {self._amount} {self._period}; {smaller}"
+        return (
+            f"{may_use}, and {left_over} of the {self._amount} {self._period} for {self._whose}; {smaller}, or {again}"
+        )
 
 
 Made = tuple[list[Entry], list[Charge]]
@@ -182,7 +182,7 @@ class RateLimit(Limit, Stage):
     def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
         if not any(each.kinds for each in self._all):
             yield (), f"there is nothing to limit; set {', '.join(list(KINDS)[:-1])} or in_flight"
-        seen: set[tuple[str, tuple[Per, ...]]] = set()
+        seen: set[tuple[str, tuple[Per, ...], bool]] = set()
         for place, each in enumerate(self._all):
             path: tuple[str | int, ...] = () if each is self else ("limits", place - 1)
             if each is not self and not each.kinds:
@@ -195,20 +195,25 @@ class RateLimit(Limit, Stage):
             for kind in each.kinds:
                 if KINDS[kind][1] == "spend" and not services.prices:
                     yield (*path, kind), "what is spent is not known without `prices:` in gateway.yaml"
-                if (kind, each.dimensions) in seen:
-                    yield (*path, kind), f"there is a limit of {kind} per {' and '.join(each.dimensions)} already"
-                seen.add((kind, each.dimensions))
+                if (kind, each.dimensions, each.shadow) in seen:
+                    already = f"there is a limit of {kind} per {' and '.join(each.dimensions)} already"
+                    yield (*path, kind), f"{already}; a second one is a stage of its own: rate_limit as another_id"
+                seen.add((kind, each.dimensions, each.shadow))
 
     async def start(self, services: Services) -> None:
         self._counters = services.counters
+        self._clock = services.clock
         self._prices = services.prices
         self._entries = [Entry(self.id, each, kind) for each in self._all for kind in each.kinds]
         units = {entry.unit for entry in self._entries}
         self._estimates = bool(units & {"tokens", "spend"})
         if self._estimates:
             await services.prepare_tokens()
-        with contextlib.suppress(CountersUnavailable):
+        try:
             await self._counters.take([])  # a store that is elsewhere is connected to now, not by the first request
+        except CountersUnavailable as exc:
+            then = "requests pass uncounted" if self.on_error == "open" else "requests are refused with 503"
+            services.logger.warning("limits cannot be counted now", reason=str(exc), consequence=then)
         self._settles = units != {"requests"}
         self._spends = "spend" in units
         self._holds_tokens = any(each.unit in ("tokens", "spend") and not each.shadow for each in self._entries)
@@ -225,22 +230,28 @@ class RateLimit(Limit, Stage):
             if self._holds_tokens:
                 self._refuse_untold(request)
             charges = self._with_costs(entries, charges, await request.expected_tokens(), model)
+        begun = self._clock() if self.wait else 0.0
         try:
             verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
         except CountersUnavailable:
             if self.on_error == "open":
                 request.count("unlimited")
-                return await call_next(request)
+                response = await call_next(request)
+                for name in HEADERS:  # Azure's own are all teams' together
+                    response.headers.remove(name)
+                return response
             raise ApiError(
                 503,
                 "limits cannot be counted now, and no request passes without; try again in a moment",
                 code="limits_unavailable",
                 headers={"retry-after": "1"},
             ) from None
+        if self.wait and (waited := self._clock() - begun) > 0.001:
+            request.notes["waited_ms"] = round(waited * 1000, 1)
         if verdict.over:
-            self._note_shadows(request, entries, verdict)
             if verdict.refused:
                 raise self._refusal(request, entries, verdict)
+            self._note_shadows(request, entries, verdict)
         if self._settles:
             request.defer(lambda outcome: self._settle(entries, verdict, model, outcome))
         response = await call_next(request)

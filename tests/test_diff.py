@@ -56,7 +56,7 @@ def loaded(folder: Path, yaml: str = YAML, **files: str) -> Loaded:
         ("", "", []),
         ("\nlisten", "\n# more\nlisten", []),
         ("8080", "9090", ["listen: 127.0.0.1:8080 -> 127.0.0.1:9090"]),
-        ("listen:", "store: redis://:hush@one\nlisten:", ["store: Redis added"]),
+        ("listen:", "store: redis://:hush@one\nlisten:", ["store: Redis at one:6379 added"]),
         ("listen:", "timeouts: {grace: 5}\nlisten:", ["timeouts.grace: 30.0 -> 5.0"]),
         ("listen:", "log: {level: debug}\nwatch: false\nlisten:", ["log.level: info -> debug", "watch: true -> false"]),
         ("listen:", "trusted_proxies: [10.0.0.0/8]\nlisten:", ["trusted_proxies: [] -> [10.0.0.0/8]"]),
@@ -111,9 +111,9 @@ def test_teams_come_and_go_and_are_found_otherwise(tmp_path: Path) -> None:
     )
     assert diff(before, after) == [
         "team new: added",
-        f"team sales: match.keys {key_digest('a')[:15]}: listed removed",
+        f"team sales: match.keys {key_digest('a')[:15]}: good removed",
         "team sales: match.host: [x.test] added",
-        f"team sales: match.keys ann ({key_digest('b')[:15]}): listed added",
+        f"team sales: match.keys ann ({key_digest('b')[:15]}): good added",
         f"team sales: match.keys {key_digest('c')[:15]}: disabled added",
     ]
     assert diff(after, before)[0] == "team new: removed"
@@ -147,11 +147,11 @@ def test_long_values_and_many_changes_are_bounded(tmp_path: Path) -> None:
 
 
 def test_another_store_is_a_change(tmp_path: Path) -> None:
-    """Of which nothing is told but that it is another, or how it is reached."""
+    """Of which user and password are not told."""
     texts = ["redis://:hush@one", "redis://:sesame@one", "rediss://:sesame@two"]
     made = [loaded(tmp_path, YAML.replace("listen:", f"store: {text}\nlisten:")) for text in texts]
-    assert diff(made[0], made[1]) == ["store: Redis -> Redis (changed)"]
-    assert diff(made[1], made[2]) == ["store: Redis -> Redis over TLS"]
+    assert diff(made[0], made[1]) == ["store: Redis at one:6379 -> Redis at one:6379 (changed)"]
+    assert diff(made[1], made[2]) == ["store: Redis at one:6379 -> Redis over TLS at two:6379"]
 
 
 def test_prices_and_issuers_are_told_of(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -37,10 +38,11 @@ pipeline: [auth_passthrough, model_map, api_version]
     ],
 )
 def test_urls_that_name_a_redis(text: str, expected: dict[str, object]) -> None:
-    """Of each kind, with what a password may hold in percent escapes; and what is shown of it is nothing of the URL."""
+    """Of each kind, with what a password may hold in percent escapes; neither is shown."""
     place = RedisPlace.parse(text)
     assert place == RedisPlace(**expected)  # type: ignore[arg-type] # of several types
-    assert str(place) == ("Redis over TLS" if place.tls else "Redis")
+    assert str(place).startswith("Redis over TLS at " if place.tls else "Redis at ")
+    assert not {place.user, place.password} & set(re.split("[ @:]", str(place)))
     assert not place.password or place.password not in repr(place)
 
 
@@ -97,9 +99,9 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
     assert dataclasses.astuple(loaded.store) == (
         "redis.example", 6379, None, 0, "u", "sesame", True, tmp_path / "ca.pem", True, 0.5, "house",
     )  # fmt: skip
-    assert "limits are counted in a Redis cluster over TLS\n" in show(loaded)
+    assert "limits are counted in a Redis cluster over TLS at redis.example:6379\n" in show(loaded)
     assert "sesame" not in show(loaded)
-    assert "redis.example" not in show(loaded)
+    assert "u:" not in show(loaded)
     loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("STORE", "redis://redis")}))
     assert loaded.store == RedisPlace("redis")
     loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("store: STORE", "")}))

@@ -6,12 +6,13 @@ Both are flattened into `path -> what is shown, what is compared`: a secret is s
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
 
 from gateway.config.load import Loaded
-from gateway.config.show import kind_of, shown
+from gateway.config.show import is_default, kind_of, shown
 from gateway.fields import is_secret, settings_of, unwrap
 from gateway.teams import Team
 
@@ -91,7 +92,7 @@ def _of_team(old: Team, new: Team) -> Iterator[str]:
             given = {
                 f"{name}.{key}": value
                 for key, (kind, field) in settings_of(type(after[name])).items()
-                if not _is_default(getattr(after[name], key), field)
+                if not is_default(getattr(after[name], key), field)
                 for value in [(_text(getattr(after[name], key), kind), None)]
             }
             yield from _changes({}, given)
@@ -141,7 +142,8 @@ def _team(team: Team) -> Iterator[tuple[str, _Value]]:
             for key in value:
                 # A digest is no secret; its beginning tells keys of one label apart.
                 name = f"{key.label} ({key.digest[:15]})" if key.label else key.digest[:15]
-                state = "disabled" if key.disabled else "expires" if key.expires is not None else "listed"
+                until = "" if key.expires is None else f" until {_moment(key.expires)}"
+                state = "disabled" if key.disabled else f"good{until}"
                 yield f"match.keys {name}", (state, key)
         elif value:
             yield f"match.{field.name}", (_plain(value), value)
@@ -174,10 +176,8 @@ def _flat(path: str, value: Any, kind: Any) -> Iterator[tuple[str, _Value]]:
         yield path, (_text(value, kind), value)
 
 
-def _is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
-    if field.default_factory is not dataclasses.MISSING:
-        return bool(value == field.default_factory())
-    return bool(value == field.default)
+def _moment(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _text(value: Any, kind: Any) -> str:

@@ -345,7 +345,7 @@ class _Loader:
             made,
             ("credential", "deployment", "api_version"),
             place,
-            have=("credential",) if stored and len(stored) == len(self.resources) else (),
+            have=("credential",) if len(stored) == len(self.resources) or UNKNOWN in self.resources.values() else (),
         )
         if stored and "caller" not in provided and not open_to_all:
             self.reader.mistake(

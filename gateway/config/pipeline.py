@@ -265,7 +265,7 @@ def _advice(name: str, providers: dict[str, str]) -> str:
     if name in providers:
         return f"which {providers[name]!r} provides further down; move it above"
     usual = {
-        "caller": "the stage auth_passthrough",
+        "caller": "the stage auth_keys, or auth_passthrough",
         "credential": "the stage auth_passthrough, or the resource's api_key",
         "deployment": "the stage model_map",
         "api_version": "the stage api_version",

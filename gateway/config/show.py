@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import time
 import types
 from collections.abc import Sequence
 from typing import Any, Union, get_args, get_origin
@@ -44,7 +46,8 @@ def _whose(team: Team, loaded: Loaded) -> str:
     parts += [f"host {host}" for host in team.match.host]
     if team.match.keys:
         count = len(team.match.keys)
-        parts.append(f"{count} key{'s' if count > 1 else ''}")
+        ended = sum(key.disabled or (key.expires or math.inf) <= time.time() for key in team.match.keys)
+        parts.append(f"{count} key{'s' if count > 1 else ''}" + (f" ({ended} expired or disabled)" if ended else ""))
     if team.match.claims:
         claims = [f"{name} {' or '.join(values)}" for name, values in team.match.claims.items()]
         parts.append(f"tokens with {' and '.join(claims)}")
@@ -55,10 +58,7 @@ def _stage_lines(stage: Stage) -> list[str]:
     given = []
     for name, (kind, field) in settings_of(type(stage)).items():
         value = getattr(stage, name)
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if value != default:
+        if not is_default(value, field):
             given.append(f"{name}={shown(value, kind)}")
     return [f"{stage.id}{': ' if given else ''}{' '.join(given)}"]
 
@@ -77,9 +77,20 @@ def shown(value: Any, kind: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(shown(each, args[0] if args else str) for each in value) + "]"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        known = settings_of(type(value))
-        return "{" + ", ".join(f"{name}: {shown(getattr(value, name), known[name][0])}" for name in known) + "}"
+        given = [
+            f"{name}: {shown(getattr(value, name), kind)}"
+            for name, (kind, field) in settings_of(type(value)).items()
+            if is_secret(kind) or not is_default(getattr(value, name), field)
+        ]
+        return "{" + ", ".join(given) + "}"
     return str(value)
+
+
+def is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a setting is as if it had been left out."""
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value == field.default_factory())
+    return bool(value == field.default)
 
 
 def kind_of(value: Any, kinds: Sequence[Any]) -> Any:

@@ -61,9 +61,10 @@ class RedisPlace:
         return f"{{{self.prefix}}}:"
 
     def __str__(self) -> str:
-        """Return what may be known of it: nothing of its URL."""
-        kind = "a Redis cluster" if self.cluster else "Redis"
-        return f"{kind} over TLS" if self.tls else kind
+        """Return where it is, without the user and the password."""
+        kind = ("a Redis cluster" if self.cluster else "Redis") + (" over TLS" if self.tls else "")
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{kind} at {self.unix or f'{host}:{self.port}'}"
 
 
 def _of_socket(text: str) -> RedisPlace:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 from structlog.testing import capture_logs
 
-from gateway import ApiError, Next, Request, Response, Stage
+from gateway import ApiError, Next, Price, Request, Response, Stage
 from gateway.testing import post, send
 from plugins.access_log import AccessLog
 from plugins.auth_passthrough import AuthPassthrough
@@ -72,3 +72,30 @@ async def test_the_event_comes_when_the_stream_is_over() -> None:
     with capture_logs() as events:
         await post(AccessLog(), answer=ApiError(503, "down", code="down"))
     assert events[0]["status"] == 503
+
+
+async def test_what_an_exchange_cost_is_logged_where_its_model_has_a_price() -> None:
+    """In the currency of `prices`."""
+    answer = Response.json({"choices": [], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}})
+    prices = {"gpt-4o": Price(input=2.5, output=10.0)}
+    for model, cost in (("gpt-4o", 0.0075), ("o3", None)):
+        with capture_logs() as events:
+            await post(AccessLog(), Asks(), answer=answer, json={"model": model}, prices=prices)
+        assert events[0].get("cost") == cost
+        assert events[0]["input_tokens"] == 1000
+
+
+class Asks(Stage):
+    """Asks for the model, as `model_map` does."""
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        await request.model()
+        return await call_next(request)
+
+
+async def test_tokens_need_not_be_logged() -> None:
+    """`usage: false` asks for none."""
+    answer = Response.json({"choices": [], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}})
+    with capture_logs() as events:
+        await post(AccessLog(usage=False), answer=answer, json={"model": "m"})
+    assert "input_tokens" not in events[0]

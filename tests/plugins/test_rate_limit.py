@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from gateway import ApiError, CountersUnavailable, Price, Response, Verdict
 from gateway.counters import MemoryCounters
@@ -257,7 +258,7 @@ async def test_a_token_limit_that_is_used_up() -> None:
     error = sent.json()["error"]
     assert (sent.status, error["type"], error["code"]) == (429, "tokens", "rate_limit_exceeded")
     assert "100 are left of the 600 per minute for this team" in error["message"]
-    assert "try again in 30s" in error["message"]
+    assert error["message"].endswith("or try again in 30s")
     assert sent.headers.get("x-ratelimit-limit-tokens") == "600"
     assert sent.headers.get("x-ratelimit-remaining-tokens") == "100"
     assert sent.headers.get("x-ratelimit-reset-tokens") == "50s"
@@ -288,7 +289,7 @@ async def test_what_may_be_spent() -> None:
         assert sent.status == 429
         error = sent.json()["error"]
         assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
-        assert "this team may spend 0.01 per day" in error["message"]
+        assert "may cost 0.005013, and 0.0025 is left of the 0.01 per day for this team" in error["message"]
         assert (await run.post({**CHAT, "max_tokens": 100})).status == 200
         assert (await run.post({**CHAT, "model": "o3"})).json()["error"]["code"] == "model_without_price"
         assert (await run.send("GET", "/files")).status == 200
@@ -388,7 +389,30 @@ async def test_a_shadow_refuses_nothing() -> None:
     assert "shadow_refused" not in first.outcome.counts
     assert second.outcome.counts["shadow_refused"] == 1
     assert second.reached is not None
-    assert second.reached.notes["shadow_refused"] == ["requests_per_minute per team"]
+    assert second.reached.notes["shadow_refused"] == ["RateLimit: requests_per_minute 1 per team"]
+
+
+async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
+    """Of the same kind, for the same: each counts for itself, and names itself."""
+    stage = RateLimit(requests_per_minute=3, per="team", limits=[Limit(requests_per_minute=1, per="team", shadow=True)])
+    async with running(stage, now=Clock()) as run:
+        sents = [await run.post() for _ in range(4)]
+    assert [each.status for each in sents] == [200, 200, 200, 429]
+    # (What is refused anyway would not be by the shadow.)
+    assert [each.outcome.counts.get("shadow_refused", 0) for each in sents] == [0, 1, 1, 0]
+
+
+async def test_the_time_that_a_request_waited_is_noted() -> None:
+    """It is no fault of Azure's."""
+    async with running(RateLimit(requests_per_minute=600, burst=1, per="team", wait=5)) as run:
+        sents = [await run.post() for _ in range(2)]
+    assert [each.status for each in sents] == [200, 200]
+    assert sents[0].reached is not None
+    assert sents[1].reached is not None
+    assert "waited_ms" not in sents[0].reached.notes
+    waited = sents[1].reached.notes["waited_ms"]
+    assert isinstance(waited, float)
+    assert waited > 0
 
 
 async def test_a_stage_of_shadows_alone() -> None:
@@ -408,9 +432,14 @@ class Away(MemoryCounters):
 async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
     """Requests pass uncounted, or none does."""
     stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
-    async with running(stage, shared=Shared(Away())) as run:
-        sent = await run.post()
+    azure_s = {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5", "x-other": "1"}
+    with capture_logs() as events:
+        async with running(stage, shared=Shared(Away()), answer=Response(200, b"", azure_s)) as run:
+            sent = await run.post()
     assert sent.status == status
+    assert not any(name.startswith("x-ratelimit") for name, _ in sent.headers)
+    (told,) = [each["consequence"] for each in events if "consequence" in each]
+    assert told == ("requests pass uncounted" if status == 200 else "requests are refused with 503")
     if status == 503:
         assert sent.json()["error"]["code"] == "limits_unavailable"
         assert sent.headers.get("retry-after") == "1"
