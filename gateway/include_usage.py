@@ -36,13 +36,13 @@ def with_usage_asked(body: bytes, api_version: str) -> bytes | None:
 
     Older api-versions refuse `stream_options`, and so do requests with `data_sources` ("on your data").
     """
-    if b'"stream"' not in body or (api_version != "v1" and api_version[:10] < _SINCE):
+    if (b'"stream"' not in body and b"\\u00" not in body) or (api_version != "v1" and api_version[:10] < _SINCE):
         return None
     try:
         fields = raw_fields(body, ("stream", "stream_options", "data_sources"))
     except ApiError:
         return None  # Azure will say what is wrong with it
-    if fields.get("stream") != b"true" or "data_sources" in fields:
+    if fields.get("stream") != b"true" or fields.get("data_sources", b"null") != b"null":
         return None
     given = fields.get("stream_options", b"null")
     if given == b"null":

@@ -27,7 +27,7 @@ from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
 from gateway.proxy import Proxy
 from gateway.stream import CutShort, EventFilter, Filter, link
-from gateway.tokens import most_output, prompt_tokens
+from gateway.tokens import expected_prompt_tokens, most_output
 from gateway.usage import METERED, PROMPTED, UNTOLD
 from gateway.websocket import WebSocket
 
@@ -267,7 +267,7 @@ class Request:
         if self.operation not in PROMPTED:
             return (1, None) if self.operation in METERED else (0, 0)
         body = await self.body()
-        prompt, _ = prompt_tokens(body, await self.model())
+        prompt = await expected_prompt_tokens(body, await self.model())
         return max(1, prompt), 0 if self.operation == "embeddings" else most_output(body)
 
     async def models(self) -> tuple[str, ...]:

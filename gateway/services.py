@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,9 @@ class Shared:
     """What all stages of a gateway share: one HTTP session, one store, the counters."""
 
     def __init__(self, counters: Counters | None = None) -> None:
-        self.counters = self._here = Turns(counters or MemoryCounters())
-        self._elsewhere: list[Turns] = []
+        self.counters = Turns(counters or MemoryCounters())
+        """Where limits are counted that no store is named for."""
+        self._elsewhere: dict[Hashable, Turns] = {}
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
 
@@ -47,18 +48,15 @@ class Shared:
         """Return the state kept for one stage of one team; it outlives the stage's instance."""
         return self._spaces.setdefault((team, stage), {})
 
-    def count_in(self, counters: Counters | None) -> None:
-        """Count elsewhere from now on; None is here. Stages that have started go on where they are."""
-        if counters is None:
-            self.counters = self._here
-        else:
-            self.counters = Turns(counters)
-            self._elsewhere.append(self.counters)
+    def counters_at(self, place: Hashable, make: Callable[[], Counters]) -> Turns:
+        """Return the counters of a store, made when it is first named; they outlive the configuration that names it."""
+        if place not in self._elsewhere:
+            self._elsewhere[place] = Turns(make())
+        return self._elsewhere[place]
 
     async def close(self) -> None:
         """Close the session, and the counters."""
-        for counters in (*self._elsewhere, self._here):
-            await counters.close()
+        await asyncio.gather(*(counters.close() for counters in (*self._elsewhere.values(), self.counters)))
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -88,6 +86,7 @@ class Services:
     now: Callable[[], float] = time.time
     shared: Shared = field(default_factory=Shared, repr=False)
     reachable: Mapping[str, Resource] = field(default_factory=dict)
+    store_of_limits: Turns | None = None
 
     @property
     def http(self) -> aiohttp.ClientSession:
@@ -97,7 +96,7 @@ class Services:
     @property
     def counters(self) -> Turns:
         """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
-        return self.shared.counters
+        return self.store_of_limits or self.shared.counters
 
     async def prepare_tokens(self) -> None:
         """Get ready to count tokens, where that is installed: the first `expected_tokens` are counted then, too."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway.errors import ApiError, StartError
 from gateway.fields import is_secret, settings_of
@@ -74,8 +75,7 @@ class Team:
     async def _stop(self, stages: Sequence[Stage]) -> None:
         for stage in reversed(stages):
             try:
-                async with asyncio.timeout(_STOPPING):
-                    await stage.stop()
+                await _within(_STOPPING, stage.stop())
             except (Exception, SystemExit, asyncio.CancelledError) as exc:
                 if _is_cancelled(exc):
                     raise
@@ -86,6 +86,26 @@ class Team:
                     stage=stage.id,
                     reason=f"it took more than {_STOPPING:g} s" if slow else _described(exc, stage),
                 )
+
+
+async def _within(seconds: float, work: Coroutine[Any, Any, None]) -> None:
+    """Wait for some work, so long at most: it is left alone then, as it may not let itself be cancelled."""
+
+    async def done() -> None:
+        try:
+            await work
+        except SystemExit as exc:  # of a task it would end the loop
+            raise RuntimeError(f"SystemExit: {exc}") from None
+
+    task = asyncio.create_task(done())
+    try:
+        await asyncio.wait((task,), timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+    if not task.done():
+        raise TimeoutError
+    await task
 
 
 def _is_cancelled(exc: BaseException) -> bool:

@@ -9,9 +9,12 @@ a picture of 1024 x 1024 and speech (platform.openai.com/docs/guides/images-visi
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
@@ -25,20 +28,24 @@ try:
 except ImportError:
     toktok = None
 
-__all__ = ("Source", "count_tokens", "load_encodings", "most_output", "prompt_tokens")
+__all__ = ("Source", "count_tokens", "expected_prompt_tokens", "load_encodings", "most_output", "prompt_tokens")
 
 Source: TypeAlias = Literal["reported", "counted", "estimated"]
 
 # Above this many bytes a prompt is estimated by its length: decoding it would keep other requests waiting.
-_MOST_COUNTED = 4 * 1024 * 1024
+_MOST_COUNTED = 1024 * 1024
+# Above this, it is counted in a thread of its own, or estimated where nothing can be waited for: some texts take half a
+# second for a megabyte.
+_AT_ONCE = 64 * 1024
+# How many pictures a body is searched for that is not decoded.
+_MOST_PICTURES = 1000
 _IMAGE = 765
 # Bytes of base64 for a token of speech: 24,000 samples of 2 bytes a second, 10 tokens a second.
 _SPEECH = 24_000 * 2 // 10 * 4 // 3
 # Bytes of base64 for a token of a document: a page of text with its picture is some 100 KB and 1,000 tokens.
 _FILE = 100
 _NO_TEXT = frozenset({"role", "type", "id", "call_id"})
-# What stands for a picture, and for sound, in a body that is not decoded.
-_PICTURE = re.compile(rb'"data:[^",]{1,100};base64,[A-Za-z0-9+/=]*"')
+# What stands for sound in a body that is not decoded.
 _SOUND = re.compile(rb'"data"\s*:\s*"[A-Za-z0-9+/=]{1000,}"')
 # What a message costs beside its text (the OpenAI cookbook's "How to count tokens").
 _MESSAGE = 4
@@ -59,6 +66,8 @@ def _encoding(model: str) -> str:
     return "cl100k_base" if old and not newer else "o200k_base"
 
 
+# One at a time: whoever sends long prompts waits for their own kind, and keeps no other request from its CPU.
+_aside = ThreadPoolExecutor(1, thread_name_prefix="counting tokens")
 _loaded: set[str] = set()
 _loading: dict[str, threading.Thread] = {}
 
@@ -86,9 +95,17 @@ def count_tokens(text: str, model: str | None) -> tuple[int, Source]:
     return toktok.batch_count([text.encode("utf-8", "replace").decode()], _encoding(model or ""))[0], "counted"
 
 
-def prompt_tokens(body: bytes, model: str | None) -> tuple[int, Source]:
-    """Return how many tokens a request's JSON body is as a prompt, and how that is known."""
-    if len(body) > _MOST_COUNTED or toktok is None:
+async def expected_prompt_tokens(body: bytes, model: str | None) -> int:
+    """Return how many tokens a request's JSON body is as a prompt; a long one is counted aside, one after another."""
+    if len(body) <= _AT_ONCE or len(body) > _MOST_COUNTED or toktok is None:
+        return prompt_tokens(body, model, _AT_ONCE)[0]
+    loop = asyncio.get_running_loop()
+    return (await loop.run_in_executor(_aside, prompt_tokens, body, model))[0]
+
+
+def prompt_tokens(body: bytes, model: str | None, most: int = _MOST_COUNTED) -> tuple[int, Source]:
+    """Return how many tokens a request's JSON body is as a prompt, and how that is known; above `most`, estimated."""
+    if len(body) > most or toktok is None:
         return _estimated(body), "estimated"
     try:
         fields = decoded_json(body, msgspec.json.decode)
@@ -112,13 +129,17 @@ def _estimated(body: bytes) -> int:
     """Return a quarter of the bytes, but for those of pictures and sound."""
     if b"base64," not in body and b'"data"' not in body:
         return -(-len(body) // 4)
-    pictures = [len(found.group()) for found in _PICTURE.finditer(body)]
-    sounds = [len(found.group()) for found in _SOUND.finditer(body)]
-    return (
-        -(-(len(body) - sum(pictures) - sum(sounds)) // 4)
-        + len(pictures) * _IMAGE
-        + sum(size // _SPEECH for size in sounds)
-    )
+    size, more, place = len(body), 0, 0
+    for _ in range(_MOST_PICTURES):
+        place = body.find(b"base64,", place)
+        if place < 0:
+            break
+        end = body.find(b'"', place)
+        size, more = size - max(0, end - place), more + _IMAGE
+        place += 7
+    for sound in itertools.islice(_SOUND.finditer(body), _MOST_PICTURES):
+        size, more = size - len(sound.group()), more + len(sound.group()) // _SPEECH
+    return -(-max(0, size) // 4) + more
 
 
 def _parts(value: Any) -> Iterator[str | int]:
@@ -132,8 +153,9 @@ def _parts(value: Any) -> Iterator[str | int]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, dict):
-            kind = value.get("type")
-            if kind in ("image_url", "input_image"):
+            # (A message is one, whatever type it names.)
+            kind = None if "role" in value else value.get("type")
+            if kind in ("image_url", "input_image", "image_generation_call", "computer_screenshot"):
                 yield _IMAGE
             elif kind in ("input_audio", "audio"):
                 yield _length(value, "data") // _SPEECH
@@ -144,7 +166,7 @@ def _parts(value: Any) -> Iterator[str | int]:
                     yield _MESSAGE
                 waiting += [inner for name, inner in value.items() if name not in _NO_TEXT]
         elif isinstance(value, list):
-            if value and type(value[0]) is int:  # tokens already
+            if value and all(type(each) is int for each in value):  # tokens already
                 yield len(value)
             else:
                 waiting += value
@@ -187,7 +209,9 @@ def most_output(body: bytes) -> int | None:
     ]
     if not given:
         return None
-    choices = max([each for each in (asked.n, asked.best_of, 1) if type(each) is int and each <= _MOST_CHOICES])
+    choices = max(
+        [int(each) for each in (asked.n, asked.best_of, 1) if type(each) in (int, float) and 1 <= each <= _MOST_CHOICES]
+    )
     # Each of several prompts has answers of its own; a list of numbers is one prompt.
     prompts = asked.prompt if isinstance(asked.prompt, list) and asked.prompt else [""]
     return max(given) * choices * (1 if type(prompts[0]) is int else len(prompts))

@@ -62,6 +62,10 @@ _MOST_USAGE = 4096
 _KEPT = 4 * 1024
 _KEPT_WHOLE = 64 * 1024
 _KEPT_LINE = 1024 * 1024
+# Above this many bytes a prompt is estimated at the end of an exchange: nothing can wait for it there.
+_COUNTED = 64 * 1024
+# What a response in the background is taken for that bounds its answer by nothing.
+_BACKGROUND = 4096
 # How much tells a stream from another answer, and what a stream begins with.
 _TOLD = 6
 _BEGINNINGS = (b"data:", b"event:", b":", b"\xef\xbb\xbf", b"id:", b"retry:")
@@ -299,11 +303,11 @@ class Meter:
         status = watch.status
         if operation not in PROMPTED or status >= 400 or (status == 0 and not (abandoned and watch.sent)):
             return None
-        taken, source = prompt_tokens(body, model) if body else (0, "estimated")
+        taken, source = prompt_tokens(body, model, _COUNTED) if body else (0, "estimated")
         if operation == "embeddings" or status == 0:
             return Usage(taken, 0, source=source)
-        if operation == "responses" and body is not None and b'"background"' in body and _in_background(body):
+        if operation == "responses" and body is not None and _in_background(body):
             # It is answered before it is worked on, and what it uses is never told here.
-            return Usage(taken, most_output(body) or 0, source="estimated")
+            return Usage(taken, most_output(body) or _BACKGROUND, source="estimated")
         given, how = watch.output(model)
         return Usage(taken, given, source=max(source, how, key=_SOURCES.index))

@@ -66,7 +66,7 @@ class ModelMap(Stage):
         self._own = Target()
         self._listed: tuple[str, ...] = ()
         self._allowed: Callable[[str], object] | None = None
-        self._denied: Callable[[str], object] = one_of((), plain)
+        self._denied: Callable[[str], object] = one_of((), loose=True)
         self._denied_deployments: set[str] = set()
         self._open = True
 
@@ -107,10 +107,12 @@ class ModelMap(Stage):
         self._allowed = None if self.allow is None else one_of(tuple(self.allow))
         # By another spelling a model could still be the same deployment: Azure ignores the case, and dots may be left
         # out. And a deployment has a name of its own, by which it could be asked for.
-        self._denied = one_of(tuple(each if each[:1] == "~" else plain(each) for each in self.deny), plain)
-        self._denied_deployments = {
-            plain(target.deployment or "") for name, target in self._exact.items() if self._denied(name)
-        }
+        self._denied = one_of(tuple(self.deny), loose=True)
+        denied = [target.deployment for name, target in self._exact.items() if self._denied(name)]
+        for pattern, target, template in self._patterns:
+            made = [found.expand(template) for name in self.deny if (found := pattern.fullmatch(name)) is not None]
+            denied += [name for name in made if _named(target, name) is not None]
+        self._denied_deployments = {plain(name) for name in denied if name is not None}
 
     def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         if isinstance(self.models, str):
@@ -249,22 +251,25 @@ class ModelMap(Stage):
 
 
 @lru_cache(maxsize=1024)
-def one_of(names: tuple[str, ...], spelled: Callable[[str], str] = str) -> Callable[[str], object]:
+def one_of(names: tuple[str, ...], *, loose: bool = False) -> Callable[[str], object]:
     """Return what tells whether a model is one of some names, globs, or, after `~`, expressions. Raises re.error.
 
-    `spelled` says how a model is spelled before names and globs are compared; expressions ignore the case then.
+    `loose` is for what is denied: the case does not count then, nor do dots, but in expressions and in globs that have
+    some themselves.
     """
     exact = {name for name in names if not name.startswith("~") and not any(sign in name for sign in "*?[")}
-    globs = [re.compile(translate(name)) for name in names if name not in exact and name[:1] != "~"]
-    flags = re.NOFLAG if spelled is str else re.IGNORECASE
-    expressions = [re.compile(name[1:], flags) for name in names if name[:1] == "~"]
+    patterns = [
+        (re.compile(name[1:] if name[:1] == "~" else translate(name), re.IGNORECASE if loose else 0), "." in name)
+        for name in names
+        if name not in exact
+    ]
+    if loose:
+        exact = {plain(name) for name in exact}
 
     def among(model: str) -> bool:
-        text = spelled(model)
-        return (
-            text in exact
-            or any(each.fullmatch(text) for each in globs)
-            or any(each.fullmatch(model) for each in expressions)
+        text = plain(model) if loose else model
+        return text in exact or any(
+            pattern.fullmatch(model) or (not dotted and pattern.fullmatch(text)) for pattern, dotted in patterns
         )
 
     return among

@@ -12,6 +12,7 @@ from gateway import (
     Meta,
     Next,
     Outcome,
+    Price,
     Request,
     Response,
     Rule,
@@ -226,10 +227,14 @@ class RateLimit(Limit, Stage):
         model = (await request.model() or "").strip() if self._by_model else ""
         who = (request.caller or "", request.client if self._by_client else "", model)
         entries, charges = self._known.get(who) or self._make(request, who)
+        prices: list[Price] = []
         if self._estimates:
             if self._holds_tokens:
                 self._refuse_untold(request)
-            charges = self._with_costs(entries, charges, await request.expected_tokens(), model)
+            # By the model's name or its deployment's, whichever is dearer: clients choose the name.
+            names = {model, request.target.deployment or model} if self._spends and model else set()
+            prices = [price for name in names if (price := self._prices.of(name)) is not None]
+            charges = self._with_costs(entries, charges, await request.expected_tokens(), model, prices)
         begun = self._clock() if self.wait else 0.0
         try:
             verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
@@ -253,7 +258,7 @@ class RateLimit(Limit, Stage):
                 raise self._refusal(request, entries, verdict)
             self._note_shadows(request, entries, verdict)
         if self._settles:
-            request.defer(lambda outcome: self._settle(entries, verdict, model, outcome))
+            request.defer(lambda outcome: self._settle(entries, verdict, prices, outcome))
         response = await call_next(request)
         response.headers.update(self._headers(request, entries, verdict))
         return response
@@ -273,15 +278,19 @@ class RateLimit(Limit, Stage):
         return made
 
     def _with_costs(
-        self, entries: Sequence[Entry], charges: Sequence[Charge], expected: tuple[int, int | None], model: str
+        self,
+        entries: Sequence[Entry],
+        charges: Sequence[Charge],
+        expected: tuple[int, int | None],
+        model: str,
+        prices: Sequence[Price],
     ) -> list[Charge]:
         """Return the charges of a request that may use so many tokens."""
         prompt, answer = expected
         used = Usage(prompt, self.answer_tokens if answer is None else answer)
         costs = {"requests": 1.0, "slots": 1.0, "tokens": float(used.total_tokens), "spend": 0.0}
-        price = self._prices.of(model) if self._spends and model else None
-        if price is not None:
-            costs["spend"] = float(price.cost(used))
+        if prices:
+            costs["spend"] = float(max(price.cost(used) for price in prices))
         elif model and any(entry.unit == "spend" and not entry.shadow for entry in entries):
             raise ApiError(
                 403,
@@ -308,13 +317,11 @@ class RateLimit(Limit, Stage):
 
     # -- when it is over -------------------------------------------------------------------------------
 
-    def _settle(self, entries: Sequence[Entry], verdict: Verdict, model: str, outcome: Outcome) -> None:
+    def _settle(self, entries: Sequence[Entry], verdict: Verdict, prices: Sequence[Price], outcome: Outcome) -> None:
         used = outcome.usage
         actual = {"requests": None, "slots": 0.0, "tokens": float(used.total_tokens) if used is not None else 0.0}
-        if self._spends:
-            price = self._prices.of(model) if model else None
-            worked = used is not None or outcome.status < 400
-            actual["spend"] = float(price.cost(used or Usage())) if price is not None and worked else 0.0
+        worked = used is not None or outcome.status < 400
+        actual["spend"] = float(max(price.cost(used or Usage()) for price in prices)) if prices and worked else 0.0
         self._counters.settle(verdict, [actual[entry.unit] for entry in entries])
 
     # -- what the client is told -----------------------------------------------------------------------

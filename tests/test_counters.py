@@ -669,6 +669,21 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
     assert others < 30
 
 
+async def test_equal_limits_of_two_stages_have_one_queue() -> None:
+    """As of teams that share a counter: nobody of one overtakes those of the other."""
+    turns = Turns(MemoryCounters())
+    verdict = await turns.take([Charge("a", Rule(10, "at_once"), 8.0)])
+    large = asyncio.create_task(turns.take([Charge("a", Rule(10, "at_once"), 5.0)], wait=30, who="x"))
+    await asyncio.sleep(0.01)
+    small = asyncio.create_task(turns.take([Charge("a", Rule(10, "at_once"), 1.0)], wait=30, who="y"))
+    await asyncio.sleep(0.05)
+    assert not small.done()
+    turns.settle(verdict, [0.0])
+    async with asyncio.timeout(1):
+        assert not (await large).refused
+        assert not (await small).refused
+
+
 async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
     """They are not behind those who wait by the old one."""
     turns = Turns(MemoryCounters())

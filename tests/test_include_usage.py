@@ -33,6 +33,14 @@ def test_a_stream_is_asked(version: str, options: dict[str, Any]) -> None:
     assert ask(body, version) == {**body, "stream_options": {"include_usage": True}}
 
 
+@pytest.mark.parametrize("body", [b'{"str\\u0065am":true}', b'{"stream":true,"data_sources":null}'])
+def test_a_stream_is_asked_however_it_is_written(body: bytes) -> None:
+    """As JSON allows it."""
+    asked = with_usage_asked(body, "v1")
+    assert asked is not None
+    assert json.loads(asked)["stream_options"] == {"include_usage": True}
+
+
 def test_other_options_stay() -> None:
     """What Azure may know one day."""
     body = {"stream": True, "stream_options": {"include_obfuscation": False}}

@@ -1004,3 +1004,41 @@ async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: S
             await asyncio.sleep(0.05)
     opened = await start_gateway(azure.endpoint, GATEWAY.replace("closed", "open"), env=env)
     assert await status(opened) == 200
+
+
+async def test_nothing_that_is_to_be_settled_is_dropped(
+    server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more waits than Redis keeps up with, no more is taken; every slot and every token comes back."""
+    monkeypatch.setattr("gateway.counters.redis._KEPT", 20)
+    monkeypatch.setattr("gateway.counters.redis._SETTLES", 3)
+    counters = open_counters(server)
+    charges = [Charge("slots", Rule(1000, "at_once")), Charge("tokens", Rule(10**6, "day"), 100.0)]
+    verdicts = [await counters.take(charges) for _ in range(50)]
+    for verdict in verdicts:
+        counters.settle(verdict, [0.0, 1.0])
+    with pytest.raises(CountersUnavailable, match="too slow"):
+        await counters.take(charges)
+    await settled(counters)
+    verdict = await counters.take([Charge(each.name, each.rule, 0.0) for each in charges])
+    assert [record[0] for record in verdict.records] == [0.0, 50.0]
+
+
+async def test_slots_are_given_back_however_late(
+    server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage that is so long that tokens say nothing any more."""
+    monkeypatch.setattr("gateway.counters.redis._KEPT_FOR", 0.2)
+    monkeypatch.setattr("gateway.counters.redis._RETRY", 0.1)
+    counters = open_counters(server, timeout=0.3)
+    charges = [Charge("tokens", Rule(10**6, "day"), 100.0), Charge("slots", Rule(1, "at_once"))]
+    verdict = await counters.take(charges)
+    server.pause()
+    with pytest.raises(CountersUnavailable):
+        await counters.take([Charge("other", Rule(5, "day"))])
+    counters.settle(verdict, [1.0, 0.0])
+    await asyncio.sleep(1)
+    server.resume()
+    await back(counters, DAY)
+    await settled(counters)
+    assert not (await counters.take(charges[1:])).refused

@@ -821,7 +821,7 @@ def test_what_another_process_says_does_not_steer_a_terminal(
 
 
 ODD = """
-import asyncio, sys
+import asyncio, contextlib, sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 from gateway import Meta, Stage
@@ -832,7 +832,8 @@ stopped = []
 class Odd(Stage):
     "Do at its beginning or its end what no stage should."
     how: Literal[
-        "well", "cancelled", "exits", "tells", "stops by cancelling", "hangs at its end", "exits at its end"
+        "well", "cancelled", "exits", "tells", "stops by cancelling", "hangs at its end", "exits at its end",
+        "cannot be stopped"
     ] = "well"
     secret: Annotated[str, Meta(extra={"secret": True})] = "sesame-open"
 
@@ -855,6 +856,10 @@ class Odd(Stage):
             await asyncio.sleep(3600)
         if self.how == "exits at its end":
             sys.exit(3)
+        while self.how == "cannot be stopped":
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.3)
+                return
         stopped.append(self.how)
 """
 ODD_FILES = {**FILES, "mine/odd.py": ODD, "teams/b.yaml": "match: {path_prefix: /b}\n"}
@@ -879,7 +884,7 @@ async def test_whatever_a_stage_does_when_it_starts_keeps_the_old_set(
     assert await running.name() == "second"
 
 
-@pytest.mark.parametrize("how", ["stops by cancelling", "hangs at its end", "exits at its end"])
+@pytest.mark.parametrize("how", ["stops by cancelling", "hangs at its end", "exits at its end", "cannot be stopped"])
 async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
     how: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,11 @@ import trustme
 
 from gateway.config import load
 from gateway.config.show import show
-from gateway.counters import MemoryCounters
+from gateway.counters import MemoryCounters, Turns
 from gateway.counters.place import RedisPlace
 from gateway.counters.redis import RedisCounters
 from gateway.errors import ConfigError
-from gateway.services import Services, Shared
+from gateway.services import Shared
 from tests.conftest import write_files
 
 YAML = """
@@ -109,28 +109,22 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
 
 
 async def test_counters_outlive_a_reload(tmp_path: Path) -> None:
-    """With the same settings they go on as they are; with others, or a mistake, only what was loaded says where."""
+    """Each store that was named goes on as it is, and each configuration counts in its own."""
 
-    def read(store: str) -> None:
-        load(write_files(tmp_path, {"gateway.yaml": YAML.replace("store: STORE", store)}), shared=shared)
+    def read(store: str) -> Turns:
+        loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("store: STORE", store)}), shared=shared)
+        return next(iter(loaded.teams.default.services.values())).counters
 
     shared = Shared()
-    services = Services(team="t", stage="s", shared=shared)
-    first = services.counters
+    first = read("")
     assert isinstance(first.store, MemoryCounters)
-    read("")
-    assert services.counters is first
-    read("store: redis://one")
-    second = services.counters
+    second = read("store: redis://one")
     assert isinstance(second.store, RedisCounters)
     assert second.store.place.host == "one"
-    read("store: redis://one:6379/0")
-    assert services.counters is second
+    assert read("store: redis://one:6379/0") is second
     with pytest.raises(ConfigError):
         read("store: redis://two\nunknown: 1")
-    assert services.counters is second
-    read("store: {redis: 'redis://one', timeout: 1}")
-    assert services.counters is not second
-    read("")
-    assert services.counters is first
+    assert read("store: {redis: 'redis://one', timeout: 1}") is not second
+    assert read("store: redis://one") is second
+    assert read("") is first is shared.counters
     await shared.close()

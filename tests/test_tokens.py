@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from gateway import tokens
-from gateway.tokens import count_tokens, load_encodings, most_output, prompt_tokens
+from gateway.tokens import count_tokens, expected_prompt_tokens, load_encodings, most_output, prompt_tokens
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -95,6 +96,8 @@ def test_text_that_looks_like_a_picture_is_text() -> None:
         {"messages": [{"role": "user", "content": "TEXT", "url": "x"}]},
         {"messages": [{"role": "user", "name": "TEXT", "content": ""}]},
         {"input": [{"type": "function_call_output", "output": "TEXT"}]},
+        {"messages": [{"role": "user", "type": "input_audio", "content": "TEXT"}]},
+        {"input": [1, {"role": "user", "content": "TEXT"}]},
     ],
 )
 @pytest.mark.parametrize("text", [" word", "data:image/png;base64,", "url"])
@@ -141,6 +144,7 @@ def test_what_is_no_json_object_is_estimated() -> None:
         ({"max_tokens": 10, "best_of": 5, "n": 2}, 50),
         ({"max_tokens": 10, "prompt": ["a", "b", "c"]}, 30),
         ({"max_tokens": 10, "prompt": [1, 2, 3]}, 10),
+        ({"max_tokens": 10, "n": 3.0}, 30),
         ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, 20),
     ],
 )
@@ -164,3 +168,29 @@ print(tokens.count_tokens("hello there", "gpt-4o"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.splitlines() == ["(3, 'estimated')", "(2, 'counted')"]
+
+
+async def test_a_long_prompt_is_counted_aside() -> None:
+    """Some texts take long: other requests go on meanwhile."""
+    sent = body(input="-" * 900_000)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    going = asyncio.create_task(others())
+    assert await expected_prompt_tokens(sent, "gpt-4o") == prompt_tokens(sent, "gpt-4o")[0]
+    going.cancel()
+    assert turns > 10
+    assert (
+        await expected_prompt_tokens(body(input="-" * 2_000_000), "gpt-4o") == prompt_tokens(sent, "x", 10)[0] + 275_000
+    )
+
+
+@pytest.mark.usefixtures("no_tokenizer")
+def test_a_body_full_of_pictures_is_not_searched_for_ever() -> None:
+    """What is behind the thousandth counts as text."""
+    assert prompt_tokens(b',"data:x;base64,A"' * 100_000, None)[0] > 400_000

@@ -19,7 +19,8 @@ from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, 
 from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.config.sources import Sources
-from gateway.config.store import count_in, read_store
+from gateway.config.store import counters_at, read_store
+from gateway.counters import Turns
 from gateway.counters.place import RedisPlace
 from gateway.errors import ConfigError, Mistake
 from gateway.identity import Issuer, Issuers
@@ -123,6 +124,7 @@ class _Loader:
         self.resources: dict[str, Resource] = {}
         self.teams = 1
         self.prices = Prices()
+        self.counters: Turns | None = None
         self.whole = True
         self.with_identity = False
 
@@ -138,6 +140,7 @@ class _Loader:
         self.resources = read_resources(reader, main.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         store = read_store(reader, main.store, value_of(root, "store"), self.folder)
+        self.counters = counters_at(self.shared, store)
         issuers = read_issuers(reader, main.identity, root)
         self.with_identity = has_issuers(reader, main.identity, root)
         before = len(reader.mistakes)
@@ -162,7 +165,6 @@ class _Loader:
         self._check_matches([(default, root), *teams])
         if reader.mistakes:
             raise ConfigError(reader.mistakes)
-        count_in(self.shared, store)
         return Loaded(
             path=self.path,
             settings=Settings(listen, main.timeouts, main.limits, proxies),
@@ -306,6 +308,7 @@ class _Loader:
                 claims=match.claims,
                 teams=self.teams,
                 shared=self.shared,
+                store_of_limits=self.counters,
             )
             for entry in entries
         }

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from gateway.config.files import StoreFile
 from gateway.config.nodes import Node, Reader, value_of
+from gateway.counters import Turns
 from gateway.counters.place import RedisPlace
 from gateway.counters.redis import RedisCounters
 from gateway.services import Shared
 
-__all__ = ("count_in", "read_store")
+__all__ = ("counters_at", "read_store")
 
 
 def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path) -> RedisPlace | None:
@@ -30,14 +31,13 @@ def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path
         return None
 
 
-def count_in(shared: Shared, place: RedisPlace | None) -> None:
-    """Let limits be counted there. Where they are already, as before a reload, they go on as they are."""
-    now = shared.counters.store
+def counters_at(shared: Shared, place: RedisPlace | None) -> Turns | None:
+    """Return the counters of a store; None where limits are counted in this process, or on this machine."""
     if place is None:
-        if isinstance(now, RedisCounters):
-            shared.count_in(None)
-    elif not isinstance(now, RedisCounters) or now.place != place:
-        shared.count_in(RedisCounters(place))
+        return None
+    import redis.asyncio  # noqa: F401, PLC0415 -- an extra, loaded here so that no request waits for it
+
+    return shared.counters_at(place, lambda: RedisCounters(place))
 
 
 def _unreadable(path: Path) -> str | None:

@@ -57,6 +57,8 @@ class MemoryCounters:
             for place, charge in enumerate(charges):
                 if place not in over:
                     known[charge.name] = records[place] = charge.rule.with_use(records[place], charge.cost)
+                elif charge.name in known:
+                    known[charge.name] = records[place]
             self._remember(charges, now)
         else:
             known.update(

@@ -19,6 +19,8 @@ local SETTLING = '<Bdddddd'  -- period, step, what comes back in it, cost, actua
 -- Seconds for which a counter of what is held at once is kept without use, and the last answer of a gateway. Counts
 -- go when they are given back, or with their gateway: the first is for what a crash of all of them leaves.
 local DAYS_OF_HOLDING, LAST_WORDS = 86400, 600
+-- For how long a gateway's last call is remembered: longer than it is repeated (redis.py, _KEPT_FOR).
+local LAST_CALL = 7200
 -- For how many seconds at most a caller has to make up for what was used above its limit.
 local OWED = 600
 -- What a key may live at most, in milliseconds: ten years. (Redis refuses what it cannot add to its clock.)
@@ -122,7 +124,7 @@ local function held(key)
             local seen = redis.call('HGET', KEYS[1], counts[place])
             if not seen then
                 redis.call('HDEL', key, counts[place])
-            elseif now - read('<d', seen) <= patience then
+            elseif math.abs(now - read('<d', seen)) <= patience then
                 all = all + count
             end
         end
@@ -151,8 +153,9 @@ local function take(order, first)
             since, inflow = 0, 0
         else
             level, since, inflow, born = used(key, period, step, per_step)
-            if period == MINUTE then
-                level = math.min(level, most + OWED * per_step / step)  -- see Rule.at
+            if period == MINUTE and level > most + OWED * per_step / step then  -- see Rule.at
+                level = most + OWED * per_step / step
+                keep(key, period, step, per_step, level, since, inflow, born)
             end
         end
         local over = cost ~= 0 and level + cost > most  -- nothing always has room
@@ -211,7 +214,7 @@ if before then
 end
 
 -- (The first write is here: where Redis takes none - it is full, or a replica - nothing has been done.)
-redis.call('SET', KEYS[2], write('<d', number), 'EX', LAST_WORDS)
+redis.call('SET', KEYS[2], write('<d', number), 'EX', LAST_CALL)
 redis.call('HSET', KEYS[1], me, write('<d', now))
 redis.call('EXPIRE', KEYS[1], LAST_WORDS)
 
@@ -234,7 +237,7 @@ answer = table.concat(answer)
 if farewell == 1 then
     redis.call('HDEL', KEYS[1], me)
 elseif #ARGV > 2 then
-    redis.call('SET', KEYS[2], write('<d', number) .. answer, 'EX', LAST_WORDS)
+    redis.call('SET', KEYS[2], write('<d', number) .. answer, 'EX', LAST_CALL)
 else
     -- Nothing was asked: there is time to forget the gateways that are gone for good.
     local gateways = redis.call('HGETALL', KEYS[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections import deque
@@ -35,8 +36,9 @@ _RETRY = 1.0
 # For a new connection, TLS, a password and what a cluster has to tell, in seconds. No request waits so long.
 _CONNECT = 3.0
 # In one call: more would keep Redis from others for more than a moment.
-_TAKES, _SETTLES = 100, 200
-# How many settlements are kept for a Redis that is away, and for how many seconds.
+_TAKES, _SETTLES = 100, 1000
+# How many settlements may wait until no more is taken, and for how many seconds they are kept for a Redis that is away:
+# tokens say nothing any more then. (What is held at once is given back however late.)
 _KEPT, _KEPT_FOR = 50_000, 3600.0
 # How many names' rules are remembered.
 _KNOWN = 50_000
@@ -57,6 +59,7 @@ class _Settle(NamedTuple):
     key: bytes
     order: bytes
     since: float
+    of_slots: bool
 
 
 @dataclass
@@ -83,7 +86,7 @@ class RedisCounters:
         self._refusals = Refusals()
         self._rules: dict[str, Rule] = {}  # of what was taken last: by them it is settled, also after a reload
         self._takes: deque[_Take] = deque()
-        self._settles: deque[_Settle] = deque(maxlen=_KEPT)
+        self._settles: deque[_Settle] = deque()
         self._asked = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._number = 0
@@ -99,6 +102,8 @@ class RedisCounters:
             return known
         if self._away_since is not None or self._closing.is_set():
             raise CountersUnavailable(f"{self.place} is away")
+        if len(self._settles) > _KEPT:
+            raise CountersUnavailable(f"{self.place} is too slow for what is counted in it")
         for charge in charges:
             if self._rules.get(charge.name) is not charge.rule:
                 if len(self._rules) >= _KNOWN:
@@ -108,7 +113,9 @@ class RedisCounters:
         take = _Take(charges, keys, take_order(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
-        timer = Timer(self.place.timeout, lambda: self._late(take))
+        # (Behind a call that is under way it takes its turn.)
+        patience = self.place.timeout * (2 if self._call is not None else 1)
+        timer = Timer(patience, lambda: self._late(take))
         try:
             verdict = await take.done
         except asyncio.CancelledError:
@@ -133,7 +140,8 @@ class RedisCounters:
             self._refusals.forget(charge.name)
             charge = Charge(charge.name, self._rules.get(charge.name, charge.rule), charge.cost)  # noqa: PLW2901
             order = settle_order(charge, verdict.records[place], used)
-            self._settles.append(_Settle(key(self.place.keys, charge), order, now))
+            of_slots = charge.rule.period == "at_once"
+            self._settles.append(_Settle(key(self.place.keys, charge), order, now, of_slots))
         if self._settles:
             self._wake()
 
@@ -218,8 +226,8 @@ class RedisCounters:
     def _drop_old(self) -> None:
         """Forget settlements that have waited so long that they say nothing any more."""
         oldest = time.monotonic() - _KEPT_FOR
-        while self._settles and self._settles[0].since < oldest:
-            self._settles.popleft()
+        if any(each.since < oldest and not each.of_slots for each in itertools.islice(self._settles, 1)):
+            self._settles = deque(each for each in self._settles if each.of_slots or each.since >= oldest)
 
     async def _pause(self) -> None:
         """Wait until Redis is tried again; not so long where `close` waits."""

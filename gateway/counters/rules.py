@@ -46,7 +46,19 @@ class Rule:
     limit's rate. A day and a month are those of the calendar, in UTC. `at_once` counts what is held at one time.
     """
 
-    __slots__ = ("_end", "_most_owed", "_start", "burst", "limit", "most", "per_step", "period", "size", "step")
+    __slots__ = (
+        "_end",
+        "_most_owed",
+        "_start",
+        "burst",
+        "limit",
+        "most",
+        "per_step",
+        "period",
+        "size",
+        "step",
+        "terms",
+    )
 
     def __init__(self, limit: int, period: Period, burst: int | None = None) -> None:
         self.limit = limit
@@ -59,6 +71,8 @@ class Rule:
         self.step = min(STEP, self.size / rate)
         """Of a minute's limit, the seconds from one step to the next, and `per_step` what comes back in it."""
         self.per_step = self.step * rate
+        self.terms = limit, period, burst
+        """By which two rules are the same."""
         self._most_owed = self.most + _OWED * rate
         self._start = self._end = 0.0  # of the day or month at hand
 

@@ -104,6 +104,8 @@ class SharedCounters:
                         level, since, inflow, born = records[place]
                         records[place] = record = (level + charge.cost, since, inflow + charge.cost, born)
                         self._put(*found[place], charge.rule, record, now)
+                    elif found[place][0]:
+                        self._put(*found[place], charge.rule, records[place], now)
             else:
                 for (row, digest, name), charge, record in zip(found, charges, records, strict=True):
                     if row:  # steps that a clock that was set back begins anew, go on

@@ -90,7 +90,7 @@ class Turns:
         if any(each.cost > each.rule.size for each in charges):
             return None
         queues = ((self._queues.get(each.name), each.rule) for each in charges if each.cost)
-        return next((queue for queue, rule in queues if queue is not None and queue.rule is rule), None)
+        return next((queue for queue, rule in queues if queue is not None and queue.rule.terms == rule.terms), None)
 
     def _queue_for(self, verdict: Verdict) -> _Queue:
         """Return the queue for what is full."""

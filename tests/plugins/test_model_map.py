@@ -223,6 +223,9 @@ async def test_a_key_s_own_models_narrow_the_team_s() -> None:
         (ModelMap({"gpt-4o": "gpt4o-prod"}, deny=["gpt-4o"]), "gpt4o-prod"),
         (ModelMap({"gpt-4o": "gpt4o-prod"}, deny=["gpt-4o"]), "GPT4o-prod"),
         (ModelMap({"mini": "gpt-4o-mini"}, deny=["mini"]), "gpt-4o-mini"),
+        (ModelMap({"~gpt-(.+)": r"prod-\1"}, deny=["gpt-4o"]), "prod-4o"),
+        (ModelMap({"gpt-4o*": "big"}, deny=["gpt-4o*"]), "BIG"),
+        (ModelMap(deny=["gpt-4[.]1*"]), "GPT-4.1-mini"),
     ],
     ids=lambda each: each if isinstance(each, str) else str(each.deny),
 )  # fmt: skip
@@ -230,6 +233,20 @@ async def test_no_spelling_gets_round_a_denial(stage: ModelMap, model: str) -> N
     """Azure finds a deployment in any case; dots may be left out; and a deployment can be asked for by its own name."""
     assert await deployment(stage, model) == "404"
     assert await deployment(stage, "other") == "azure/other"
+
+
+@pytest.mark.parametrize(("denied", "model"), [("gpt-4.*", "gpt-4o"), ("gpt-4.*", "gpt-4"), ("~gpt-4\\..*", "gpt-4o")])
+async def test_a_denial_is_of_what_it_names(denied: str, model: str) -> None:
+    """Its own dots mean dots."""
+    assert await deployment(ModelMap(deny=[denied]), "gpt-4.1") == "404"
+    assert await deployment(ModelMap(deny=[denied]), model) == f"azure/{model}"
+
+
+async def test_the_default_s_deployment_is_not_what_is_denied() -> None:
+    """Others go there, too."""
+    stage = ModelMap(default="big", deny=["gpt-4o"])
+    assert await deployment(stage, "gpt-4o") == "404"
+    assert await deployment(stage, "o3") == "azure/big"
 
 
 def test_a_wrong_expression_in_a_list_is_found_when_loaded() -> None:

@@ -245,9 +245,11 @@ async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, 
 async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None:
     """It is answered before it is worked on, and what it used is never told."""
     answer = Response.json({"id": "resp_1", "status": "queued", "usage": None, "output": []})
-    body = {"model": "m", "input": "x", "background": True, "max_output_tokens": 4000}
-    async with running(RateLimit(tokens_per_day=5000, per="team"), answer=answer) as run:
-        assert [(await run.send("POST", "/responses", json=body)).status for _ in range(2)] == [200, 429]
+    bodies = [b'"background":true,"max_output_tokens":4000', b'"backgroun\\u0064":true', b'"background": true']
+    for more in bodies:  # 4096 where it asks for no less
+        body = b'{"model":"m","input":"x",' + more + b"}"
+        async with running(RateLimit(tokens_per_day=5000, per="team"), answer=answer) as run:
+            assert [(await run.send("POST", "/responses", body=body)).status for _ in range(2)] == [200, 429]
 
 
 async def test_a_token_limit_that_is_used_up() -> None:
@@ -307,6 +309,15 @@ async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
     async with running(*stages) as run:
         models = [f"gpt-4o-{number}" for number in range(3)]
         assert [(await run.post({**CHAT, "model": model})).status for model in models] == [200, 200, 429]
+
+
+async def test_a_cheap_name_does_not_make_a_deployment_cheap() -> None:
+    """What is spent goes by the model's name or its deployment's, whichever is dearer."""
+    prices = {"gpt-4o": Price(input=100.0), "cheap": Price(input=0.0)}
+    stages = ModelMap(default="gpt-4o"), RateLimit(spend_per_day=0.10, per="team")
+    async with running(*stages, answer=used(1000, 0), prices=prices, now=Clock()) as run:
+        body = {**CHAT, "model": "cheap", "max_tokens": 1}
+        assert [(await run.post(body)).status for _ in range(2)] == [200, 429]
 
 
 async def test_a_shadow_needs_no_price() -> None:
