@@ -610,14 +610,17 @@ async def test_callers_take_turns() -> None:
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
-async def test_nobody_who_waits_is_overtaken() -> None:
-    """Who comes while others wait is behind them, though there may be room for it."""
+RULE_OF_TEN = Rule(10, "at_once")
+
+
+@pytest.mark.parametrize("newer", [RULE_OF_TEN, Rule(10, "at_once")], ids=["one limit", "equal ones of two stages"])
+async def test_nobody_who_waits_is_overtaken(newer: Rule) -> None:
+    """Who comes while others wait is behind them, though there may be room; of teams that share a counter, too."""
     turns = Turns(MemoryCounters())
-    rule = Rule(10, "at_once")
-    verdict = await turns.take([Charge("a", rule, 8.0)])
-    large = asyncio.create_task(turns.take([Charge("a", rule, 5.0)], wait=30, who="x"))
+    verdict = await turns.take([Charge("a", RULE_OF_TEN, 8.0)])
+    large = asyncio.create_task(turns.take([Charge("a", RULE_OF_TEN, 5.0)], wait=30, who="x"))
     await asyncio.sleep(0.01)
-    small = asyncio.create_task(turns.take([Charge("a", rule, 1.0)], wait=30, who="y"))
+    small = asyncio.create_task(turns.take([Charge("a", newer, 1.0)], wait=30, who="y"))
     await asyncio.sleep(0.05)
     assert not small.done()
     turns.settle(verdict, [0.0])
@@ -667,21 +670,6 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
                     task.cancel()
             others += 1
     assert others < 30
-
-
-async def test_equal_limits_of_two_stages_have_one_queue() -> None:
-    """As of teams that share a counter: nobody of one overtakes those of the other."""
-    turns = Turns(MemoryCounters())
-    verdict = await turns.take([Charge("a", Rule(10, "at_once"), 8.0)])
-    large = asyncio.create_task(turns.take([Charge("a", Rule(10, "at_once"), 5.0)], wait=30, who="x"))
-    await asyncio.sleep(0.01)
-    small = asyncio.create_task(turns.take([Charge("a", Rule(10, "at_once"), 1.0)], wait=30, who="y"))
-    await asyncio.sleep(0.05)
-    assert not small.done()
-    turns.settle(verdict, [0.0])
-    async with asyncio.timeout(1):
-        assert not (await large).refused
-        assert not (await small).refused
 
 
 async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:

@@ -21,7 +21,7 @@ from gateway.counters.redis import RedisCounters
 from gateway.counters.rules import Period, calendar
 from gateway.counters.script import SCRIPT
 from gateway.testing import FakeAzure
-from tests.conftest import Gateway, StartGateway
+from tests.conftest import Gateway, RawUpstream, StartGateway
 from tests.redis_server import RedisServer, free_port
 
 pytestmark = pytest.mark.redis
@@ -489,32 +489,22 @@ async def test_killed_paused_and_restarted_under_load(
         assert len([verdict for verdict in verdicts if not verdict.refused]) == room
 
 
-class Wire:
+class Wire(RawUpstream):
     """The way between gateway and Redis: it may lose what the server says, and break or not break behind it."""
 
     def __init__(self, port: int) -> None:
-        self._port = port
+        super().__init__(self._pass_on)
+        self._redis_port = port
         self.lose = 0
         self.breaks = True
         self.lost = 0
 
-    async def __aenter__(self) -> Wire:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.url = f"redis://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        self._tasks: set[asyncio.Task[None]] = set()
-        return self
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
 
-    async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        there, to = await asyncio.open_connection("127.0.0.1", self._port)
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, to = await asyncio.open_connection("127.0.0.1", self._redis_port)
 
         async def forth() -> None:
             while data := await reader.read(65536):
@@ -535,8 +525,6 @@ class Wire:
             forward.cancel()
             await asyncio.gather(forward, return_exceptions=True)
             to.close()
-            writer.close()
-            self._tasks.discard(task)
 
 
 async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
