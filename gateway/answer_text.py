@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
-__all__ = ("texts_of_event", "texts_of_json")
+__all__ = ("text_of_events", "texts_of_json")
 
 
 class _Delta(msgspec.Struct):
@@ -32,32 +34,52 @@ class _Event(msgspec.Struct):
 
 
 _event = msgspec.json.Decoder(_Event)
+_OTHERS = (b"_call", b'"reasoning_content"', b'"refusal":"', b'"content":""')
+_CONTENTS = re.compile(rb'"content":"((?:[^"\\]|\\.)*+)"')
+_events = msgspec.json.Decoder(list[_Event])
+_UNREADABLE = (msgspec.DecodeError, RecursionError, ValueError)
 
 
-def texts_of_event(data: bytes) -> Iterator[str]:
-    """Yield the text that one event of a stream adds to the answer."""
+def text_of_events(data: bytes) -> str:
+    """Return the text that events of a stream, each whole, add to the answer."""
+    found = _CONTENTS.findall(data)
+    if len(found) == data.count(b"data:") and not any(other in data for other in _OTHERS):
+        # Nearly always: one piece of content in each, and no other text. That takes a third of what decoding takes.
+        with contextlib.suppress(*_UNREADABLE):
+            return msgspec.json.decode(b'"%b"' % b"".join(found), type=str)
+    texts: list[str] = []
+    for event in _decoded([line[5:] for line in data.splitlines() if line.startswith(b"data:")]):
+        if event.delta is not None and not event.type.endswith("audio.delta"):
+            texts.append(event.delta)
+        for choice in event.choices:
+            if choice.text is not None:
+                texts.append(choice.text)
+            if (delta := choice.delta) is not None:
+                texts += [
+                    text for text in (delta.content, delta.refusal, delta.reasoning_content) if isinstance(text, str)
+                ]
+                if delta.tool_calls is not None or delta.function_call is not None:
+                    texts += _texts_of([delta.tool_calls, delta.function_call])
+    return "".join(texts)
+
+
+def _decoded(data: Sequence[bytes]) -> list[_Event]:
+    """Return the events: read at once, at half the cost, where all can be read."""
     try:
-        event = _event.decode(data)
-    except (msgspec.DecodeError, RecursionError, ValueError):
-        return  # [DONE], or an event that did not come whole
-    if event.delta is not None and not event.type.endswith("audio.delta"):
-        yield event.delta
-    for choice in event.choices:
-        if choice.text is not None:
-            yield choice.text
-        if (delta := choice.delta) is not None:
-            for text in (delta.content, delta.refusal, delta.reasoning_content):
-                if isinstance(text, str):
-                    yield text
-            if delta.tool_calls is not None or delta.function_call is not None:
-                yield from _texts_of([delta.tool_calls, delta.function_call])
+        return _events.decode(b"[%b]" % b",".join(data))
+    except _UNREADABLE:
+        events = []
+        for each in data:
+            with contextlib.suppress(*_UNREADABLE):  # [DONE], or an event that did not come whole
+                events.append(_event.decode(each))
+        return events
 
 
 def texts_of_json(data: bytes) -> Iterator[str]:
     """Yield the texts of an answer that is no stream; of one that broke off, all there is of it."""
     try:
         answer = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, ValueError):
+    except _UNREADABLE:
         yield data.decode("utf-8", "replace")
         return
     if not isinstance(answer, dict):

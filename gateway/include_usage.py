@@ -75,6 +75,8 @@ class HiddenUsage(Filter):
 
     def feed(self, data: bytes) -> bytes:
         """Return the events without their usage."""
+        if self.between and self._splitter is None and data.endswith(b"\n\n") and b"\r" not in data:
+            return self._hidden(data)  # nearly every read: whole events
         if self._splitter is not None or b"\r" in data:
             return self._split(data)
         if self._inside:
@@ -113,11 +115,12 @@ class HiddenUsage(Filter):
         return b"".join([self._hidden(each) for each in self._splitter.feed(data) if not _tells_usage(each)])
 
     def _hidden(self, data: bytes) -> bytes:
-        if b'"usage"' not in data:
+        data = data.replace(b',"usage":null', b"")
+        if b'"usage"' not in data:  # as it is with nearly every event, now
             return data
         if b'"usage":{' in data or b'"usage": {' in data:
             data = b"\n\n".join([event for event in data.split(b"\n\n") if not _tells_usage(event)])
-        return data.replace(b',"usage":null', b"").replace(b'"usage":null,', b"")
+        return data.replace(b'"usage":null,', b"")
 
     def cut(self) -> bytes:
         """Return what is left of an event that will not end."""

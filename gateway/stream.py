@@ -354,15 +354,13 @@ class Linked:
         # One filter is the common case: its own method is called, with nothing in between.
         self.feed: Callable[[bytes], bytes] = filters[0].feed if len(filters) == 1 else self._feed
 
-    def _feed(self, data: bytes) -> bytes:
-        return self._feed_from(0, data)
-
-    def _feed_from(self, first: int, data: bytes) -> bytes:
-        for place in range(first, len(self._filters)):
-            try:
+    def _feed(self, data: bytes, first: int = 0) -> bytes:
+        place = first
+        try:
+            for place in range(first, len(self._filters)):
                 data = self._filters[place].feed(data)
-            except CutShort as exc:
-                raise CutShort(self._feed_from(place + 1, exc.left), exc.cause) from exc.cause
+        except CutShort as exc:
+            raise CutShort(self._feed(exc.left, place + 1), exc.cause) from exc.cause
         return data
 
     def close(self) -> bytes:
@@ -374,7 +372,7 @@ class Linked:
                     left = each.feed(left)
                 left += each.close()
             except CutShort as exc:
-                raise CutShort(self._feed_from(place + 1, exc.left), exc.cause) from exc.cause
+                raise CutShort(self._feed(exc.left, place + 1), exc.cause) from exc.cause
         return left
 
     def cut(self) -> bytes:
@@ -383,7 +381,7 @@ class Linked:
         for place, each in enumerate(self._filters):
             with contextlib.suppress(Exception):
                 if kept := each.cut():
-                    left += self._feed_from(place + 1, kept)
+                    left += self._feed(kept, place + 1)
         return left
 
     def whole(self, data: bytes) -> bytes:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from io import StringIO
 from typing import Annotated, TypeAlias
 
 import msgspec
 
-from gateway.answer_text import texts_of_event, texts_of_json
+from gateway.answer_text import text_of_events, texts_of_json
 from gateway.errors import ApiError
 from gateway.jsonbody import raw_fields
 from gateway.tokens import Source, count_tokens, most_output, prompt_tokens
@@ -54,11 +55,12 @@ UNTOLD = frozenset({
 
 _KEY = b'"usage"'
 _AT_ONCE = b":{"
+_NONE = b":null"  # of nearly every event of a stream that is asked for its usage
 _VALUE = re.compile(rb"\s*:\s*(?:([{n])|[^\s{n])")
 # A usage holds details, one level deep, and no text.
 _OBJECT = re.compile(rb"\{[^{}]*+(?:\{[^{}]*+\}[^{}]*+)*+\}")
 _MOST_USAGE = 4096
-# How much of a stream is kept before its text is taken out of it, and how much of another answer is kept.
+# How much may come before it is looked at, and how much is kept of an answer that is no stream, and of a line of one.
 _KEPT = 4 * 1024
 _KEPT_WHOLE = 64 * 1024
 _KEPT_LINE = 1024 * 1024
@@ -166,6 +168,9 @@ def _object(data: bytes, start: int) -> bytes | None:
     return found.group() if found is not None else None
 
 
+_NO_TEXT = StringIO()
+
+
 class Watch:
     """Sees one answer's bytes pass, and finds the usage in them. Of several in one answer the last one counts.
 
@@ -173,7 +178,7 @@ class Watch:
     """
 
     # One is made for each request, and most of these are never set: defaults of the class cost nothing.
-    found: Usage | None = None
+    _found: Usage | None = None
     status = 0
     """The answer's; 0 as long as there is none."""
     sent = False
@@ -184,11 +189,29 @@ class Watch:
 
     def __init__(self, *, each: bool = False) -> None:
         self._each = each  # of a WebSocket, which has many answers, all count
+        self._came: list[bytes] = []  # and is to be looked at, together: at a fraction of the cost
+        self._came_size = 0
         self._kept: list[bytes] = []
-        self._texts: list[str] = []
+        self._text = _NO_TEXT
 
     def feed(self, data: bytes) -> None:
         """Take what came."""
+        self._came.append(data)
+        self._came_size += len(data)
+        if self._came_size > _KEPT:
+            self._look()
+
+    @property
+    def found(self) -> Usage | None:
+        """The usage that was told so far."""
+        if self._came:
+            self._look()
+        return self._found
+
+    def _look(self) -> None:
+        """Look at what came."""
+        data = self._came[0] if len(self._came) == 1 else b"".join(self._came)
+        self._came, self._came_size = [], 0
         if not self._each:
             self._keep(data)
         if self._rest:
@@ -196,14 +219,15 @@ class Watch:
         place = data.find(_KEY)
         while place >= 0:
             if data.startswith(_AT_ONCE, place + 7) and (usage := _last(data, place + 8)) is not None:
-                self._found(usage)
+                self._find(usage)
                 return
-            value = _VALUE.match(data, place + 7)
-            if value is None:
-                whole = None
-            elif value.group(1) == b"n":
+            none = data.startswith(_NONE, place + 7)
+            value = _VALUE.match(data, place + 7) if not none else None
+            if none or (value is not None and value.group(1) == b"n"):
                 # What came before it in a stream was none: a tool may be described by whatever its author likes.
-                whole, self.found = b"", self.found if self._each else None
+                whole, self._found = b"", self._found if self._each else None
+            elif value is None:
+                whole = None
             elif value.group(1) is None:
                 whole = b""
             else:
@@ -212,7 +236,7 @@ class Watch:
                 self._rest = data[place:]
                 return
             if whole and (usage := _usage(whole)) is not None:
-                self._found(usage)
+                self._find(usage)
             place = data.find(_KEY, place + 7)
         # (A read of a stream ends where an event does, nearly always.)
         if not data.endswith(b"\n") and (quote := data.rfind(b'"', max(0, len(data) - 6))) >= 0:
@@ -220,8 +244,8 @@ class Watch:
             if _KEY.startswith(tail):
                 self._rest = tail
 
-    def _found(self, usage: Usage) -> None:
-        self.found = self.found + usage if self._each and self.found is not None else usage
+    def _find(self, usage: Usage) -> None:
+        self._found = self._found + usage if self._each and self._found is not None else usage
 
     def _keep(self, data: bytes) -> None:
         """Keep what may have to be counted: of a stream its text, of another answer its beginning."""
@@ -230,12 +254,14 @@ class Watch:
             self._kept.append(data)
             if self._size >= _TOLD:
                 self._events = b"".join(self._kept).startswith(_BEGINNINGS)
+                if self._events:
+                    self._text = StringIO()
         elif not self._events:
             if self._size <= _KEPT_WHOLE:
                 self._kept.append(data)
         elif self._size <= _KEPT_LINE:
             self._kept.append(data)
-            if self._size > _KEPT and b"\n" in data:
+            if b"\n" in data:
                 self._take_text(last=False)
         elif b"\n" in data:  # the end of a line that is no text, but a picture
             rest = data[data.index(b"\n") :]
@@ -243,6 +269,8 @@ class Watch:
 
     def output(self, model: str | None) -> tuple[int, Source]:
         """Return how many tokens of an answer have come, and how that is known."""
+        if self._came:
+            self._look()
         if self._events is None:
             return 0, "estimated"
         if self._events:
@@ -250,16 +278,15 @@ class Watch:
         elif self._size > _KEPT_WHOLE:
             return -(-self._size // 4), "estimated"
         else:
-            self._texts = list(texts_of_json(b"".join(self._kept)))
-        return count_tokens("".join(self._texts), model)
+            return count_tokens("".join(texts_of_json(b"".join(self._kept))), model)
+        return count_tokens(self._text.getvalue(), model)
 
     def _take_text(self, *, last: bool) -> None:
         """Take the text out of the events that are kept whole."""
         data = b"".join(self._kept)
         end = len(data) if last else data.rfind(b"\n") + 1
-        self._kept, self._size = [data[end:]], len(data) - end
-        lines = [line[5:] for line in data[:end].splitlines() if line.startswith(b"data:")]
-        self._texts.append("".join([text for line in lines for text in texts_of_event(line)]))
+        self._kept, self._size = [data[end:]] if data[end:] else [], len(data) - end
+        self._text.write(text_of_events(data[:end]))
 
 
 def _in_background(body: bytes) -> bool:

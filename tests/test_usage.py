@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Next, Outcome, Request, Response, Stage, UpstreamError
+from gateway.answer_text import text_of_events
 from gateway.azure import BY_NAME
 from gateway.testing import FakeAzure, post, send
 from gateway.tokens import count_tokens, load_encodings, prompt_tokens
@@ -132,6 +133,28 @@ def test_a_picture_in_a_stream_is_not_kept() -> None:
     assert sum(map(len, watch._kept)) < 1_100_000
     watch.feed(b'"}\n\n' + WORD)
     assert watch.output("gpt-4o")[0] == count_tokens(" word", "gpt-4o")[0]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "text"),
+    [
+        ([{"content": "Hel"}, {"content": "lo"}], "Hello"),
+        ([{"content": 'a "quoted"\n\u20ac\\'}, {"content": "\U0001f600"}], 'a "quoted"\n\u20ac\\\U0001f600'),
+        ([{"content": "a", "reasoning_content": "why"}, {"content": "b"}], "awhyb"),
+        ([{"content": "a", "refusal": "no"}], "ano"),
+        ([{"content": "a", "tool_calls": [{"function": {"arguments": '{"content":"x"}'}}]}], 'a{"content":"x"}'),
+        ([{"content": "a"}, {"content": "", "reasoning_content": "why"}, {}], "awhy"),
+        ([{"content": "data: {}"}, {"content": "b"}], "data: {}b"),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_stream_is_all_that_its_events_add(deltas: list[dict[str, Any]], text: str) -> None:
+    """However the text is found: what is quick for plain pieces is right for the others."""
+    chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    compact = [
+        json.dumps(chunk, separators=(",", ":"), ensure_ascii=place % 2 == 0) for place, chunk in enumerate(chunks)
+    ]
+    events = [f"data: {chunk}\n\n" for chunk in compact]
+    assert text_of_events("".join(events).encode()) == text
 
 
 def test_a_long_stream_is_not_kept() -> None:

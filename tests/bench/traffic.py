@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 MODEL, KEY = "gpt-4o", "0123456789abcdef0123456789abcdef"
@@ -82,6 +83,7 @@ def answer(size: int = 815) -> bytes:
 
 def event(size: int = 250) -> bytes:
     """Return one event of a stream."""
+    encoded = functools.partial(json.dumps, separators=(",", ":"))  # as Azure does
     delta = {"content": ""}
     chunk = {
         "id": "chatcmpl-AAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
@@ -90,8 +92,8 @@ def event(size: int = 250) -> bytes:
         "model": "gpt-4o-2024-08-06",
         "choices": [{"index": 0, "finish_reason": None, "delta": delta}],
     }
-    delta["content"] = _fill(size - len("data: \n\n") - len(json.dumps(chunk)))
-    return f"data: {json.dumps(chunk)}\n\n".encode()
+    delta["content"] = _fill(size - len(f"data: {encoded(chunk)}\n\n"))
+    return f"data: {encoded(chunk)}\n\n".encode()
 
 
 def _fill(size: int) -> str:
