@@ -769,9 +769,12 @@ async def test_a_worker_that_replaced_another_is_followed(azure: FakeAzure, tmp_
         os.kill(running.named("workers ready")[0]["pids"][0], signal.SIGKILL)
         await running.until("worker ready", 3)
         await running.until("configuration reloaded")
-        answers = await running.answers(30)
-        assert len(answers) == 2
+        answers: set[tuple[str, str]] = set()
+        async with asyncio.timeout(20):
+            while len(answers) < 2:  # which worker takes a connection is the system's to say
+                answers |= await running.answers(4)
         assert {name for _, name in answers} == {"second"}
+        assert len({pid for pid, _ in answers}) == 2
 
 
 @pytest.mark.slow
