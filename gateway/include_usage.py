@@ -75,7 +75,7 @@ class HiddenUsage(Filter):
 
     def feed(self, data: bytes) -> bytes:
         """Return the events without their usage."""
-        if self.between and self._splitter is None and data.endswith(b"\n\n") and b"\r" not in data:
+        if self.between and data.endswith(b"\n\n") and b"\r" not in data:
             return self._hidden(data)  # nearly every read: whole events
         if self._splitter is not None or b"\r" in data:
             return self._split(data)

@@ -28,7 +28,15 @@ try:
 except ImportError:
     toktok = None
 
-__all__ = ("Source", "count_tokens", "expected_prompt_tokens", "load_encodings", "most_output", "prompt_tokens")
+__all__ = (
+    "COUNTED_AT_ONCE",
+    "Source",
+    "count_tokens",
+    "expected_prompt_tokens",
+    "load_encodings",
+    "most_output",
+    "prompt_tokens",
+)
 
 Source: TypeAlias = Literal["reported", "counted", "estimated"]
 
@@ -36,7 +44,7 @@ Source: TypeAlias = Literal["reported", "counted", "estimated"]
 _MOST_COUNTED = 1024 * 1024
 # Above this, it is counted in a thread of its own, or estimated where nothing can be waited for: some texts take half a
 # second for a megabyte.
-_AT_ONCE = 64 * 1024
+COUNTED_AT_ONCE = 64 * 1024
 # How many pictures a body is searched for that is not decoded.
 _MOST_PICTURES = 1000
 _IMAGE = 765
@@ -97,8 +105,8 @@ def count_tokens(text: str, model: str | None) -> tuple[int, Source]:
 
 async def expected_prompt_tokens(body: bytes, model: str | None) -> int:
     """Return how many tokens a request's JSON body is as a prompt; a long one is counted aside, one after another."""
-    if len(body) <= _AT_ONCE or len(body) > _MOST_COUNTED or toktok is None:
-        return prompt_tokens(body, model, _AT_ONCE)[0]
+    if len(body) <= COUNTED_AT_ONCE or len(body) > _MOST_COUNTED or toktok is None:
+        return prompt_tokens(body, model, COUNTED_AT_ONCE)[0]
     loop = asyncio.get_running_loop()
     return (await loop.run_in_executor(_aside, prompt_tokens, body, model))[0]
 

@@ -11,7 +11,7 @@ import msgspec
 from gateway.answer_text import text_of_events, texts_of_json
 from gateway.errors import ApiError
 from gateway.jsonbody import raw_fields
-from gateway.tokens import Source, count_tokens, most_output, prompt_tokens
+from gateway.tokens import COUNTED_AT_ONCE, Source, count_tokens, most_output, prompt_tokens
 
 __all__ = ("METERED", "PROMPTED", "UNTOLD", "Meter", "Usage", "Watch")
 
@@ -54,7 +54,7 @@ UNTOLD = frozenset({
 })  # fmt: skip
 
 _KEY = b'"usage"'
-_AT_ONCE = b":{"
+_OPENS = b":{"
 _NONE = b":null"  # of nearly every event of a stream that is asked for its usage
 _VALUE = re.compile(rb"\s*:\s*(?:([{n])|[^\s{n])")
 # A usage holds details, one level deep, and no text.
@@ -64,8 +64,6 @@ _MOST_USAGE = 4096
 _KEPT = 4 * 1024
 _KEPT_WHOLE = 64 * 1024
 _KEPT_LINE = 1024 * 1024
-# Above this many bytes a prompt is estimated at the end of an exchange: nothing can wait for it there.
-_COUNTED = 64 * 1024
 # What a response in the background is taken for that bounds its answer by nothing.
 _BACKGROUND = 4096
 # How much tells a stream from another answer, and what a stream begins with.
@@ -218,7 +216,7 @@ class Watch:
             data, self._rest = self._rest + data, b""
         place = data.find(_KEY)
         while place >= 0:
-            if data.startswith(_AT_ONCE, place + 7) and (usage := _last(data, place + 8)) is not None:
+            if data.startswith(_OPENS, place + 7) and (usage := _last(data, place + 8)) is not None:
                 self._find(usage)
                 return
             none = data.startswith(_NONE, place + 7)
@@ -330,7 +328,8 @@ class Meter:
         status = watch.status
         if operation not in PROMPTED or status >= 400 or (status == 0 and not (abandoned and watch.sent)):
             return None
-        taken, source = prompt_tokens(body, model, _COUNTED) if body else (0, "estimated")
+        # (Nothing can wait here for a long one to be counted.)
+        taken, source = prompt_tokens(body, model, COUNTED_AT_ONCE) if body else (0, "estimated")
         if operation == "embeddings" or status == 0:
             return Usage(taken, 0, source=source)
         if operation == "responses" and body is not None and _in_background(body):

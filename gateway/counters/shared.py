@@ -101,8 +101,7 @@ class SharedCounters:
             if not refused:
                 for place, charge in enumerate(charges):
                     if place not in over:
-                        level, since, inflow, born = records[place]
-                        records[place] = record = (level + charge.cost, since, inflow + charge.cost, born)
+                        records[place] = record = charge.rule.with_use(records[place], charge.cost)
                         self._put(*found[place], charge.rule, record, now)
                     elif found[place][0]:
                         self._put(*found[place], charge.rule, records[place], now)
