@@ -6,22 +6,29 @@ what tests of a stage need.
 
 from msgspec import Meta
 
+from gateway.attempts import AttemptLimits, Attempts, RetryBudget
+from gateway.choosing import Chooser
 from gateway.counters import Charge, CountersUnavailable, Rule, Verdict
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.headers import Headers
 from gateway.keys import Credential
-from gateway.messages import Request, Response, Target
+from gateway.messages import Request, Response
 from gateway.prices import Price
 from gateway.services import Services
 from gateway.stage import Next, Stage
 from gateway.stream import Event, EventFilter, Filter
+from gateway.stream_error import StreamError
+from gateway.targets import Target
 from gateway.usage import Usage
 from gateway.version import __version__ as __version__
 
 __all__ = (
     "ApiError",
+    "AttemptLimits",
+    "Attempts",
     "Charge",
+    "Chooser",
     "CountersUnavailable",
     "Credential",
     "Event",
@@ -34,9 +41,11 @@ __all__ = (
     "Price",
     "Request",
     "Response",
+    "RetryBudget",
     "Rule",
     "Services",
     "Stage",
+    "StreamError",
     "Target",
     "UpstreamError",
     "Usage",

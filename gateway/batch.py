@@ -25,7 +25,8 @@ from gateway.multipart import FormReader, boundary_of
 from gateway.spool import DISK, Spool
 
 if TYPE_CHECKING:
-    from gateway.messages import Request, Target
+    from gateway.messages import Request
+    from gateway.targets import Resource, Target
 
 __all__ = ("batch_models", "map_batch")
 
@@ -50,13 +51,13 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
     Raises ApiError 400 that names the line: one that is no request with a `body.model`, or whose model is in
     another resource than those before it; what `find` raises, with the line; 503 where too many files are at work.
     """
-    lines = _Lines(find)
+    lines = _Lines(find, request.target.resource)
     made = await _read_upload(request, lines)
     if made is None:
         return
     request._exchange.defer(lambda _: made.close())
     if lines.target is not None:
-        request.target = request.target.replace(resource=lines.target.resource, deployment=lines.target.deployment)
+        request.target = request.target.to(lines.target)
     request.notes["model"] = ", ".join([*lines.found][:_SHOWN])
     request.notes["batch_lines"] = lines.count
     # Copies of the request keep what came: whoever asks again maps it again.
@@ -147,9 +148,13 @@ class _Made:
 
 
 class _Lines:
-    """Maps the models of lines, and sees to it that one resource has them all."""
+    """Maps the models of lines, and sees to it that one resource has them all.
 
-    def __init__(self, find: Callable[[str], Target]) -> None:
+    Of the first model's pool that is the `preferred` one, or, where the pool is not in it, the pool's first.
+    """
+
+    def __init__(self, find: Callable[[str], Target], preferred: Resource | None = None) -> None:
+        self._preferred = preferred
         self.found: dict[str, str] = {}
         self.target: Target | None = None
         self.count = 0
@@ -176,12 +181,16 @@ class _Lines:
             target = self._find(name)
         except ApiError as exc:
             raise _refused(number, exc.message, code=exc.code, status=exc.status) from None
-        if self.target is not None and target.resource != self.target.resource:
-            raise _refused(
-                number,
-                f"its model {name!r} is in another Azure resource than those before it; one batch file goes to one",
-            )
-        self.target = self.target or target
+        if self.target is None:
+            self.target = target = target.settled(self._preferred)
+        elif self.target.resource is not None:
+            there = target.within(self.target.resource)
+            if there is None:
+                raise _refused(
+                    number,
+                    f"its model {name!r} is in another Azure resource than those before it; one batch file goes to one",
+                )
+            target = there
         self.found[name] = deployment = target.deployment or name
         return deployment
 

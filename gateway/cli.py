@@ -260,7 +260,7 @@ def _serve(options: argparse.Namespace) -> int:
         return 0
     command = worker_command(options.config, cors=options.cors == "true", listen=listen)
     listener = listener or Listener.open(settings.listen)
-    asyncio.run(Supervisor(listener, command, options.workers, notify, config=path).run())
+    asyncio.run(Supervisor(listener, command, options.workers, notify, config=path, admin=settings.admin).run())
     return 0
 
 
@@ -289,7 +289,9 @@ def _work(options: argparse.Namespace) -> int:
         loaded = read(Shared(SharedCounters(handover.table)))
         logs.configure(loaded.log.level, loaded.log.format)
         listener = Listener.inherited(handover.sockets)
-        server = Server(loaded.teams, loaded.settings)
+        # (The supervisor's are the admin listener, and what one worker is to know of what others do.)
+        server = Server(loaded.teams, dataclasses.replace(loaded.settings, admin=None))
+        line.share(server.shared.health)
         renewal = Renewal(server, loaded, read)
         del loaded  # a reload lets go of it
         ready, beside = (lambda: line.ready(renewal.state)), (lambda: line.follow(renewal))

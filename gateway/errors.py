@@ -8,13 +8,14 @@ GatewayError
 |       +-- UpstreamTimeout  Azure was too slow (504)
 +-- BodyConsumed         a stage's author: the body was streamed away and is asked for again
 +-- StreamBroken         an answer's stream cannot go on (raised while it is being sent)
++-- TokenUnavailable     no Entra token can be had (in `entra.py`); becomes an UpstreamError (503)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,6 +23,7 @@ __all__ = (
     "ApiError",
     "BodyConsumed",
     "ConfigError",
+    "Fault",
     "GatewayError",
     "Mistake",
     "StartError",
@@ -94,8 +96,17 @@ class ApiError(GatewayError):
         return error_body(self.message, self.type, self.param, self.code)
 
 
+Fault = Literal[
+    "connect", "connect_timeout", "dns", "tls", "credential", "timeout", "deadline", "stalled", "broken_off"
+]
+
+
 class UpstreamError(ApiError):
-    """Azure could not be reached, or what it answered is not a whole HTTP answer."""
+    """Azure could not be reached, or what it answered is not a whole HTTP answer.
+
+    `fault` says in one word what went wrong, for logs and counters. `unsent` tells that not one byte of the request
+    was sent, so that it surely was not processed.
+    """
 
     def __init__(
         self,
@@ -105,15 +116,18 @@ class UpstreamError(ApiError):
         type: str | None = None,  # noqa: A002 -- OpenAI's own word
         param: str | None = None,
         code: str = "upstream_error",
+        fault: Fault = "broken_off",
     ) -> None:
         super().__init__(status, message, type=type, param=param, code=code)
+        self.fault = fault
+        self.unsent = False
 
 
 class UpstreamTimeout(UpstreamError):
     """Azure did not connect, begin to answer, or go on answering in time."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, status=504, code="upstream_timeout")
+    def __init__(self, message: str, *, fault: Fault = "timeout") -> None:
+        super().__init__(message, status=504, code="upstream_timeout", fault=fault)
 
 
 class BodyConsumed(GatewayError):

@@ -19,7 +19,7 @@ from gateway.logs import get_logger
 from gateway.usage import Meter, Usage
 
 if TYPE_CHECKING:
-    from gateway.messages import Target
+    from gateway.targets import Target
 
 __all__ = ("EndedBy", "Exchange", "Outcome")
 

@@ -13,10 +13,11 @@ import contextlib
 import signal
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from gateway.health import Health, News
 from gateway.reload import Prepared, State
 
 if TYPE_CHECKING:
@@ -29,10 +30,14 @@ __all__ = (
     "COMMITTED",
     "DRAIN",
     "FAILED",
+    "HEAR",
     "LEAVING",
+    "NEWS",
     "PREPARE",
     "PREPARED",
     "READY",
+    "REPORT",
+    "REPORTED",
     "Handover",
     "Line",
     "Said",
@@ -40,8 +45,11 @@ __all__ = (
 
 # What the supervisor orders; the last three with the number of the reload that they are of.
 DRAIN, AT_ONCE, PREPARE, COMMIT, ABORT = "drain", "end", "prepare", "commit", "abort"
+# And, with what another worker knows, that this one is to know it; and, with a number, that it say how all are.
+HEAR, REPORT = "hear", "report"
 # What a worker says.
 READY, FAILED, PREPARED, COMMITTED, LEAVING = "ready", "failed", "prepared", "committed", "leaving"
+NEWS, REPORTED = "news", "reported"
 
 
 # How long, in seconds, the supervisor may take to read what is said.
@@ -51,7 +59,8 @@ _PATIENCE = 10.0
 class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a worker says, one JSON object a line.
 
-    `ready` comes with its state, `failed` with the reason, `prepared` with what came of it.
+    `ready` comes with its state, `failed` with the reason, `prepared` with what came of it, `news` with what others are
+    to know of a deployment, and `reported` with how all are.
     """
 
     word: str
@@ -59,6 +68,8 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
     state: State | None = None
     prepared: Prepared | None = None
+    news: News | None = None
+    report: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,7 @@ class Line:
         self._socket.settimeout(_PATIENCE)
         self._heard = b""  # an order that has not ended
         self._orders: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._health: Health | None = None
 
     def ready(self, state: State) -> None:
         """Say that the worker serves, and with what."""
@@ -102,6 +114,11 @@ class Line:
     def failed(self, reason: str) -> None:
         """Say why it cannot."""
         self._say(Said(FAILED, reason=reason))
+
+    def share(self, health: Health) -> None:
+        """Tell the other workers, through the supervisor, what changes here, and hear what changes there."""
+        self._health = health
+        health.told.append(lambda news: self._say(Said(NEWS, news=news)))
 
     def _say(self, said: Said) -> None:
         with contextlib.suppress(OSError):  # the supervisor is gone, which `obey` sees too, or does not listen
@@ -122,7 +139,13 @@ class Line:
             *orders, self._heard = (self._heard + heard).split(b"\n")
             for order in orders:
                 word, _, number = order.decode().partition(" ")
-                if word in (DRAIN, AT_ONCE):
+                if word == HEAR:
+                    if self._health is not None:
+                        self._health.hear(msgspec.json.decode(number, type=News))
+                elif word == REPORT:
+                    report = self._health.report() if self._health is not None else []
+                    self._say(Said(REPORTED, int(number), report=report))
+                elif word in (DRAIN, AT_ONCE):
                     stop.set()
                     if word == AT_ONCE:
                         now.set()

@@ -152,7 +152,7 @@ class Headers:
 
     def copy(self) -> Headers:
         """Return a copy that can be changed apart."""
-        return Headers.of(self.fields.copy())
+        return Headers.of(self.fields.copy(), self._up, self._keys)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None

@@ -13,7 +13,7 @@ from gateway.errors import ApiError
 from gateway.headers import Headers
 
 if TYPE_CHECKING:
-    from gateway.messages import Target
+    from gateway.targets import Target
 
 __all__ = (
     "KEY_PROTOCOL",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -25,44 +24,16 @@ from gateway.keys import Credential, presented_key
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
-from gateway.proxy import Proxy
+from gateway.repeatable import is_repeatable
+from gateway.retry_after import retry_after
 from gateway.stream import CutShort, EventFilter, Filter, link
+from gateway.stream_error import Beginning, StreamError
+from gateway.targets import Target
 from gateway.tokens import expected_prompt_tokens, most_output
 from gateway.usage import METERED, PROMPTED, UNTOLD
 from gateway.websocket import WebSocket
 
-__all__ = ("Request", "Resource", "Response", "Target", "check_body")
-
-
-@dataclass(frozen=True, slots=True)
-class Resource:
-    """One Azure OpenAI endpoint, as the configuration names it."""
-
-    name: str
-    endpoint: str
-    credential: Credential | None = None
-    proxy: Proxy | None = None
-
-
-class Target(msgspec.Struct, frozen=True):
-    """Where a request goes. Stages replace it whole: `request.target = request.target.replace(deployment="x")`.
-
-    `credential` is None where the resource's own is to be used.
-    """
-
-    resource: Resource | None = None
-    deployment: str | None = None
-    api_version: str | None = None
-    credential: Credential | None = None
-
-    @property
-    def is_v1(self) -> bool:
-        """Whether it is asked on Azure's v1 API, which has no deployments in its paths."""
-        return self.api_version == "v1"
-
-    def replace(self, **fields: Any) -> Target:
-        """Return this target with other values in some of its fields."""
-        return msgspec.structs.replace(self, **fields)
+__all__ = ("Request", "Response", "check_body")
 
 
 class Request:
@@ -71,8 +42,9 @@ class Request:
     `operation` is the table's name for it, such as `chat.completions`, or None where there is none.
     `path` begins after the team's prefix and `/v1`. `caller` is who the key says it is, set by the stage
     that authenticates; `allowed_models` are the only ones that it may use (names or globs), None for all of the
-    team's. `target` is where it will go. `notes` are facts for the log event; never put a
-    body or a key there.
+    team's. `target` is where it will go. `begin_by`, on `time.monotonic`'s clock, is when Azure must have begun to
+    answer at the latest, where that is sooner than the resource's time-outs. `notes` are facts for the log event; never
+    put a body or a key there.
     """
 
     __slots__ = (
@@ -89,6 +61,7 @@ class Request:
         "_model_set",
         "_row",
         "allowed_models",
+        "begin_by",
         "caller",
         "headers",
         "id",
@@ -127,6 +100,7 @@ class Request:
         self.team = team
         self.caller: str | None = None
         self.allowed_models: tuple[str, ...] | None = None
+        self.begin_by: float | None = None
         self.target = target
         self.notes: dict[str, object] = {}
         self._body = body
@@ -194,6 +168,23 @@ class Request:
     async def buffer(self, limit: int) -> None:
         """Keep the body, so that `call_next` can be called again. Raises ApiError 413 above `limit` bytes."""
         await self._body.read(limit)
+
+    async def buffer_up_to(self, limit: int) -> bool:
+        """Keep the body, as `buffer` does, if it is known to have no more than `limit` bytes; whether it is kept."""
+        if self._json_set or self._body.keep() is not None:
+            return True
+        length = self._body.length
+        if length is None or length > limit:
+            return False
+        await self._body.read()
+        return True
+
+    async def repeatable(self) -> bool:
+        """Whether it does no harm to send it twice: it reads, or makes an answer that nobody keeps.
+
+        What makes something that stays (a file, a batch, a response that is stored), or deletes it, is not.
+        """
+        return await is_repeatable(self)
 
     async def json(self) -> dict[str, Any]:
         """Return the body as a JSON object, decoded once. Raises ApiError 400 where it is none."""
@@ -293,9 +284,9 @@ class Request:
             self._find = find
         elif (name := await self.model()) is not None:
             found = find(name.strip())
-            self.target = self.target.replace(resource=found.resource, deployment=found.deployment)
+            self.target = self.target.to(found)
         elif self._model_set is not None:  # no model is asked for, but a deployment in the path chooses the resource
-            self.target = self.target.replace(resource=find(self._model_set.strip()).resource)
+            self.target = self.target.to(find(self._model_set.strip())).replace(deployment=None)
         map_image_deployment(self, find)
 
     def copy(self, *, target: Target | None = None) -> Request:
@@ -318,6 +309,7 @@ class Request:
         twin.operation = self.operation
         twin.caller = self.caller
         twin.allowed_models = self.allowed_models
+        twin.begin_by = self.begin_by
         twin.notes = self.notes
         twin._json = self._json
         twin._json_set = self._json_set
@@ -425,11 +417,28 @@ class Response:
             body = self.body
         else:
             self.body = body = Peeked(self.body)
+        if enough(body.peeked()):
+            return body.peeked()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not enough(body.peeked()) and await body.grow():
+                while await body.grow() and not enough(body.peeked()):
                     pass
         return body.peeked()
+
+    async def opening_error(self, seconds: float, *, responses: bool = False) -> StreamError | None:
+        """Return the error with which a stream of events begins, before anything that is shown; None where it has none.
+
+        Waits for its first event at most so many seconds, as `peek` does, and raises what that raises. `responses`
+        looks for the errors of the Responses API as well, behind the events that only say that it has begun.
+        """
+        if (self.headers.get("content-encoding") or "identity").strip().lower() != "identity":
+            return None
+        beginning = Beginning(responses=responses)
+        return beginning.error_in(await self.peek(beginning.is_enough, seconds))
+
+    def retry_after(self, message: str = "") -> float | None:
+        """Return the seconds for which Azure asks to be left alone: by the headers, else by a message, or None."""
+        return retry_after(self.headers, message)
 
     def pipe(self, *filters: Filter | EventFilter, direction: Literal["down", "up"] = "down") -> None:
         """Put filters on the body; the one put on first, nearest Azure, runs first.

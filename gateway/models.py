@@ -19,11 +19,13 @@ from gateway.errors import ApiError
 from gateway.jsonbody import decoded_json, encoded_json, with_field
 from gateway.multipart import FormReader, boundary_of
 from gateway.stream import Event, EventFilter
+from gateway.targets import common_resource
 
 if TYPE_CHECKING:
     from gateway.azure import Operation
     from gateway.body import Body
-    from gateway.messages import Request, Target
+    from gateway.messages import Request
+    from gateway.targets import Target
 
 __all__ = (
     "SEVERAL",
@@ -187,15 +189,18 @@ async def map_several(request: Request, find: Callable[[str], Target]) -> None:
         await map_batch(request, lambda name: find(model_name(name).strip()))
         return
     body = await request.json()
-    changed, found = _mapped_graders(body, find)
+    _, found = _mapped_graders(body, find)
     if not found:
         request.set_json(body)  # each key once: of two, Azure might take the one that was not looked at
         return
-    if len({target.resource for target in found.values()}) > 1:
+    resource = common_resource(found.values())
+    if resource is None and (len(found) > 1 or any(target.pool is not None for target in found.values())):
         raise ApiError(400, f"the models of one evaluation must be in one Azure resource: {', '.join(found)}")
+    if resource is not None:
+        found = {name: target.within(resource) or target for name, target in found.items()}
+    changed, _ = _mapped_graders(body, found.__getitem__)
     request.notes["model"] = ", ".join(found)
-    first = next(iter(found.values()))
-    request.target = request.target.replace(resource=first.resource, deployment=first.deployment)
+    request.target = request.target.to(next(iter(found.values())))
     request.set_json(changed)
 
 
@@ -247,9 +252,14 @@ def map_image_deployment(request: Request, find: Callable[[str], Target]) -> Non
     name = request.headers.get(_IMAGES)
     if name is None:
         return
-    found = find(model_name(name).strip())
-    if request.target.deployment is not None and found.resource != request.target.resource:
-        raise ApiError(400, f"the model in {_IMAGES} is in another Azure resource than the other one")
+    found, target = find(model_name(name).strip()), request.target
+    if target.deployment is not None or target.pool is not None:
+        resource = common_resource((target, found))
+        if resource is None:
+            raise ApiError(400, f"the model in {_IMAGES} is in another Azure resource than the other one")
+        request.target, found = target.within(resource) or target, found.within(resource) or found
+    elif found.pool is not None:
+        found = found.settled(target.resource)
     request.headers.set(_IMAGES, found.deployment or "")
 
 
@@ -379,7 +389,8 @@ class FrameModels(EventFilter):
         name = model_name(model).strip()
         found = self._find(name)
         asked = self._request.sent_to
-        if asked is None or found.resource != asked.resource:
+        there = found.within(asked.resource) if asked is not None and asked.resource is not None else None
+        if there is None:
             raise ApiError(
                 400,
                 f"the model {name!r} is in another Azure resource than the one that this WebSocket is open to",
@@ -387,4 +398,4 @@ class FrameModels(EventFilter):
                 code="resource_mismatch",
             )
         self._request.notes.setdefault("model", name)
-        return found.deployment or ""
+        return there.deployment or ""

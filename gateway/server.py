@@ -19,6 +19,7 @@ from typing import Any, cast
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server as AiohttpServer
 
+from gateway.admin import Admin
 from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
 from gateway.connection import Arrived, Connection, Handler
@@ -32,6 +33,7 @@ from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
+from gateway.probing import Prober
 from gateway.reload import unharmed
 from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
@@ -80,7 +82,7 @@ class Generation:
 
 
 class Server:
-    """One gateway: teams, the pool to Azure, and the listening socket."""
+    """One gateway: teams, the connections to Azure, and the listening socket."""
 
     def __init__(self, teams: Teams, settings: Settings | None = None, upstream: Upstream | None = None) -> None:
         self._generation = Generation(teams, settings or Settings())
@@ -99,6 +101,9 @@ class Server:
         self._stopped = False
         self.counts: Counter[str] = Counter()
         """What stages counted since the start, such as repairs; told when the server stops."""
+        self._prober = Prober(self.shared.health, self.upstream)
+        self.admin: Admin | None = None
+        """Where its operator may look, if the configuration says where."""
         self.address = self.settings.listen
         """Where the server listens: the true port, once it does, where 0 was asked for."""
 
@@ -127,16 +132,30 @@ class Server:
             await self.shared.close()
             await self.upstream.close()
             raise
+        self.shared.health.use(self.settings.health, self.teams.deployments)
         self._http = _Connections(self._handle, limits, timeouts)
         try:
+            await self._listen_to_operator()
             await self._listen(listener)
         except BaseException:
             self._http = None  # there is nothing left to stop
+            if self.admin is not None:
+                await self.admin.stop()
             await self.teams.stop()
             await self.shared.close()
             await self.upstream.close()
             raise
+        self._prober.follow()
         self.ready = True
+
+    async def _listen_to_operator(self) -> None:
+        """Open the admin listener. Raises StartError where the address cannot be had."""
+        if self.settings.admin is not None:
+            self.admin = Admin(self._report)
+            await self.admin.start(self.settings.admin)
+
+    async def _report(self) -> list[dict[str, Any]]:
+        return self.shared.health.report()
 
     async def _listen(self, given: Listener | None) -> None:
         """Listen. Raises StartError where the address cannot be had."""
@@ -175,6 +194,9 @@ class Server:
             self._listener.remove()
         if self.counts:
             get_logger().info("counted", **self.counts)
+        await self._prober.stop()
+        if self.admin is not None:
+            await self.admin.stop()
         if self._retiring:
             await asyncio.wait(list(self._retiring))
         for generation in (*self._old, self._generation):
@@ -226,6 +248,8 @@ class Server:
         settings = generation.settings
         self._http.use(settings.limits, settings.timeouts)
         self.upstream.use(settings.timeouts)
+        self.shared.health.use(settings.health, generation.teams.deployments)
+        self._prober.follow()
         self._old.add(old)
         if not old.running:
             self._retire(old)

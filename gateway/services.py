@@ -12,6 +12,7 @@ import aiohttp
 
 from gateway.azure import BY_NAME
 from gateway.counters import Counters, MemoryCounters, Turns
+from gateway.health import Health
 from gateway.logs import get_logger
 from gateway.prices import Prices
 from gateway.tokens import load_encodings
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from gateway.identity import Claims
     from gateway.keys import ListedKey
-    from gateway.messages import Resource
+    from gateway.targets import Pool, Resource
 
 __all__ = ("Services", "Shared")
 
@@ -32,6 +33,8 @@ class Shared:
     def __init__(self, counters: Counters | None = None) -> None:
         self.counters = Turns(counters or MemoryCounters())
         """Where limits are counted that no store is named for."""
+        self.health = Health()
+        """How the deployments of pools are."""
         self._elsewhere: dict[Hashable, Turns] = {}
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
@@ -67,9 +70,10 @@ class Services:
     """What a stage's `start` and `check` are given.
 
     `resources` are the configured Azure resources by name, `resource` the one this team uses where a deployment
-    names none (None if there are several and none was chosen). `reachable`, at `start`, are those that the stages
-    of this team may send requests to. `keys` are the team's own, by digest, `claims` what it wants of a token
-    (`request.identity.has(services.claims)`), and `teams` is how many teams there are. `prices` are the operator's.
+    names none (None if there are several and none was chosen). `pools` are the configured pools by name. `reachable`,
+    at `start`, are the resources that the stages of this team may send requests to. `keys` are the team's own, by
+    digest, `claims` what it wants of a token (`request.identity.has(services.claims)`), and `teams` is how many teams
+    there are. `prices` are the operator's.
     `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps state that must outlive
     a reload: it is this stage's own, by team and id.
     """
@@ -78,6 +82,7 @@ class Services:
     stage: str
     resources: Mapping[str, Resource] = field(default_factory=dict)
     resource: Resource | None = None
+    pools: Mapping[str, Pool] = field(default_factory=dict)
     keys: Mapping[str, ListedKey] = field(default_factory=dict)
     prices: Prices = field(default_factory=Prices)
     claims: Claims = field(default_factory=dict)
@@ -97,6 +102,11 @@ class Services:
     def counters(self) -> Turns:
         """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
         return self.store_of_limits or self.shared.counters
+
+    @property
+    def health(self) -> Health:
+        """How the deployments of pools are, as far as this process knows: shared by all stages."""
+        return self.shared.health
 
     async def prepare_tokens(self) -> None:
         """Get ready to count tokens, where that is installed: the first `expected_tokens` are counted then, too."""

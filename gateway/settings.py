@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from gateway.body import MOST_LOOKED_AT
 
-__all__ = ("Limits", "Listen", "Network", "Settings", "Timeouts")
+__all__ = ("HealthSettings", "Limits", "Listen", "Network", "Settings", "Timeouts")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -36,6 +36,28 @@ class Timeouts:
         Meta(ge=0, description="for /readyz to say 503 before the listener closes; 5 behind a load balancer"),
     ] = 0.0
     grace: Annotated[float, Meta(ge=0, description="for running exchanges to end when the gateway stops")] = 30.0
+
+
+@dataclass(frozen=True)
+class HealthSettings:
+    """When a deployment of a pool is left alone for a while, because it fails; times are in seconds."""
+
+    failures: Annotated[int, Meta(ge=1, le=1000, description="so many failures in a row are enough")] = 5
+    share: Annotated[float, Meta(gt=0, le=1, description="or this share of the requests of the last `window`")] = 0.5
+    least: Annotated[int, Meta(ge=1, le=100_000, description="if they were so many at least")] = 20
+    window: Annotated[float, Meta(ge=1, le=600, description="how far back the share looks")] = 10.0
+    rest: Annotated[
+        float, Meta(gt=0, le=600, description="how long it is left alone at first, until one request tries it again")
+    ] = 1.0
+    most_rest: Annotated[
+        float, Meta(gt=0, le=3600, description="how long at most: it is doubled each time the try fails")
+    ] = 30.0
+    probe: Annotated[
+        float | None,
+        Meta(
+            gt=0, le=600, description="how often the gateway itself asks those that rest, so that no request need try"
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -87,4 +109,6 @@ class Settings:
     listen: Listen = Listen()
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
+    health: HealthSettings = HealthSettings()
+    admin: Listen | None = None
     trusted_proxies: tuple[Network, ...] = ()

@@ -18,6 +18,7 @@ from gateway.keys import secrets
 from gateway.logs import get_logger, masked
 from gateway.messages import Request, Response
 from gateway.services import Services
+from gateway.targets import Target
 
 __all__ = ("Next", "Stage", "compile_pipeline")
 
@@ -61,8 +62,8 @@ class Stage:
         return ()
 
     @property
-    def reaches(self) -> Iterable[str]:
-        """The names of the resources that this stage may send requests to; asked after `check`."""
+    def targets(self) -> Iterable[Target]:
+        """Where this stage may send requests, besides to the team's resource; asked after `check`."""
         return ()
 
     def check(self, services: Services) -> Iterable[Finding]:
@@ -118,7 +119,9 @@ def _too_late(name: str, request: Request) -> Response:
     get_logger().warning("deadline before the first byte", stage=name, request_id=request.id)
     message = f"no answer in time: {where} was still at work"
     return Response.from_error(
-        UpstreamTimeout(message) if name == "upstream" else ApiError(504, message, code="deadline_exceeded")
+        UpstreamTimeout(message, fault="deadline")
+        if name == "upstream"
+        else ApiError(504, message, code="deadline_exceeded")
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.errors import ApiError, StartError
 from gateway.fields import is_secret, settings_of
@@ -13,11 +13,11 @@ from gateway.headers import Headers
 from gateway.identity import Claims, Issuers, Judgement, unavailable
 from gateway.keys import ListedKey, presented_key
 from gateway.logs import get_logger, masked
-from gateway.messages import Target
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
+from gateway.targets import Pool, Target
 
-__all__ = ("Match", "Team", "Teams")
+__all__ = ("Background", "Match", "Team", "Teams")
 
 
 # How long, in seconds, a stage may take to stop.
@@ -41,6 +41,8 @@ class Team:
     name: str
     stages: Sequence[Stage]
     target: Target
+    targets: Sequence[Target] = ()
+    """Where else its stages may send requests, such as the deployments that models are mapped to."""
     match: Match = field(default_factory=Match)
     services: Mapping[str, Services] = field(default_factory=dict)
     pipeline: Next | None = None
@@ -121,6 +123,16 @@ def _described(exc: BaseException, stage: Stage) -> str:
     return str(shown["text"])
 
 
+class Background(Protocol):
+    """What a configuration has done beside requests, such as fetching tokens, from its start to its stop."""
+
+    def start(self) -> None:
+        """Begin, without waiting for anything."""
+
+    async def stop(self) -> None:
+        """End."""
+
+
 class Teams:
     """All teams, found by path prefix, host name, key digest or a token's claims, else the default team."""
 
@@ -130,11 +142,16 @@ class Teams:
         others: Sequence[Team] = (),
         shared: Shared | None = None,
         issuers: Issuers | None = None,
+        background: Sequence[Background] = (),
+        pools: Iterable[Pool] = (),
     ) -> None:
         self.all = (default, *others)
         self.default = default
         self.shared = shared or Shared()
         self.issuers = issuers
+        self.deployments = [deployment for pool in pools for deployment in pool.deployments]
+        """Those of all pools."""
+        self._background: Sequence[Background] = (*background, *((issuers,) if issuers is not None else ()))
         self._prefixes = {prefix: team for team in others for prefix in team.match.path_prefix}
         self._hosts = {host: team for team in others for host in team.match.host}
         self._keys = {key.digest: (key, team) for team in others for key in team.match.keys}
@@ -151,13 +168,12 @@ class Teams:
             for team in reversed(started):
                 await team.stop()
             raise
-        if self.issuers is not None:
-            self.issuers.start()
+        for each in self._background:
+            each.start()
 
     async def stop(self) -> None:
         """Stop every team; what they share may go on, in those that follow them."""
-        if self.issuers is not None:
-            await self.issuers.stop()
+        await asyncio.gather(*(each.stop() for each in self._background))
         await asyncio.gather(*(team.stop() for team in self.all))
 
     def find(self, prefix: str, headers: Headers, judgement: Judgement | None = None) -> Team | None:

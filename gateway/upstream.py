@@ -9,21 +9,26 @@ answer that comes while the upload still runs stops the upload.
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import ssl
+import time
 from functools import lru_cache
 
 from gateway.azure import BY_NAME, unknown_operation
 from gateway.body import Body
-from gateway.errors import ApiError, GatewayError, UpstreamError
+from gateway.connector import Connector, Destination
+from gateway.entra import TokenUnavailable
+from gateway.errors import ApiError, GatewayError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.hops import DOWN
 from gateway.include_usage import STREAMED, HiddenUsage, with_usage_asked
 from gateway.keys import Credential
-from gateway.messages import Request, Resource, Response, Target
+from gateway.messages import Request, Response
 from gateway.models import FrameModels, placed, placed_query
-from gateway.pool import Destination, Pool
 from gateway.settings import Timeouts
+from gateway.targets import Resource, Target
 from gateway.urls import upstream_path
 from gateway.usage import METERED, PROMPTED, Watch
 from gateway.websocket import WebSocket, check_asked, new_key, offered_protocols, opening, taken
@@ -34,6 +39,8 @@ __all__ = ("Upstream",)
 # How large a body, in bytes, may be that nobody has read, for its stream to be asked for its usage. A larger one, of
 # which the path names the deployment, streams through, and what it uses is made out from the answer.
 _ASKED_FOR = 1024 * 1024
+# The last dated api-version that is no preview.
+_LAST_DATED = "2024-10-21"
 
 
 class Upstream:
@@ -41,20 +48,19 @@ class Upstream:
 
     def __init__(self, timeouts: Timeouts, context: ssl.SSLContext | None = None) -> None:
         self._timeouts = timeouts
-        self._pool = Pool(timeouts.connect, context)
+        self._connector = Connector(context)
 
     def use(self, timeouts: Timeouts) -> None:
         """Have other timeouts from the next request on; the connections stay."""
         self._timeouts = timeouts
-        self._pool.use(timeouts.connect)
 
     async def start(self) -> None:
-        """Make the pool, on the running loop."""
-        await self._pool.start()
+        """Get ready to connect, on the running loop."""
+        await self._connector.start()
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._pool.close()
+        await self._connector.close()
 
     async def __call__(self, request: Request) -> Response:
         """Send the request to its target and return Azure's answer, its body unread unless it is small.
@@ -74,7 +80,11 @@ class Upstream:
                 "the operator sets its `resource:`",
                 code="no_resource",
             )
+        if target.api_version is None and target.resource is not None:
+            target = target.replace(api_version=target.resource.api_version)
         resource, credential = _complete(target)
+        if credential is None:
+            credential = await _token(resource)
         query = request.query and placed_query(operation, request.query, target)
         path = upstream_path(operation, target, request.path, query)
         exchange = request._exchange
@@ -96,7 +106,7 @@ class Upstream:
                 if asking is not None:
                     body, hides = asking, True
             watch = exchange.meter.watch(operation.name, kept, request._model)
-        destination = self._pool.destination(resource)
+        destination = self._connector.destination(resource)
         length = len(body) if isinstance(body, bytes) else body.length
         head = _head(
             request,
@@ -105,19 +115,56 @@ class Upstream:
             credential,
             b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length,
         )
-        answer = await self._ask(exchange, destination, head, body, watch)
+        answer = await self._ask(request, resource, destination, head, body, watch)
         response = _response(answer)
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response
 
+    async def models(self, resource: Resource, seconds: float, credential: Credential | None = None) -> Response:
+        """Ask a resource for its models, in so many seconds at most, and return its answer, read whole.
+
+        It costs no tokens, and tells whether the resource can be reached and takes the credential: its own, if none is
+        given. Raises UpstreamError, and ApiError where there is no credential.
+        """
+        version = resource.api_version or _LAST_DATED
+        target = Target(resource, api_version=version, credential=credential)
+        if credential is None and not resource.has_credential:
+            raise ApiError(401, f"the resource {resource.name!r} has no credential of its own", code="no_credential")
+        exchange = Exchange()
+        request = Request(
+            id=f"probe-{os.urandom(8).hex()}",
+            operation=None,
+            method="GET",
+            path="/models",
+            headers=Headers(),
+            body=Body(b""),
+            team="",
+            target=target,
+            exchange=exchange,
+        )
+        request.begin_by = time.monotonic() + seconds
+        path = "/openai/v1/models" if target.is_v1 else f"/openai/models?api-version={version}"
+        try:
+            async with asyncio.timeout(seconds):
+                _, shown = _complete(target)
+                destination = self._connector.destination(resource)
+                head = _head(request, destination, path, shown or await _token(resource), b"content-length: 0")
+                response = _response(await self._ask(request, resource, destination, head, b"", None))
+                await response.read()
+                return response
+        except TimeoutError:
+            raise UpstreamTimeout(f"the Azure resource {resource.name!r} took more than {seconds:g} s") from None
+        finally:
+            exchange.finish()
+
     async def _open(self, request: Request, resource: Resource, path: str, credential: Credential) -> Response:
         """Open a WebSocket and return it as the body of a 101, or Azure's answer where it says no."""
         check_asked(request.headers)
         exchange, key = request._exchange, new_key()
-        destination = self._pool.destination(resource)
+        destination = self._connector.destination(resource)
         head = _head(request, destination, path, credential, opening(key, offered_protocols(request.headers)))
-        answer = await self._ask(exchange, destination, head, b"", None, upgrade=True)
+        answer = await self._ask(request, resource, destination, head, b"", None, upgrade=True)
         if answer.status != 101:
             return _response(answer)
         socket = WebSocket(answer.switched())
@@ -131,7 +178,8 @@ class Upstream:
 
     async def _ask(
         self,
-        exchange: Exchange,
+        request: Request,
+        resource: Resource,
         destination: Destination,
         head: bytes,
         body: bytes | Body,
@@ -141,9 +189,16 @@ class Upstream:
     ) -> Answer:
         """Ask on a connection, and on another one where a kept one turns out to be closed. Raises UpstreamError."""
         timeouts = self._timeouts
+        connect, first_byte, idle = timeouts.connect, timeouts.first_byte, timeouts.idle
+        if (own := resource.timeouts) is not None:
+            connect, first_byte, idle = own.connect or connect, own.first_byte or first_byte, own.idle or idle
+        exchange = request._exchange
         while True:
-            wire = self._pool.kept(destination) or await self._pool.connect(destination)
-            answer = wire.ask(timeouts.first_byte, timeouts.idle)
+            if (until := request.begin_by) is not None:
+                left = max(0.001, until - time.monotonic())
+                connect, first_byte = min(connect, left), min(first_byte, left)
+            wire = self._connector.kept(destination) or await self._connector.connect(destination, connect)
+            answer = wire.ask(first_byte, idle)
             answer.upgrade = upgrade
             if watch is not None:
                 answer.watch, watch.sent = watch.feed, True
@@ -153,7 +208,7 @@ class Upstream:
                     wire.send(head, body)
                     await answer.begun()
                 else:
-                    await self._upload(wire, answer, head, body)
+                    await self._upload(wire, answer, head, body, idle)
             except UpstreamError:
                 answer.abort()
                 if wire.used and wire.lost and not wire.received and isinstance(body, bytes):
@@ -163,9 +218,9 @@ class Upstream:
                 watch.status = answer.status
             return answer
 
-    async def _upload(self, wire: Wire, answer: Answer, head: bytes, body: Body) -> None:
+    async def _upload(self, wire: Wire, answer: Answer, head: bytes, body: Body, idle: float) -> None:
         """Stream the body up while waiting for the answer, whichever comes first."""
-        answer.upload = upload = asyncio.create_task(wire.send_stream(head, body, self._timeouts.idle))
+        answer.upload = upload = asyncio.create_task(wire.send_stream(head, body, idle))
         begun = asyncio.create_task(answer.begun())
         try:
             await asyncio.wait((upload, begun), return_when=asyncio.FIRST_COMPLETED)
@@ -189,10 +244,15 @@ def _down(answer: Answer) -> Headers:
     return Headers.of([each for each in answer.fields if each[3] & DOWN])
 
 
-def _complete(target: Target) -> tuple[Resource, Credential]:
-    """Return a target's resource and credential; `gateway check` makes sure that stages fill them in."""
+def _complete(target: Target) -> tuple[Resource, Credential | None]:
+    """Return a target's resource and credential; `gateway check` makes sure that stages fill them in.
+
+    The credential is None where it is a token of the resource's that is not at hand.
+    """
     resource = target.resource
     credential = target.credential or (resource.credential if resource else None)
+    if credential is None and resource is not None and resource.tokens is not None and target.api_version is not None:
+        return resource, resource.tokens.at_hand()
     if resource is None or target.api_version is None or credential is None:
         missing = [
             name
@@ -205,6 +265,22 @@ def _complete(target: Target) -> tuple[Resource, Credential]:
         ]
         raise GatewayError(f"no stage filled in the target's {', '.join(missing)}")
     return resource, credential
+
+
+async def _token(resource: Resource) -> Credential:
+    """Wait for a token of a resource's identity. Raises UpstreamError, which is `unsent`."""
+    assert resource.tokens is not None, "it has no identity"  # noqa: S101 -- a bug of ours
+    try:
+        return await resource.tokens.credential()
+    except TokenUnavailable as exc:
+        failed = UpstreamError(
+            f"the gateway has no token for the Azure resource {resource.name!r} at present; its log says why",
+            status=503,
+            fault="credential",
+        )
+        failed.unsent = True
+        failed.headers["retry-after"] = str(math.ceil(exc.retry_after))
+        raise failed from None
 
 
 def _head(request: Request, destination: Destination, path: str, credential: Credential, last: bytes) -> bytes:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, unquote_plus
 
 from gateway.azure import Operation
 from gateway.errors import ApiError
-from gateway.messages import Target
+from gateway.targets import Target
 
 __all__ = ("DEPLOYMENT", "Place", "place_of", "upstream_path")
 

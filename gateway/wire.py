@@ -41,7 +41,7 @@ _MAX_INTERIM = 16
 
 
 class Home(Protocol):
-    """Where a connection goes when its answer has ended: the pool."""
+    """Where a connection goes when its answer has ended: the connector."""
 
     def put(self, wire: Wire) -> None:
         """Keep a connection that may be used again."""
@@ -340,7 +340,9 @@ class Wire(BaseProtocol):
                     async with asyncio.timeout(patience):
                         await self._drain_helper()
                 except TimeoutError:
-                    raise UpstreamTimeout(f"Azure took no more of the request for {patience:g} s") from None
+                    raise UpstreamTimeout(
+                        f"Azure took no more of the request for {patience:g} s", fault="stalled"
+                    ) from None
         if chunked:
             self._write(b"0\r\n\r\n")
         elif sent != told:
@@ -533,11 +535,9 @@ class Wire(BaseProtocol):
     def _expired(self) -> None:
         begun = self._answer is not None and self._answer.status
         self._give_up(
-            UpstreamTimeout(
-                f"Azure sent nothing for {self._idle:g} s"
-                if begun
-                else f"Azure did not begin to answer within {self._first_byte:g} s"
-            )
+            UpstreamTimeout(f"Azure sent nothing for {self._idle:g} s", fault="stalled")
+            if begun
+            else UpstreamTimeout(f"Azure did not begin to answer within {self._first_byte:g} s")
         )
 
     # -- flow ------------------------------------------------------------------------------------------

@@ -19,11 +19,29 @@ from typing import Any
 import msgspec
 
 from gateway import logs
+from gateway.admin import Admin, merged
 from gateway.config.sources import Sources
 from gateway.control import Report
 from gateway.counters.shared import make_table
 from gateway.errors import StartError
-from gateway.handover import ABORT, AT_ONCE, COMMIT, COMMITTED, DRAIN, LEAVING, PREPARE, PREPARED, READY, Handover, Said
+from gateway.handover import (
+    ABORT,
+    AT_ONCE,
+    COMMIT,
+    COMMITTED,
+    DRAIN,
+    HEAR,
+    LEAVING,
+    NEWS,
+    PREPARE,
+    PREPARED,
+    READY,
+    REPORT,
+    REPORTED,
+    Handover,
+    Said,
+)
+from gateway.health import News
 from gateway.listener import Listener
 from gateway.logs import get_logger
 from gateway.reload import Prepared, Reloads, State, unharmed
@@ -61,6 +79,8 @@ class _Worker:
         """Its configuration's, once it serves."""
         self._heard = heard
         self._line = line
+        self.on_news: Callable[[News], None] | None = None
+        """What becomes of what it tells the others."""
         self._listening: asyncio.Task[None] | None = None  # from when it serves until its end of the line is closed
         self._asked: dict[tuple[str, int], asyncio.Future[Said | None]] = {}
 
@@ -110,6 +130,10 @@ class _Worker:
     async def _listen(self) -> None:
         try:
             while (said := await self._hear()) is not None and said.word != LEAVING:
+                if said.word == NEWS:
+                    if said.news is not None and self.on_news is not None:
+                        self.on_news(said.news)
+                    continue
                 asked = self._asked.pop((said.word, said.number), None)
                 if asked is not None and not asked.done():
                     asked.set_result(said)
@@ -161,7 +185,7 @@ class _Place:
     `ready` is called whenever one has become ready.
     """
 
-    def __init__(self, ready: Callable[[], None]) -> None:
+    def __init__(self, ready: Callable[[_Worker], None]) -> None:
         self._ready = ready
         self.retired = asyncio.Event()
         self.settled = asyncio.Event()
@@ -203,7 +227,7 @@ class _Place:
             failure = await worker.wait_ready(patience)
             if failure is None:
                 get_logger().info("worker ready", pid=pid)
-                self._ready()
+                self._ready(worker)
             self._settle(failure)
             await worker.process.wait()
         finally:
@@ -247,6 +271,7 @@ class Supervisor:
         notify: Notifier,
         *,
         config: Path,
+        admin: Listen | None = None,
         patience: float = 60.0,
     ) -> None:
         self._listener = listener
@@ -263,7 +288,10 @@ class Supervisor:
         self._reloads = Reloads(self._reload, notify, config)
         self._reloading: asyncio.Task[None] | None = None
         self._busy = asyncio.Lock()  # held by a rolling restart, or by a reload
-        self._number = 0  # of the last reload
+        self._number = 0  # of the last reload, or report
+        self._admin = Admin(self._report)
+        self._admin_listen = admin
+        self._news: dict[str, tuple[float, News]] = {}  # what a worker that is new has to know, and since when
 
     async def run(self) -> None:
         """Supervise until a signal says to stop. Raises StartError where the first workers cannot serve."""
@@ -274,6 +302,8 @@ class Supervisor:
         failure = None
         async with asyncio.TaskGroup() as self._group:
             try:
+                if self._admin_listen is not None:
+                    await self._admin.start(self._admin_listen)
                 self._current = await self._start()
                 self._know()
                 self._tell_ready()
@@ -288,6 +318,7 @@ class Supervisor:
             except StartError as exc:
                 failure = exc
         # The group has waited for every worker's end.
+        await self._admin.stop()
         self._listener.close()
         self._listener.remove()
         if self._stopping:
@@ -313,7 +344,7 @@ class Supervisor:
         return places
 
     def _open(self) -> _Place:
-        place = _Place(self._compare)
+        place = _Place(self._serves)
         task = self._group.create_task(place.keep(self._command, self._listener, self._table, self._patience))
         self._tasks[task] = place
         task.add_done_callback(self._tasks.pop)
@@ -339,6 +370,34 @@ class Supervisor:
                 place.retire()
             self._know()
         self._tell_ready()
+
+    # -- what workers know of deployments --------------------------------------------------------------
+
+    def _serves(self, worker: _Worker) -> None:
+        """Let a new worker know what the others do, and hear what it tells them."""
+        worker.on_news = lambda news: self._pass_on(worker, news)
+        now = asyncio.get_running_loop().time()
+        for key, (since, news) in list(self._news.items()):
+            left = since + news.seconds - now
+            if left > 0:
+                _tell(worker, msgspec.structs.replace(news, seconds=left))
+            else:
+                del self._news[key]
+        self._compare()
+
+    def _pass_on(self, teller: _Worker, news: News) -> None:
+        self._news[news.key] = asyncio.get_running_loop().time(), news
+        for worker in self._serving():
+            if worker is not teller:
+                _tell(worker, news)
+
+    async def _report(self) -> list[dict[str, Any]]:
+        """Return how deployments are, by all workers that serve."""
+        self._number += 1
+        number = self._number
+        asked = [worker.ask(REPORT, number, REPORTED, _LAST_WORDS) for worker in self._serving()]
+        said = await asyncio.gather(*asked, return_exceptions=True)
+        return merged([each.report for each in said if isinstance(each, Said) and each.report is not None])
 
     # -- reload ----------------------------------------------------------------------------------------
 
@@ -439,6 +498,10 @@ class Supervisor:
         for place in places:
             place.retire()
         self._again.set()
+
+
+def _tell(worker: _Worker, news: News) -> None:
+    worker.order(f"{HEAR} {msgspec.json.encode(news).decode()}")
 
 
 def _pids(places: Sequence[_Place]) -> list[int]:

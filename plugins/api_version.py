@@ -15,7 +15,7 @@ Version = Annotated[str, Meta(pattern=VERSION, examples=["2024-10-21, 2025-04-01
 class ApiVersion(Stage):
     """Choose Azure's api-version: a dated one for the classic API, or `v1` for `/openai/v1`.
 
-    A client's own `?api-version=` is never passed on.
+    A resource's own `api_version` takes the place of `version`. A client's own `?api-version=` is never passed on.
     """
 
     version: Annotated[
@@ -58,6 +58,9 @@ class ApiVersion(Stage):
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         version = self.version
+        resource = request.target.resource
+        if resource is not None and resource.api_version is not None:
+            version = resource.api_version
         if self.operations and (of_operation := self._version_of(request.operation or "")) is not None:
             version = of_operation
         else:

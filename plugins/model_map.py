@@ -12,6 +12,7 @@ from gateway import ApiError, Meta, Next, Request, Response, Services, Stage, Ta
 DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Names = list[str]  # inside the class, `list` is a setting
 
+POOL = "pool:"  # before a pool's name, where a deployment's could stand: no name has a colon
 SHOWN = 20  # names in an error message
 
 
@@ -21,12 +22,13 @@ class ModelMap(Stage):
 
     A name is exact (`gpt-4o`), a glob (`gpt-4o-*`) or, after `~`, a regular expression for the whole name
     (`~gpt-(.+)`), whose groups the deployment may use (`prod-\1`). Exact names win, then the others in the
-    order of the file. A deployment is `NAME`, or `RESOURCE/NAME` in a resource of its own.
+    order of the file. A deployment is `NAME`, `RESOURCE/NAME` in a resource of its own, or `pool:NAME`, one of a
+    pool's, which the stage `balance` picks.
     """
 
     models: Annotated[
         dict[str, str] | str,
-        Meta(description="model: deployment; or as one text, model=deployment,model=deployment"),
+        Meta(description="model: deployment, or pool:NAME; or as one text, model=deployment,model=deployment"),
     ] = field(default_factory=dict)
     unmapped: Annotated[
         Literal["own_name_without_dots", "own_name", "refuse"],
@@ -49,14 +51,14 @@ class ModelMap(Stage):
         Names, Meta(description="names that /v1/models shows besides the exact ones, for globs and expressions")
     ] = field(default_factory=list)
 
-    provides = ("deployment",)
+    @property
+    def provides(self) -> tuple[str, ...]:
+        return ("deployment", "pool") if any(target.pool is not None for target in self.targets) else ("deployment",)
 
     @property
-    def reaches(self) -> Iterator[str]:
+    def targets(self) -> Iterator[Target]:
         patterns = [target for _, target, _ in self._patterns]
-        for target in (*self._exact.values(), *patterns, self._default):
-            if target is not None and target.resource is not None:
-                yield target.resource.name
+        yield from (target for target in (*self._exact.values(), *patterns, self._default) if target is not None)
 
     def __post_init__(self) -> None:
         self._exact: dict[str, Target] = {}
@@ -108,11 +110,13 @@ class ModelMap(Stage):
         # By another spelling a model could still be the same deployment: Azure ignores the case, and dots may be left
         # out. And a deployment has a name of its own, by which it could be asked for.
         self._denied = one_of(tuple(self.deny), loose=True)
-        denied = [target.deployment for name, target in self._exact.items() if self._denied(name)]
+        denied = [each for name, target in self._exact.items() if self._denied(name) for each in names_of(target)]
         for pattern, target, template in self._patterns:
-            made = [found.expand(template) for name in self.deny if (found := pattern.fullmatch(name)) is not None]
-            denied += [name for name in made if _named(target, name) is not None]
-        self._denied_deployments = {plain(name) for name in denied if name is not None}
+            for name in self.deny:
+                if (found := pattern.fullmatch(name)) is not None:
+                    made = _named(target, found.expand(template))
+                    denied += names_of(made) if made is not None else ()
+        self._denied_deployments = {plain(name) for name in denied}
 
     def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         if isinstance(self.models, str):
@@ -149,6 +153,13 @@ class ModelMap(Stage):
         except re.error as exc:
             yield f"the expression {pattern!r} is wrong: {exc}"
             return
+        if deployment.startswith(POOL):
+            target, problem = self._target(deployment)
+            if target is not None:
+                self._patterns.append((compiled, target, ""))
+            elif problem:
+                yield problem
+            return
         # Only what the configuration says may choose the resource; the groups are a client's text.
         resource, _, name_template = deployment.rpartition("/")
         target, problem = self._target(f"{resource}/x" if resource else "x")
@@ -163,7 +174,13 @@ class ModelMap(Stage):
         self._patterns.append((compiled, target, name_template))
 
     def _target(self, text: str) -> tuple[Target | None, str | None]:
-        """Return the target of `NAME` or `RESOURCE/NAME`, or what is wrong with it."""
+        """Return the target of `NAME`, `RESOURCE/NAME` or `pool:NAME`, or what is wrong with it."""
+        if text.startswith(POOL):
+            pool = self._services.pools.get(text.removeprefix(POOL).strip())
+            if pool is None:
+                known = ", ".join(self._services.pools) or "none; pools are listed in gateway.yaml's `pools:`"
+                return None, f"there is no pool {text.removeprefix(POOL).strip()!r}; there is {known}"
+            return Target(pool=pool), None
         resource_name, slash, name = text.rpartition("/")
         resource = self._services.resources.get(resource_name) if slash else self._services.resource
         if slash and resource is None:
@@ -198,10 +215,13 @@ class ModelMap(Stage):
     def _permitted(self, name: str, of_key: tuple[str, ...] | None) -> Target:
         """Return the target of a model. Raises ApiError 404 where it may not be used, or has none."""
         found = self._found(name) if self._may(name, of_key) else None
-        if found is not None and self.deny and name not in self._exact:
-            deployment = found.deployment or ""
-            if self._denied(deployment) or plain(deployment) in self._denied_deployments:
-                found = None
+        if (
+            found is not None
+            and self.deny
+            and name not in self._exact
+            and any(self._denied(each) or plain(each) in self._denied_deployments for each in names_of(found))
+        ):
+            found = None
         if found is None:
             # As OpenAI answers for a model that a project has no access to.
             shown = ", ".join([each for each in self._listed if self._may(each, of_key)][:SHOWN])
@@ -280,6 +300,15 @@ def plain(name: str) -> str:
     return name.lower().replace(".", "")
 
 
+def names_of(target: Target) -> list[str]:
+    """Return the names of the deployments that a target may be."""
+    if target.pool is not None:
+        return [each.name for each in target.pool.deployments]
+    return [target.deployment] if target.deployment is not None else []
+
+
 def _named(target: Target, name: str) -> Target | None:
-    """Return a target with this deployment, or None where that is no deployment's name."""
+    """Return a target with this deployment, or None where that is no deployment's name; a pool has its own."""
+    if target.pool is not None:
+        return target
     return target.replace(deployment=name) if DEPLOYMENT.fullmatch(name) else None

@@ -2,13 +2,10 @@
 
 import json
 import math
-import re
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from time import time
 from typing import Any
 
-from gateway import ApiError, Next, Request, Response, Stage
+from gateway import ApiError, Next, Request, Response, Stage, Target
 
 # The SDKs of OpenAI retry by themselves, but not where they are told to wait for longer than this, in seconds.
 LONGEST = 120
@@ -16,12 +13,6 @@ LONGEST = 120
 UNTOLD = 1.0
 MOST = 256 * 1024
 FIELDS = ("message", "type", "param", "code")
-WAIT = re.compile(
-    r"(?:retry|try again)\s+(?:after|in)\s+(?:about\s+)?(\d{1,9}(?:\.\d{1,6})?)\s*"
-    r"(ms|milliseconds?|s|seconds?|m|minutes?|h|hours?|d|days?)(?![a-z])(?:(\d{1,9})s\b)?",
-    re.IGNORECASE,
-)
-UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass
@@ -44,7 +35,9 @@ class OpenAIErrors(Stage):
             data = b""
         error = read_error(data)
         made = spoken(request, response.status, error)
-        wait = waiting(response, made["message"])
+        wait = response.retry_after(made["message"])
+        if wait is None and response.status == 429:
+            wait = UNTOLD
         if wait is not None:
             response.headers.set("retry-after", str(math.ceil(wait)))
             response.headers.set("retry-after-ms", str(math.ceil(round(wait * 1000, 3))))
@@ -98,7 +91,7 @@ def spoken(request: Request, status: int, own: dict[str, Any]) -> dict[str, Any]
         code, kind = "invalid_api_key", "invalid_request_error"
     elif code == "DeploymentNotFound":
         code, param = "model_not_found", "model"
-        named = request.target.deployment
+        named = asked(request).deployment
         message += f" (the deployment {named!r}, which the model is mapped to)" if named else " (no model was named)"
     elif status == 404 and message.rstrip(".").lower() == "resource not found":
         code = "operation_not_supported"
@@ -115,6 +108,11 @@ def spoken(request: Request, status: int, own: dict[str, Any]) -> dict[str, Any]
     return made
 
 
+def asked(request: Request) -> Target:
+    """Return where Azure was asked: a stage below may have chosen it."""
+    return request.sent_to or request.target
+
+
 def keep_own(made: dict[str, Any], own: dict[str, Any]) -> None:
     """Put what Azure said under `innererror`, where another thing was put in its place."""
     if "innererror" not in own and any(own.get(name) not in (None, made[name]) for name in FIELDS):
@@ -123,7 +121,7 @@ def keep_own(made: dict[str, Any], own: dict[str, Any]) -> None:
 
 def not_found(request: Request) -> str:
     """Say what "Resource not found" means: Azure says it of a path and of an api-version that it does not know."""
-    version = request.target.api_version or ""
+    version = asked(request).api_version or ""
     said = f"Azure has nothing at the path of {request.operation} with api-version {version}. "
     preview = "preview" in request.api_versions and not version.endswith("preview") and version != "v1"
     if preview:
@@ -132,21 +130,3 @@ def not_found(request: Request) -> str:
         "That api-version is known to have it, so the likely cause is the resource: its endpoint has another base "
         "path, or its region does not offer the operation."
     )
-
-
-def waiting(response: Response, message: str) -> float | None:
-    """Return how many seconds a client should wait, by the headers, else by the text; None where nobody says."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = (response.headers.get(name) or "").strip()
-        if re.fullmatch(r"\d{1,9}(\.\d{1,6})?", value):
-            return float(value) * unit
-        if value and name == "retry-after":
-            try:
-                return max(0.0, parsedate_to_datetime(value).timestamp() - time())
-            except (ValueError, OverflowError):
-                continue
-    if (found := WAIT.search(message)) is not None:
-        name = found.group(2).lower()
-        unit = UNITS.get(name) or UNITS.get(name.removesuffix("s")) or UNITS[name[0]]
-        return float(found.group(1)) * unit + float(found.group(3) or 0)
-    return UNTOLD if response.status == 429 else None

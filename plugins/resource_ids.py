@@ -43,6 +43,7 @@ class ResourceIds(Stage):
     """
 
     needs = ("deployment",)
+    above = ("choice",)  # where an id is from decides, and not whoever has room
 
     def __post_init__(self) -> None:
         self._resources: dict[str, Any] = {}
@@ -118,7 +119,12 @@ class ResourceIds(Stage):
             chosen = request.target.resource
             if chosen is not None and self._marks.get(chosen.name) == mark:
                 continue
-            if chosen is not None and request.target.deployment is not None:
+            home = self._resources[mark]
+            there = request.target.within(home) if request.target.pool is not None else None
+            if there is not None:
+                request.target = there
+                continue
+            if request.target.pool is not None or (chosen is not None and request.target.deployment is not None):
                 raise ApiError(
                     400,
                     f"the model is in another Azure resource than {example}; use a model of that resource, "
@@ -126,7 +132,7 @@ class ResourceIds(Stage):
                     param="model",
                     code="resource_mismatch",
                 )
-            request.target = request.target.replace(resource=self._resources[mark])
+            request.target = request.target.replace(resource=home)
 
 
 def media_type(content_type: str | None) -> str:

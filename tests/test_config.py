@@ -193,6 +193,8 @@ def test_no_yaml_ends_in_a_traceback(yaml: str, tmp_path: Path) -> None:
         ("class S(Stage):\n    needs = 'caller'", "needs 'caller'"),
         ("class S(Stage):\n    provides = None", "cannot tell what it provides"),
         ("class S(Stage):\n    above = None", "cannot tell what it must stand above"),
+        ("class S(Stage):\n    targets = None", "cannot tell where it sends requests"),
+        ("class S(Stage):\n    targets = ('east',)", "it names a str, not a Target"),
     ],
 )
 def test_a_stranger_s_stage_cannot_break_the_check(stage: str, words: str, tmp_path: Path) -> None:

@@ -80,15 +80,15 @@ class Line:
     def __init__(self, server: Server) -> None:
         self.server = server
         loop = asyncio.get_running_loop()
-        pool = server.upstream._pool
+        connector = server.upstream._connector
         resource = next(iter(server.teams.default.services.values())).resource
         assert resource is not None
-        destination = pool.destination(resource)
+        destination = connector.destination(resource)
         self.azure, self.client = Pipe(), Pipe()
         self.wire = Wire(loop)
         self.wire.connection_made(self.azure)
-        assert pool._outbox is not None
-        self.wire.settle(cast(Any, None), pool, destination, pool._outbox)
+        assert connector._outbox is not None
+        self.wire.settle(cast(Any, None), connector, destination, connector._outbox)
         destination.kept.append(self.wire)
         assert server._http is not None
         self.connection = cast(Connection, server._http())

@@ -18,9 +18,9 @@ from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.files import IdentityFile, StoreFile
 from gateway.config.show import show
 from gateway.fields import settings_of
-from gateway.messages import Resource
 from gateway.registry import Registry
 from gateway.settings import Limits, Timeouts
+from gateway.targets import Resource
 from gateway.testing import FakeAzure, post, running, talk
 from tests.conftest import CHAT, StartGateway, write_files
 

@@ -34,7 +34,12 @@ TESTED_ELSEWHERE = {
     "hops": "a table, read by test_server and test_upstream",
     "deadline": "a part of test_server and test_upstream",
     "outbox": "counted in test_costs",
-    "pool": "a part of test_upstream",
+    "connector": "a part of test_upstream",
+    "targets": "a part of test_models and of balance's tests",
+    "attempts": "a part of balance's tests",
+    "failures": "a part of balance's tests",
+    "credentials": "a part of test_config",
+    "pools": "a part of test_config",
     "connection": "one side of test_server and test_hostile",
     "services": "used by stages in test_stage",
     "patience": "slow and stopped clients of test_server and test_relay",
@@ -72,9 +77,9 @@ TESTED_ELSEWHERE = {
 def test_the_public_api_is_these_names() -> None:
     """What a plugin author may import; a change here is a change for strangers."""
     assert set(gateway.__all__) == {
-        "ApiError", "Charge", "CountersUnavailable", "Credential", "Event", "EventFilter", "Filter", "Headers", "Meta",
-        "Next", "Outcome", "Price", "Request", "Response", "Rule", "Services", "Stage", "Target", "UpstreamError",
-        "Usage", "Verdict",
+        "ApiError", "AttemptLimits", "Attempts", "Charge", "Chooser", "CountersUnavailable", "Credential", "Event",
+        "EventFilter", "Filter", "Headers", "Meta", "Next", "Outcome", "Price", "Request", "Response", "RetryBudget",
+        "Rule", "Services", "Stage", "StreamError", "Target", "UpstreamError", "Usage", "Verdict",
     }  # fmt: skip
     for name in gateway.__all__:
         assert getattr(gateway, name).__doc__ or name in ("Next", "Meta")

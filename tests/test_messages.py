@@ -9,7 +9,7 @@ from gateway.azure import BY_NAME
 from gateway.body import Body
 from gateway.exchange import Exchange
 from gateway.keys import key_digest
-from gateway.messages import Target
+from gateway.targets import Target
 
 
 def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request:

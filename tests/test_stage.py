@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from gateway import ApiError, Filter, Next, Outcome, Request, Response, Services, Stage
 from gateway.errors import StartError
-from gateway.messages import Target
+from gateway.targets import Target
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure, Seen, post, running, send
 from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, raw_request, until

@@ -15,8 +15,8 @@ import aiohttp
 import pytest
 import trustme
 
-from gateway.messages import Resource
-from gateway.pool import Destination, Pool
+from gateway.connector import Connector, Destination
+from gateway.targets import Resource
 from gateway.testing import FakeAzure
 from gateway.wire import Wire
 from tests.conftest import CHAT, RawUpstream, StartGateway, hard_close, raw_upstream, until
@@ -466,25 +466,25 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
 
 
 async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
-    """What aiohttp keeps private and pool.py relies on; an upgrade that moves it must fail here first."""
+    """What aiohttp keeps private and connector.py relies on; an upgrade that moves it must fail here first."""
     import ast
     import inspect
 
     from aiohttp import connector as module
     from aiohttp.client_reqrep import ConnectionKey
 
-    pool = Pool(5)
-    await pool.start()
-    connector = pool._connector
+    own = Connector()
+    await own.start()
+    connector = own._connector
     assert connector is not None
-    assert hasattr(connector, "_factory"), "TCPConnector._factory moved: pool.py makes its protocol through it"
+    assert hasattr(connector, "_factory"), "TCPConnector._factory moved: connector.py makes its protocol through it"
     assert isinstance(connector._factory(), Wire), "TCPConnector._factory is made by something else now"
     assert list(inspect.signature(connector.connect).parameters) == ["req", "traces", "timeout"], (
-        "TCPConnector.connect() takes other arguments: pool.py calls it"
+        "TCPConnector.connect() takes other arguments: connector.py calls it"
     )
     made = inspect.signature(ConnectionKey).parameters
-    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], "ConnectionKey's fields moved: pool.py makes one"
-    assert len(made) == 8, "ConnectionKey has other fields: pool.py makes one"
+    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], "ConnectionKey's fields moved: connector.py makes one"
+    assert len(made) == 8, "ConnectionKey has other fields: connector.py makes one"
     # What the connector asks of a request, and of a protocol: those that stand in must have it.
     tree = ast.parse(inspect.getsource(module))
     asked: dict[str, set[str]] = {"req": set(), "proto": set(), "protocol": set()}
@@ -505,12 +505,12 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
         "request_info",
     }
     missing = {name for name in asked["req"] if not hasattr(destination, name)} - elsewhere
-    assert not missing, f"the connector asks a request for {missing}: give it to pool.Destination"
+    assert not missing, f"the connector asks a request for {missing}: give it to connector.Destination"
     wire = Wire(asyncio.get_running_loop())
     unused = {"set_response_params", "read"}
     missing = {name for name in asked["proto"] | asked["protocol"] if not hasattr(wire, name)} - unused
     assert not missing, f"the connector asks a protocol for {missing}: give it to wire.Wire"
-    await pool.close()
+    await own.close()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def diff(old: Loaded, new: Loaded) -> list[str]:
     lines = [
         *_changes(dict(_settings(old)), dict(_settings(new))),
         *_named("resource", dict(_resources(old)), dict(_resources(new))),
+        *_named("pool", dict(_pools(old)), dict(_pools(new))),
         *_of_teams(old, new),
     ]
     if len(lines) > _MOST:
@@ -111,7 +112,10 @@ def _of_team(old: Team, new: Team) -> Iterator[str]:
 def _settings(loaded: Loaded) -> Iterator[tuple[str, _Value]]:
     settings = loaded.settings
     yield "listen", (str(settings.listen), settings.listen)
-    for name, each in (("timeouts", settings.timeouts), ("limits", settings.limits), ("log", loaded.log)):
+    if settings.admin is not None:
+        yield "admin", (str(settings.admin), settings.admin)
+    kinds = ("timeouts", settings.timeouts), ("limits", settings.limits), ("health", settings.health)
+    for name, each in (*kinds, ("log", loaded.log)):
         yield from _fields(name, each)
     proxies = [str(each) for each in settings.trusted_proxies]
     yield "trusted_proxies", (_list(proxies), proxies)
@@ -130,9 +134,24 @@ def _resources(loaded: Loaded) -> Iterator[tuple[str, _Flat]]:
         flat: _Flat = {"endpoint": (each.endpoint, each.endpoint)}
         if stored is not None:
             flat["api_key"] = ("***", stored.value)
+        if each.tokens is not None:
+            flat["credential"] = (each.tokens.identity.kind, each.tokens.identity)
+        for key in ("region", "api_version"):
+            if (value := getattr(each, key)) is not None:
+                flat[key] = (value, value)
+        if each.timeouts is not None:
+            flat.update(_fields("timeouts", each.timeouts))
+        if each.tls is not None:
+            flat["tls"] = ("its own", each.tls)
         if each.proxy is not None:
             flat["proxy"] = (str(each.proxy), each.proxy)
         yield name, flat
+
+
+def _pools(loaded: Loaded) -> Iterator[tuple[str, _Flat]]:
+    for name, pool in loaded.pools.items():
+        terms = {str(each): f"priority {each.priority}, weight {each.weight:g}" for each in pool.deployments}
+        yield name, {each: (text, text) for each, text in terms.items()}
 
 
 def _team(team: Team) -> Iterator[tuple[str, _Value]]:

@@ -9,18 +9,24 @@ from msgspec import Meta
 
 from gateway.config.convert import RawNode
 from gateway.prices import Price
-from gateway.settings import Limits, Timeouts
+from gateway.settings import HealthSettings, Limits, Timeouts
+from gateway.targets import ResourceTimeouts
 
 __all__ = (
+    "CredentialFile",
     "GatewayFile",
     "IdentityFile",
     "KeyFile",
     "LogFile",
     "MatchFile",
+    "PooledFile",
     "ResourceFile",
     "StoreFile",
     "TeamFile",
+    "TlsFile",
 )
+
+VERSION = r"^(20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])(-preview)?|v1)$"
 
 
 Pipeline = Annotated[
@@ -31,6 +37,48 @@ Auth = Annotated[
     Literal["none", "required"],
     Meta(description="`none` lets clients without a key spend a resource's own credential"),
 ]
+
+
+@dataclass(frozen=True)
+class CredentialFile:
+    """An Entra identity of the gateway's own, whose tokens a resource is shown in place of a key."""
+
+    kind: Annotated[
+        Literal["managed_identity", "workload_identity", "client_secret"],
+        Meta(description="what the identity is: the machine's, the pod's, or an application's"),
+    ]
+    client_id: Annotated[
+        str | None, Meta(min_length=1, description="of the application, or of a managed identity assigned by a user")
+    ] = None
+    tenant: Annotated[str | None, Meta(min_length=1, description="the tenant's id; a managed identity has none")] = None
+    client_secret: Annotated[
+        str | None, Meta(min_length=1, description="the application's secret", extra={"secret": True})
+    ] = None
+    token_file: Annotated[
+        str | None, Meta(min_length=1, description="the file with a workload's federated token, read anew each time")
+    ] = None
+    scope: Annotated[
+        str,
+        Meta(pattern=r"^\S+/\.default$", examples=["https://ai.azure.com/.default"], description="for what it asks"),
+    ] = "https://cognitiveservices.azure.com/.default"
+    authority: Annotated[
+        str | None, Meta(description="who gives the tokens, in a sovereign cloud: https://login.microsoftonline.us")
+    ] = None
+
+
+@dataclass(frozen=True)
+class TlsFile:
+    """How a resource is spoken to over TLS, where not as usual; the files are PEM."""
+
+    ca: Annotated[str | None, Meta(min_length=1, description="a file with the CA of its certificate, if private")] = (
+        None
+    )
+    certificate: Annotated[
+        str | None, Meta(min_length=1, description="a file with the gateway's own certificate, if it wants one")
+    ] = None
+    key: Annotated[
+        str | None, Meta(min_length=1, description="the file with that certificate's key, if it is another")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +97,33 @@ class ResourceFile:
             extra={"secret": True},
         ),
     ] = None
+    credential: Annotated[
+        CredentialFile | None, Meta(description="an Entra identity in place of a key: managed_identity, or more of it")
+    ] = None
+    region: Annotated[
+        str | None, Meta(min_length=1, description="where it is, such as swedencentral; `gateway doctor` compares")
+    ] = None
+    api_version: Annotated[
+        str | None,
+        Meta(
+            pattern=VERSION,
+            examples=["2024-10-21, 2025-04-01-preview or v1"],
+            description="what it is asked with, in place of the `version` of the stage api_version",
+        ),
+    ] = None
+    timeouts: Annotated[
+        ResourceTimeouts | None, Meta(description="how long it is waited for, where not as long as all others")
+    ] = None
+    tls: Annotated[TlsFile | None, Meta(description="its own CA, or a certificate that it wants of the gateway")] = None
+
+
+@dataclass(frozen=True)
+class PooledFile:
+    """One deployment of a pool."""
+
+    deployment: Annotated[str, Meta(description="RESOURCE/NAME")]
+    priority: Annotated[int, Meta(ge=1, le=100, description="1 is asked first; the next while those cannot be")] = 1
+    weight: Annotated[float, Meta(gt=0, le=1000, description="its share among those of one priority")] = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +242,12 @@ class GatewayFile:
         default_factory=list
     )
     resources: Annotated[RawNode | None, Meta(description="the Azure OpenAI resources by name")] = None
+    pools: Annotated[
+        RawNode | None, Meta(description="deployments of one model in several resources, by the pool's name")
+    ] = None
+    health: Annotated[
+        HealthSettings, Meta(description="when a deployment is left alone for a while, because it fails")
+    ] = field(default_factory=HealthSettings)
     identity: Annotated[
         IdentityFile | list[IdentityFile] | None, Meta(description="whose tokens clients may present, as with Entra")
     ] = None
@@ -176,6 +257,12 @@ class GatewayFile:
     pipeline: Pipeline = None
     resource: Annotated[str | None, Meta(description="the resource of deployments that name none")] = None
     auth: Auth = "required"
+    admin: Annotated[
+        str | None,
+        Meta(
+            description="where the gateway tells its operator how it is: HOST:PORT, or unix:PATH; nowhere if left out"
+        ),
+    ] = None
     trusted_proxies: Annotated[
         str | list[str], Meta(description="addresses or networks whose X-Forwarded-For is believed")
     ] = field(default_factory=list)

@@ -11,12 +11,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gateway.bulletin import Bulletin
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
 from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
-from gateway.config.pipeline import Entry, build, changed, check_order, check_stage, names_of, read_pipeline, with_cors
+from gateway.config.pipeline import (
+    Entry,
+    build,
+    changed,
+    check_order,
+    check_stage,
+    read_pipeline,
+    targets_of,
+    with_cors,
+)
+from gateway.config.pools import read_pools
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.config.sources import Sources
 from gateway.config.store import counters_at, read_store
@@ -25,12 +36,12 @@ from gateway.counters.place import RedisPlace
 from gateway.errors import ConfigError, Mistake
 from gateway.identity import Issuer, Issuers
 from gateway.keys import ListedKey
-from gateway.messages import Resource, Target
 from gateway.prices import Price, Prices
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Listen, Network, Settings
-from gateway.teams import Match, Team, Teams
+from gateway.targets import Pool, Resource, Target
+from gateway.teams import Background, Match, Team, Teams
 
 __all__ = (
     "Loaded",
@@ -53,6 +64,7 @@ class Loaded:
     settings: Settings
     teams: Teams
     resources: Mapping[str, Resource]
+    pools: Mapping[str, Pool]
     log: LogFile
     prices: Mapping[str, Price] = field(default_factory=dict)
     watch: bool = True
@@ -122,6 +134,7 @@ class _Loader:
         self.shared = shared
         self.folder = path.parent
         self.resources: dict[str, Resource] = {}
+        self.pools: dict[str, Pool] = {}
         self.teams = 1
         self.prices = Prices()
         self.counters: Turns | None = None
@@ -131,13 +144,15 @@ class _Loader:
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
         reader = self.reader
         main = fill(reader, root, GatewayFile, "", lenient=True)
-        listen = self._listen(main.listen, root)
+        listen = self._listen(main.listen, "listen", root)
+        admin = None if main.admin is None else self._listen(main.admin, "admin", root)
         self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
         folders = [self._plugins(folder, root) for folder in _listed(main.plugins_path)]
         for folder in folders:
             reader.sources.find(folder / "*.py")  # a stage that was missing may come; its code is not looked at
         registry = Registry(folders)
-        self.resources = read_resources(reader, main.resources)
+        self.resources = read_resources(reader, main.resources, self.shared)
+        self.pools = read_pools(reader, main.pools, self.resources)
         proxies = self._proxies(main.trusted_proxies, root)
         store = read_store(reader, main.store, value_of(root, "store"), self.folder)
         self.counters = counters_at(self.shared, store)
@@ -167,9 +182,17 @@ class _Loader:
             raise ConfigError(reader.mistakes)
         return Loaded(
             path=self.path,
-            settings=Settings(listen, main.timeouts, main.limits, proxies),
-            teams=Teams(default, [team for team, _ in teams], self.shared, self._issuers(issuers)),
+            settings=Settings(listen, main.timeouts, main.limits, main.health, admin, proxies),
+            teams=Teams(
+                default,
+                [team for team, _ in teams],
+                self.shared,
+                self._issuers(issuers),
+                self._background(store),
+                self.pools.values(),
+            ),
             resources=self.resources,
+            pools=self.pools,
             log=main.log,
             store=store,
             prices=main.prices,
@@ -179,11 +202,11 @@ class _Loader:
 
     # -- the parts of gateway.yaml ---------------------------------------------------------------------
 
-    def _listen(self, text: str, root: MappingNode) -> Listen:
+    def _listen(self, text: str, name: str, root: MappingNode) -> Listen:
         try:
             return Listen.parse(text)
         except ValueError as exc:
-            self.reader.mistake(value_of(root, "listen"), f"listen: {exc}")
+            self.reader.mistake(value_of(root, name), f"{name}: {exc}")
             return Listen()
 
     def _plugins(self, folder: str, root: MappingNode) -> Path:
@@ -207,6 +230,14 @@ class _Loader:
         if not issuers:
             return None
         return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
+
+    def _background(self, store: RedisPlace | None) -> list[Background]:
+        """Return what is done beside requests: fetching tokens, and sharing what is known of deployments."""
+        tokens = {id(each.tokens): each.tokens for each in self.resources.values() if each.tokens is not None}
+        background: list[Background] = list(tokens.values())
+        if store is not None and self.pools:
+            background.append(Bulletin(store, self.shared.health))
+        return background
 
     # -- teams -----------------------------------------------------------------------------------------
 
@@ -303,6 +334,7 @@ class _Loader:
                 stage=entry.id,
                 resources=self.resources,
                 resource=resource,
+                pools=self.pools,
                 keys={key.digest: key for key in match.keys},
                 prices=self.prices,
                 claims=match.claims,
@@ -315,7 +347,8 @@ class _Loader:
         made = build(reader, entries)
         for entry, stage in made:
             check_stage(reader, entry, stage, services[entry.id])
-        names = {name for entry, stage in made for name in names_of(reader, entry, stage, "reaches")}
+        targets = tuple(target for entry, stage in made for target in targets_of(reader, entry, stage))
+        names = {each.name for target in targets for each in target.resources if each is not None}
         if resource is not None:
             names.add(resource.name)
         reachable = {name: each for name, each in self.resources.items() if name in names}
@@ -326,6 +359,7 @@ class _Loader:
             name=name,
             stages=[stage for _, stage in made],
             target=Target(resource=resource),
+            targets=targets,
             match=match,
             services=services,
         )
@@ -342,14 +376,22 @@ class _Loader:
         if not self.resources:
             self.reader.mistake(place, "there are no `resources:`; name at least one Azure endpoint")
             return
-        stored = [each for each in self.resources.values() if each.credential is not None]
+        stored = [each for each in self.resources.values() if each.has_credential]
+        unknown = UNKNOWN in self.resources.values()
+        have = ["credential"] if len(stored) == len(self.resources) or unknown else []
+        if unknown or all(each.api_version is not None for each in self.resources.values()):
+            have.append("api_version")
         provided = check_order(
             self.reader,
             made,
             ("credential", "deployment", "api_version"),
             place,
-            have=("credential",) if len(stored) == len(self.resources) or UNKNOWN in self.resources.values() else (),
+            have=have,
         )
+        if "pool" in provided and "choice" not in provided:
+            self.reader.mistake(
+                place, "models are mapped to pools, and no stage picks one of a pool's deployments: list `balance`"
+            )
         if stored and "caller" not in provided and not open_to_all:
             self.reader.mistake(
                 place,

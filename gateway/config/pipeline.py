@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from gateway.config.convert import FAILED, did_you_mean, fill_from
 from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
@@ -15,8 +16,9 @@ from gateway.fields import settings_of
 from gateway.registry import Registry, UnknownStage
 from gateway.services import Services
 from gateway.stage import Stage
+from gateway.targets import Target
 
-__all__ = ("Entry", "build", "changed", "check_order", "read_pipeline", "with_cors")
+__all__ = ("Entry", "build", "changed", "check_order", "read_pipeline", "targets_of", "with_cors")
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]*")
 INHERIT = "inherit"
@@ -208,6 +210,21 @@ def names_of(reader: Reader, entry: Entry, stage: Stage, which: str) -> tuple[st
     except Exception as exc:
         what = "must stand above" if which == "above" else which
         reader.mistake(entry.node, f"stage {entry.id!r} cannot tell what it {what}: {type(exc).__name__}: {exc}")
+        return ()
+
+
+def targets_of(reader: Reader, entry: Entry, stage: Stage) -> tuple[Target, ...]:
+    """Return where a stage may send requests, as it says itself."""
+    try:
+        targets: tuple[Any, ...] = tuple(stage.targets)
+        for each in targets:
+            if not isinstance(each, Target):
+                raise TypeError(f"it names a {type(each).__name__}, not a Target")
+        return targets
+    except Exception as exc:
+        reader.mistake(
+            entry.node, f"stage {entry.id!r} cannot tell where it sends requests: {type(exc).__name__}: {exc}"
+        )
         return ()
 
 

@@ -1,18 +1,23 @@
-"""The Azure OpenAI resources of a configuration: their endpoints and stored keys."""
+"""The Azure OpenAI resources of a configuration: where they are, how they are spoken to, and by what credential."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 from yarl import URL
 
 from gateway.config.convert import FAILED, fill
-from gateway.config.files import ResourceFile
-from gateway.config.nodes import NAME, MappingNode, Reader, value_of
+from gateway.config.credentials import read_identity
+from gateway.config.files import ResourceFile, TlsFile
+from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
+from gateway.entra import EntraIdentity, EntraTokens
 from gateway.keys import Credential, is_key
-from gateway.messages import Resource
 from gateway.proxy import Proxy
+from gateway.services import Shared
+from gateway.targets import Resource, Tls
 
 __all__ = ("UNKNOWN", "read_resources")
 
@@ -21,9 +26,13 @@ UNKNOWN = Resource("unknown", "https://unknown.invalid")
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
 
 
-def read_resources(reader: Reader, node: Any) -> dict[str, Resource]:
-    """Return the resources of a `resources:` mapping by name; those that are wrong are known all the same."""
+def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resource]:
+    """Return the resources of a `resources:` mapping by name; those that are wrong are known all the same.
+
+    Those of one identity share its tokens, which outlive a reload in `shared`.
+    """
     resources: dict[str, Resource] = {}
+    tokens: dict[EntraIdentity, EntraTokens] = {}
     if node is None:
         return resources
     if not isinstance(node, MappingNode):
@@ -47,14 +56,70 @@ def read_resources(reader: Reader, node: Any) -> dict[str, Resource]:
         if made.api_key is not None and not is_key(made.api_key):
             reader.mistake(value_of(value, "api_key"), f"{what}: api_key is empty or cannot be a key")
         credential = Credential(made.api_key) if made.api_key else None
+        identity = None
+        if made.credential is not None:
+            identity = read_identity(reader, made.credential, value_of(value, "credential"), what)
+            if made.api_key is not None:
+                reader.mistake(
+                    value_of(value, "credential"), f"{what}: it has an api_key already; it needs one of them"
+                )
+        if identity is not None and identity not in tokens:
+            tokens[identity] = EntraTokens(identity, shared.session, kept=shared.space("", "entra"))
         proxy = None
         if made.proxy and made.proxy.strip():
             try:
                 proxy = Proxy.parse(made.proxy.strip())
             except ValueError as exc:
                 reader.mistake(value_of(value, "proxy"), f"{what}: {exc}")
-        resources[name] = Resource(name, endpoint.rstrip("/"), credential, proxy)
+        tls = None
+        if made.tls is not None:
+            tls = _tls(reader, made.tls, value_of(value, "tls"), what, https=endpoint.lower().startswith("https:"))
+        resources[name] = Resource(
+            name,
+            endpoint.rstrip("/"),
+            credential,
+            proxy,
+            region=made.region,
+            api_version=made.api_version,
+            timeouts=made.timeouts,
+            tls=tls,
+            tokens=tokens[identity] if identity is not None else None,
+        )
     return resources
+
+
+def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -> Tls | None:
+    """Return how a resource is spoken to over TLS; what is wrong with its files is noted."""
+    folder = reader.folder(node)
+    digest = hashlib.sha256()
+    before = len(reader.mistakes)
+    paths: dict[str, Path] = {}
+    for name in ("ca", "certificate", "key"):
+        given = getattr(made, name)
+        if given is None:
+            continue
+        paths[name] = folder / given
+        try:
+            digest.update(reader.sources.read(paths[name]))
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or "its name is no name"
+            reader.mistake(value_of(node, name), f"{what}: tls: cannot read {given}: {reason}")
+    if not https:
+        reader.mistake(node, f"{what}: tls is for an endpoint that begins with https://")
+    if "key" in paths and "certificate" not in paths:
+        reader.mistake(value_of(node, "key"), f"{what}: tls: a key without its `certificate`")
+    if len(reader.mistakes) > before:
+        return None
+    tls = Tls(**paths, digest=digest.hexdigest())
+    for part, names in ((Tls(tls.ca), ("ca",)), (tls, ("key", "certificate"))):
+        try:
+            part.context()
+        except OSError as exc:
+            wrong = next((name for name in names if name in paths), "ca")
+            reason = getattr(exc, "reason", None) or "it is not what it should be"
+            reader.mistake(value_of(node, wrong), f"{what}: tls: the {wrong} is not good: {reason}")
+            return None
+    return tls
 
 
 def _endpoint_problem(endpoint: str) -> str | None:

@@ -15,6 +15,7 @@ from gateway.config.schema import type_name
 from gateway.fields import is_secret, settings_of, unwrap
 from gateway.registry import Registry, UnknownStage
 from gateway.stage import Stage
+from gateway.targets import Deployment
 from gateway.teams import Team
 
 __all__ = ("kind_of", "show", "show_stage", "show_stages", "shown")
@@ -25,8 +26,13 @@ def show(loaded: Loaded) -> str:
     lines = [f"listen {loaded.settings.listen}"]
     for resource in loaded.resources.values():
         stored = " with a stored key" if resource.credential is not None else ""
+        if resource.tokens is not None:
+            stored = f" with tokens of a {resource.tokens.identity.kind.replace('_', ' ')}"
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
+    lines += [f"pool {each.name}: {', '.join(map(_pooled, each.deployments))}" for each in loaded.pools.values()]
+    if loaded.settings.admin is not None:
+        lines.append(f"the operator may look at {loaded.settings.admin}")
     if loaded.store is not None:
         lines.append(f"limits are counted in {loaded.store}")
     if loaded.teams.issuers is not None:
@@ -37,6 +43,12 @@ def show(loaded: Loaded) -> str:
             lines.append(f"  (resource {team.target.resource.name})")
         lines += [f"  {line}" for stage in team.stages for line in _stage_lines(stage)]
     return "\n".join(lines) + "\n"
+
+
+def _pooled(deployment: Deployment) -> str:
+    terms = [f"priority {deployment.priority}"] if deployment.priority != 1 else []
+    terms += [f"weight {deployment.weight:g}"] if deployment.weight != 1 else []
+    return f"{deployment} ({', '.join(terms)})" if terms else str(deployment)
 
 
 def _whose(team: Team, loaded: Loaded) -> str:

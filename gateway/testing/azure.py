@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 from gateway.headers import Headers
-from gateway.messages import Resource
+from gateway.targets import Resource
 from gateway.testing import surface
 
 __all__ = (

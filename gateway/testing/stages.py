@@ -20,12 +20,13 @@ from gateway.exchange import Exchange, Outcome
 from gateway.headers import Headers
 from gateway.identity import Claims, Identity, Judgement
 from gateway.keys import ListedKey
-from gateway.messages import Request, Resource, Response, Target
+from gateway.messages import Request, Response
 from gateway.prices import Price, Prices
 from gateway.relay import MessageEvent, error_event
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
 from gateway.stream import CutShort, Event, EventFilter, Filter, link, through
+from gateway.targets import Pool, Resource, Target
 from gateway.usage import METERED, Meter, Watch
 from gateway.websocket import WebSocket
 from gateway.wire import Wire
@@ -189,6 +190,7 @@ async def running(
     clock: Callable[[], float] = time.monotonic,
     resources: Mapping[str, Resource] | None = None,
     resource: str | None = None,
+    pools: Mapping[str, Pool] | None = None,
     shared: Shared | None = None,
     keys: Sequence[ListedKey] = (),
     prices: Mapping[str, Price] | None = None,
@@ -197,8 +199,9 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
 
-    `resource` names the team's own where there are several `resources`. The team is `test`, and `keys` and
-    `claims` are its own. Raises AssertionError with what the stages find wrong in their settings.
+    `resource` names the team's own where there are several `resources`. `pools` are those of the models. The team
+    is `test`, and `keys` and `claims` are its own. Raises AssertionError with what the stages find wrong in their
+    settings.
     """
     resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
     only = next(iter(resources.values())) if len(resources) == 1 else None
@@ -213,6 +216,7 @@ async def running(
             stage=stage.id,
             resources=resources,
             resource=chosen,
+            pools=pools or {},
             keys={key.digest: key for key in keys},
             prices=Prices(prices),
             claims=claims or {},
@@ -252,7 +256,7 @@ async def _unset(_: Request) -> Response:
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    names = ("answer", "clock", "now", "resources", "resource", "shared", "keys", "prices", "claims")
+    names = ("answer", "clock", "now", "resources", "resource", "pools", "shared", "keys", "prices", "claims")
     around = {name: more.pop(name) for name in names if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)

@@ -9,8 +9,8 @@ import aiohttp
 import pytest
 
 from gateway.keys import ListedKey, key_digest
-from gateway.messages import Resource
 from gateway.services import Services
+from gateway.targets import Resource
 from gateway.testing import FakeAzure, post, send
 from plugins.auth_keys import AuthKeys
 from plugins.model_map import ModelMap

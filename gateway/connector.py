@@ -16,13 +16,13 @@ from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from yarl import URL
 
 from gateway.errors import UpstreamError, UpstreamTimeout
-from gateway.messages import Resource
 from gateway.outbox import Outbox
 from gateway.proxy import Proxy
+from gateway.targets import Resource
 from gateway.tunnel import open_tunnel
 from gateway.wire import Wire
 
-__all__ = ("Destination", "Pool")
+__all__ = ("Connector", "Destination")
 
 # How long, in seconds, a connection is kept that nobody uses: Azure closes on it after a minute or more.
 _KEPT = 55.0
@@ -55,21 +55,15 @@ class Destination:
         return self.url.scheme == "https"
 
 
-class Pool:
-    """The connections to every resource."""
+class Connector:
+    """The connections to every resource, and how they are made."""
 
-    def __init__(self, connect_timeout: float, context: ssl.SSLContext | None = None) -> None:
-        self.use(connect_timeout)
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self._context = context or ssl.create_default_context()
         self._destinations: dict[object, Destination] = {}
         self._connector: aiohttp.TCPConnector | None = None
         self._outbox: Outbox | None = None
         self._sweeper: asyncio.TimerHandle | None = None
-
-    def use(self, connect_timeout: float) -> None:
-        """Have another timeout, in seconds, for connections that are made from now on."""
-        self._seconds = connect_timeout
-        self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_timeout)
 
     async def start(self) -> None:
         """Get ready, on the running loop."""
@@ -96,10 +90,12 @@ class Pool:
 
     def destination(self, resource: Resource) -> Destination:
         """Return where a resource's requests go."""
-        place = resource.endpoint if resource.proxy is None else (resource.endpoint, resource.proxy)
+        plain = resource.proxy is None and resource.tls is None
+        place = resource.endpoint if plain else (resource.endpoint, resource.proxy, resource.tls)
         found = self._destinations.get(place)
         if found is None:
-            found = self._destinations[place] = Destination(resource, self._context)
+            context = self._context if resource.tls is None else _context(resource)
+            found = self._destinations[place] = Destination(resource, context)
         return found
 
     def kept(self, destination: Destination) -> Wire | None:
@@ -130,44 +126,56 @@ class Pool:
         if any(destination.kept for destination in self._destinations.values()):
             self._sweeper = loop.call_later(_SWEEP, self._sweep)
 
-    async def connect(self, destination: Destination) -> Wire:
-        """Make a new connection. Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot."""
-        assert self._connector is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
-        assert self._outbox is not None, "Pool.start() was not awaited"  # noqa: S101 -- a bug of ours
+    async def connect(self, destination: Destination, seconds: float) -> Wire:
+        """Make a new connection in so many seconds.
+
+        Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot; they are `unsent`.
+        """
+        try:
+            return await self._connect(destination, seconds)
+        except UpstreamError as exc:
+            exc.unsent = True
+            if exc.fault == "broken_off":  # on the way through a proxy
+                exc.fault = "connect"
+            raise
+
+    async def _connect(self, destination: Destination, seconds: float) -> Wire:
+        assert self._connector is not None, "Connector.start() was not awaited"  # noqa: S101 -- a bug of ours
+        assert self._outbox is not None, "Connector.start() was not awaited"  # noqa: S101 -- a bug of ours
         name = destination.name
         connection = None
         try:
             if destination.through is None:
-                connection = await self._connector.connect(cast(ClientRequest, destination), [], self._timeout)
+                connection = await self._connector.connect(cast(ClientRequest, destination), [], _timeout(seconds))
                 wire = cast(Wire, connection.protocol)
             else:
-                wire = await self._connect_through(destination, destination.through)
+                wire = await self._connect_through(destination, destination.through, seconds)
         except TimeoutError:
             raise UpstreamTimeout(
-                f"could not connect to the Azure resource {name!r} within {self._seconds:g} s"
+                f"could not connect to the Azure resource {name!r} within {seconds:g} s", fault="connect_timeout"
             ) from None
         except (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
-            raise UpstreamError(f"the certificate of the Azure resource {name!r} is not valid") from None
+            raise UpstreamError(f"the certificate of the Azure resource {name!r} is not valid", fault="tls") from None
         except aiohttp.ClientConnectorDNSError:
-            raise UpstreamError(f"the host name of the Azure resource {name!r} was not found") from None
+            raise UpstreamError(f"the host name of the Azure resource {name!r} was not found", fault="dns") from None
         except (aiohttp.ClientConnectorSSLError, ssl.SSLError):
-            raise UpstreamError(f"TLS with the Azure resource {name!r} failed") from None
+            raise UpstreamError(f"TLS with the Azure resource {name!r} failed", fault="tls") from None
         except (aiohttp.ClientError, OSError):
-            raise UpstreamError(f"could not connect to the Azure resource {name!r}") from None
+            raise UpstreamError(f"could not connect to the Azure resource {name!r}", fault="connect") from None
         wire.settle(connection, self, destination, self._outbox)
         return wire
 
-    async def _connect_through(self, destination: Destination, proxy: Proxy) -> Wire:
+    async def _connect_through(self, destination: Destination, proxy: Proxy, seconds: float) -> Wire:
         """Make a connection through a proxy. Raises UpstreamError; other errors are not the proxy's fault."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._seconds
+        end = loop.time() + seconds
         try:
             async with asyncio.timeout_at(end):
                 sock = await open_tunnel(proxy, destination.host, destination.port or 0, destination.name)
         except TimeoutError:
             raise UpstreamTimeout(
-                f"the proxy of the Azure resource {destination.name!r} gave no connection to it "
-                f"within {self._seconds:g} s"
+                f"the proxy of the Azure resource {destination.name!r} gave no connection to it within {seconds:g} s",
+                fault="connect_timeout",
             ) from None
         tls = destination.is_ssl()
         async with asyncio.timeout_at(end):
@@ -178,3 +186,19 @@ class Pool:
                 server_hostname=destination.host.rstrip(".") if tls else None,
             )
         return wire
+
+
+@functools.lru_cache(maxsize=64)
+def _timeout(seconds: float) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=None, connect=seconds)
+
+
+def _context(resource: Resource) -> ssl.SSLContext:
+    """Return the TLS context of a resource that has files of its own. Raises UpstreamError where they are gone."""
+    assert resource.tls is not None, "it has none"  # noqa: S101 -- a bug of ours
+    try:
+        return resource.tls.context()
+    except OSError:  # they were good when the configuration was loaded
+        gone = UpstreamError(f"the TLS files of the Azure resource {resource.name!r} cannot be used", fault="tls")
+        gone.unsent = True
+        raise gone from None

@@ -1,0 +1,98 @@
+"""Why an attempt to ask a deployment has failed, and whether the request may be sent to another one."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from gateway.errors import ApiError, UpstreamError
+
+if TYPE_CHECKING:
+    from gateway.messages import Response
+
+__all__ = ("Failure", "of_answer", "of_error", "of_status")
+
+# What a 429 says that names no time, in seconds: about what a client waits that is told nothing.
+UNTOLD = 1.0
+_MOST = 256 * 1024  # of an error's body, in bytes
+# What a deployment that is not there is called, by Azure and by the stage openai_errors.
+_NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))
+# The faults that come before a body is read.
+_UNREAD = frozenset(("connect", "connect_timeout", "dns", "tls", "credential"))
+
+
+class Failure(msgspec.Struct):
+    """Why an attempt has failed.
+
+    `again` says whether the request may be sent again: if it was surely not processed, if it is repeatable, or never.
+    `rest` is for how many seconds Azure asks to be left alone, `certain` that the deployment cannot answer any request.
+    """
+
+    reason: str
+    again: Literal["surely", "if_repeatable", "never"] = "if_repeatable"
+    rest: float | None = None
+    certain: bool = False
+
+    @property
+    def unread(self) -> bool:
+        """Whether nothing of the request's body had been read when it came."""
+        return self.reason in _UNREAD
+
+
+async def of_answer(response: Response, *, own_credential: bool) -> Failure | None:
+    """Return what an answer that is no stream means; None where every deployment would answer so.
+
+    `own_credential` says that Azure was shown the gateway's, so that a refusal of it is not the client's fault.
+    The body of an error is read.
+    """
+    if isinstance(response.error, UpstreamError):
+        return of_error(response.error)
+    if response.error is not None or response.status < 400:
+        return None  # the gateway's own refusal, or none
+    try:
+        body = await response.read(_MOST)
+    except ApiError:
+        body = b""
+        response.body = body
+    message, code = _words(body)
+    if response.status == 404:
+        return Failure("no_deployment", "surely", certain=True) if code in _NO_DEPLOYMENT else None
+    if response.status in (401, 403):
+        return Failure("refused", "surely", certain=True) if own_credential else None
+    return of_status(response, response.status, message)
+
+
+def of_error(error: UpstreamError) -> Failure:
+    """Return what an error of the connection means."""
+    if error.fault == "deadline":
+        return Failure("deadline", "never")
+    return Failure(error.fault, "surely" if error.unsent else "if_repeatable")
+
+
+def of_status(response: Response, status: int, message: str) -> Failure | None:
+    """Return what a status means; None where every deployment would answer so."""
+    rest = response.retry_after(message)
+    if status == 429:
+        penalty = (response.headers.get("x-ratelimit-abusepenalty-active") or "").strip().lower() == "true"
+        reason = "abuse_penalty" if penalty else "rate_limited"
+        return Failure(reason, "never" if penalty else "surely", UNTOLD if rest is None else rest)
+    if status == 408 or (status >= 500 and status not in (501, 505)):
+        return Failure(f"status_{status}", rest=rest)
+    return None
+
+
+def _words(body: bytes) -> tuple[str, str | None]:
+    """Return the message and the code of an error."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        return body[:1000].decode("utf-8", "replace"), None
+    error = content.get("error", content) if isinstance(content, dict) else None
+    if not isinstance(error, dict):
+        return str(error), None
+    inner = error.get("innererror")
+    codes = [each.get("code") for each in (error, inner) if isinstance(each, dict)]
+    code = next((each for each in codes if isinstance(each, str) and not each.isdigit()), None)
+    return str(error.get("message", "")), code

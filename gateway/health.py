@@ -1,0 +1,353 @@
+"""How the deployments of pools are: which of them may be asked now, as far as this process knows.
+
+A deployment rests when Azure asks for that (a 429), or when it fails: so many times in a row, or too large a share of
+what it was asked of late. After a rest for failures one request tries it, and the others follow if that succeeds: a
+circuit breaker, which is closed, open, and then half-open.
+
+Nothing here waits or does I/O. Whoever shares what is known here with other processes is told by `told`, and tells by
+`hear`; what is heard late, or not at all, does no harm: each process learns by itself, too.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
+
+from gateway.headers import Field
+from gateway.logs import get_logger
+from gateway.settings import HealthSettings
+from gateway.targets import Deployment
+
+__all__ = ("DeploymentHealth", "Health", "News")
+
+# The longest rest that Azure can ask for, in seconds: it has asked for a day, and quotas are raised meanwhile.
+MOST_REST = 3600.0
+# For how long, in seconds, what Azure said of its room is believed, and how often it is looked at.
+_ROOM_FOR, _LOOK_EVERY = 5.0, 0.1
+# In how many parts the window is counted.
+_PARTS = 10
+
+_REMAINING = {
+    b"x-ratelimit-remaining-requests": b"x-ratelimit-limit-requests",
+    b"x-ratelimit-remaining-tokens": b"x-ratelimit-limit-tokens",
+}
+_LIMITS = frozenset(_REMAINING.values())
+# Of a provisioned deployment: how much of it is in use, as `98.5%`.
+_UTILISATION = b"azure-openai-deployment-utilization"
+
+
+class News(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one process tells others of a deployment: that it rests for so many seconds, or, with none, no more."""
+
+    key: str
+    seconds: float = 0.0
+    failing: bool = False
+    """Whether it rests for failures, so that after it one request tries it first."""
+    reason: str = ""
+
+
+class DeploymentHealth:
+    """How one deployment is. Times are on the clock of `time.monotonic`."""
+
+    __slots__ = (
+        "_answered",
+        "_failed",
+        "_health",
+        "_limits",
+        "_look_at",
+        "_part",
+        "_rest",
+        "_turn_at",
+        "counts",
+        "deployment",
+        "failing",
+        "failures",
+        "in_flight",
+        "key",
+        "reason",
+        "rests_until",
+        "room",
+        "room_until",
+        "trying",
+    )
+
+    def __init__(self, deployment: Deployment, health: Health) -> None:
+        self.deployment = deployment
+        self.key = _key(deployment)
+        self.in_flight = 0
+        self.rests_until = 0.0
+        self.reason = ""
+        """Why it rests, or rested last."""
+        self.failing = False
+        """Whether the circuit is open, or half-open once the rest is over."""
+        self.trying = False
+        """Whether a request tries it, behind its rest."""
+        self.failures = 0
+        """How many there were in a row."""
+        self.room = 1.0
+        """How much of its quota was left by what Azure said last, from 0 to 1; until `room_until`."""
+        self.room_until = 0.0
+        self.counts: Counter[str] = Counter()
+        """Answers, and failures by their reasons, since the start."""
+        self._health = health
+        self._rest = 0.0
+        self._limits: dict[bytes, float] = {}
+        self._look_at = 0.0
+        self._answered = [0] * _PARTS
+        self._failed = [0] * _PARTS
+        self._part = 0
+        self._turn_at = 0.0
+
+    # -- asking it -------------------------------------------------------------------------------------
+
+    def is_available(self, now: float) -> bool:
+        """Whether it may be asked."""
+        return self.rests_until <= now and not self.trying
+
+    def available_in(self, now: float) -> float:
+        """Return in how many seconds it may be asked: infinity as long as that depends on the request that tries it."""
+        return math.inf if self.trying else max(0.0, self.rests_until - now)
+
+    def begin(self) -> bool:
+        """Note that it is asked; whether this request tries it, so that its end must be told."""
+        self.in_flight += 1
+        if self.failing:
+            self.trying = True
+            return True
+        return False
+
+    def end(self) -> None:
+        """Note that a request is over; once for each `begin`."""
+        self.in_flight -= 1
+
+    def succeeded(self, now: float, *, tried: bool = False) -> None:
+        """Note that it has answered; `tried` is what `begin` said."""
+        if now >= self._turn_at:
+            self._turn(now)
+        self._answered[self._part] += 1
+        self.counts["answered"] += 1
+        self.failures = 0
+        if tried:
+            self.trying = False
+            self._close()
+
+    def failed(self, now: float, reason: str, *, tried: bool = False, certain: bool = False) -> None:
+        """Note that it could not answer; where it is `certain` that it cannot, once is enough."""
+        if now >= self._turn_at:
+            self._turn(now)
+        self._failed[self._part] += 1
+        self.counts[reason] += 1
+        self.failures += 1
+        settings = self._health.settings
+        if tried:
+            self.trying = False
+            self._rest = min(2 * self._rest, settings.most_rest)
+        elif self.failing:
+            return  # it was asked before it began to rest
+        elif certain:
+            self._rest = settings.most_rest
+        elif self.failures >= settings.failures or self._share_is_too_large():
+            self._rest = settings.rest
+        else:
+            return
+        self.failing = True
+        self._rest_for(now, self._rest, reason)
+
+    def cool_down(self, now: float, seconds: float, reason: str, *, tried: bool = False) -> None:
+        """Note that Azure asks for it to be left alone."""
+        if now >= self._turn_at:
+            self._turn(now)
+        self.counts[reason] += 1
+        if tried:
+            self.trying = False
+            self._close()  # it is there, and says so
+        self.room_until = 0.0  # what was left before says nothing of what is there after its rest
+        self._rest_for(now, min(seconds, MOST_REST), reason)
+
+    def left(self) -> None:
+        """Note that the request which tried it ended before it was known how that went."""
+        self.trying = False
+
+    def probed(self, now: float, reason: str | None, again: float) -> None:
+        """Note what a probe found while it rests: nothing wrong, so a request may try it; or what, so not so soon."""
+        if not self.failing or self.trying:
+            return
+        if reason is None:
+            self.rests_until = now
+        else:
+            self.rests_until = max(self.rests_until, now + again)
+            self.reason = reason
+
+    # -- what Azure says of its room -------------------------------------------------------------------
+
+    def observe(self, now: float, fields: Iterable[Field]) -> None:
+        """Look at the header fields of an answer for how much room is left; not at those of every answer."""
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_EVERY
+        room = 1.0
+        seen: dict[bytes, float] = {}
+        for name, value, _, _ in fields:
+            if name in _REMAINING or name in _LIMITS:
+                if (number := _number(value)) is not None:
+                    seen[name] = number
+            elif name == _UTILISATION and (number := _number(value.rstrip(b" %"))) is not None:
+                room = min(room, max(0.0, 1 - number / 100))
+                self.room_until = now + _ROOM_FOR
+        for name, limit in _REMAINING.items():
+            left = seen.get(name)
+            if left is not None:
+                # Where Azure does not say the limit, the most that was ever left stands for it.
+                most = self._limits[name] = seen.get(limit) or max(left, self._limits.get(name, 0.0))
+                room = min(room, left / most if most > 0 else 0.0)
+                self.room_until = now + _ROOM_FOR
+        self.room = max(0.0, room)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _rest_for(self, now: float, seconds: float, reason: str) -> None:
+        until = now + seconds
+        if until <= self.rests_until:
+            return
+        longer = until - self.rests_until > 0.05 or self.rests_until <= now
+        self.rests_until, self.reason = until, reason
+        if longer:
+            get_logger().warning(
+                "a deployment rests", deployment=str(self.deployment), reason=reason, seconds=round(seconds, 3)
+            )
+            self._health.tell(News(self.key, seconds, self.failing, reason))
+
+    def _close(self) -> None:
+        if self.failing:
+            self.failing = False
+            self._rest = 0.0
+            self.failures = 0
+            self._answered, self._failed = [0] * _PARTS, [0] * _PARTS
+            get_logger().info("a deployment is back", deployment=str(self.deployment))
+            self._health.tell(News(self.key))
+
+    def hear(self, now: float, news: News) -> None:
+        """Take what another process knows."""
+        if news.seconds > 0:
+            until = now + min(news.seconds, MOST_REST)
+            if until > self.rests_until:
+                self.rests_until, self.reason = until, news.reason
+            if news.failing and not self.failing:
+                self.failing = True
+                self._rest = self._health.settings.rest
+        elif self.failing and not self.trying:
+            self.failing = False
+            self.rests_until, self.failures = 0.0, 0
+
+    def _turn(self, now: float) -> None:
+        """Go on to the part of the window that is now."""
+        part = self._health.settings.window / _PARTS
+        over = int((now - self._turn_at) / part) + 1 if self._turn_at else _PARTS
+        for _ in range(min(over, _PARTS)):
+            self._part = (self._part + 1) % _PARTS
+            self._answered[self._part] = self._failed[self._part] = 0
+        self._turn_at = now + part
+
+    def _share_is_too_large(self) -> bool:
+        settings = self._health.settings
+        failed = sum(self._failed)
+        asked = failed + sum(self._answered)
+        return asked >= settings.least and failed / asked >= settings.share
+
+    def report(self, now: float) -> dict[str, Any]:
+        """Return how it is, for people: seconds, shares from 0 to 1, counts since the start."""
+        if now >= self._turn_at:
+            self._turn(now)
+        failed, answered = sum(self._failed), sum(self._answered)
+        rests = self.rests_until > now
+        state = ("open" if rests else "half_open") if self.failing else "cooling_down" if rests else "available"
+        return {
+            "resource": self.deployment.resource.name,
+            "deployment": self.deployment.name,
+            "region": self.deployment.resource.region,
+            "state": state,
+            "reason": self.reason if state != "available" else None,
+            "cool_down": round(max(0.0, self.rests_until - now), 3),
+            "in_flight": self.in_flight,
+            "error_share": round(failed / (failed + answered), 4) if failed + answered else 0.0,
+            "requests": failed + answered,
+            "failures_in_a_row": self.failures,
+            "headroom": round(self.room, 4) if self.room_until > now else None,
+            "counts": dict(sorted(self.counts.items())),
+        }
+
+
+class Health:
+    """How all deployments of pools are. One for each process; it outlives reloads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.settings = HealthSettings()
+        self.told: list[Callable[[News], None]] = []
+        """Who wants to know what changes here."""
+        self._clock = clock
+        self._all: dict[str, DeploymentHealth] = {}
+
+    def use(self, settings: HealthSettings, deployments: Iterable[Deployment]) -> None:
+        """Have these settings, and these deployments; of those that were there already all stays known."""
+        self.settings = settings
+        known, self._all = self._all, {}
+        for each in deployments:
+            key = _key(each)
+            found = self._all[key] = known.get(key) or DeploymentHealth(each, self)
+            found.deployment = each
+
+    def of(self, deployment: Deployment) -> DeploymentHealth:
+        """Return how a deployment is."""
+        key = _key(deployment)
+        found = self._all.get(key)
+        if found is None:
+            found = self._all[key] = DeploymentHealth(deployment, self)
+        return found
+
+    def all(self) -> list[DeploymentHealth]:
+        """Return all that are known, in the order of the configuration."""
+        return list(self._all.values())
+
+    def tell(self, news: News) -> None:
+        """Tell everyone who wants to know."""
+        for each in self.told:
+            each(news)
+
+    def hear(self, news: News) -> None:
+        """Take what another process knows; of a deployment that is not known here it is nothing."""
+        found = self._all.get(news.key)
+        if found is not None:
+            found.hear(self._clock(), news)
+
+    def news(self) -> list[News]:
+        """Return what a process that is new has to know."""
+        now = self._clock()
+        return [
+            News(each.key, each.rests_until - now, each.failing, each.reason)
+            for each in self._all.values()
+            if each.rests_until > now
+        ]
+
+    def report(self) -> list[dict[str, Any]]:
+        """Return how each of them is, for people."""
+        now = self._clock()
+        return [each.report(now) for each in self._all.values()]
+
+
+def _key(deployment: Deployment) -> str:
+    """Return what a deployment is known by everywhere: one that a reload moved elsewhere is another."""
+    resource = deployment.resource
+    return f"{resource.name}/{deployment.name} {resource.endpoint}"
+
+
+def _number(text: bytes) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,574 @@
+"""`balance`: one of a pool's deployments answers, and another where that one cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import pytest
+
+from gateway.errors import ConfigError
+from tests.cluster import Fault, Region, closed_port, cluster, pool_yaml, slow_tls
+from tests.conftest import CHAT, Gateway, StartGateway, until
+
+STREAM = {**CHAT, "stream": True}
+
+
+@pytest.fixture
+async def regions() -> AsyncIterator[dict[str, Region]]:
+    """Three regions without faults."""
+    async with cluster("east", "west", "north") as running:
+        yield running
+
+
+async def ask(gateway: Gateway, body: Any = CHAT, **more: Any) -> tuple[int, Any, Mapping[str, str]]:
+    """Send one request, and return the status, the body and the headers of its answer."""
+    async with gateway.post(json=body, key=None, **more) as answer:
+        text = await answer.text()
+        try:
+            content = json.loads(text)
+        except ValueError:
+            content = text
+        return answer.status, content, answer.headers
+
+
+def counted(regions: dict[str, Region]) -> dict[str, int]:
+    """Return how many requests each region saw."""
+    return {name: len(region.saw) for name, region in regions.items()}
+
+
+# -- choosing ------------------------------------------------------------------------------------------
+
+
+async def test_requests_one_after_another_are_shared_evenly(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Also where never two of them are in flight at once; the log says who answered."""
+    gateway = await start_gateway("", pool_yaml(regions))
+    for _ in range(12):
+        assert (await ask(gateway))[0] == 200
+    assert counted(regions) == {"east": 4, "west": 4, "north": 4}
+    await until(lambda: len(gateway.exchanges()) == 12)
+    told = Counter(f"{event['resource']}/{event['deployment']}" for event in gateway.exchanges())
+    assert told == {"east/gpt-4o": 4, "west/gpt-4o": 4, "north/gpt-4o": 4}
+    assert not any("attempts" in event for event in gateway.exchanges())
+
+
+async def test_weights_are_shares(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Of three to one, three of four requests."""
+    yaml = pool_yaml(regions).replace("- east/gpt-4o", "- {deployment: east/gpt-4o, weight: 2}")
+    gateway = await start_gateway("", yaml)
+    for _ in range(20):
+        await ask(gateway)
+    assert counted(regions) == {"east": 10, "west": 5, "north": 5}
+
+
+async def test_the_first_priority_is_asked_as_long_as_it_can_be(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """The next one has what the first cannot take, and nothing once it is back."""
+    yaml = pool_yaml(regions).replace("- west/gpt-4o", "- {deployment: west/gpt-4o, priority: 2}")
+    yaml = yaml.replace("- north/gpt-4o", "- {deployment: north/gpt-4o, priority: 2}")
+    gateway = await start_gateway("", yaml)
+    for _ in range(3):
+        await ask(gateway)
+    assert counted(regions) == {"east": 3, "west": 0, "north": 0}
+    regions["east"].fault = "limited"
+    for _ in range(4):
+        assert (await ask(gateway))[0] == 200
+    assert counted(regions) == {"east": 4, "west": 2, "north": 2}
+    regions["east"].fault = None
+    await asyncio.sleep(0.35)
+    await ask(gateway)
+    assert counted(regions) == {"east": 5, "west": 2, "north": 2}
+
+
+async def test_those_in_flight_count(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A deployment that does not come to an end gets nothing more, until the others have as much to do."""
+    regions["east"].fault = "mute"
+    gateway = await start_gateway("", pool_yaml(regions))
+    waiting = [asyncio.create_task(ask(gateway)) for _ in range(3)]
+    await until(lambda: regions["east"].saw)
+    for _ in range(6):
+        await ask(gateway)
+    assert len(regions["east"].saw) == 1
+    for each in waiting:
+        each.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_the_same_seed_makes_the_same_choices(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """So that whoever tests a configuration sees the same each time."""
+    orders = []
+    for _ in range(2):
+        gateway = await start_gateway("", pool_yaml(regions, settings="{seed: 7}"))
+        for _ in range(6):
+            await ask(gateway)
+        await gateway.idle()
+        orders.append([event["resource"] for event in gateway.exchanges()])
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize("name", ["prompt_cache_key", "user", "safety_identifier"])
+async def test_requests_alike_go_to_one_deployment(
+    name: str, start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """So that its cache of prompts is of use; where it rests, they go to one other, and come back."""
+    gateway = await start_gateway("", pool_yaml(regions, settings=f"{{affinity: [{name}]}}"))
+    for _ in range(6):
+        await ask(gateway, {**CHAT, name: "alike"})
+    home = next(name for name, count in counted(regions).items() if count)
+    assert counted(regions)[home] == 6
+    regions[home].fault = "limited"
+    for _ in range(3):
+        assert (await ask(gateway, {**CHAT, name: "alike"}))[0] == 200
+    elsewhere = [len(region.saw) for each, region in regions.items() if each != home]
+    assert sorted(elsewhere) == [0, 3]
+    used = set()
+    regions[home].fault = None
+    await asyncio.sleep(0.35)
+    for number in range(24):
+        await ask(gateway, {**CHAT, name: f"other {number}"})
+        used = {each for each, region in regions.items() if len(region.saw) > 3}
+    assert used == {"east", "west", "north"}
+
+
+async def test_a_caller_may_be_what_requests_have_in_common(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """With `caller`, those of one key go together; without a caller they are shared."""
+    yaml = pool_yaml(regions, settings="{affinity: [prompt_cache_key, caller]}").replace(
+        "  - model_map:", "  - auth_passthrough\n  - model_map:"
+    )
+    gateway = await start_gateway("", yaml)
+    for _ in range(6):
+        async with gateway.post(key="azure-key") as answer:
+            assert answer.status == 200
+    assert sorted(counted(regions).values()) == [0, 0, 6]
+
+
+async def test_one_without_room_is_asked_last(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """What Azure says is left of its quota counts, before it says no."""
+    gateway = await start_gateway("", pool_yaml(regions))
+    for name in ("east", "west"):
+        health = next(each for each in gateway.server.shared.health.all() if each.deployment.resource.name == name)
+        health.room, health.room_until = 0.0, float("inf")
+    for _ in range(3):
+        await ask(gateway)
+    assert counted(regions) == {"east": 0, "west": 0, "north": 3}
+    regions["north"].fault = "error"
+    assert (await ask(gateway))[0] == 200
+
+
+# -- failing over --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
+@pytest.mark.parametrize(
+    "fault",
+    ["limited", "limited_silently", "limited_in_words", "error", "unavailable", "timeout", "broken", "wrong_key",
+     "no_deployment", "mute", "stalled", "error_in_stream"],
+)  # fmt: skip
+async def test_another_deployment_answers(
+    fault: Fault, body: Any, start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Whatever is wrong with the first one, as long as nothing of an answer has gone to the client."""
+    yaml = pool_yaml(regions).replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
+    for name in ("west", "north"):
+        yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
+    gateway = await start_gateway("", yaml)
+    regions["east"].fault = fault
+    status, content, _ = await ask(gateway, body)
+    assert status == 200
+    assert "Hello" in json.dumps(content)
+    assert sum(counted(regions).values()) == 2
+    await until(lambda: gateway.exchanges())
+    attempts = gateway.exchanges()[0]["attempts"]
+    assert [each["deployment"].partition("/")[0] for each in attempts][:1] == ["east"]
+    assert len(attempts) == 2
+    assert attempts[0]["reason"]
+    assert attempts[1]["status"] == 200
+
+
+async def test_a_region_that_cannot_be_reached_costs_no_request(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Refused connections, names that nobody knows, and TLS that does not begin."""
+    async with slow_tls(30) as port:
+        lost = {
+            "refused": f"http://127.0.0.1:{closed_port()}",
+            "unknown": "http://nowhere.invalid",
+            "slow": f"https://127.0.0.1:{port}",
+        }
+        resources = "\n".join(
+            f'  {name}: {{endpoint: "{url}", api_key: k, timeouts: {{connect: 0.3}}}}' for name, url in lost.items()
+        )
+        yaml = pool_yaml(regions, more="\n".join(f"    - {name}/gpt-4o" for name in lost))
+        gateway = await start_gateway("", yaml.replace("resources:\n", f"resources:\n{resources}\n"))
+        answers = await asyncio.gather(*(ask(gateway) for _ in range(30)))
+        assert Counter(status for status, _, _ in answers) == {200: 30}
+        await until(lambda: len(gateway.exchanges()) == 30)
+        reasons = {each.get("reason") for event in gateway.exchanges() for each in event.get("attempts", ())}
+        assert {"connect", "dns", "connect_timeout"} <= reasons
+
+
+@pytest.mark.parametrize("fault", ["broken_late", "error_late", "stalled_late"])
+async def test_nothing_is_sent_twice_once_something_was_answered(
+    fault: Fault, start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A stream that has begun ends as a broken one, with an `error` event: by a reset, an error, or idleness."""
+    for region in regions.values():
+        region.fault = fault
+    yaml = pool_yaml(regions).replace("  - sse_newline", "  - stream_errors\n  - sse_newline")
+    gateway = await start_gateway("", yaml, timeouts={"idle": 0.3})
+    received = b""
+    async with gateway.post(json=STREAM, key=None) as answer:
+        assert answer.status == 200
+        with contextlib.suppress(Exception):
+            async for chunk in answer.content.iter_any():
+                received += chunk
+    assert b"word" in received
+    assert b'data: {"error"' in received
+    assert sum(counted(regions).values()) == 1
+    await until(lambda: gateway.exchanges())
+    counts = sum((Counter(each.counts) for each in gateway.server.shared.health.all()), Counter())
+    assert counts["answered"] == 1
+    assert counts["broken_off"] == 1
+
+
+async def test_what_may_have_been_processed_and_would_do_harm_twice_is_not_sent_twice(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A chat that is stored, or a response: not after a 500, but after a 429, which says that it was not."""
+    yaml = pool_yaml(regions).replace("2024-10-21", "v1")
+    gateway = await start_gateway("", yaml)
+    for region in regions.values():
+        region.fault = "error"
+    for path, body in (("/v1/chat/completions", {**CHAT, "store": True}), ("/v1/responses", {"model": "gpt-4o"})):
+        before = sum(counted(regions).values())
+        assert (await ask(gateway, body, path=path))[0] == 500
+        assert sum(counted(regions).values()) == before + 1
+    before = sum(counted(regions).values())
+    assert (await ask(gateway, {"model": "gpt-4o", "store": False}, path="/v1/responses"))[0] == 500
+    assert sum(counted(regions).values()) > before + 1
+    await asyncio.sleep(0)
+    for region in regions.values():
+        region.fault = "limited"
+        region.saw.clear()
+    for each in gateway.server.shared.health.all():
+        each.rests_until, each.failing, each.failures = 0.0, False, 0
+    assert (await ask(gateway, {"model": "gpt-4o"}, path="/v1/responses"))[0] == 429
+    assert sum(counted(regions).values()) >= 3
+
+
+async def test_an_abuse_penalty_ends_it(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Azure punishes who goes on then: the client is told at once, and no other deployment is asked."""
+    for region in regions.values():
+        region.fault = "penalty"
+    gateway = await start_gateway("", pool_yaml(regions))
+    assert (await ask(gateway))[0] == 429
+    assert sum(counted(regions).values()) == 1
+
+
+async def test_what_every_deployment_would_refuse_is_asked_once(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A wrong request is the client's own; so is a wrong key that is its own."""
+    gateway = await start_gateway("", pool_yaml(regions))
+    status, _, _ = await ask(gateway, {"model": "gpt-4o", "stream": "yes", "messages": 5}, headers={"x": "y"})
+    assert status in (200, 400)
+    yaml = pool_yaml(regions).replace("  - model_map:", "  - auth_passthrough\n  - model_map:")
+    gateway = await start_gateway("", yaml)
+    before = sum(counted(regions).values())
+    async with gateway.post(key="not-the-key") as answer:
+        assert answer.status == 401
+    assert sum(counted(regions).values()) == before + 1
+
+
+async def test_all_fail(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """The client gets the error that tells it most, with the soonest time to come back; the log tells each attempt."""
+    regions["east"].fault, regions["west"].fault, regions["north"].fault = "error", "limited", "broken"
+    regions["west"].rest = 20
+    gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0}"))
+    status, content, headers = await ask(gateway)
+    assert status == 429
+    assert content["error"]["code"] == "rate_limit_exceeded"
+    assert int(headers["retry-after"]) <= 20
+    assert int(headers["retry-after-ms"]) <= 20_000
+    warning = next(event for event in gateway.events if "no deployment" in event["event"])
+    assert warning["pool"] == "chat"
+    assert len(warning["attempts"]) == 3
+    assert {each["deployment"].split("/")[0] for each in warning["attempts"]} == {"east", "west", "north"}
+    assert {each["reason"] for each in warning["attempts"]} == {"status_500", "rate_limited", "broken_off"}
+
+
+async def test_all_rest(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Nobody is asked then, and the client is told when the first is back; it is known why."""
+    for region in regions.values():
+        region.fault, region.rest = "limited", 30
+    gateway = await start_gateway("", pool_yaml(regions))
+    assert (await ask(gateway))[0] == 429
+    before = counted(regions)
+    status, content, headers = await ask(gateway)
+    assert (status, content["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert 28 <= int(headers["retry-after"]) <= 30
+    assert counted(regions) == before
+
+
+async def test_a_request_waits_for_one_that_is_back_soon(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Instead of saying no: but not for longer than `wait`."""
+    for region in regions.values():
+        region.fault, region.rest = "limited", 0.4
+    gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 2}"))
+    asked = asyncio.create_task(ask(gateway))
+    await until(lambda: all(region.saw for region in regions.values()))
+    for region in regions.values():
+        region.fault = None
+    status, _, _ = await asked
+    assert status == 200
+
+
+async def test_the_deadline_bounds_it_all(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Attempts and waits together: what is left of it is all that the last attempt has."""
+    for region in regions.values():
+        region.fault = "mute"
+    yaml = pool_yaml(regions, settings="{deadline: 0.5}").replace(
+        "api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}"
+    )
+    gateway = await start_gateway("", yaml)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    status, content, _ = await ask(gateway)
+    assert (status, content["error"]["code"]) == (504, "upstream_timeout")
+    assert loop.time() - begun < 2
+    assert sum(counted(regions).values()) == 2
+    for region in regions.values():
+        region.saw.clear()
+    status, _, _ = await ask(gateway, STREAM)
+    assert status in (504, 503)
+
+
+async def test_the_retry_budget_holds(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """However many fail at once: no more attempts than the reserve and a share of the requests."""
+    for region in regions.values():
+        region.fault = "error"
+    yaml = pool_yaml(
+        regions, settings="{retries: 0.1, reserve: 5, wait: 0}", top="health: {failures: 1000, least: 100000}"
+    )
+    gateway = await start_gateway("", yaml)
+    answers = await asyncio.gather(*(ask(gateway) for _ in range(100)))
+    assert {status for status, _, _ in answers} == {500}
+    assert sum(counted(regions).values()) <= 100 + 5 + 10
+    assert sum(counted(regions).values()) >= 100 + 5
+
+
+async def test_attempts_are_bounded(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """With 1, there is no other."""
+    for region in regions.values():
+        region.fault = "error"
+    gateway = await start_gateway("", pool_yaml(regions, settings="{attempts: 1}"))
+    assert (await ask(gateway))[0] == 500
+    assert sum(counted(regions).values()) == 1
+
+
+async def test_those_that_fail_are_not_asked_again_at_once(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Where all have failed once, there is a pause before the first is asked again."""
+    for region in regions.values():
+        region.fault = "error"
+    gateway = await start_gateway("", pool_yaml(regions))
+    assert (await ask(gateway))[0] == 500
+    times = sorted(at for region in regions.values() for at, _, _ in region.saw)
+    assert len(times) == 5
+    assert times[3] - times[2] > 0.2
+
+
+async def test_a_body_that_is_too_large_to_be_kept_is_sent_once(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """But where no connection could be made, nothing of it was read, and another is asked."""
+    for region in regions.values():
+        region.fault = "error"
+    yaml = pool_yaml(regions, settings="{keep: 1000}").replace('gpt-4o: "pool', 'whisper: "pool')
+    gateway = await start_gateway("", yaml)
+
+    def form() -> Any:
+        import aiohttp
+
+        data = aiohttp.FormData()
+        data.add_field("model", "whisper")
+        data.add_field("file", b"x" * 300_000, filename="a.mp3")
+        return data
+
+    async with gateway.session.post(gateway.url + "/v1/audio/transcriptions", data=form()) as answer:
+        assert answer.status == 500
+    assert sum(counted(regions).values()) == 1
+    lost = f'  lost: {{endpoint: "http://127.0.0.1:{closed_port()}", api_key: k}}\n'
+    yaml = yaml.replace("resources:\n", f"resources:\n{lost}").replace("  chat:\n", "  chat:\n    - lost/gpt-4o\n")
+    yaml = yaml.replace("- lost/gpt-4o", "- {deployment: lost/gpt-4o, priority: 1}")
+    for name, region in regions.items():
+        yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
+        region.fault = None
+    gateway = await start_gateway("", yaml)
+    async with gateway.session.post(gateway.url + "/v1/audio/transcriptions", data=form()) as answer:
+        assert answer.status == 200
+    bodies = [seen.body for region in regions.values() for _, fault, seen in region.saw if fault is None]
+    assert [body.count(b"x" * 300_000) for body in bodies] == [1]
+
+
+# -- health --------------------------------------------------------------------------------------------
+
+
+async def test_one_that_fails_rests_and_is_tried_by_one_request(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A circuit breaker: open after failures in a row, half-open after its rest, closed once that one has answered."""
+    gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 3, rest: 0.4}"))
+    regions["east"].fault = "error"
+    for _ in range(30):
+        assert (await ask(gateway))[0] == 200
+    assert len(regions["east"].saw) == 3
+    regions["east"].fault = "mute"
+    await asyncio.sleep(0.45)
+    waiting = [asyncio.create_task(ask(gateway)) for _ in range(12)]
+    await until(lambda: len(regions["east"].saw) == 4)
+    await asyncio.sleep(0.1)
+    assert len(regions["east"].saw) == 4
+    for each in waiting:
+        each.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await gateway.idle()
+    regions["east"].fault = None
+    for _ in range(9):
+        assert (await ask(gateway))[0] == 200
+    assert len(regions["east"].saw) >= 6
+
+
+async def test_the_client_that_leaves_while_it_tries_one_does_not_close_it_for_ever(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """The next request tries it then."""
+    only = {"east": regions["east"]}
+    gateway = await start_gateway("", pool_yaml(only, settings="{wait: 0}", top="health: {failures: 1, rest: 0.1}"))
+    regions["east"].fault = "error"
+    assert (await ask(gateway))[0] == 500
+    regions["east"].fault = "mute"
+    await asyncio.sleep(0.15)
+    asked = asyncio.create_task(ask(gateway))
+    await until(lambda: len(regions["east"].saw) == 2)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await gateway.idle()
+    regions["east"].fault = None
+    assert (await ask(gateway))[0] == 200
+
+
+async def test_nothing_is_in_flight_when_all_is_over(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Whoever answered, failed, or was left by its client."""
+    gateway = await start_gateway("", pool_yaml(regions))
+    regions["east"].fault, regions["west"].fault = "error", "broken_late"
+    asked = [asyncio.create_task(ask(gateway, body)) for body in (CHAT, STREAM) * 20]
+    await asyncio.sleep(0.05)
+    for each in asked[::3]:
+        each.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    await gateway.idle()
+    assert [each.in_flight for each in gateway.server.shared.health.all()] == [0, 0, 0]
+    assert not any(each.trying for each in gateway.server.shared.health.all())
+
+
+# -- with other stages ---------------------------------------------------------------------------------
+
+
+async def test_a_resource_may_have_its_own_api_version(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Each attempt goes out as its resource wants it."""
+    yaml = pool_yaml(regions, settings="{seed: 1}")
+    yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, api_version: v1}", 1)
+    gateway = await start_gateway("", yaml)
+    for _ in range(6):
+        assert (await ask(gateway))[0] == 200
+    paths = {name: {seen.path for _, _, seen in region.saw} for name, region in regions.items()}
+    assert paths["east"] == {"/openai/v1/chat/completions"}
+    assert paths["west"] == {"/openai/deployments/gpt-4o/chat/completions"}
+    bodies = [seen.json()["model"] for _, _, seen in regions["east"].saw]
+    assert set(bodies) == {"gpt-4o"}
+
+
+async def test_ids_lead_back_to_their_resource(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """What a response was made from is where it was made: no other deployment of the pool is asked."""
+    yaml = pool_yaml(regions).replace("2024-10-21", "v1").replace("  - balance", "  - resource_ids\n  - balance")
+    gateway = await start_gateway("", yaml)
+    status, first, _ = await ask(gateway, {"model": "gpt-4o", "input": "hi"}, path="/v1/responses")
+    assert status == 200
+    home = next(name for name, region in regions.items() if region.saw)
+    for _ in range(5):
+        more = {"model": "gpt-4o", "input": "and", "previous_response_id": first["id"]}
+        assert (await ask(gateway, more, path="/v1/responses"))[0] == 200
+    assert counted(regions)[home] == 6
+    regions[home].fault = "limited"
+    assert (await ask(gateway, more, path="/v1/responses"))[0] == 429
+    assert sum(counted(regions).values()) == 7
+
+
+async def test_models_of_a_batch_go_to_one_resource(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Its lines have the deployment of the pool there."""
+    import aiohttp
+
+    yaml = pool_yaml(regions).replace("auth: none", "auth: none\nresource: west")
+    yaml = yaml.replace("- west/gpt-4o", "- west/gpt-4o-west")
+    gateway = await start_gateway("", yaml)
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": CHAT}
+    data = aiohttp.FormData()
+    data.add_field("purpose", "batch")
+    data.add_field("file", json.dumps(line).encode(), filename="lines.jsonl")
+    async with gateway.session.post(gateway.url + "/v1/files", data=data) as answer:
+        assert answer.status == 200
+    assert counted(regions) == {"east": 0, "west": 1, "north": 0}
+    assert b'"model":"gpt-4o-west"' in regions["west"].saw[0][2].body.replace(b" ", b"")
+
+
+async def test_a_websocket_opens_elsewhere(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A handshake that is refused is sent to another deployment."""
+    yaml = pool_yaml(regions).replace("2024-10-21", "2025-04-01-preview")
+    gateway = await start_gateway("", yaml)
+    regions["east"].fault = regions["west"].fault = "error"
+    async with gateway.session.ws_connect(gateway.url + "/v1/realtime?model=gpt-4o") as socket:
+        assert (await socket.receive_json())["type"] == "session.created"
+
+
+async def test_what_is_no_pools_goes_its_own_way(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A model with one deployment is asked there, and its errors are the client's."""
+    yaml = pool_yaml(regions).replace('gpt-4o: "pool:chat"', "gpt-4o: west/gpt-4o")
+    gateway = await start_gateway("", yaml)
+    regions["west"].fault = "error"
+    assert (await ask(gateway))[0] == 500
+    assert counted(regions) == {"east": 0, "west": 1, "north": 0}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        ("  - balance: {}\n", "", "list `balance`"),
+        ('"pool:chat"', '"pool:chatt"', "there is no pool 'chatt'; there is chat"),
+        (
+            "  - balance: {}\n  - api_version: 2024-10-21\n",
+            "  - api_version: 2024-10-21\n  - balance\n",
+            "must stand above",
+        ),
+        ("  - balance: {}\n", "  - balance: {}\n  - resource_ids\n", "'resource_ids' must stand above 'balance'"),
+    ],
+)
+async def test_a_wrong_order_is_found_when_it_is_loaded(
+    old: str, new: str, found: str, start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """With its place, as all mistakes."""
+    assert old in pool_yaml(regions)
+    with pytest.raises(ConfigError, match=found):
+        await start_gateway("", pool_yaml(regions).replace(old, new))
