@@ -6,8 +6,7 @@ what tests of a stage need.
 
 from msgspec import Meta
 
-from gateway.attempts import AttemptLimits, Attempts, RetryBudget
-from gateway.choosing import Chooser
+from gateway.attempts import AttemptLimits, Balancer, RetryBudget
 from gateway.counters import Charge, CountersUnavailable, Rule, Verdict
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
@@ -26,9 +25,8 @@ from gateway.version import __version__ as __version__
 __all__ = (
     "ApiError",
     "AttemptLimits",
-    "Attempts",
+    "Balancer",
     "Charge",
-    "Chooser",
     "CountersUnavailable",
     "Credential",
     "Event",

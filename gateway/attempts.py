@@ -11,18 +11,22 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gateway.choosing import Choice, Chooser
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.failures import Failure, of_answer, of_error, of_status
+from gateway.health import Health
 from gateway.messages import Request, Response
+from gateway.targets import Pool, Resource, Target
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-__all__ = ("AttemptLimits", "Attempts", "RetryBudget")
+__all__ = ("AttemptLimits", "Balancer", "RetryBudget")
+
+CallNext: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 # How often, in seconds, somebody looks whether the one request that tries a deployment has come back.
 _LOOK_AGAIN = 0.05
@@ -61,11 +65,6 @@ class RetryBudget:
         self.share, self.most = share, most
         self.left = min(self.left, most)
 
-    def add(self) -> None:
-        """Add what a request adds."""
-        if self.left < self.most:
-            self.left = min(self.left + self.share, self.most)
-
     def take(self) -> bool:
         """Take one, if there is one."""
         if self.left < 1:
@@ -74,100 +73,150 @@ class RetryBudget:
         return True
 
 
-class Attempts:
-    """One request on its way through a pool."""
-
-    __slots__ = (
-        "_begun",
-        "_budget",
-        "_call_next",
-        "_chooser",
-        "_count",
-        "_current",
-        "_deadline",
-        "_failed",
-        "_kept",
-        "_key",
-        "_limits",
-        "_logger",
-        "_request",
-        "_tried",
-        "_trying",
-    )
+class Balancer:
+    """Sends the requests for one pool to its deployments."""
 
     def __init__(
         self,
-        request: Request,
-        call_next: Callable[[Request], Awaitable[Response]],
-        chooser: Chooser,
+        pool: Pool,
+        health: Health,
         budget: RetryBudget,
         limits: AttemptLimits,
         logger: FilteringBoundLogger,
+        seed: int | None = None,
     ) -> None:
-        now = monotonic()
-        self._kept = False
-        self._key: bytes | None = None
-        self._budget = budget
-        self._limits = limits
-        self._logger = logger
+        """Send within these limits; under one `seed` the choices are the same each time."""
+        self.pool = pool
+        self.chooser = Chooser(pool, health, seed)
+        self.budget = budget
+        self.limits = limits
+        self.logger = logger
+
+    async def send(self, request: Request, call_next: CallNext, key: bytes | None = None) -> Response:
+        """Send a request until a deployment answers it, or it must not be sent again.
+
+        Requests of one `key` go to one deployment, while it is available. A request whose resource is known goes there,
+        once: what it is about is kept there. Its target is its own again when this returns.
+        """
+        budget, target = self.budget, request.target
+        if budget.left < budget.most:
+            budget.left = min(budget.left + budget.share, budget.most)
+        kept = request.keep() or await request.buffer_up_to(self.limits.keep)
+        saved, now = request.saved(), monotonic()
+        if self.limits.deadline is not None:
+            request.begin_by = now + self.limits.deadline
+        choice = self.chooser.pick(now, (), key) if target.resource is None else self._there(target.resource)
+        trying = False
+        response = None
+        if choice is not None:
+            health = choice.health
+            trying = health.begin()
+            request.target = _to(target, choice)
+            try:
+                response = await call_next(request)
+            except BaseException:
+                health.end()
+                if trying:
+                    health.left()
+                raise
+            # Nearly every request is over with this, and what the others need is made when it is not.
+            if response.status < 400 and response.body.__class__ is bytes and response.error is None:
+                health.succeeded(monotonic(), trying, response.headers.fields)
+                health.in_flight -= 1
+                request.target = target
+                return response
+        pinned = target.resource is not None
+        attempts = _Attempts(
+            self, request, call_next, saved, choice, now, kept=kept, pinned=pinned, trying=trying, key=key
+        )
+        response = await attempts.on(response)
+        request.target = target
+        return response
+
+    def _there(self, resource: Resource) -> Choice:
+        """Return the pool's deployment in a resource. Raises ApiError 400 where it has none there."""
+        for each in self.chooser.all:
+            if each.deployment.resource.name == resource.name:
+                return each
+        raise ApiError(
+            400, f"the model is not in the resource {resource.name!r}", param="model", code="resource_mismatch"
+        )
+
+
+def _to(target: Target, choice: Choice) -> Target:
+    """Return a target at a deployment of its pool."""
+    if target.credential is None and target.api_version is None:
+        return choice.target
+    deployment = choice.deployment
+    return Target(deployment.resource, deployment.name, target.api_version, target.credential)
+
+
+class _Attempts:
+    """The attempts of one request, where the first one has not answered it, or is not over with its answer."""
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        request: Request,
+        call_next: CallNext,
+        saved: tuple[Any, ...],
+        choice: Choice | None,
+        begun: float,
+        *,
+        kept: bool,
+        pinned: bool,
+        trying: bool,
+        key: bytes | None,
+    ) -> None:
+        """Take over a request that was `saved` before its first attempt `begun`.
+
+        `kept` says that its body can be sent again, `pinned` that it can go nowhere else, `trying` that the deployment
+        rested, and that this request tries it.
+        """
+        self._balancer = balancer
+        self._chooser = balancer.chooser
+        self._limits = balancer.limits
         self._request = request
         self._call_next = call_next
-        self._chooser = chooser
-        self._deadline = math.inf if limits.deadline is None else now + limits.deadline
-        self._current: Choice | None = None  # what is asked, or has answered
-        self._trying = False  # it rested, and this is the request that tries it
-        self._begun = now
+        self._saved = saved
+        self._choice = choice  # what is asked, or has answered
+        self._begun = begun
+        self._kept = kept
+        self._trying = trying
+        self._key = key
+        deadline = balancer.limits.deadline
+        self._deadline = math.inf if deadline is None else begun + deadline
+        self._pinned = pinned
         self._count = 0
         self._tried: list[Choice] = []
         self._failed: list[dict[str, Any]] = []  # for the log
-
-    async def send(self, key: bytes | None = None) -> Response:
-        """Send the request until a deployment answers it, or it must not be sent again. Call it once.
-
-        Requests of one `key` go to one deployment, while it is available.
-        """
-        self._budget.add()
-        self._request.defer(self._over)
-        if (resource := self._request.target.resource) is not None:
-            # What it is about is kept there, and nowhere else.
-            return await self._pinned(resource.name)
-        self._kept = await self._request.buffer_up_to(self._limits.keep)
-        self._key = key
-        choice = self._chooser.pick(self._begun, (), key)
-        if choice is None:
-            return await self._on(None)
-        response = await self._attempt(choice)
-        if response.status < 400 and response.error is None and not response.event_stream:
-            self._succeeded(response)
-            return response
-        return await self._on(response)
+        request.defer(self._over)
 
     # -- one attempt -----------------------------------------------------------------------------------
 
     async def _attempt(self, choice: Choice) -> Response:
         """Ask one deployment."""
-        self._current = choice
+        self._choice = choice
         self._trying = choice.health.begin()
-        self._count += 1
-        request, deployment = self._request, choice.deployment
-        asked = request.copy(target=request.target.replace(resource=deployment.resource, deployment=deployment.name))
+        request = self._request
+        request.restore(self._saved)
+        request.target = _to(request.target, choice)
         if self._deadline < math.inf:
-            asked.begin_by = self._deadline
-        return await self._call_next(asked)
+            request.begin_by = self._deadline
+        self._begun = monotonic()
+        return await self._call_next(request)
 
     def _succeeded(self, response: Response) -> None:
-        """Note that the deployment at hand has answered."""
-        assert self._current is not None  # noqa: S101 -- it was asked
-        health, now = self._current.health, monotonic()
-        health.succeeded(now, tried=self._trying)
-        health.observe(now, response.headers.fields)
+        """Note that the deployment at hand has answered, or begun to."""
+        now = monotonic()
+        self._asked().health.succeeded(now, self._trying, response.headers.fields)
         self._trying = False
         if self._failed:
             self._tell({"status": response.status}, now)
 
     def _over(self, outcome: Outcome) -> None:
         """Note the end of the exchange."""
-        choice = self._current
+        choice = self._choice
         if choice is None:
             return
         choice.health.end()
@@ -176,34 +225,25 @@ class Attempts:
         elif outcome.ended_by == "upstream" and outcome.first_byte is not None and outcome.status < 400:
             choice.health.failed(monotonic(), "broken_off")  # in the middle of its answer
 
+    def _asked(self) -> Choice:
+        """Return the deployment at hand."""
+        assert self._choice is not None, "none was asked"  # noqa: S101 -- a bug of ours
+        return self._choice
+
     def _tell(self, facts: dict[str, Any], now: float) -> None:
         """Note an attempt for the log."""
-        assert self._current is not None  # noqa: S101 -- it was asked
-        self._failed.append({"deployment": self._current.name, **facts, "ms": round((now - self._begun) * 1000, 1)})
-        self._begun = now
+        self._failed.append({"deployment": self._asked().name, **facts, "ms": round((now - self._begun) * 1000, 1)})
         self._request.notes["attempts"] = self._failed
 
     # -- more than one ---------------------------------------------------------------------------------
 
-    async def _pinned(self, resource: str) -> Response:
-        """Ask the pool's deployment in one resource, once."""
-        for choice in self._chooser.all:
-            if choice.deployment.resource.name == resource:
-                response = await self._attempt(choice)
-                response, failure = await self._look(response)
-                if failure is None:
-                    self._succeeded(response)
-                else:
-                    self._note(response, failure)
-                return response
-        raise ApiError(400, f"the model is not in the resource {resource!r}", param="model", code="resource_mismatch")
-
-    async def _on(self, response: Response | None) -> Response:
+    async def on(self, response: Response | None) -> Response:
         """Go on after the first attempt, or without one, where no deployment was available."""
         best: Response | None = None
         while True:
             stopped: str | None = None
             if response is not None:
+                self._count += 1
                 response, failure = await self._look(response)
                 if failure is None:
                     self._succeeded(response)
@@ -211,36 +251,33 @@ class Attempts:
                 self._note(response, failure)
                 best = _more_telling(best, response)
                 stopped = await self._stop(failure)
-            if stopped is None:
-                choice = await self._next()
-                if choice is None:
-                    stopped = "all rest" if self._count == 0 else "none is left"
-                elif self._count and not self._budget.take():
-                    stopped = "the retry budget is used up"
-            if stopped is not None:
-                return self._given_up(best, stopped)
-            assert choice is not None  # noqa: S101 -- or it would have stopped
+            choice = None if stopped is not None else await self._next()
+            if choice is None:
+                return self._given_up(best, stopped or ("none is left" if self._count else "all rest"))
+            if self._count and not self._balancer.budget.take():
+                return self._given_up(best, "the retry budget is used up")
             response = await self._attempt(choice)
 
     def _note(self, response: Response, failure: Failure) -> None:
         """Note a failure, and let go of the deployment."""
-        assert self._current is not None  # noqa: S101 -- it was asked
-        choice, now = self._current, monotonic()
+        choice, now, tried = self._asked(), monotonic(), self._trying
         facts = {"status": response.status, "reason": failure.reason}
         if failure.rest is not None:
-            choice.health.cool_down(now, failure.rest, failure.reason, tried=self._trying)
+            choice.health.cool_down(now, failure.rest, failure.reason, tried=tried)
             facts["rest"] = round(failure.rest, 3)
         else:
-            choice.health.failed(now, failure.reason, tried=self._trying, certain=failure.certain)
+            choice.health.failed(now, failure.reason, tried=tried, certain=failure.certain)
         self._tell(facts, now)
         choice.health.end()
         self._tried.append(choice)
-        self._current, self._trying = None, False
+        self._choice, self._trying = None, False
 
     async def _stop(self, failure: Failure) -> str | None:
         """Return why the request is not sent again, or None."""
         if failure.again == "never":
             return failure.reason
+        if self._pinned:
+            return "what it is about is kept there, and nowhere else"
         if self._count >= self._limits.attempts:
             return "it was sent as often as it may be"
         if failure.again == "if_repeatable" and not await self._request.repeatable():
@@ -283,10 +320,10 @@ class Attempts:
             soonest = min(soonest, told) if waits and told is not None else soonest if told is None else told
             best.headers.set("retry-after", str(math.ceil(soonest)))
             best.headers.set("retry-after-ms", str(math.ceil(soonest * 1000)))
-        self._logger.warning(
+        self._balancer.logger.warning(
             "no deployment of a pool has answered",
             request_id=self._request.id,
-            pool=self._request.target.pool.name if self._request.target.pool is not None else None,
+            pool=self._balancer.pool.name,
             stopped=stopped,
             attempts=self._failed,
         )
@@ -298,8 +335,7 @@ class Attempts:
         """Return an answer, and why it is a failure that another deployment may not have; None where it is none."""
         if response.status == 200 and response.error is None and response.event_stream:
             return await self._look_into(response)
-        assert self._current is not None  # noqa: S101 -- it was asked
-        own = self._request.target.credential is None and self._current.deployment.resource.has_credential
+        own = self._request.target.credential is None and self._asked().deployment.resource.has_credential
         return response, await of_answer(response, own_credential=own)
 
     async def _look_into(self, response: Response) -> tuple[Response, Failure | None]:
@@ -322,8 +358,7 @@ class Attempts:
 
     def _patience(self) -> float:
         """Return how long, in seconds, a stream's first event may take."""
-        assert self._current is not None  # noqa: S101 -- it was asked
-        own = self._current.deployment.resource.timeouts
+        own = self._asked().deployment.resource.timeouts
         own_seconds = own.first_byte if own is not None else None
         return min(own_seconds or math.inf, max(0.0, self._deadline - monotonic()), _LONGEST)
 

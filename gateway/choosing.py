@@ -14,7 +14,7 @@ from hashlib import blake2b
 from random import Random
 
 from gateway.health import DeploymentHealth, Health
-from gateway.targets import Deployment, Pool
+from gateway.targets import Deployment, Pool, Target
 
 __all__ = ("Choice", "Chooser")
 
@@ -22,7 +22,7 @@ __all__ = ("Choice", "Chooser")
 class Choice:
     """A deployment that can be chosen."""
 
-    __slots__ = ("deployment", "health", "name", "turn", "weight")
+    __slots__ = ("deployment", "health", "name", "step", "target", "turn", "weight")
 
     def __init__(self, deployment: Deployment, health: DeploymentHealth, turn: float) -> None:
         self.deployment = deployment
@@ -30,6 +30,18 @@ class Choice:
         self.name = str(deployment)
         self.weight = deployment.weight
         self.turn = turn  # when it is its turn, in a time that goes on with each choice
+        self.step = 1 / deployment.weight  # from one of its turns to the next
+        self.target = Target(deployment.resource, deployment.name)
+
+
+class _Group:
+    """Those of one priority, and the time in which they take turns."""
+
+    __slots__ = ("choices", "now")
+
+    def __init__(self, choices: list[Choice]) -> None:
+        self.choices = choices
+        self.now = 0.0
 
 
 class Chooser:
@@ -40,31 +52,32 @@ class Chooser:
         random = Random(None if seed is None else f"{seed} {pool.name}")  # noqa: S311 -- no secret
         self.all = [Choice(each, health.of(each), random.random() / each.weight) for each in pool.deployments]
         priorities = sorted({each.deployment.priority for each in self.all})
-        self._groups = [[each for each in self.all if each.deployment.priority == one] for one in priorities]
-        self._turns = [0.0] * len(self._groups)
+        self._groups = [_Group([each for each in self.all if each.deployment.priority == one]) for one in priorities]
 
     def pick(self, now: float, tried: Collection[Choice] = (), key: bytes | None = None) -> Choice | None:
         """Return one that is available and was not tried, or None. One without room is the last that is taken."""
         full = False
-        for place, group in enumerate(self._groups):
+        for group in self._groups:
             best: Choice | None = None
-            least = math.inf
-            for each in group:
+            least = turn = math.inf
+            for each in group.choices:
                 health = each.health
-                if health.rests_until > now or health.trying or each in tried:
+                if health.rests_until > now or (tried and each in tried):
                     continue
                 weight = each.weight
                 if health.room_until > now:
-                    if health.room <= 0.0:
+                    weight *= health.room
+                    if weight <= 0.0:
                         full = True
                         continue
-                    weight *= health.room
                 load = health.in_flight / weight if key is None else _distance(key, each)
-                if load < least or (load == least and best is not None and each.turn < best.turn):
-                    best, least = each, load
+                if load < least or (load == least and each.turn < turn):
+                    best, least, turn = each, load, each.turn
             if best is not None:
                 if key is None:
-                    self._take_turn(place, best)
+                    # One that rested does not make up for what it missed: its turn is now.
+                    group.now = turn = max(turn, group.now)
+                    best.turn = turn + best.step
                 return best
         return self._pick_full(now, tried) if full else None
 
@@ -73,11 +86,6 @@ class Chooser:
             if each.health.is_available(now) and each not in tried:
                 return each
         return None
-
-    def _take_turn(self, place: int, best: Choice) -> None:
-        # One that rested does not make up for what it missed: its turn is now.
-        at = self._turns[place] = max(best.turn, self._turns[place])
-        best.turn = at + 1 / best.weight
 
     def available_in(self, now: float) -> float:
         """Return in how many seconds the first of them is available; infinity where that is not known."""

@@ -69,20 +69,19 @@ def _sound(name: str, value: str) -> Field:
 class Headers:
     """Header fields as a list, in order, found without regard to case.
 
-    `fields` holds the bytes as they stand on the wire. Text is latin-1, as HTTP has it.
+    `fields` holds the bytes as they stand on the wire; a change makes another list, so that whoever has this one keeps
+    it as it is. Text is latin-1, as HTTP has it.
     """
 
     __slots__ = ("_keys", "_up", "fields")
 
     def __init__(self, pairs: Iterable[tuple[bytes, bytes]] | Mapping[str, str] = ()) -> None:
-        self.fields: list[Field] = []
         self._up: bytes | None = None
         self._keys: list[Field] | None = None
         if isinstance(pairs, Mapping):
-            for name, value in pairs.items():
-                self.add(name, value)
+            self.fields = [_sound(name, value) for name, value in pairs.items()]
         else:
-            self.fields.extend(make_field(name, value) for name, value in pairs)
+            self.fields = [make_field(name, value) for name, value in pairs]
 
     @classmethod
     def of(cls, fields: list[Field], up: bytes | None = None, keys: list[Field] | None = None) -> Self:
@@ -124,9 +123,10 @@ class Headers:
         lowered = field[0]
         for each in self.fields:
             if each[0] == lowered:
-                self.fields = [other for other in self.fields if other[0] != lowered]
+                self.fields = [*[other for other in self.fields if other[0] != lowered], field]
                 break
-        self.fields.append(field)
+        else:
+            self.fields = [*self.fields, field]
         self._up = self._keys = None
 
     def update(self, values: Mapping[str, str]) -> None:
@@ -138,7 +138,7 @@ class Headers:
 
     def add(self, name: str, value: str) -> None:
         """Add a field, beside others of its name. Raises ValueError as `set` does."""
-        self.fields.append(_sound(name, value))
+        self.fields = [*self.fields, _sound(name, value)]
         self._up = self._keys = None
 
     def remove(self, name: str) -> None:
@@ -152,7 +152,7 @@ class Headers:
 
     def copy(self) -> Headers:
         """Return a copy that can be changed apart."""
-        return Headers.of(self.fields.copy(), self._up, self._keys)
+        return Headers.of(self.fields, self._up, self._keys)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -56,6 +56,7 @@ class DeploymentHealth:
 
     __slots__ = (
         "_answered",
+        "_answered_now",
         "_failed",
         "_health",
         "_limits",
@@ -63,6 +64,7 @@ class DeploymentHealth:
         "_part",
         "_rest",
         "_turn_at",
+        "answered",
         "counts",
         "deployment",
         "failing",
@@ -73,7 +75,6 @@ class DeploymentHealth:
         "rests_until",
         "room",
         "room_until",
-        "trying",
     )
 
     def __init__(self, deployment: Deployment, health: Health) -> None:
@@ -85,20 +86,21 @@ class DeploymentHealth:
         """Why it rests, or rested last."""
         self.failing = False
         """Whether the circuit is open, or half-open once the rest is over."""
-        self.trying = False
-        """Whether a request tries it, behind its rest."""
         self.failures = 0
         """How many there were in a row."""
         self.room = 1.0
         """How much of its quota was left by what Azure said last, from 0 to 1; until `room_until`."""
         self.room_until = 0.0
+        self.answered = 0
+        """How many requests it had answered since the start when that was looked at last."""
         self.counts: Counter[str] = Counter()
-        """Answers, and failures by their reasons, since the start."""
+        """How many it has not, by the reasons."""
         self._health = health
         self._rest = 0.0
         self._limits: dict[bytes, float] = {}
         self._look_at = 0.0
         self._answered = [0] * _PARTS
+        self._answered_now = 0  # and not counted in its part yet
         self._failed = [0] * _PARTS
         self._part = 0
         self._turn_at = 0.0
@@ -107,17 +109,17 @@ class DeploymentHealth:
 
     def is_available(self, now: float) -> bool:
         """Whether it may be asked."""
-        return self.rests_until <= now and not self.trying
+        return self.rests_until <= now
 
     def available_in(self, now: float) -> float:
         """Return in how many seconds it may be asked: infinity as long as that depends on the request that tries it."""
-        return math.inf if self.trying else max(0.0, self.rests_until - now)
+        return max(0.0, self.rests_until - now)
 
     def begin(self) -> bool:
-        """Note that it is asked; whether this request tries it, so that its end must be told."""
+        """Note that it is asked; whether this request tries it, so that how that goes must be told."""
         self.in_flight += 1
         if self.failing:
-            self.trying = True
+            self.rests_until = math.inf
             return True
         return False
 
@@ -125,15 +127,19 @@ class DeploymentHealth:
         """Note that a request is over; once for each `begin`."""
         self.in_flight -= 1
 
-    def succeeded(self, now: float, *, tried: bool = False) -> None:
-        """Note that it has answered; `tried` is what `begin` said."""
-        if now >= self._turn_at:
-            self._turn(now)
-        self._answered[self._part] += 1
-        self.counts["answered"] += 1
+    @property
+    def trying(self) -> bool:
+        """Whether a request tries it, behind its rest, so that no other may ask it."""
+        return self.rests_until == math.inf
+
+    def succeeded(self, now: float, tried: bool, fields: Sequence[Field] = ()) -> None:
+        """Note that it has answered, with these header fields; `tried` is what `begin` said."""
+        if now >= self._look_at:
+            self._look(now, fields)
+        self._answered_now += 1
         self.failures = 0
         if tried:
-            self.trying = False
+            self.rests_until = 0.0
             self._close()
 
     def failed(self, now: float, reason: str, *, tried: bool = False, certain: bool = False) -> None:
@@ -145,7 +151,7 @@ class DeploymentHealth:
         self.failures += 1
         settings = self._health.settings
         if tried:
-            self.trying = False
+            self.rests_until = 0.0
             self._rest = min(2 * self._rest, settings.most_rest)
         elif self.failing:
             return  # it was asked before it began to rest
@@ -160,18 +166,16 @@ class DeploymentHealth:
 
     def cool_down(self, now: float, seconds: float, reason: str, *, tried: bool = False) -> None:
         """Note that Azure asks for it to be left alone."""
-        if now >= self._turn_at:
-            self._turn(now)
         self.counts[reason] += 1
         if tried:
-            self.trying = False
+            self.rests_until = 0.0
             self._close()  # it is there, and says so
         self.room_until = 0.0  # what was left before says nothing of what is there after its rest
         self._rest_for(now, min(seconds, MOST_REST), reason)
 
     def left(self) -> None:
-        """Note that the request which tried it ended before it was known how that went."""
-        self.trying = False
+        """Note that the request which tried it ended before it was known how that went: another may."""
+        self.rests_until = 0.0
 
     def probed(self, now: float, reason: str | None, again: float) -> None:
         """Note what a probe found while it rests: nothing wrong, so a request may try it; or what, so not so soon."""
@@ -185,11 +189,16 @@ class DeploymentHealth:
 
     # -- what Azure says of its room -------------------------------------------------------------------
 
-    def observe(self, now: float, fields: Iterable[Field]) -> None:
-        """Look at the header fields of an answer for how much room is left; not at those of every answer."""
-        if now < self._look_at:
-            return
+    def _look(self, now: float, fields: Sequence[Field]) -> None:
+        """Do what is not done for every answer: go on in the window, and look at how much room is left."""
         self._look_at = now + _LOOK_EVERY
+        if now >= self._turn_at:
+            self._turn(now)
+        if fields:
+            self.observe(now, fields)
+
+    def observe(self, now: float, fields: Iterable[Field]) -> None:
+        """Take what the header fields of an answer say of how much room is left."""
         room = 1.0
         seen: dict[bytes, float] = {}
         for name, value, _, _ in fields:
@@ -227,7 +236,7 @@ class DeploymentHealth:
             self.failing = False
             self._rest = 0.0
             self.failures = 0
-            self._answered, self._failed = [0] * _PARTS, [0] * _PARTS
+            self._answered, self._failed, self._answered_now = [0] * _PARTS, [0] * _PARTS, 0
             get_logger().info("a deployment is back", deployment=str(self.deployment))
             self._health.tell(News(self.key))
 
@@ -246,6 +255,8 @@ class DeploymentHealth:
 
     def _turn(self, now: float) -> None:
         """Go on to the part of the window that is now."""
+        self._answered[self._part] += self._answered_now
+        self.answered, self._answered_now = self.answered + self._answered_now, 0
         part = self._health.settings.window / _PARTS
         over = int((now - self._turn_at) / part) + 1 if self._turn_at else _PARTS
         for _ in range(min(over, _PARTS)):
@@ -256,15 +267,15 @@ class DeploymentHealth:
     def _share_is_too_large(self) -> bool:
         settings = self._health.settings
         failed = sum(self._failed)
-        asked = failed + sum(self._answered)
+        asked = failed + sum(self._answered) + self._answered_now
         return asked >= settings.least and failed / asked >= settings.share
 
     def report(self, now: float) -> dict[str, Any]:
         """Return how it is, for people: seconds, shares from 0 to 1, counts since the start."""
         if now >= self._turn_at:
             self._turn(now)
-        failed, answered = sum(self._failed), sum(self._answered)
-        rests = self.rests_until > now
+        failed, answered = sum(self._failed), sum(self._answered) + self._answered_now
+        rests = self.rests_until > now and not self.trying
         state = ("open" if rests else "half_open") if self.failing else "cooling_down" if rests else "available"
         return {
             "resource": self.deployment.resource.name,
@@ -272,13 +283,13 @@ class DeploymentHealth:
             "region": self.deployment.resource.region,
             "state": state,
             "reason": self.reason if state != "available" else None,
-            "cool_down": round(max(0.0, self.rests_until - now), 3),
+            "cool_down": round(max(0.0, self.rests_until - now), 3) if not self.trying else 0.0,
             "in_flight": self.in_flight,
             "error_share": round(failed / (failed + answered), 4) if failed + answered else 0.0,
             "requests": failed + answered,
             "failures_in_a_row": self.failures,
             "headroom": round(self.room, 4) if self.room_until > now else None,
-            "counts": dict(sorted(self.counts.items())),
+            "counts": {"answered": self.answered + self._answered_now, **dict(sorted(self.counts.items()))},
         }
 
 
@@ -330,7 +341,7 @@ class Health:
         return [
             News(each.key, each.rests_until - now, each.failing, each.reason)
             for each in self._all.values()
-            if each.rests_until > now
+            if now < each.rests_until < math.inf
         ]
 
     def report(self) -> list[dict[str, Any]]:

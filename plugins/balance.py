@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 from gateway import (
     ApiError,
     AttemptLimits,
-    Attempts,
-    Chooser,
+    Balancer,
     Meta,
     Next,
     Request,
@@ -65,19 +64,21 @@ class Balance(Stage):
     above = ("api_version",)  # which a resource may have one of its own
 
     async def start(self, services: Services) -> None:
-        self._logger = services.logger
-        self._choosers = {name: Chooser(pool, services.health, self.seed) for name, pool in services.pools.items()}
-        self._budget: RetryBudget = services.store.setdefault("budget", RetryBudget())
-        self._budget.use(self.retries, self.reserve)
-        self._limits = AttemptLimits(self.attempts, self.deadline, self.wait, self.hold, self.keep)
+        budget: RetryBudget = services.store.setdefault("budget", RetryBudget())
+        budget.use(self.retries, self.reserve)
+        limits = AttemptLimits(self.attempts, self.deadline, self.wait, self.hold, self.keep)
+        self._balancers = {
+            name: Balancer(pool, services.health, budget, limits, services.logger, self.seed)
+            for name, pool in services.pools.items()
+        }
         self.idle = not services.pools
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         pool = request.target.pool
         if pool is None:
             return await call_next(request)
-        attempts = Attempts(request, call_next, self._choosers[pool.name], self._budget, self._limits, self._logger)
-        return await attempts.send(await self._key(request) if self.affinity else None)
+        key = await self._key(request) if self.affinity else None
+        return await self._balancers[pool.name].send(request, call_next, key)
 
     async def _key(self, request: Request) -> bytes | None:
         """Return what a request has in common with those that are to go where it goes."""

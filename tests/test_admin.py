@@ -48,7 +48,8 @@ async def test_what_is_known_of_each_deployment(start_gateway: StartGateway) -> 
         assert 58 < deployment.pop("cool_down") <= 60
         assert deployment == {
             "deployment": "gpt-4o", "state": "open", "reason": "status_500", "in_flight": 0, "error_share": 1.0,
-            "requests": 2, "failures_in_a_row": 2, "headroom": None, "counts": {"status_500": 2},
+            "requests": 2, "failures_in_a_row": 2, "headroom": None,
+            "counts": {"answered": 0, "status_500": 2},
         }  # fmt: skip
         (deployment,) = west["deployments"]
         assert (deployment["state"], deployment["in_flight"], deployment["counts"]) == ("available", 1, {"answered": 8})

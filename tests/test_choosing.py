@@ -86,9 +86,9 @@ def test_priorities() -> None:
     first, second, third = chooser.all
     assert set(names(chooser, 10)) == {"a/x"}
     assert chooser.pick(NOW, (first,)) in (second, third)
-    first.health.trying = True
+    first.health.rests_until = float("inf")
     assert set(names(chooser, 10)) == {"b/x", "c/x"}
-    first.health.trying = False
+    first.health.rests_until = 0.0
     first.health.room, first.health.room_until = 0.0, NOW + 1
     assert set(names(chooser, 10)) == {"b/x", "c/x"}
     second.health.rests_until = third.health.rests_until = NOW + 1

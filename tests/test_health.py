@@ -36,7 +36,7 @@ def test_failures_in_a_row_open_the_circuit() -> None:
     east, clock, _ = made(failures=3, rest=2)
     for _ in range(2):
         east.failed(clock.now, "broken_off")
-    east.succeeded(clock.now)
+    east.succeeded(clock.now, False)
     for _ in range(2):
         east.failed(clock.now, "broken_off")
     assert east.is_available(clock.now)
@@ -50,11 +50,11 @@ def test_a_share_of_failures_opens_it() -> None:
     """If they were enough requests, and of the last window: what was long ago does not count."""
     east, clock, _ = made(failures=1000, share=0.5, least=10, window=10)
     for _ in range(100):
-        east.succeeded(clock.now)
+        east.succeeded(clock.now, False)
     clock.now += 11
     for _ in range(4):
         east.failed(clock.now, "status_500")
-        east.succeeded(clock.now)
+        east.succeeded(clock.now, False)
         clock.now += 0.5
     east.failed(clock.now, "status_500")
     assert east.is_available(clock.now)
@@ -79,7 +79,7 @@ def test_one_request_tries_it_and_its_success_closes_it() -> None:
         assert east.available_in(clock.now) == rest
     clock.now = east.rests_until
     assert east.begin()
-    east.succeeded(clock.now, tried=True)
+    east.succeeded(clock.now, True)
     east.end()
     assert (east.failing, east.is_available(clock.now)) == (False, True)
     assert not east.begin()
@@ -93,7 +93,7 @@ def test_what_was_asked_before_it_rested_changes_nothing() -> None:
     east.failed(clock.now, "connect")
     clock.now += 1
     east.failed(clock.now, "connect")
-    east.succeeded(clock.now)
+    east.succeeded(clock.now, False)
     assert east.available_in(clock.now) == 3
 
 
@@ -167,12 +167,12 @@ def test_room(fields: dict[str, str], room: float | None) -> None:
 def test_room_without_a_limit_is_of_the_most_that_was_left() -> None:
     """And it is looked at ten times a second at most, and believed for some seconds."""
     east, clock, _ = made()
-    east.observe(clock.now, Headers({"x-ratelimit-remaining-tokens": "800"}).fields)
+    east.succeeded(clock.now, False, Headers({"x-ratelimit-remaining-tokens": "800"}).fields)
     assert east.room == 1.0
-    east.observe(clock.now, Headers({"x-ratelimit-remaining-tokens": "1"}).fields)
+    east.succeeded(clock.now, False, Headers({"x-ratelimit-remaining-tokens": "1"}).fields)
     assert east.room == 1.0
     clock.now += 0.2
-    east.observe(clock.now, Headers({"x-ratelimit-remaining-tokens": "200"}).fields)
+    east.succeeded(clock.now, False, Headers({"x-ratelimit-remaining-tokens": "200"}).fields)
     assert east.room == 0.25
     assert east.room_until == pytest.approx(clock.now + 5)
 
@@ -194,7 +194,7 @@ def test_what_others_are_told_and_hear() -> None:
     assert west.available_in(there.now) == 2
     clock.now += 2
     east.begin()
-    east.succeeded(clock.now, tried=True)
+    east.succeeded(clock.now, True)
     other.hear(told[1])
     assert (west.is_available(there.now), west.failing) == (True, False)
     other.hear(News("nobody/knows it", 5))
@@ -243,7 +243,7 @@ def test_the_report() -> None:
     east, clock, health = made(failures=1, rest=2)
     assert health.report()[0]["state"] == "available"
     east.begin()
-    east.succeeded(clock.now)
+    east.succeeded(clock.now, False)
     east.failed(clock.now, "connect")
     assert health.report() == [
         {
@@ -255,6 +255,6 @@ def test_the_report() -> None:
     clock.now += 2
     assert health.report()[0]["state"] == "half_open"
     east.begin()
-    east.succeeded(clock.now, tried=True)
+    east.succeeded(clock.now, True)
     east.cool_down(clock.now, 3, "rate_limited")
     assert (health.report()[0]["state"], health.report()[0]["reason"]) == ("cooling_down", "rate_limited")

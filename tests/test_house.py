@@ -77,7 +77,7 @@ TESTED_ELSEWHERE = {
 def test_the_public_api_is_these_names() -> None:
     """What a plugin author may import; a change here is a change for strangers."""
     assert set(gateway.__all__) == {
-        "ApiError", "AttemptLimits", "Attempts", "Charge", "Chooser", "CountersUnavailable", "Credential", "Event",
+        "ApiError", "AttemptLimits", "Balancer", "Charge", "CountersUnavailable", "Credential", "Event",
         "EventFilter", "Filter", "Headers", "Meta", "Next", "Outcome", "Price", "Request", "Response", "RetryBudget",
         "Rule", "Services", "Stage", "StreamError", "Target", "UpstreamError", "Usage", "Verdict",
     }  # fmt: skip

@@ -24,7 +24,9 @@ from gateway.settings import Listen
 from gateway.systemd import Notifier
 from gateway.testing import FakeAzure
 from gateway.workers import Supervisor
+from tests.cluster import cluster, pool_yaml
 from tests.conftest import CHAT, KEY, write_files
+from tests.redis_server import free_port
 from tests.test_cli import CLEAN, OWN, STARTS, run
 
 WHO = """
@@ -645,3 +647,37 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
         running.process.send_signal(signal.SIGTERM)
         running.process.send_signal(signal.SIGTERM)
         await running.gone()
+
+
+async def test_workers_share_what_they_know_of_deployments(tmp_path: Path) -> None:
+    """What one has met, the others need not; also one that replaces another, and the operator sees the sum."""
+    async with cluster("east", "west") as regions:
+        east = regions["east"]
+        east.fault, east.rest = "limited", 600
+        port = free_port()
+        yaml = pool_yaml(regions, top=f"admin: 127.0.0.1:{port}\nplugins_path: mine").replace(
+            "  - access_log\n", "  - who\n"
+        )
+        async with fleet(regions["west"].azure, tmp_path, yaml=yaml, count=3) as running:
+            pids = running.pids
+            while not east.saw:
+                await ask(running.url)
+            await asyncio.sleep(0.2)
+            await answering(running.url, pids)
+            seen = len(east.saw)
+            assert seen == 1
+            os.kill(next(iter(pids)), signal.SIGKILL)
+            await running.until("worker ready", 4)
+            for _ in range(3):
+                await asyncio.gather(*(ask(running.url) for _ in range(16)))
+            assert len(east.saw) == seen
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"http://127.0.0.1:{port}/admin/resources") as answer,
+            ):
+                told = await answer.json()
+            rows = {each["name"]: each["deployments"][0] for each in told["resources"]}
+            assert rows["east"]["state"] == "cooling_down"
+            assert 500 < rows["east"]["cool_down"] <= 600
+            assert rows["west"]["state"] == "available"
+            assert rows["west"]["counts"]["answered"] >= 48

@@ -33,6 +33,7 @@ OURS: dict[str, Callable[[Place], list[Row]]] = {
     "models": growth.models,
     "stages": growth.stages,
     "streams": growth.streams,
+    "balance": growth.balance,
     "repairs": growth.repairs,
     "usage": growth.usage,
     "limiter": inside.limiter,

@@ -16,6 +16,7 @@ from tests.bench.rows import Row
 
 TEAMS, KEYS, MODELS, NO_OPS = 500, 5, 200, 20
 FEW, MANY = 100, 5000
+REGIONS = 3
 EVENTS_PER_SECOND = 2500
 SHORT = 8
 
@@ -78,6 +79,33 @@ def stages(place: Place) -> list[Row]:
         Row(f"a request, {2 * len(PIPELINE)} stages instead of {len(PIPELINE)}", "% more CPU", limits.STAGES,
             _more(figures)),
     ]  # fmt: skip
+
+
+def balance(place: Place) -> list[Row]:
+    """Measure requests that go to a pool of deployments in several resources, and to one of these alone."""
+    load = _requests(place, "balance", [_request()])
+    pooled = [stage.replace(f": {traffic.DEPLOYMENT}}}", ': "pool:all"}') for stage in PIPELINE]
+    pooled.insert(next(place for place, stage in enumerate(pooled) if stage.startswith("api_version")), "balance")
+    pair = {
+        "few": (place.ours(Setup(resources=REGIONS)), load),
+        "many": (place.ours(Setup(pooled, resources=REGIONS, pool=True)), load),
+    }
+    figures = _compare(place, "balance", pair)
+    place.azure.plain()
+    calm = Traffic(load.requests, load.answer, connections=4)
+    waits: dict[str, Callable[[], float]] = {
+        name: functools.partial(
+            lambda peer: place.meter.sample(peer, calm, place.seconds / SHORT).report.whole_p50, peer
+        )
+        for name, (peer, _) in pair.items()
+    }
+    times = rounds(SHORT * place.rounds, waits)
+    more = [many - few for few, many in zip(times["few"], times["many"], strict=True)]
+    title = f"a request, to a pool of {REGIONS} instead of one deployment"
+    return [
+        Row(title, "% more CPU", limits.BALANCE, _more(figures)),
+        Row(f"{title}, p50 of 4 connections", "ms more", limits.BALANCE_P50, more),
+    ]
 
 
 def repairs(place: Place) -> list[Row]:

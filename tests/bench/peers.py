@@ -21,12 +21,12 @@ PIPELINE = (
     "auth_passthrough",
     "rate_limit: {requests_per_minute: 1000000000}",
     f"model_map: {{models: {{{traffic.MODEL}: {traffic.DEPLOYMENT}}}}}",
+    "resource_ids",
     f"api_version: {{version: {traffic.API_VERSION}, otherwise: [v1, 2025-04-01-preview]}}",
     "missing_message",
     "missing_fields",
     "missing_delta",
     "prompt_filter_chunk: drop",
-    "resource_ids",
     "openai_errors",
     "sse_newline",
 )
@@ -132,6 +132,10 @@ class Setup:
     teams: int = 0
     keys: int = 0
     """Of each team: it is found by them then, and the resource's own goes to Azure."""
+    resources: int = 1
+    """How many there are; all are the one upstream."""
+    pool: bool = False
+    """Whether the model is mapped to a pool of all of them."""
     body_limit: int | None = None
     workers: int | None = None
 
@@ -139,13 +143,18 @@ class Setup:
         """Write its files; returns `gateway.yaml` and the port."""
         port = free_port()
         folder = f"gateway-{port}"
+        key = f", api_key: {traffic.KEY}" if self.keys else ""
         lines = [
             f"listen: 127.0.0.1:{port}",
             "log: {level: info, format: json}",
-            f"resources: {{azure: {{endpoint: '{endpoint}'{f', api_key: {traffic.KEY}' if self.keys else ''}}}}}",
+            "resources:",
+            *(f"  azure{number}: {{endpoint: '{endpoint}'{key}}}" for number in range(self.resources)),
+            "resource: azure0",
             "pipeline:",
             *(f"  - {'auth_keys' if self.keys and stage == 'auth_passthrough' else stage}" for stage in self.pipeline),
         ]
+        if self.pool:
+            lines += ["pools:", "  all:", *(f"  - azure{n}/{traffic.DEPLOYMENT}" for n in range(self.resources))]
         if self.body_limit is not None:
             lines.append(f"limits: {{body: {self.body_limit}}}")
         if self.stages:
