@@ -1,4 +1,4 @@
-"""The command line: `gateway serve`, `reload`, `check`, `keys`, `import`, `stages`, `schema`, `demo`.
+"""The command line: `gateway serve`, `reload`, `check`, `doctor`, `keys`, `import`, `stages`, `schema`, `demo`.
 
 Flags without a command are `serve`'s: that is how the Go proxy, which many come from, is started.
 """
@@ -17,6 +17,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+import msgspec
 
 from gateway.errors import ConfigError, Mistake, StartError
 from gateway.version import __version__
@@ -37,6 +39,7 @@ gateway: nothing is configured. Do one of these:
                                       AZURE_OPENAI_API_VER=2024-10-21
   gateway serve --config gateway.yaml your own configuration (or GATEWAY_CONFIG=gateway.yaml)
   gateway check gateway.yaml          whether that file is right
+  gateway doctor gateway.yaml         whether the deployments that it names answer
   gateway reload gateway.yaml         let the gateway that runs with it take a change over
   gateway demo                        no Azure at all: in front of a fake one, to try it
 """
@@ -135,6 +138,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=where + "; or the folder it is in")
     check.set_defaults(run=_check)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="ask each resource and deployment whether it answers",
+        description="Ask each resource for its models, and each deployment for a chat and a stream, or an embedding, "
+        "of one token at most, and print what is wrong: a key, a region, a deployment's name, an api-version. Status 1 "
+        "where anything is. Resources without a credential of their own are shown $AZURE_OPENAI_API_KEY.",
+    )
+    doctor.add_argument("path", metavar="PATH", type=Path, nargs="?", help=where + "; or the folder it is in")
+    doctor.add_argument("-n", "--dry-run", action="store_true", help="print what would be asked, and ask nothing")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object for each probe")
+    doctor.add_argument("--timeout", metavar="S", type=float, default=30.0, help="seconds for a probe (%(default)g)")
+    doctor.set_defaults(run=_doctor)
 
     keys = commands.add_parser(
         "keys", help="make a team's key", description="Make keys for teams; the configuration has only their digests."
@@ -355,6 +371,53 @@ def _check(options: argparse.Namespace) -> int:
 def _print_notes(notes: Sequence[Mistake]) -> None:
     for note in sorted(notes):
         print(note, file=sys.stderr)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gateway import logs  # noqa: PLC0415
+    from gateway.config import load  # noqa: PLC0415
+    from gateway.doctor import plan  # noqa: PLC0415
+    from gateway.keys import Credential, is_jwt, is_key  # noqa: PLC0415
+
+    loaded = load(_config_path(options.path))
+    logs.configure("error", "text")
+    key = os.environ.get("AZURE_OPENAI_API_KEY") or None
+    if key is not None and not is_key(key):
+        raise StartError("$AZURE_OPENAI_API_KEY is set, and cannot be a key")
+    credential = None if key is None else Credential(key, bearer=is_jwt(key))
+    what = plan(loaded)
+    print(f"gateway: {what}", file=sys.stderr, flush=True)
+    if options.dry_run:
+        for each in what.deployments:
+            print(f"{each.resource.name}/{each.deployment}")
+        return 0
+    return asyncio.run(_examine(loaded, what, credential, options))
+
+
+async def _examine(loaded: Any, what: Any, credential: Any, options: argparse.Namespace) -> int:
+    from gateway.doctor import examine  # noqa: PLC0415
+    from gateway.upstream import Upstream  # noqa: PLC0415
+
+    upstream = Upstream(loaded.settings.timeouts)
+    await upstream.start()
+    count = wrong = 0
+    try:
+        async for finding in examine(what, upstream, credential, options.timeout):
+            count, wrong = count + 1, wrong + (not finding.ok)
+            if options.json:
+                print(msgspec.json.encode(finding).decode(), flush=True)
+                continue
+            place = finding.resource + (f"/{finding.deployment}" if finding.deployment else "")
+            took = f"{finding.ms:.0f} ms" if finding.ms is not None else ""
+            verdict = "ok" if finding.ok else "WRONG"
+            line = f"{place:<32} {finding.probe:<10} {verdict:<6} {took:>8}  {finding.verdict}".rstrip()
+            print(line if line.isprintable() else ascii(line), flush=True)
+    finally:
+        await loaded.teams.shared.close()
+        await upstream.close()
+    if wrong:
+        print(f"gateway: {wrong} of {count} probes found something wrong", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _new_key(options: argparse.Namespace) -> int:

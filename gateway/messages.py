@@ -483,6 +483,12 @@ class Response:
         """The filters put on so far, in the order in which they run."""
         return tuple(self._filters)
 
+    def pieces(self) -> AsyncIterator[bytes]:
+        """Return the body's pieces as they come from Azure, before any filter; to be iterated over once."""
+        if isinstance(self.body, WebSocket):
+            raise TypeError("a WebSocket has no pieces")
+        return _each(self.body)
+
     async def read(self, limit: int = 16 * 1024 * 1024) -> bytes:
         """Read the body whole, through its filters, and keep it as bytes.
 
@@ -498,7 +504,7 @@ class Response:
         chunks: list[bytes] = []
         size = 0
         try:
-            async for chunk in _each(self.body):
+            async for chunk in self.pieces():
                 data = linked.feed(chunk)
                 size += len(data)
                 if size > limit:

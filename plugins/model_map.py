@@ -57,7 +57,8 @@ class ModelMap(Stage):
 
     @property
     def targets(self) -> Iterator[Target]:
-        patterns = [target for _, target, _ in self._patterns]
+        # (Of a name with groups the deployment is not known before a client has asked.)
+        patterns = [target.replace(deployment=None) for _, target, _ in self._patterns]
         yield from (target for target in (*self._exact.values(), *patterns, self._default) if target is not None)
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ TESTED_ELSEWHERE = {
     "deadline": "a part of test_server and test_upstream",
     "outbox": "counted in test_costs",
     "connector": "a part of test_upstream",
+    "verdicts": "a part of test_doctor",
     "targets": "a part of test_models and of balance's tests",
     "attempts": "a part of balance's tests",
     "failures": "a part of balance's tests",
