@@ -15,12 +15,12 @@ from gateway import Response
 from gateway.azure import OPERATIONS
 from gateway.cli import _parser
 from gateway.config import GatewayFile, TeamFile, load
-from gateway.config.files import IdentityFile, StoreFile
+from gateway.config.files import CredentialFile, IdentityFile, PooledFile, ResourceFile, StoreFile, TlsFile
 from gateway.config.show import show
 from gateway.fields import settings_of
 from gateway.registry import Registry
-from gateway.settings import Limits, Timeouts
-from gateway.targets import Resource
+from gateway.settings import HealthSettings, Limits, Timeouts
+from gateway.targets import Resource, ResourceTimeouts
 from gateway.testing import FakeAzure, post, running, talk
 from tests.conftest import CHAT, StartGateway, write_files
 
@@ -122,6 +122,14 @@ def test_every_setting_of_the_files_is_documented() -> None:
                 assert f"| `{name}` | {field.default:g} |" in CONFIGURATION
     for field in dataclasses.fields(Limits):
         assert f"({field.default})" in CONFIGURATION
+    resources = (ROOT / "docs" / "resources.md").read_text()
+    for name in (*settings_of(ResourceFile), *settings_of(TlsFile), *settings_of(ResourceTimeouts)):
+        assert f"`{name}`" in CONFIGURATION, name
+    for name in (*settings_of(PooledFile), *settings_of(CredentialFile)):
+        assert f"`{name}`" in resources, name
+    for name, (_, field) in settings_of(HealthSettings).items():
+        default = "none" if field.default is None else f"{field.default:g}"
+        assert f"| `{name}` | {default} |" in resources
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -51,8 +51,11 @@ def read_identity(reader: Reader, made: CredentialFile, node: Node, what: str) -
     tenant, authority = values["tenant"], values["authority"]
     if made.kind != "managed_identity":
         authority = (authority or reader.env.get("AZURE_AUTHORITY_HOST") or _AUTHORITY).rstrip("/")
-        if problem := url_problem(authority):
-            reader.mistake(value_of(node, "authority"), f"{what}: credential: authority {problem}")
+        if url_problem(authority):
+            reader.mistake(
+                value_of(node, "authority"),
+                f"{what}: credential: authority must be a URL that begins with https://, such as {_AUTHORITY}",
+            )
         if tenant is not None and not _TENANT.fullmatch(tenant):
             reader.mistake(value_of(node, "tenant"), f"{what}: credential: tenant must be a tenant's id or domain")
     if len(reader.mistakes) > before:

@@ -61,7 +61,7 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
             identity = read_identity(reader, made.credential, value_of(value, "credential"), what)
             if made.api_key is not None:
                 reader.mistake(
-                    value_of(value, "credential"), f"{what}: it has an api_key already; it needs one of them"
+                    value_of(value, "credential"), f"{what}: it has both an api_key and a credential, and needs one"
                 )
         if identity is not None and identity not in tokens:
             tokens[identity] = EntraTokens(identity, shared.session, kept=shared.space("", "entra"))

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from msgspec import Meta
 
 from gateway.config.convert import RawNode
-from gateway.config.files import GatewayFile, MatchFile, ResourceFile, TeamFile
+from gateway.config.files import GatewayFile, MatchFile, PooledFile, ResourceFile, TeamFile
 from gateway.fields import settings_of, unwrap
 from gateway.registry import Registry, UnknownStage
 from gateway.stage import Stage
@@ -37,6 +37,8 @@ def schema(registry: Registry, *, team: bool = False) -> dict[str, Any]:
             "type": "object",
             "additionalProperties": _type(ResourceFile),
         }
+        pooled = {"type": "array", "items": _type(PooledFile), "minItems": 1}
+        properties["pools"] = {**properties["pools"], "type": "object", "additionalProperties": pooled}
         made["required"] = ["resources", "pipeline"]
     return {
         "$schema": _DRAFT,

@@ -27,7 +27,7 @@ def show(loaded: Loaded) -> str:
     for resource in loaded.resources.values():
         stored = " with a stored key" if resource.credential is not None else ""
         if resource.tokens is not None:
-            stored = f" with tokens of a {resource.tokens.identity.kind.replace('_', ' ')}"
+            stored = f" with tokens of {_IDENTITIES[resource.tokens.identity.kind]}"
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
         lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
     lines += [f"pool {each.name}: {', '.join(map(_pooled, each.deployments))}" for each in loaded.pools.values()]
@@ -43,6 +43,13 @@ def show(loaded: Loaded) -> str:
             lines.append(f"  (resource {team.target.resource.name})")
         lines += [f"  {line}" for stage in team.stages for line in _stage_lines(stage)]
     return "\n".join(lines) + "\n"
+
+
+_IDENTITIES = {
+    "client_secret": "an application",
+    "managed_identity": "a managed identity",
+    "workload_identity": "a workload identity",
+}
 
 
 def _pooled(deployment: Deployment) -> str:

@@ -1,0 +1,174 @@
+"""Many requests against a cluster in which one region after another fails, in every way that there is a script for."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.cluster import Fault, Region, cluster, pool_yaml, slow_tls
+from tests.conftest import CHAT, Gateway, StartGateway
+
+REQUESTS = 10_000
+CLIENTS = 32
+# Each fault in turn, in one region after another; and one region is dead for half a minute.
+FAULTS: list[Fault] = [
+    "limited", "limited_silently", "limited_in_words", "mute", "stalled", "broken", "error", "unavailable", "timeout",
+    "error_in_stream", "stalled_late", "broken_late", "no_deployment",
+]  # fmt: skip
+SECONDS, DEAD, PAUSE = 1.2, 30.0, 0.6
+LATE = ("stalled_late", "broken_late", "error_late")
+RETRIES, RESERVE = 0.2, 100
+HEALTH = "{failures: 5, rest: 0.5, most_rest: 4, window: 5}"
+
+
+@dataclass
+class Told:
+    """What became of one request."""
+
+    number: int
+    status: int = 0
+    whole: bool = False
+    body: bytes = b""
+
+
+@dataclass
+class Run:
+    """All requests, and when each region was healed, with what was left of its rest."""
+
+    gateway: Gateway
+    regions: dict[str, Region]
+    told: list[Told] = field(default_factory=list)
+    healed: list[tuple[Region, float, float]] = field(default_factory=list)
+
+    def rest_of(self, region: Region) -> float:
+        """Return until when a region rests."""
+        rows = self.gateway.server.shared.health.all()
+        return next(each.rests_until for each in rows if each.deployment.resource.name == region.name)
+
+    async def one(self, session: aiohttp.ClientSession, number: int) -> None:
+        """Send a request, which says its number."""
+        told = Told(number)
+        self.told.append(told)
+        body = {**CHAT, "stream": number % 3 == 0, "user": f"r{number}"}
+        try:
+            async with session.post(self.gateway.url + "/v1/chat/completions", json=body) as answer:
+                told.status = answer.status
+                async for chunk in answer.content.iter_any():
+                    told.body += chunk
+                told.whole = True
+        except aiohttp.ClientError:
+            pass
+
+    async def clients(self, over: asyncio.Event) -> None:
+        """Send requests, one behind the other for each client, until all were sent and the script is over."""
+        numbers = itertools.count()
+
+        async def client(session: aiohttp.ClientSession, place: int) -> None:
+            pace = random.Random(place)
+            while not over.is_set() or len(self.told) < REQUESTS:
+                await self.one(session, next(numbers))
+                await asyncio.sleep(pace.uniform(0, 0.3) if not over.is_set() else 0)
+
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
+            await asyncio.gather(*(client(session, place) for place in range(CLIENTS)))
+
+    async def script(self, over: asyncio.Event) -> None:
+        """Let one region after another fail."""
+        turn = itertools.cycle(self.regions.values())
+        for fault in FAULTS:
+            region = next(turn)
+            region.fault = fault
+            await asyncio.sleep(SECONDS)
+            self.heal(region)
+            await asyncio.sleep(PAUSE)
+        region = next(turn)
+        await region.azure.stop()
+        await asyncio.sleep(DEAD)
+        await region.azure.start()
+        self.heal(region)
+        await asyncio.sleep(6)
+        over.set()
+
+    def heal(self, region: Region) -> None:
+        region.fault = None
+        self.healed.append((region, time.monotonic(), self.rest_of(region)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+async def test_ten_thousand_requests_while_one_region_after_another_fails(start_gateway: StartGateway) -> None:
+    """Each is answered, as there was always a deployment that could; none is sent again once it was being answered.
+
+    Two more resources of the pool never answer: one has no address, the other takes for ever to begin TLS.
+    """
+    async with cluster("east", "west", "north") as regions, slow_tls(3600) as port:
+        lost = (
+            '  unknown: {endpoint: "https://nowhere.invalid", api_key: k}\n'
+            f'  slow: {{endpoint: "https://127.0.0.1:{port}", api_key: k, timeouts: {{connect: 0.4}}}}\n'
+        )
+        yaml = pool_yaml(
+            regions,
+            settings=f"{{retries: {RETRIES}, reserve: {RESERVE}, hold: 2}}",
+            top=f"health: {HEALTH}",
+            more="    - unknown/gpt-4o\n    - slow/gpt-4o",
+        ).replace("resources:\n", f"resources:\n{lost}")
+        yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.4, idle: 0.4}}")
+        run = Run(await start_gateway("", yaml), regions)
+        over = asyncio.Event()
+        await asyncio.gather(run.clients(over), run.script(over))
+        await run.gateway.idle()
+
+    sent = attempts_of(run)
+    assert len(run.told) >= REQUESTS
+    late = {number for number, faults in sent.items() if any(fault in LATE for fault in faults)}
+    failed = [told for told in run.told if told.number not in late and not is_answered(told)]
+    assert not failed, failed[:5]
+    for told in run.told:
+        if told.number in late and not is_answered(told):
+            # It had begun to be answered, and ends as what it is: broken.
+            assert told.status == 200
+            assert b'data: {"error"' in told.body
+    twice = [faults for faults in sent.values() if any(fault in LATE or fault is None for fault in faults[:-1])]
+    assert not twice, twice[:5]
+    more = sum(len(event.get("attempts", [None])) - 1 for event in run.gateway.exchanges())
+    assert more <= RETRIES * len(run.told) + RESERVE
+    assert more >= len(FAULTS)
+    for region, healed, rested_until in run.healed:
+        back = next(at for at, fault, _ in region.saw if at >= healed and fault is None)
+        assert back <= max(healed, rested_until) + 1.0, (region.name, back - healed, rested_until - healed)
+    assert [each.in_flight for each in run.gateway.server.shared.health.all()] == [0] * 5
+
+
+def is_answered(told: Told) -> bool:
+    """Whether an answer is whole, and says what it should."""
+    if told.status != 200 or not told.whole:
+        return False
+    if told.body.startswith(b"data:"):
+        return told.body.endswith(b"data: [DONE]\n\n") and b'"error"' not in told.body
+    return bool(json.loads(told.body)["choices"][0]["message"]["content"] == "Hello there!")
+
+
+def attempts_of(run: Run) -> dict[int, list[Any]]:
+    """Return each request's attempts that a region saw: the faults that it had then, in order.
+
+    Of a plain request a late fault is none: it ends the connection before anything was answered.
+    """
+    seen = sorted(
+        (at, str(json.loads(each.body)["user"]), fault, json.loads(each.body)["stream"])
+        for region in run.regions.values()
+        for at, fault, each in region.saw
+    )
+    sent: dict[int, list[Any]] = defaultdict(list)
+    for _, user, fault, stream in seen:
+        sent[int(user[1:])].append(f"{fault} before" if fault in LATE and not stream else fault)
+    return sent
