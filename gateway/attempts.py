@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
+
 from gateway.choosing import Choice, Chooser
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
@@ -28,42 +30,37 @@ __all__ = ("AttemptLimits", "Balancer", "RetryBudget")
 
 CallNext: TypeAlias = Callable[[Request], Awaitable[Response]]
 
-# How often, in seconds, somebody looks whether the one request that tries a deployment has come back.
-_LOOK_AGAIN = 0.05
 # How long, in seconds, a request waits before it is sent again to those that have failed it and do not rest.
 _FIRST_PAUSE = 0.25
-# The longest, in seconds, that a stream's first event is waited for; the connection's own time-out ends it sooner.
-_LONGEST = 3600.0
+_MOST = 256 * 1024  # of an error's body, in bytes
+# In which a client may name another deployment, for the tool that makes images.
+_IMAGES = "x-ms-oai-image-generation-deployment"
 
 
 @dataclass(frozen=True)
 class AttemptLimits:
     """What bounds the attempts of one request.
 
-    `attempts` are all of them. `deadline` is in seconds from now until an answer must have begun, `wait` for how many a
-    request may wait where all deployments rest, and `hold` for how many a stream's beginning is kept back. A body of
-    more than `keep` bytes is not kept, and so sent once.
+    `deadline` is in seconds from now until an answer must have begun. `attempts` are all of them, `wait` for how many
+    seconds a request may wait in all where all deployments rest, and `hold` for how many a stream's beginning is kept
+    back. A body of more than `keep` bytes is not kept, and so sent once. Attempts behind one that may have been
+    processed are bounded by a budget: each request adds the share `retries` of one, up to `reserve`.
     """
 
+    deadline: float
     attempts: int = 5
-    deadline: float | None = None
     wait: float = 5.0
     hold: float = 10.0
     keep: int = 16 * 1024 * 1024
+    retries: float = 0.2
+    reserve: float = 100.0
 
 
 class RetryBudget:
-    """How many more attempts there may be than requests: each request adds a share of one, up to a reserve."""
+    """What is left of a budget for attempts; those who share it may have different limits for it."""
 
-    def __init__(self) -> None:
-        self.left = math.inf
-        self.share = 0.0
-        self.most = 0.0
-
-    def use(self, share: float, most: float) -> None:
-        """Have another share and another reserve; what is left stays, as far as it may."""
-        self.share, self.most = share, most
-        self.left = min(self.left, most)
+    def __init__(self, left: float) -> None:
+        self.left = left
 
     def take(self) -> bool:
         """Take one, if there is one."""
@@ -91,6 +88,8 @@ class Balancer:
         self.budget = budget
         self.limits = limits
         self.logger = logger
+        self._most = max(1.0, limits.reserve)
+        self._half = limits.deadline / 2
 
     async def send(self, request: Request, call_next: CallNext, key: bytes | None = None) -> Response:
         """Send a request until a deployment answers it, or it must not be sent again.
@@ -98,39 +97,51 @@ class Balancer:
         Requests of one `key` go to one deployment, while it is available. A request whose resource is known goes there,
         once: what it is about is kept there. Its target is its own again when this returns.
         """
-        budget, target = self.budget, request.target
-        if budget.left < budget.most:
-            budget.left = min(budget.left + budget.share, budget.most)
+        budget, target, within = self.budget, request.target, request.begin_within
+        if budget.left < self._most:
+            budget.left = min(budget.left + self.limits.retries, self._most)
         kept = request.keep() or await request.buffer_up_to(self.limits.keep)
         saved, now = request.saved(), monotonic()
-        if self.limits.deadline is not None:
-            request.begin_by = now + self.limits.deadline
         choice = self.chooser.pick(now, (), key) if target.resource is None else self._there(target.resource)
+        if choice is not None and not kept and choice.health.failing:
+            # A body that is on its way may take as long as its client likes: it is not what tries one.
+            choice = self.chooser.pick(now, (choice,), key) or choice
         trying = False
         response = None
         if choice is not None:
             health = choice.health
-            trying = health.begin()
+            if kept:
+                trying = health.begin(now)
+            else:
+                health.in_flight += 1
             request.target = _to(target, choice)
+            # It leaves as much time to those behind it as it has itself, where there are any.
+            alone = target.resource is not None or (self.chooser.alone and not self.chooser.has_another(now, (choice,)))
+            request.begin_within = self.limits.deadline if alone else self._half
             try:
                 response = await call_next(request)
             except BaseException:
                 health.end()
                 if trying:
-                    health.left()
+                    health.left(monotonic())
                 raise
             # Nearly every request is over with this, and what the others need is made when it is not.
-            if response.status < 400 and response.body.__class__ is bytes and response.error is None:
+            if (
+                response.status < 400
+                and response.body.__class__ is bytes
+                and response.error is None
+                and not response.event_stream
+            ):
                 health.succeeded(monotonic(), trying, response.headers.fields)
                 health.in_flight -= 1
-                request.target = target
+                request.target, request.begin_within = target, within
                 return response
         pinned = target.resource is not None
         attempts = _Attempts(
             self, request, call_next, saved, choice, now, kept=kept, pinned=pinned, trying=trying, key=key
         )
         response = await attempts.on(response)
-        request.target = target
+        request.target, request.begin_within = target, within
         return response
 
     def _there(self, resource: Resource) -> Choice:
@@ -184,9 +195,11 @@ class _Attempts:
         self._kept = kept
         self._trying = trying
         self._key = key
-        deadline = balancer.limits.deadline
-        self._deadline = math.inf if deadline is None else begun + deadline
+        self._deadline = begun + balancer.limits.deadline
+        self._within = request.begin_within or balancer.limits.deadline
+        self._waited = 0.0
         self._pinned = pinned
+        self._answering = False  # what is at hand, by a stream
         self._count = 0
         self._tried: list[Choice] = []
         self._failed: list[dict[str, Any]] = []  # for the log
@@ -196,34 +209,58 @@ class _Attempts:
 
     async def _attempt(self, choice: Choice) -> Response:
         """Ask one deployment."""
+        now = monotonic()
         self._choice = choice
-        self._trying = choice.health.begin()
+        self._trying = choice.health.begin(now)
         request = self._request
         request.restore(self._saved)
         request.target = _to(request.target, choice)
-        if self._deadline < math.inf:
-            request.begin_by = self._deadline
-        self._begun = monotonic()
+        # The last one has all that is left.
+        left = max(0.001, self._deadline - now)
+        self._within = left / 2 if self._chooser.has_another(now, (*self._tried, choice)) else left
+        request.begin_within = self._within
+        self._begun = now
         return await self._call_next(request)
 
-    def _succeeded(self, response: Response) -> None:
-        """Note that the deployment at hand has answered, or begun to."""
+    def _began(self, response: Response) -> None:
+        """Note that the deployment at hand has begun to answer."""
         now = monotonic()
-        self._asked().health.succeeded(now, self._trying, response.headers.fields)
+        health = self._asked().health
+        if response.body.__class__ is bytes and not response.event_stream:
+            health.succeeded(now, self._trying, response.headers.fields)
+        else:
+            health.began(now, self._trying, response.headers.fields)
+            self._answering = True
         self._trying = False
+        if self._failed:
+            self._tell({"status": response.status}, now)
+
+    def _passed(self, response: Response) -> None:
+        """Note an answer that says nothing of the deployment: an error that is the client's, or the gateway's own."""
+        now = monotonic()
+        if self._trying:
+            health = self._asked().health
+            # (Whoever says what is wrong with a request is there.)
+            if response.error is None and response.status not in (401, 403):
+                health.began(now, tried=True)
+            else:
+                health.left(now)
+            self._trying = False
         if self._failed:
             self._tell({"status": response.status}, now)
 
     def _over(self, outcome: Outcome) -> None:
         """Note the end of the exchange."""
-        choice = self._choice
+        choice, now = self._choice, monotonic()
         if choice is None:
             return
         choice.health.end()
         if self._trying:
-            choice.health.left()
-        elif outcome.ended_by == "upstream" and outcome.first_byte is not None and outcome.status < 400:
-            choice.health.failed(monotonic(), "broken_off")  # in the middle of its answer
+            choice.health.left(now)
+        elif self._answering and outcome.ended_by == "upstream":
+            choice.health.failed(now, "broken_off")  # in the middle of its answer
+        elif self._answering:
+            choice.health.succeeded(now, tried=False)
 
     def _asked(self) -> Choice:
         """Return the deployment at hand."""
@@ -240,21 +277,25 @@ class _Attempts:
     async def on(self, response: Response | None) -> Response:
         """Go on after the first attempt, or without one, where no deployment was available."""
         best: Response | None = None
+        sure = True  # the last attempt surely was not processed
         while True:
             stopped: str | None = None
             if response is not None:
                 self._count += 1
                 response, failure = await self._look(response)
                 if failure is None:
-                    self._succeeded(response)
+                    (self._began if response.status < 400 and response.error is None else self._passed)(response)
                     return response
                 self._note(response, failure)
-                best = _more_telling(best, response)
+                sure = failure.again == "surely"
                 stopped = await self._stop(failure)
+                if stopped is None:
+                    await _keep(response)
+                best = _more_telling(best, response)
             choice = None if stopped is not None else await self._next()
             if choice is None:
                 return self._given_up(best, stopped or ("none is left" if self._count else "all rest"))
-            if self._count and not self._balancer.budget.take():
+            if self._count and not sure and not self._balancer.budget.take():
                 return self._given_up(best, "the retry budget is used up")
             response = await self._attempt(choice)
 
@@ -262,11 +303,17 @@ class _Attempts:
         """Note a failure, and let go of the deployment."""
         choice, now, tried = self._asked(), monotonic(), self._trying
         facts = {"status": response.status, "reason": failure.reason}
+        if failure.fails:
+            # One request that fails everywhere is counted once: it may be what is wrong.
+            counts = self._count == 1 or not failure.by_request
+            choice.health.failed(now, failure.reason, tried=tried, certain=failure.certain, counts=counts)
         if failure.rest is not None:
-            choice.health.cool_down(now, failure.rest, failure.reason, tried=tried)
+            choice.health.cool_down(now, failure.rest, failure.reason, tried=tried and not failure.fails)
             facts["rest"] = round(failure.rest, 3)
-        else:
-            choice.health.failed(now, failure.reason, tried=tried, certain=failure.certain)
+        elif not failure.fails and tried:
+            choice.health.left(now)
+        if self._request._exchange.meter is not None:
+            self._request._exchange.meter.forget_last()
         self._tell(facts, now)
         choice.health.end()
         self._tried.append(choice)
@@ -291,18 +338,17 @@ class _Attempts:
     async def _next(self) -> Choice | None:
         """Return the next deployment to ask; waits for one to come back where that is soon enough."""
         chooser, now = self._chooser, monotonic()
-        until = min(now + self._limits.wait, self._deadline)
+        until = min(now + self._limits.wait - self._waited, self._deadline)
         choice = chooser.pick(now, self._tried, self._key)
         pause = _FIRST_PAUSE
         while choice is None:
             back = chooser.available_in(now)
-            if back == math.inf:
-                back = _LOOK_AGAIN
-            elif self._tried:  # those that do not rest have failed just now
-                back, pause = max(back, pause), 2 * pause
+            if self._tried and back <= 0:  # those that do not rest have failed just now
+                back, pause = pause, 2 * pause
             if now + back > until or now >= until:
                 return None
             await asyncio.sleep(max(back, 0.001))
+            self._waited += monotonic() - now
             now = monotonic()
             self._tried.clear()
             choice = chooser.pick(now, (), self._key)
@@ -311,7 +357,8 @@ class _Attempts:
     def _given_up(self, best: Response | None, stopped: str) -> Response:
         """Return the answer where no deployment gave one."""
         now = monotonic()
-        waits = [seconds for each in self._chooser.all if 0 < (seconds := each.health.available_in(now)) < math.inf]
+        rows = [each.health for each in self._chooser.all if not each.health.trying]
+        waits = [seconds for each in rows if (seconds := each.available_in(now)) > 0]
         soonest = min(waits, default=1.0)
         if best is None:
             best = Response.from_error(_all_rest(self._chooser, soonest))
@@ -334,13 +381,24 @@ class _Attempts:
     async def _look(self, response: Response) -> tuple[Response, Failure | None]:
         """Return an answer, and why it is a failure that another deployment may not have; None where it is none."""
         if response.status == 200 and response.error is None and response.event_stream:
-            return await self._look_into(response)
-        own = self._request.target.credential is None and self._asked().deployment.resource.has_credential
-        return response, await of_answer(response, own_credential=own)
+            response, failure = await self._look_into(response)
+        else:
+            own = self._request.target.credential is None and self._asked().deployment.resource.has_credential
+            failure = await of_answer(response, own_credential=own)
+        if failure is not None and failure.reason == "no_deployment" and _IMAGES in self._request.headers:
+            failure = None  # it may be the one of that header
+        if (
+            failure is not None
+            and failure.reason in ("timeout", "connect_timeout", "stalled")
+            and self._within < min(self._own_patience(), self._limits.deadline / 2)
+        ):
+            # It had less time than it may take, since others had taken it.
+            failure = msgspec.structs.replace(failure, fails=False)
+        return response, failure
 
     async def _look_into(self, response: Response) -> tuple[Response, Failure | None]:
         """Look at the beginning of a stream, which is kept back until it is known to be one."""
-        seconds = self._patience()
+        seconds = max(0.0, min(self._own_patience(), self._within - (monotonic() - self._begun)))
         try:
             begun = await response.peek(bool, seconds)
             if not begun:
@@ -351,16 +409,26 @@ class _Attempts:
         failure = None if found is None else of_status(response, found.status, found.message)
         if found is None or failure is None:
             return response, None
+        if found.of_response_api and failure.again == "surely":
+            failure.again = "if_repeatable"  # a response was made, and may be stored
         answer = Response(found.status, json.dumps({"error": found.error}).encode(), response.headers.copy())
         answer.headers.remove("content-length")
         answer.headers.set("content-type", "application/json")
         return answer, failure
 
-    def _patience(self) -> float:
-        """Return how long, in seconds, a stream's first event may take."""
+    def _own_patience(self) -> float:
+        """Return how long, in seconds, the deployment at hand may take to begin to answer, by its resource."""
         own = self._asked().deployment.resource.timeouts
-        own_seconds = own.first_byte if own is not None else None
-        return min(own_seconds or math.inf, max(0.0, self._deadline - monotonic()), _LONGEST)
+        return own.first_byte or math.inf if own is not None else math.inf
+
+
+async def _keep(response: Response) -> None:
+    """Read an error whole: its connection is closed when another deployment is asked."""
+    if not isinstance(response.body, bytes):
+        try:
+            await response.read(_MOST)
+        except ApiError:
+            response.body = b""
 
 
 def _more_telling(one: Response | None, other: Response) -> Response:

@@ -131,4 +131,5 @@ class Bulletin:
         if until <= told:  # it is back
             self._health.hear(News(key))
         elif until > now:
-            self._health.hear(News(key, (until - now) / 1000, parts[3] == "1", parts[4]))
+            # (Not longer than it was told for, whatever the server's clock has done since.)
+            self._health.hear(News(key, min(until - now, until - told) / 1000, parts[3] == "1", parts[4]))

@@ -18,6 +18,9 @@ from gateway.targets import Deployment, Pool, Target
 
 __all__ = ("Choice", "Chooser")
 
+# How often, in seconds, it is looked whether a request that tries a deployment has come back.
+_LOOK_AGAIN = 0.05
+
 
 class Choice:
     """A deployment that can be chosen."""
@@ -52,6 +55,8 @@ class Chooser:
         random = Random(None if seed is None else f"{seed} {pool.name}")  # noqa: S311 -- no secret
         self.all = [Choice(each, health.of(each), random.random() / each.weight) for each in pool.deployments]
         priorities = sorted({each.deployment.priority for each in self.all})
+        self.alone = False
+        """Whether what was picked last was the only one of its priority that could be."""
         self._groups = [_Group([each for each in self.all if each.deployment.priority == one]) for one in priorities]
 
     def pick(self, now: float, tried: Collection[Choice] = (), key: bytes | None = None) -> Choice | None:
@@ -60,6 +65,7 @@ class Chooser:
         for group in self._groups:
             best: Choice | None = None
             least = turn = math.inf
+            count = 0
             for each in group.choices:
                 health = each.health
                 if health.rests_until > now or (tried and each in tried):
@@ -70,16 +76,22 @@ class Chooser:
                     if weight <= 0.0:
                         full = True
                         continue
+                count += 1
                 load = health.in_flight / weight if key is None else _distance(key, each)
                 if load < least or (load == least and each.turn < turn):
                     best, least, turn = each, load, each.turn
             if best is not None:
+                self.alone = count == 1
                 if key is None:
                     # One that rested does not make up for what it missed: its turn is now.
                     group.now = turn = max(turn, group.now)
                     best.turn = turn + best.step
                 return best
         return self._pick_full(now, tried) if full else None
+
+    def has_another(self, now: float, tried: Collection[Choice]) -> bool:
+        """Whether there is another one that is available and was not tried."""
+        return any(each.health.is_available(now) and each not in tried for each in self.all)
 
     def _pick_full(self, now: float, tried: Collection[Choice]) -> Choice | None:
         for each in self.all:
@@ -88,8 +100,8 @@ class Chooser:
         return None
 
     def available_in(self, now: float) -> float:
-        """Return in how many seconds the first of them is available; infinity where that is not known."""
-        return min(each.health.available_in(now) for each in self.all)
+        """Return in how many seconds it is worth while to look again whether one of them is available."""
+        return min(_LOOK_AGAIN if each.health.trying else each.health.available_in(now) for each in self.all)
 
 
 def _distance(key: bytes, choice: Choice) -> float:

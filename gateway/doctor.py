@@ -196,7 +196,7 @@ class _Doctor:
         exchange = Exchange()
         target = Target(asked.resource, asked.deployment, version, self._credential)
         request = _request(operation, target, {"model": asked.deployment, **body}, exchange)
-        request.begin_by = time.monotonic() + self._seconds
+        request.begin_within = self._seconds
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._seconds):

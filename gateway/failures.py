@@ -16,7 +16,10 @@ __all__ = ("Failure", "of_answer", "of_error", "of_status")
 
 # What a 429 says that names no time, in seconds: about what a client waits that is told nothing.
 UNTOLD = 1.0
-_MOST = 256 * 1024  # of an error's body, in bytes
+# The shortest rest behind a 429, in seconds: a deployment that fails fast has little in flight, and would get all.
+_LEAST = 0.1
+# How long, in seconds, an error's body is waited for.
+_PATIENCE = 5.0
 # What a deployment that is not there is called, by Azure and by the stage openai_errors.
 _NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))
 # The faults that come before a body is read.
@@ -27,13 +30,16 @@ class Failure(msgspec.Struct):
     """Why an attempt has failed.
 
     `again` says whether the request may be sent again: if it was surely not processed, if it is repeatable, or never.
-    `rest` is for how many seconds Azure asks to be left alone, `certain` that the deployment cannot answer any request.
+    `rest` is for how many seconds Azure asks to be left alone, `certain` that the deployment cannot answer any request,
+    `fails` whether it is the deployment that has failed, and `by_request` that it may be the request's own fault.
     """
 
     reason: str
     again: Literal["surely", "if_repeatable", "never"] = "if_repeatable"
     rest: float | None = None
     certain: bool = False
+    fails: bool = True
+    by_request: bool = False
 
     @property
     def unread(self) -> bool:
@@ -45,29 +51,32 @@ async def of_answer(response: Response, *, own_credential: bool) -> Failure | No
     """Return what an answer that is no stream means; None where every deployment would answer so.
 
     `own_credential` says that Azure was shown the gateway's, so that a refusal of it is not the client's fault.
-    The body of an error is read.
     """
     if isinstance(response.error, UpstreamError):
         return of_error(response.error)
     if response.error is not None or response.status < 400:
         return None  # the gateway's own refusal, or none
-    try:
-        body = await response.read(_MOST)
-    except ApiError:
-        body = b""
-        response.body = body
-    message, code = _words(body)
+    message, code = _words(await _beginning(response))
     if response.status == 404:
         return Failure("no_deployment", "surely", certain=True) if code in _NO_DEPLOYMENT else None
     if response.status in (401, 403):
-        return Failure("refused", "surely", certain=True) if own_credential else None
+        # (A 403 may be about what this request is for.)
+        return Failure("refused", "surely", certain=response.status == 401) if own_credential else None
     return of_status(response, response.status, message)
+
+
+async def _beginning(response: Response) -> bytes:
+    """Return what an error says, or as much of it as is worth looking at; it stays in the answer."""
+    try:
+        return await response.peek(lambda _: False, _PATIENCE)
+    except ApiError:
+        return b""
 
 
 def of_error(error: UpstreamError) -> Failure:
     """Return what an error of the connection means."""
     if error.fault == "deadline":
-        return Failure("deadline", "never")
+        return Failure("deadline", "never", fails=False)
     return Failure(error.fault, "surely" if error.unsent else "if_repeatable")
 
 
@@ -77,9 +86,10 @@ def of_status(response: Response, status: int, message: str) -> Failure | None:
     if status == 429:
         penalty = (response.headers.get("x-ratelimit-abusepenalty-active") or "").strip().lower() == "true"
         reason = "abuse_penalty" if penalty else "rate_limited"
-        return Failure(reason, "never" if penalty else "surely", UNTOLD if rest is None else rest)
+        rest = UNTOLD if rest is None else max(rest, _LEAST)
+        return Failure(reason, "never" if penalty else "surely", rest, fails=False)
     if status == 408 or (status >= 500 and status not in (501, 505)):
-        return Failure(f"status_{status}", rest=rest)
+        return Failure(f"status_{status}", rest=rest or None, by_request=True)
     return None
 
 

@@ -57,6 +57,7 @@ class DeploymentHealth:
     __slots__ = (
         "_answered",
         "_answered_now",
+        "_cools_until",
         "_failed",
         "_health",
         "_limits",
@@ -75,6 +76,7 @@ class DeploymentHealth:
         "rests_until",
         "room",
         "room_until",
+        "trying",
     )
 
     def __init__(self, deployment: Deployment, health: Health) -> None:
@@ -86,6 +88,8 @@ class DeploymentHealth:
         """Why it rests, or rested last."""
         self.failing = False
         """Whether the circuit is open, or half-open once the rest is over."""
+        self.trying = False
+        """Whether a request tries it, behind its rest."""
         self.failures = 0
         """How many there were in a row."""
         self.room = 1.0
@@ -97,6 +101,7 @@ class DeploymentHealth:
         """How many it has not, by the reasons."""
         self._health = health
         self._rest = 0.0
+        self._cools_until = 0.0  # as Azure has asked
         self._limits: dict[bytes, float] = {}
         self._look_at = 0.0
         self._answered = [0] * _PARTS
@@ -112,14 +117,16 @@ class DeploymentHealth:
         return self.rests_until <= now
 
     def available_in(self, now: float) -> float:
-        """Return in how many seconds it may be asked: infinity as long as that depends on the request that tries it."""
+        """Return in how many seconds it may be asked, if the request that tries it now does not come back before."""
         return max(0.0, self.rests_until - now)
 
-    def begin(self) -> bool:
+    def begin(self, now: float) -> bool:
         """Note that it is asked; whether this request tries it, so that how that goes must be told."""
         self.in_flight += 1
-        if self.failing:
-            self.rests_until = math.inf
+        if self.failing and self.rests_until <= now:
+            self.trying = True
+            # Nobody else does meanwhile, but not for ever: a try may take as long as an answer does.
+            self.rests_until = now + self._health.settings.most_rest
             return True
         return False
 
@@ -127,10 +134,12 @@ class DeploymentHealth:
         """Note that a request is over; once for each `begin`."""
         self.in_flight -= 1
 
-    @property
-    def trying(self) -> bool:
-        """Whether a request tries it, behind its rest, so that no other may ask it."""
-        return self.rests_until == math.inf
+    def began(self, now: float, tried: bool, fields: Sequence[Field] = ()) -> None:
+        """Note that it has begun to answer, with these header fields; `tried` is what `begin` said."""
+        if now >= self._look_at:
+            self._look(now, fields)
+        if tried:
+            self._close()
 
     def succeeded(self, now: float, tried: bool, fields: Sequence[Field] = ()) -> None:
         """Note that it has answered, with these header fields; `tried` is what `begin` said."""
@@ -139,23 +148,33 @@ class DeploymentHealth:
         self._answered_now += 1
         self.failures = 0
         if tried:
-            self.rests_until = 0.0
             self._close()
 
-    def failed(self, now: float, reason: str, *, tried: bool = False, certain: bool = False) -> None:
-        """Note that it could not answer; where it is `certain` that it cannot, once is enough."""
+    def failed(
+        self, now: float, reason: str, *, tried: bool = False, certain: bool = False, counts: bool = True
+    ) -> None:
+        """Note that it could not answer.
+
+        Where it is `certain` that it cannot, once is enough. What does not count is only told: it may be the request's
+        own fault.
+        """
+        self.counts[reason] += 1
+        settings = self._health.settings
+        if tried:
+            self.trying = False
+            self._rest = min(2 * self._rest, settings.most_rest)
+            self.rests_until = 0.0
+            self._rest_for(now, self._rest, reason)
+            return
+        if not counts:
+            return
         if now >= self._turn_at:
             self._turn(now)
         self._failed[self._part] += 1
-        self.counts[reason] += 1
         self.failures += 1
-        settings = self._health.settings
-        if tried:
-            self.rests_until = 0.0
-            self._rest = min(2 * self._rest, settings.most_rest)
-        elif self.failing:
+        if self.failing:
             return  # it was asked before it began to rest
-        elif certain:
+        if certain:
             self._rest = settings.most_rest
         elif self.failures >= settings.failures or self._share_is_too_large():
             self._rest = settings.rest
@@ -167,22 +186,23 @@ class DeploymentHealth:
     def cool_down(self, now: float, seconds: float, reason: str, *, tried: bool = False) -> None:
         """Note that Azure asks for it to be left alone."""
         self.counts[reason] += 1
-        if tried:
-            self.rests_until = 0.0
-            self._close()  # it is there, and says so
         self.room_until = 0.0  # what was left before says nothing of what is there after its rest
+        if tried:
+            self._close()  # it is there, and says so
+        self._cools_until = max(self._cools_until, now + min(seconds, MOST_REST))
         self._rest_for(now, min(seconds, MOST_REST), reason)
 
-    def left(self) -> None:
+    def left(self, now: float) -> None:
         """Note that the request which tried it ended before it was known how that went: another may."""
-        self.rests_until = 0.0
+        self.trying = False
+        self.rests_until = max(now, self._cools_until)
 
     def probed(self, now: float, reason: str | None, again: float) -> None:
         """Note what a probe found while it rests: nothing wrong, so a request may try it; or what, so not so soon."""
         if not self.failing or self.trying:
             return
         if reason is None:
-            self.rests_until = now
+            self.rests_until = max(now, self._cools_until)
         else:
             self.rests_until = max(self.rests_until, now + again)
             self.reason = reason
@@ -232,10 +252,13 @@ class DeploymentHealth:
             self._health.tell(News(self.key, seconds, self.failing, reason))
 
     def _close(self) -> None:
+        self.trying = False
         if self.failing:
             self.failing = False
+            self.rests_until = self._cools_until
             self._rest = 0.0
             self.failures = 0
+            self.answered += self._answered_now
             self._answered, self._failed, self._answered_now = [0] * _PARTS, [0] * _PARTS, 0
             get_logger().info("a deployment is back", deployment=str(self.deployment))
             self._health.tell(News(self.key))
@@ -301,28 +324,28 @@ class Health:
         self.told: list[Callable[[News], None]] = []
         """Who wants to know what changes here."""
         self._clock = clock
-        self._all: dict[str, DeploymentHealth] = {}
+        self._known: dict[str, DeploymentHealth] = {}
+        self._used: list[DeploymentHealth] = []
 
-    def use(self, settings: HealthSettings, deployments: Iterable[Deployment]) -> None:
+    def use(self, settings: HealthSettings, deployments: Sequence[Deployment]) -> None:
         """Have these settings, and these deployments; of those that were there already all stays known."""
         self.settings = settings
-        known, self._all = self._all, {}
-        for each in deployments:
-            key = _key(each)
-            found = self._all[key] = known.get(key) or DeploymentHealth(each, self)
+        self._used = [self.of(each) for each in deployments]
+        for found, each in zip(self._used, deployments, strict=True):
             found.deployment = each
+        self._known = {each.key: each for each in self._used}
 
     def of(self, deployment: Deployment) -> DeploymentHealth:
         """Return how a deployment is."""
         key = _key(deployment)
-        found = self._all.get(key)
+        found = self._known.get(key)
         if found is None:
-            found = self._all[key] = DeploymentHealth(deployment, self)
+            found = self._known[key] = DeploymentHealth(deployment, self)
         return found
 
     def all(self) -> list[DeploymentHealth]:
-        """Return all that are known, in the order of the configuration."""
-        return list(self._all.values())
+        """Return those of the configuration that counts, each once, in its order."""
+        return list(dict.fromkeys(self._used))
 
     def tell(self, news: News) -> None:
         """Tell everyone who wants to know."""
@@ -331,7 +354,7 @@ class Health:
 
     def hear(self, news: News) -> None:
         """Take what another process knows; of a deployment that is not known here it is nothing."""
-        found = self._all.get(news.key)
+        found = self._known.get(news.key)
         if found is not None:
             found.hear(self._clock(), news)
 
@@ -340,14 +363,14 @@ class Health:
         now = self._clock()
         return [
             News(each.key, each.rests_until - now, each.failing, each.reason)
-            for each in self._all.values()
-            if now < each.rests_until < math.inf
+            for each in self.all()
+            if each.rests_until > now and not each.trying
         ]
 
     def report(self) -> list[dict[str, Any]]:
         """Return how each of them is, for people."""
         now = self._clock()
-        return [each.report(now) for each in self._all.values()]
+        return [each.report(now) for each in self.all()]
 
 
 def _key(deployment: Deployment) -> str:

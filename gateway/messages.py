@@ -42,9 +42,8 @@ class Request:
     `operation` is the table's name for it, such as `chat.completions`, or None where there is none.
     `path` begins after the team's prefix and `/v1`. `caller` is who the key says it is, set by the stage
     that authenticates; `allowed_models` are the only ones that it may use (names or globs), None for all of the
-    team's. `target` is where it will go. `begin_by`, on `time.monotonic`'s clock, is when Azure must have begun to
-    answer at the latest, where that is sooner than the resource's time-outs. `notes` are facts for the log event; never
-    put a body or a key there.
+    team's. `target` is where it will go. `begin_within` is how many seconds Azure may take to begin to answer, where
+    they are fewer than the resource's time-out. `notes` are facts for the log event; never put a body or a key there.
     """
 
     __slots__ = (
@@ -61,7 +60,7 @@ class Request:
         "_model_set",
         "_row",
         "allowed_models",
-        "begin_by",
+        "begin_within",
         "caller",
         "headers",
         "id",
@@ -100,7 +99,7 @@ class Request:
         self.team = team
         self.caller: str | None = None
         self.allowed_models: tuple[str, ...] | None = None
-        self.begin_by: float | None = None
+        self.begin_within: float | None = None
         self.target = target
         self.notes: dict[str, object] = {}
         self._body = body
@@ -171,7 +170,9 @@ class Request:
 
     def keep(self) -> bool:
         """Keep the body if it is at hand, without waiting for any of it; whether it is kept."""
-        return self._json_set or self._body.keep() is not None
+        if self._json_set:
+            self.set_body(encoded_json(self._json))
+        return self._body.keep() is not None
 
     async def buffer_up_to(self, limit: int) -> bool:
         """Keep the body, as `buffer` does, if it is known to have no more than `limit` bytes; whether it is kept."""
@@ -313,7 +314,7 @@ class Request:
         twin.operation = self.operation
         twin.caller = self.caller
         twin.allowed_models = self.allowed_models
-        twin.begin_by = self.begin_by
+        twin.begin_within = self.begin_within
         twin.notes = self.notes
         twin._json = self._json
         twin._json_set = self._json_set
@@ -324,21 +325,24 @@ class Request:
         return twin
 
     def saved(self) -> tuple[Any, ...]:
-        """Return what stages may change of it, for `restore`: as good as a copy, at a tenth of its price."""
+        """Return what stages may change of it, for `restore`: as good as a copy, at a tenth of its price.
+
+        Its body must be kept, and not be JSON that was set.
+        """
         return (
             self.operation, self.path, self.query, self.headers.fields, self.target, self.caller, self.allowed_models,
-            self.begin_by, self._body, self._json, self._json_set, self._form, self._find, self._model,
-            self._model_read,
+            self.begin_within, self._body, self._form, self._find, self._model, self._model_read,
         )  # fmt: skip
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         """Make it again what it was when it was saved, so that it can be sent once more."""
         (
             self.operation, self.path, self.query, fields, self.target, self.caller, self.allowed_models,
-            self.begin_by, self._body, self._json, self._json_set, self._form, self._find, self._model,
-            self._model_read,
+            self.begin_within, self._body, self._form, self._find, self._model, self._model_read,
         ) = saved  # fmt: skip
         self.headers = Headers.of(fields)
+        # What was decoded may have been changed since: it is decoded again.
+        self._json, self._json_set = None, False
 
     def defer(self, callback: Callable[[Outcome], None]) -> None:
         """Run `callback(outcome)` once, when the exchange is over, however it ends.

@@ -46,7 +46,12 @@ class Prober:
 
     async def _work(self, every: float) -> None:
         while True:
-            resting = [each for each in self._health.all() if each.failing and not each.trying]
+            # (One that only clients have keys for cannot be asked without theirs: a request tries it.)
+            resting = [
+                each
+                for each in self._health.all()
+                if each.failing and not each.trying and each.deployment.resource.has_credential
+            ]
             await asyncio.gather(*(self._probe(each, every) for each in resting))
             await asyncio.sleep(every)
 

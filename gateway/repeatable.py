@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from gateway.errors import ApiError
 
 if TYPE_CHECKING:
@@ -32,8 +34,25 @@ async def is_repeatable(request: Request) -> bool:
     if request.operation not in ("chat.completions", "responses"):
         return False
     try:
-        store = (await request.fields("store")).get("store", b"null")
+        fields = await request.fields("store", "tools", "background")
     except ApiError:  # it is no JSON, and Azure will say so
         return True
-    # Chats are stored where it is asked for, responses where it is not declined.
-    return store in (b"false", b"null") if request.operation == "chat.completions" else store == b"false"
+    store = fields.get("store", b"null")
+    if request.operation == "chat.completions":
+        return store in (b"false", b"null")  # stored where it is asked for; responses are where it is not declined
+    background = fields.get("background", b"null")
+    return store == b"false" and background in (b"false", b"null") and _tools_do_nothing(fields.get("tools", b"null"))
+
+
+def _tools_do_nothing(given: bytes) -> bool:
+    """Whether Azure runs none of a response's tools itself: those of others' servers do what they like."""
+    try:
+        listed = msgspec.json.decode(given)
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    if listed is None:
+        return True
+    kinds = (
+        [each.get("type") if isinstance(each, dict) else None for each in listed] if isinstance(listed, list) else [0]
+    )
+    return all(kind in ("function", "custom") for kind in kinds)

@@ -73,9 +73,9 @@ class Services:
     names none (None if there are several and none was chosen). `pools` are the configured pools by name. `reachable`,
     at `start`, are the resources that the stages of this team may send requests to. `keys` are the team's own, by
     digest, `claims` what it wants of a token (`request.identity.has(services.claims)`), and `teams` is how many teams
-    there are. `prices` are the operator's.
-    `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps state that must outlive
-    a reload: it is this stage's own, by team and id.
+    there are. `deadline` is how many seconds everything before an answer's first byte may take. `prices` are the
+    operator's. `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps state that must
+    outlive a reload: it is this stage's own, by team and id.
     """
 
     team: str
@@ -87,6 +87,7 @@ class Services:
     prices: Prices = field(default_factory=Prices)
     claims: Claims = field(default_factory=dict)
     teams: int = 1
+    deadline: float = 600.0
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     shared: Shared = field(default_factory=Shared, repr=False)

@@ -25,13 +25,15 @@ _BEFORE = frozenset({"response.created", "response.queued", "response.in_progres
 class StreamError:
     """An error inside a stream: Azure's object, what it says, and the status that it means."""
 
-    __slots__ = ("error", "message", "status")
+    __slots__ = ("error", "message", "of_response_api", "status")
 
-    def __init__(self, error: dict[str, Any]) -> None:
+    def __init__(self, error: dict[str, Any], *, of_response: bool = False) -> None:
         self.error = error
+        self.of_response_api = of_response
+        """Whether it is an event of the Responses API, which has made something by then."""
         message = error.get("message")
         self.message = message if isinstance(message, str) and message else _NO_REASON
-        self.status = _status_of(error)
+        self.status = _status_of(error, 400 if of_response and error.get("code") else 500)
 
     @classmethod
     def of(cls, content: Any) -> StreamError | None:
@@ -55,26 +57,29 @@ class StreamError:
         if content.get("type") == "response.failed":
             response = content.get("response")
             error = response.get("error") if isinstance(response, dict) else None
-            return cls(error if isinstance(error, dict) else {})
+            return cls(error if isinstance(error, dict) else {}, of_response=True)
         if content.get("type") == "error":
             inner = content.get("error")
             # (Its `type` is the event's, and no error's.)
-            return cls(inner if isinstance(inner, dict) else {**content, "type": None})
+            return cls(inner if isinstance(inner, dict) else {**content, "type": None}, of_response=True)
         return None
 
 
 _NO_REASON = "Azure ended the stream with an error and no reason"
 
 
-def _status_of(error: dict[str, Any]) -> int:
-    """Return the status that an error means: its own, or what its code or type stands for."""
+def _status_of(error: dict[str, Any], otherwise: int) -> int:
+    """Return the status that an error means: its own, or what its code or type stands for.
+
+    Of the Responses API's codes all but those few that are known are the client's own faults.
+    """
     for name in ("status", "statusCode", "code", "type"):
         value = str(error.get(name)).lower()
         if re.fullmatch("[45][0-9][0-9]", value):
             return int(value)
         if (known := _STATUS.get(value)) is not None:
             return known
-    return 500
+    return otherwise
 
 
 class Beginning:

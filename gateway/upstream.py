@@ -39,6 +39,8 @@ __all__ = ("Upstream",)
 # How large a body, in bytes, may be that nobody has read, for its stream to be asked for its usage. A larger one, of
 # which the path names the deployment, streams through, and what it uses is made out from the answer.
 _ASKED_FOR = 1024 * 1024
+# How long, in seconds, Azure may be silent while a body is on its way: the client's own time-outs end that sooner.
+_UPLOAD = 24 * 3600.0
 # The last dated api-version that is no preview.
 _LAST_DATED = "2024-10-21"
 
@@ -143,7 +145,7 @@ class Upstream:
             target=target,
             exchange=exchange,
         )
-        request.begin_by = time.monotonic() + seconds
+        request.begin_within = seconds
         path = "/openai/v1/models" if target.is_v1 else f"/openai/models?api-version={version}"
         try:
             async with asyncio.timeout(seconds):
@@ -187,18 +189,28 @@ class Upstream:
         *,
         upgrade: bool = False,
     ) -> Answer:
-        """Ask on a connection, and on another one where a kept one turns out to be closed. Raises UpstreamError."""
+        """Ask on a connection. Raises UpstreamError.
+
+        A kept one that turns out to be closed, before a byte of an answer came, is replaced by a new one, once. Azure
+        may have read the request all the same, so that is only done where it would do no harm twice.
+        """
         timeouts = self._timeouts
         connect, first_byte, idle = timeouts.connect, timeouts.first_byte, timeouts.idle
         if (own := resource.timeouts) is not None:
             connect, first_byte, idle = own.connect or connect, own.first_byte or first_byte, own.idle or idle
         exchange = request._exchange
+        if (within := request.begin_within) is not None and within < first_byte:
+            connect, first_byte = min(connect, within), within
+        again = False
         while True:
-            if (until := request.begin_by) is not None:
-                left = max(0.001, until - time.monotonic())
-                connect, first_byte = min(connect, left), min(first_byte, left)
-            wire = self._connector.kept(destination) or await self._connector.connect(destination, connect)
-            answer = wire.ask(first_byte, idle)
+            wire = None if again else self._connector.kept(destination)
+            if wire is None:
+                begun = time.monotonic()
+                wire = await self._connector.connect(destination, connect)
+                if within is not None:
+                    first_byte = max(0.001, min(first_byte, within - (time.monotonic() - begun)))
+            # (While a body is on its way it is the client that takes its time.)
+            answer = wire.ask(first_byte if isinstance(body, bytes) else _UPLOAD, idle)
             answer.upgrade = upgrade
             if watch is not None:
                 answer.watch, watch.sent = watch.feed, True
@@ -208,18 +220,22 @@ class Upstream:
                     wire.send(head, body)
                     await answer.begun()
                 else:
-                    await self._upload(wire, answer, head, body, idle)
+                    await self._upload(wire, answer, head, body, first_byte, idle)
             except UpstreamError:
                 answer.abort()
-                if wire.used and wire.lost and not wire.received and isinstance(body, bytes):
+                stale = wire.used and wire.lost and not wire.received
+                if stale and not again and isinstance(body, bytes) and await request.repeatable():
+                    again = True
                     continue
                 raise
             if watch is not None:
                 watch.status = answer.status
             return answer
 
-    async def _upload(self, wire: Wire, answer: Answer, head: bytes, body: Body, idle: float) -> None:
-        """Stream the body up while waiting for the answer, whichever comes first."""
+    async def _upload(
+        self, wire: Wire, answer: Answer, head: bytes, body: Body, first_byte: float, idle: float
+    ) -> None:
+        """Stream the body up while waiting for the answer, whichever comes first; it has `first_byte` s behind that."""
         answer.upload = upload = asyncio.create_task(wire.send_stream(head, body, idle))
         begun = asyncio.create_task(answer.begun())
         try:
@@ -227,6 +243,8 @@ class Upstream:
             if not begun.done() and (failed := upload.exception()) is not None:
                 answer.abort()
                 raise failed
+            if not begun.done():
+                wire.expect(first_byte)
             await begun
         finally:
             begun.cancel()

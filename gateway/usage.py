@@ -308,6 +308,11 @@ class Meter:
         self._asked.append((watch, operation, body, model))
         return watch
 
+    def forget_last(self) -> None:
+        """Count nothing for what Azure was asked last: it has failed, and is asked of another."""
+        if self._asked:
+            self._asked.pop()
+
     def usage(self, *, abandoned: bool) -> Usage | None:
         """Return the sum of what was used; None where nothing was, as far as is known.
 

@@ -309,6 +309,12 @@ class Wire(BaseProtocol):
         self._answer = answer = Answer(self)
         return answer
 
+    def expect(self, first_byte: float) -> None:
+        """Have so many seconds to the head from now on; the request has been sent."""
+        if self._answer is not None and not self._answer.status:
+            self._first_byte = first_byte
+            self._expire_in(first_byte)
+
     def send(self, head: bytes, body: bytes) -> None:
         """Write a request whose body is at hand."""
         if len(body) <= _JOINED and self._outbox is not None:

@@ -1,5 +1,6 @@
 """`balance`: a request for a pool goes to one of its deployments, and to another where that one cannot answer it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -64,9 +65,17 @@ class Balance(Stage):
     above = ("api_version",)  # which a resource may have one of its own
 
     async def start(self, services: Services) -> None:
-        budget: RetryBudget = services.store.setdefault("budget", RetryBudget())
-        budget.use(self.retries, self.reserve)
-        limits = AttemptLimits(self.attempts, self.deadline, self.wait, self.hold, self.keep)
+        budget: RetryBudget = services.store.setdefault("budget", RetryBudget(self.reserve))
+        limits = AttemptLimits(
+            # (So much sooner that it is a failed attempt, and not the end of everything.)
+            min(self.deadline or math.inf, 0.98 * services.deadline),
+            self.attempts,
+            self.wait,
+            self.hold,
+            self.keep,
+            self.retries,
+            self.reserve,
+        )
         self._balancers = {
             name: Balancer(pool, services.health, budget, limits, services.logger, self.seed)
             for name, pool in services.pools.items()

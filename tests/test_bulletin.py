@@ -65,7 +65,7 @@ async def test_a_rest_and_its_end_are_known_everywhere(server: RedisServer) -> N
             await until(lambda: late.left() > 0)
             assert abs(late.left() - one.left()) < 1
         one.east.rests_until = 0.0
-        assert one.east.begin()
+        assert one.east.begin(time.monotonic())
         one.east.succeeded(time.monotonic(), True)
         await until(lambda: other.left() == 0)
         assert not other.east.failing
@@ -115,3 +115,12 @@ async def test_two_gateways(server: RedisServer, start_gateway: StartGateway) ->
             async with gateways[1].post(json=CHAT, key=None) as answer:
                 assert answer.status == 200
         assert len(regions["east"].saw) == 1
+
+
+def test_a_server_s_clock_that_steps_back_makes_no_rest_longer() -> None:
+    """It is as long as it was told for, at most."""
+    health = Health()
+    health.use(HealthSettings(), [EAST])
+    bulletin = Bulletin(RedisPlace.parse("redis://127.0.0.1:1"), health)
+    bulletin._hear(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
+    assert health.of(EAST).available_in(time.monotonic()) <= 1.0

@@ -54,7 +54,7 @@ def test_the_least_loaded_for_its_weight_is_chosen(weights: list[float], ends: l
         chosen = chooser.pick(NOW)
         assert chosen is not None
         assert chosen.health.in_flight / chosen.weight == min(loads)
-        chosen.health.begin()
+        chosen.health.begin(NOW)
         running.append(chooser.all.index(chosen))
         if end and running:
             chooser.all[running.pop(end % len(running))].health.end()
@@ -109,7 +109,7 @@ def test_room_is_weight() -> None:
     for _ in range(6):
         choice = chooser.pick(NOW)
         assert choice is not None
-        choice.health.begin()
+        choice.health.begin(NOW)
     assert [each.health.in_flight for each in chooser.all] == [2, 4]
 
 

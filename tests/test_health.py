@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from gateway.headers import Headers
@@ -65,24 +63,24 @@ def test_a_share_of_failures_opens_it() -> None:
 def test_one_request_tries_it_and_its_success_closes_it() -> None:
     """While that one is under way, nobody else may; rests double while the tries fail, up to a bound."""
     east, clock, _ = made(failures=1, rest=1, most_rest=3)
-    east.begin()
+    east.begin(clock.now)
     east.failed(clock.now, "connect")
     east.end()
     for rest in (2, 3, 3):
         clock.now = east.rests_until
         assert east.is_available(clock.now)
-        assert east.begin()
+        assert east.begin(clock.now)
         assert not east.is_available(clock.now)
-        assert east.available_in(clock.now) == math.inf
+        assert east.trying
         east.failed(clock.now, "connect", tried=True)
         east.end()
         assert east.available_in(clock.now) == rest
     clock.now = east.rests_until
-    assert east.begin()
+    assert east.begin(clock.now)
     east.succeeded(clock.now, True)
     east.end()
     assert (east.failing, east.is_available(clock.now)) == (False, True)
-    assert not east.begin()
+    assert not east.begin(clock.now)
     east.failed(clock.now, "connect")
     assert east.available_in(clock.now) == 1  # as at first
 
@@ -111,7 +109,7 @@ def test_a_429_is_no_failure() -> None:
     east.cool_down(clock.now, 2, "rate_limited")
     assert east.available_in(clock.now) == 7
     clock.now += 7
-    assert not east.begin()
+    assert not east.begin(clock.now)
     assert east.is_available(clock.now)
     east.cool_down(clock.now, 86_400, "rate_limited")
     assert east.available_in(clock.now) == 3600
@@ -122,10 +120,47 @@ def test_a_429_on_the_try_closes_it() -> None:
     east, clock, _ = made(failures=1, rest=1)
     east.failed(clock.now, "connect")
     clock.now += 1
-    assert east.begin()
+    assert east.begin(clock.now)
     east.cool_down(clock.now, 2, "rate_limited", tried=True)
     assert not east.failing
     assert east.available_in(clock.now) == 2
+
+
+def test_a_try_that_takes_for_ever_keeps_nobody_out_for_ever() -> None:
+    """Another request may try it after the longest rest."""
+    east, clock, _ = made(failures=1, rest=1, most_rest=20)
+    east.failed(clock.now, "connect")
+    clock.now += 1
+    assert east.begin(clock.now)
+    assert not east.is_available(clock.now)
+    clock.now += 20
+    assert east.begin(clock.now)
+
+
+def test_what_does_not_count_is_only_told() -> None:
+    """A failure that may be the request's own fault: neither in a row nor in the share."""
+    east, clock, health = made(failures=2, least=2)
+    for _ in range(10):
+        east.failed(clock.now, "status_500", counts=False)
+    assert east.is_available(clock.now)
+    assert health.report()[0]["counts"] == {"answered": 0, "status_500": 10}
+
+
+def test_a_stream_that_has_begun_closes_the_circuit_and_ends_no_row_of_failures() -> None:
+    """Only at its end is it known whether it was an answer."""
+    east, clock, _ = made(failures=3, rest=1)
+    for _ in range(2):
+        east.began(clock.now, False)
+        east.failed(clock.now, "broken_off")
+    east.began(clock.now, False)
+    assert east.is_available(clock.now)
+    east.failed(clock.now, "broken_off")
+    assert not east.is_available(clock.now)
+    clock.now += 1
+    assert east.begin(clock.now)
+    east.began(clock.now, True)
+    assert east.is_available(clock.now)
+    assert not east.failing
 
 
 def test_whoever_left_while_it_tried_lets_another_try() -> None:
@@ -133,8 +168,8 @@ def test_whoever_left_while_it_tried_lets_another_try() -> None:
     east, clock, _ = made(failures=1, rest=1)
     east.failed(clock.now, "connect")
     clock.now += 1
-    assert east.begin()
-    east.left()
+    assert east.begin(clock.now)
+    east.left(clock.now)
     assert east.is_available(clock.now)
     assert east.failing
 
@@ -193,7 +228,7 @@ def test_what_others_are_told_and_hear() -> None:
     other.hear(News(east.key, 1, failing=True, reason="dns"))
     assert west.available_in(there.now) == 2
     clock.now += 2
-    east.begin()
+    east.begin(clock.now)
     east.succeeded(clock.now, True)
     other.hear(told[1])
     assert (west.is_available(there.now), west.failing) == (True, False)
@@ -223,7 +258,11 @@ def test_probes() -> None:
     assert (east.available_in(clock.now), east.reason) == (5, "dns")
     east.probed(clock.now, None, 5)
     assert east.is_available(clock.now)
-    assert east.begin()
+    east.cool_down(clock.now, 4, "rate_limited")
+    east.probed(clock.now, None, 5)
+    assert east.available_in(clock.now) == 4  # which Azure has asked for
+    clock.now += 4
+    assert east.begin(clock.now)
 
 
 def test_a_reload_keeps_what_is_known_of_what_stays() -> None:
@@ -242,7 +281,7 @@ def test_the_report() -> None:
     """What the operator sees: the states of a circuit, and why."""
     east, clock, health = made(failures=1, rest=2)
     assert health.report()[0]["state"] == "available"
-    east.begin()
+    east.begin(clock.now)
     east.succeeded(clock.now, False)
     east.failed(clock.now, "connect")
     assert health.report() == [
@@ -254,7 +293,7 @@ def test_the_report() -> None:
     ]  # fmt: skip
     clock.now += 2
     assert health.report()[0]["state"] == "half_open"
-    east.begin()
+    east.begin(clock.now)
     east.succeeded(clock.now, True)
     east.cool_down(clock.now, 3, "rate_limited")
     assert (health.report()[0]["state"], health.report()[0]["reason"]) == ("cooling_down", "rate_limited")

@@ -42,6 +42,7 @@ def found(*events: Any, responses: bool = False) -> tuple[bool, int | None]:
         ([NESTED], True, (True, 429)),
         ([ERROR], False, (True, None)),
         ([LIMIT], True, (True, 429)),
+        ([CREATED, {"type": "response.failed", "response": {"error": {"code": "invalid_prompt"}}}], True, (True, 400)),
     ],
 )
 def test_what_a_stream_begins_with(events: list[Any], responses: bool, told: tuple[bool, int | None]) -> None:

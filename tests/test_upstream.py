@@ -274,6 +274,36 @@ async def test_stale_connection_found_while_sending(start_gateway: StartGateway)
         assert upstream.connections == 4
 
 
+async def test_a_kept_connection_that_fails_is_replaced_once_and_only_where_twice_does_no_harm(
+    start_gateway: StartGateway,
+) -> None:
+    """Azure may have taken the request before it closed the connection: it is no other that is processed again."""
+    taken: list[bytes] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        if b"quiet" in upstream.heads[-1]:
+            await asyncio.sleep(0.1)  # so that each of them has a connection of its own
+            writer.write(OK)
+            await upstream.request(reader)
+        taken.append(upstream.heads[-1])
+        hard_close(writer)
+
+    upstream = RawUpstream(script)
+    async with upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        for body, times in (({**CHAT, "store": True}, 1), (CHAT, 2)):
+            quiet = [gateway.post(headers={"x-name": "quiet"}) for _ in range(8)]
+            answers = await asyncio.gather(*quiet)
+            assert {answer.status for answer in answers} == {200}
+            for answer in answers:
+                await answer.read()
+            taken.clear()
+            async with gateway.post(json=body) as answer:
+                assert answer.status == 502
+            assert len(taken) == times
+
+
 async def test_fresh_connection_that_fails_is_not_tried_again(start_gateway: StartGateway) -> None:
     """A request may have been worked on where a new connection broke: it is sent once."""
     async with raw_upstream(b"") as upstream:

@@ -45,7 +45,8 @@ class CredentialFile:
 
     kind: Annotated[
         Literal["managed_identity", "workload_identity", "client_secret"],
-        Meta(description="what the identity is: the machine's, the pod's, or an application's"),
+        # (Not shown where it is wrong: who writes a key here, where `api_key` is meant, does not want it printed.)
+        Meta(description="what the identity is: the machine's, the pod's, or an application's", extra={"secret": True}),
     ]
     client_id: Annotated[
         str | None, Meta(min_length=1, description="of the application, or of a managed identity assigned by a user")

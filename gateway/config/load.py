@@ -39,7 +39,7 @@ from gateway.keys import ListedKey
 from gateway.prices import Price, Prices
 from gateway.registry import Registry
 from gateway.services import Services, Shared
-from gateway.settings import Listen, Network, Settings
+from gateway.settings import Listen, Network, Settings, Timeouts
 from gateway.targets import Pool, Resource, Target
 from gateway.teams import Background, Match, Team, Teams
 
@@ -136,6 +136,7 @@ class _Loader:
         self.resources: dict[str, Resource] = {}
         self.pools: dict[str, Pool] = {}
         self.teams = 1
+        self.deadline = Timeouts().first_byte
         self.prices = Prices()
         self.counters: Turns | None = None
         self.whole = True
@@ -144,6 +145,7 @@ class _Loader:
     def load(self, root: MappingNode, *, cors: bool = False) -> Loaded:
         reader = self.reader
         main = fill(reader, root, GatewayFile, "", lenient=True)
+        self.deadline = main.timeouts.first_byte
         listen = self._listen(main.listen, "listen", root)
         admin = None if main.admin is None else self._listen(main.admin, "admin", root)
         self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
@@ -339,6 +341,7 @@ class _Loader:
                 prices=self.prices,
                 claims=match.claims,
                 teams=self.teams,
+                deadline=self.deadline,
                 shared=self.shared,
                 store_of_limits=self.counters,
             )

@@ -37,7 +37,7 @@ def read_pools(reader: Reader, node: Any, resources: Mapping[str, Resource]) -> 
             place = value_of(each, "deployment")
             resource_name, _, deployment = made.deployment.strip().rpartition("/")
             if not resource_name:
-                reader.mistake(place, f"pool {name!r}: {made.deployment!r} must be RESOURCE/NAME")
+                reader.mistake(place, f"pool {name!r}: a deployment must be RESOURCE/NAME")
                 continue
             resource = resources.get(resource_name)
             if resource is None:

@@ -103,7 +103,7 @@ def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -
             digest.update(reader.sources.read(paths[name]))
         except (OSError, ValueError) as exc:
             reason = getattr(exc, "strerror", None) or "its name is no name"
-            reader.mistake(value_of(node, name), f"{what}: tls: cannot read {given}: {reason}")
+            reader.mistake(value_of(node, name), f"{what}: tls: cannot read this file: {reason}")
     if not https:
         reader.mistake(node, f"{what}: tls is for an endpoint that begins with https://")
     if "key" in paths and "certificate" not in paths:

@@ -7,13 +7,17 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
 
+from gateway.config import load
 from gateway.errors import ConfigError
 from tests.cluster import Fault, Region, closed_port, cluster, pool_yaml, slow_tls
-from tests.conftest import CHAT, Gateway, StartGateway, until
+from tests.conftest import CHAT, Gateway, StartGateway, until, write_files
 
 STREAM = {**CHAT, "stream": True}
 
@@ -236,10 +240,8 @@ async def test_nothing_is_sent_twice_once_something_was_answered(
     assert sum(counted(regions).values()) == 1
     await until(lambda: gateway.exchanges())
     rows = gateway.server.shared.health.all()
-    assert (
-        sum(each.report(0)["counts"]["answered"] for each in rows),
-        sum(each.counts["broken_off"] for each in rows),
-    ) == (1, 1)
+    assert sum(each.counts["broken_off"] for each in rows) == 1
+    assert sum(each.report(0)["counts"]["answered"] for each in rows) == 0
 
 
 async def test_what_may_have_been_processed_and_would_do_harm_twice_is_not_sent_twice(
@@ -349,11 +351,12 @@ async def test_the_deadline_bounds_it_all(start_gateway: StartGateway, regions: 
     status, content, _ = await ask(gateway)
     assert (status, content["error"]["code"]) == (504, "upstream_timeout")
     assert loop.time() - begun < 2
-    assert sum(counted(regions).values()) == 2
-    for region in regions.values():
-        region.saw.clear()
-    status, _, _ = await ask(gateway, STREAM)
-    assert status in (504, 503)
+    # Each leaves as much to those behind it as it has itself.
+    times = sorted(at for region in regions.values() for at, _, _ in region.saw)
+    assert len(times) == 3
+    assert 0.2 < times[1] - times[0] < 0.3
+    assert 0.1 < times[2] - times[1] < 0.2
+    assert (await ask(gateway, STREAM))[0] == 504
 
 
 async def test_the_retry_budget_holds(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
@@ -368,6 +371,32 @@ async def test_the_retry_budget_holds(start_gateway: StartGateway, regions: dict
     assert {status for status, _, _ in answers} == {500}
     assert sum(counted(regions).values()) <= 100 + 5 + 10
     assert sum(counted(regions).values()) >= 100 + 5
+
+
+async def test_the_budget_is_for_what_may_have_been_processed(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A request that a deployment has refused moves on without it: provisioned throughput that is full spills over."""
+    yaml = pool_yaml(regions, settings="{retries: 0, reserve: 0}")
+    for name in ("west", "north"):
+        yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
+    gateway = await start_gateway("", yaml)
+    regions["east"].fault, regions["east"].rest = "limited", 0.02
+    for _ in range(30):
+        assert (await ask(gateway))[0] == 200
+        await asyncio.sleep(0.03)
+    assert len(regions["east"].saw) > 3
+
+
+async def test_without_a_reserve_there_is_still_the_share(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """With a share of one each request may be sent once more."""
+    yaml = pool_yaml(regions, settings="{retries: 1, reserve: 0}", top="health: {failures: 1000, least: 100000}")
+    gateway = await start_gateway("", yaml)
+    regions["east"].fault = "error"
+    for _ in range(12):
+        assert (await ask(gateway))[0] == 200
 
 
 async def test_attempts_are_bounded(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
@@ -470,6 +499,309 @@ async def test_the_client_that_leaves_while_it_tries_one_does_not_close_it_for_e
     await gateway.idle()
     regions["east"].fault = None
     assert (await ask(gateway))[0] == 200
+
+
+def row(gateway: Gateway, name: str) -> Any:
+    """Return how a region's deployment is."""
+    rows = gateway.server.shared.health.all()
+    return next(each for each in rows if each.deployment.resource.name == name)
+
+
+def respond(region: Region, status: int, code: str = "x", message: str = "m", **headers: str) -> None:
+    """Let a region answer this from now on."""
+
+    async def answer(seen: Any, request: web.BaseRequest) -> web.StreamResponse:
+        region.saw.append((0.0, "error", seen))
+        body = {"error": {"code": code, "message": message}}
+        return web.json_response(body, status=status, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+    region.azure.respond = answer
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_rest_of_nothing_is_one(status: int, start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A deployment that fails fast, and asks for no rest, does not get every request first."""
+    gateway = await start_gateway("", pool_yaml(regions, settings="{reserve: 5, retries: 0}"))
+    respond(regions["east"], status, retry_after="0")
+    for _ in range(60):
+        assert (await ask(gateway))[0] == 200
+    assert len(regions["east"].saw) <= 10
+
+
+async def test_a_request_that_fails_everywhere_does_not_open_every_circuit(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """It may be what is wrong: of its failures one counts. And what the API calls the client's fault is no failure."""
+    gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0}", top="health: {failures: 3}"))
+    for region in regions.values():
+        region.fault = "error"
+    assert (await ask(gateway))[0] == 500
+    assert [row(gateway, name).failures for name in regions] in ([1, 0, 0], [0, 1, 0], [0, 0, 1])
+
+    async def failed(seen: Any, request: web.BaseRequest) -> web.StreamResponse:
+        event = {"type": "response.failed", "response": {"error": {"code": "invalid_prompt", "message": "no"}}}
+        return web.Response(body=f"data: {json.dumps(event)}\n\n".encode(), content_type="text/event-stream")
+
+    gateway = await start_gateway("", pool_yaml(regions).replace("2024-10-21", "v1"))
+    for region in regions.values():
+        region.azure.respond = failed
+    total = sum(len(region.azure.requests) for region in regions.values())
+    body = {"model": "gpt-4o", "input": "x", "stream": True, "store": False}
+    assert (await ask(gateway, body, path="/v1/responses"))[0] == 200
+    assert sum(len(region.azure.requests) for region in regions.values()) == total + 1
+
+
+async def test_a_403_may_be_about_one_request(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Another is asked, and the deployment goes on: only where many are refused it rests."""
+    gateway = await start_gateway("", pool_yaml(regions))
+    for region in regions.values():
+        respond(region, 403, "PermissionDenied")
+    assert (await ask(gateway))[0] == 403
+    assert all(row(gateway, name).is_available(asyncio.get_running_loop().time()) for name in regions)
+
+
+async def test_the_time_that_others_took_is_not_a_deployment_s_fault(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """One that is given what is left of the deadline, and needs more, has not failed."""
+    two = {name: regions[name] for name in ("east", "west")}
+    yaml = pool_yaml(two, settings="{deadline: 0.6}", top="health: {failures: 1, rest: 30}")
+    yaml = yaml.replace("- west/gpt-4o", "- {deployment: west/gpt-4o, priority: 2}")
+    gateway = await start_gateway("", yaml)
+    regions["east"].fault = "mute"
+
+    async def slow(seen: Any, request: web.BaseRequest) -> None:
+        await asyncio.sleep(0.4)
+
+    regions["west"].azure.respond = slow
+    assert (await ask(gateway))[0] == 504
+    assert not row(gateway, "west").failing
+    assert row(gateway, "east").failing
+    assert (await ask(gateway))[0] == 200
+
+
+async def test_silence_is_a_failure_without_any_setting(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A deployment has half of all the time there is, and the others the rest."""
+    yaml = pool_yaml(regions, top="timeouts: {first_byte: 0.8}")
+    for name in ("west", "north"):
+        yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
+    gateway = await start_gateway("", yaml)
+    regions["east"].fault = "mute"
+    assert (await ask(gateway))[0] == 200
+    regions["east"].fault = "stalled"
+    assert (await ask(gateway, STREAM))[0] == 200
+
+
+async def test_a_slow_client_is_not_a_deployment_s_fault(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """The time to the first byte begins when the request has been sent; nor does it keep the others from a try."""
+    only = {"east": regions["east"]}
+    yaml = pool_yaml(only, settings="{wait: 0, keep: 10}", top="health: {failures: 1, rest: 0.1}")
+    yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
+    yaml = yaml.replace('gpt-4o: "pool', 'whisper: "pool:chat", gpt-4o: "pool')
+    gateway = await start_gateway("", yaml)
+    sent = asyncio.Event()
+
+    async def trickle() -> AsyncIterator[bytes]:
+        part = b'--b\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+        yield part % (b"model", b"whisper")
+        for _ in range(4):
+            await asyncio.sleep(0.15)
+            yield part % (b"prompt", b"x")
+            sent.set()
+        yield b"--b--\r\n"
+
+    async def upload() -> int:
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        url = gateway.url + "/v1/audio/transcriptions"
+        async with gateway.session.post(url, data=trickle(), headers=headers) as answer:
+            return answer.status
+
+    assert await upload() == 200
+    assert not row(gateway, "east").failing
+    regions["east"].fault = "error"
+    assert (await ask(gateway))[0] == 500
+    regions["east"].fault = None
+    await asyncio.sleep(0.15)
+    sent.clear()
+    slow = asyncio.create_task(upload())
+    await sent.wait()
+    assert (await ask(gateway))[0] == 200
+    assert await slow == 200
+
+
+async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A refusal by the gateway, or of a client's own key, neither closes a circuit nor ends a row of failures."""
+    only = {"east": regions["east"]}
+    yaml = pool_yaml(only, settings="{wait: 0}", top="health: {failures: 2, rest: 0.1}")
+    yaml = yaml.replace("  - model_map:", "  - auth_passthrough\n  - model_map:")
+    gateway = await start_gateway("", yaml.replace('gpt-4o: "pool', 'sora: "pool:chat", gpt-4o: "pool'))
+    regions["east"].fault = "error"
+    for key, status in (("azure-key", 500), ("wrong", 401), ("azure-key", 500)):
+        regions["east"].fault = "error" if status == 500 else None
+        async with gateway.post(key=key) as answer:
+            assert answer.status == status
+    assert row(gateway, "east").failing
+    await asyncio.sleep(0.15)
+    seen = len(regions["east"].saw)
+    async with gateway.post("/v1/videos", {"model": "sora", "prompt": "x"}, key="azure-key") as answer:
+        assert answer.status == 404  # not in this api-version
+    assert len(regions["east"].saw) == seen
+    assert row(gateway, "east").failing
+    assert row(gateway, "east").is_available(asyncio.get_running_loop().time())
+
+
+async def test_a_request_that_can_go_nowhere_else_leaves_a_rest_as_it_is(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """It is sent all the same, and is not the one that tries it."""
+    yaml = pool_yaml(regions, top="health: {failures: 1, rest: 30}").replace("2024-10-21", "v1")
+    gateway = await start_gateway("", yaml.replace("  - balance", "  - resource_ids\n  - balance"))
+    _, first, _ = await ask(gateway, {"model": "gpt-4o", "input": "hi"}, path="/v1/responses")
+    home = next(name for name, region in regions.items() if region.saw)
+    more = {"model": "gpt-4o", "input": "and", "previous_response_id": first["id"]}
+    regions[home].fault = "error"
+    assert (await ask(gateway, more, path="/v1/responses"))[0] == 500
+    rests_until = row(gateway, home).rests_until
+    regions[home].fault = "mute"
+    asked = asyncio.create_task(ask(gateway, more, path="/v1/responses"))
+    await until(lambda: regions[home].saw[-1][1] == "mute")
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await gateway.idle()
+    assert row(gateway, home).rests_until == rests_until
+
+
+async def test_a_request_waits_for_the_one_that_tries(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Though another deployment rests for longer than it would wait."""
+    two = {name: regions[name] for name in ("east", "west")}
+    gateway = await start_gateway("", pool_yaml(two, settings="{wait: 3}", top="health: {failures: 1, rest: 0.1}"))
+    regions["east"].fault, regions["west"].fault, regions["west"].rest = "error", "limited", 60
+    await ask(gateway)
+    await asyncio.sleep(0.15)
+
+    async def slow(seen: Any, request: web.BaseRequest) -> None:
+        await asyncio.sleep(0.4)
+
+    regions["east"].azure.respond = slow
+    await asyncio.sleep(row(gateway, "east").available_in(asyncio.get_running_loop().time()) + 0.01)
+    answers = await asyncio.gather(*(ask(gateway) for _ in range(3)))
+    assert [status for status, _, _ in answers] == [200, 200, 200]
+
+
+async def test_the_wait_is_for_all_of_a_request(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """However often it is sent in between."""
+    for region in regions.values():
+        region.fault, region.rest = "limited", 0.2
+    gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0.5, attempts: 50}"))
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    assert (await ask(gateway))[0] == 429
+    assert loop.time() - begun < 1.0
+
+
+async def test_streams_that_break_open_the_circuit(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Each has begun to be answered, and none has been."""
+    gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 4, share: 1, rest: 30}"))
+    regions["east"].fault = "broken_late"
+    for _ in range(40):
+        with contextlib.suppress(aiohttp.ClientError):
+            await ask(gateway, STREAM)
+    assert row(gateway, "east").failing
+    assert len(regions["east"].saw) == 4
+
+
+async def test_a_stream_with_a_length_is_looked_into(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """As any other: an error in it goes elsewhere."""
+    yaml = pool_yaml(regions)
+    for name in ("west", "north"):
+        yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
+
+    async def whole(seen: Any, request: web.BaseRequest) -> web.StreamResponse:
+        error = {"error": {"code": "429", "message": "Try again in 9 seconds."}}
+        return web.Response(body=f"data: {json.dumps(error)}\n\n".encode(), content_type="text/event-stream")
+
+    gateway = await start_gateway("", yaml)
+    regions["east"].azure.respond = whole
+    status, content, _ = await ask(gateway, STREAM)
+    assert status == 200
+    assert "Hello" in content
+
+
+@pytest.mark.parametrize("status", [400, 500])
+async def test_a_large_error_is_passed_on(status: int, start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Of one deployment, or of the last one."""
+    only = {"east": regions["east"]}
+    yaml = pool_yaml(only, settings="{attempts: 1}").replace("  - openai_errors\n", "")
+    gateway = await start_gateway("", yaml)
+    respond(regions["east"], status, message="m" * 2_000_000)
+    _, content, _ = await ask(gateway)
+    assert len(content["error"]["message"]) == 2_000_000
+
+
+async def test_what_failed_uses_nothing(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """The log's tokens, and what limits count, are those of the deployment that answered."""
+    for fault in ("error_in_stream", "stalled", "broken"):
+        yaml = pool_yaml(regions).replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
+        for name in ("west", "north"):
+            yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
+        gateway = await start_gateway("", yaml)
+        regions["east"].fault = fault
+        prompt = [{"role": "user", "content": "word " * 400}]
+        asked = {**STREAM, "messages": prompt, "stream_options": {"include_usage": True}}
+        assert (await ask(gateway, asked))[0] == 200
+        await gateway.idle()
+        assert gateway.exchanges()[0]["input_tokens"] == 9
+
+
+async def test_each_attempt_begins_with_the_request_as_it_came(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Whatever a stage below does to it, be it to the object that a stage above has decoded."""
+    stages = {
+        "mine/above.py": (
+            "from gateway import Stage\n\n\nclass Above(Stage):\n    async def __call__(self, request, call_next):\n"
+            "        body = await request.json()\n        request.set_json({**body, 'user': 'above'})\n"
+            "        await request.json()\n        return await call_next(request)\n"
+        ),
+        "mine/below.py": (
+            "from gateway import Stage\n\n\nclass Below(Stage):\n    async def __call__(self, request, call_next):\n"
+            "        body = await request.json()\n"
+            "        body['messages'].insert(0, {'role': 'system', 'content': 's'})\n"
+            "        request.set_json(body)\n        request.headers.add('x-below', 'b')\n"
+            "        return await call_next(request)\n"
+        ),
+    }
+    yaml = pool_yaml(regions, top="plugins_path: mine").replace("  - balance: {}", "  - above\n  - balance\n  - below")
+    gateway = await start_gateway("", yaml, stages)
+    for region in regions.values():
+        region.fault = "error"
+    assert (await ask(gateway))[0] == 500
+    sent = [seen for region in regions.values() for _, _, seen in region.saw]
+    assert len(sent) == 5
+    assert [[each["role"] for each in seen.json()["messages"]] for seen in sent] == [["system", "user"]] * 5
+    assert [seen.json()["user"] for seen in sent] == ["above"] * 5
+    assert [seen.headers.getall("x-below") for seen in sent] == [["b"]] * 5
+
+
+async def test_a_reload_that_comes_to_nothing_changes_nothing(
+    start_gateway: StartGateway, regions: dict[str, Region], tmp_path: Path
+) -> None:
+    """Neither what is left of the budget, nor what the operator sees."""
+    gateway = await start_gateway("", pool_yaml(regions, settings="{reserve: 50}"))
+    yaml = pool_yaml(regions, settings="{reserve: 0, retries: 0}", more="    - east/another")
+    loaded = load(write_files(tmp_path / "next", {"gateway.yaml": yaml}), {}, gateway.server.shared)
+    generation = await gateway.server.prepare(loaded.teams, loaded.settings)
+    await gateway.server.discard(generation)
+    assert [str(each.deployment) for each in gateway.server.shared.health.all()] == [
+        f"{name}/gpt-4o" for name in regions
+    ]
+    regions["east"].fault = "error"
+    for _ in range(12):
+        assert (await ask(gateway))[0] == 200
 
 
 async def test_nothing_is_in_flight_when_all_is_over(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
