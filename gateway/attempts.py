@@ -100,7 +100,9 @@ class Balancer:
         budget, target, within = self.budget, request.target, request.begin_within
         if budget.left < self._most:
             budget.left = min(budget.left + self.limits.retries, self._most)
-        kept = request.keep() or await request.buffer_up_to(self.limits.keep)
+        # (As `request.keep()` does, which is another call.)
+        kept = not request._json_set and request._body.keep() is not None
+        kept = kept or await request.buffer_up_to(self.limits.keep)
         saved, now = request.saved(), monotonic()
         choice = self.chooser.pick(now, (), key) if target.resource is None else self._there(target.resource)
         if choice is not None and not kept and choice.health.failing:
@@ -110,10 +112,9 @@ class Balancer:
         response = None
         if choice is not None:
             health = choice.health
-            if kept:
-                trying = health.begin(now)
-            else:
-                health.in_flight += 1
+            health.in_flight += 1
+            if health.failing and kept:
+                trying = health.begin_try(now)
             request.target = _to(target, choice)
             # It leaves as much time to those behind it as it has itself, where there are any.
             alone = target.resource is not None or (self.chooser.alone and not self.chooser.has_another(now, (choice,)))
@@ -158,8 +159,7 @@ def _to(target: Target, choice: Choice) -> Target:
     """Return a target at a deployment of its pool."""
     if target.credential is None and target.api_version is None:
         return choice.target
-    deployment = choice.deployment
-    return Target(deployment.resource, deployment.name, target.api_version, target.credential)
+    return Target(choice.deployment.resource, choice.deployment.name, target.api_version, target.credential)
 
 
 class _Attempts:

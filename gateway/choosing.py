@@ -43,7 +43,8 @@ class _Group:
     __slots__ = ("choices", "now")
 
     def __init__(self, choices: list[Choice]) -> None:
-        self.choices = choices
+        # (What is looked at for each request is at hand without a look at the choice.)
+        self.choices = [(each, each.health, each.step) for each in choices]
         self.now = 0.0
 
 
@@ -61,33 +62,26 @@ class Chooser:
 
     def pick(self, now: float, tried: Collection[Choice] = (), key: bytes | None = None) -> Choice | None:
         """Return one that is available and was not tried, or None. One without room is the last that is taken."""
-        full = False
         for group in self._groups:
             best: Choice | None = None
             least = turn = math.inf
             count = 0
-            for each in group.choices:
-                health = each.health
-                if health.rests_until > now or (tried and each in tried):
+            for each, health, step in group.choices:
+                if health.away_until > now or (tried and each in tried):
                     continue
-                weight = each.weight
-                if health.room_until > now:
-                    weight *= health.room
-                    if weight <= 0.0:
-                        full = True
-                        continue
                 count += 1
-                load = health.in_flight / weight if key is None else _distance(key, each)
+                load = health.in_flight * step / health.room if key is None else _distance(key, each)
                 if load < least or (load == least and each.turn < turn):
                     best, least, turn = each, load, each.turn
             if best is not None:
                 self.alone = count == 1
                 if key is None:
                     # One that rested does not make up for what it missed: its turn is now.
-                    group.now = turn = max(turn, group.now)
-                    best.turn = turn + best.step
+                    turn = max(turn, group.now)
+                    group.now, best.turn = turn, turn + best.step
                 return best
-        return self._pick_full(now, tried) if full else None
+        self.alone = True
+        return self._pick_full(now, tried)
 
     def has_another(self, now: float, tried: Collection[Choice]) -> bool:
         """Whether there is another one that is available and was not tried."""

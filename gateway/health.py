@@ -29,6 +29,8 @@ __all__ = ("DeploymentHealth", "Health", "News")
 MOST_REST = 3600.0
 # For how long, in seconds, what Azure said of its room is believed, and how often it is looked at.
 _ROOM_FOR, _LOOK_EVERY = 5.0, 0.1
+# What is left of a room that is used up: nothing, but for a number that can be divided by.
+_FULL = 1e-3
 # In how many parts the window is counted.
 _PARTS = 10
 
@@ -64,8 +66,10 @@ class DeploymentHealth:
         "_look_at",
         "_part",
         "_rest",
+        "_rests_until",
         "_turn_at",
         "answered",
+        "away_until",
         "counts",
         "deployment",
         "failing",
@@ -73,7 +77,6 @@ class DeploymentHealth:
         "in_flight",
         "key",
         "reason",
-        "rests_until",
         "room",
         "room_until",
         "trying",
@@ -83,6 +86,8 @@ class DeploymentHealth:
         self.deployment = deployment
         self.key = _key(deployment)
         self.in_flight = 0
+        self.away_until = 0.0
+        """Until when it is asked only if no other can be: it rests, or has no room left."""
         self.rests_until = 0.0
         self.reason = ""
         """Why it rests, or rested last."""
@@ -93,8 +98,9 @@ class DeploymentHealth:
         self.failures = 0
         """How many there were in a row."""
         self.room = 1.0
-        """How much of its quota was left by what Azure said last, from 0 to 1; until `room_until`."""
+        """How much of its quota was left by what Azure said last, up to 1; 1 where it has said nothing."""
         self.room_until = 0.0
+        """Until when that is believed to be so."""
         self.answered = 0
         """How many requests it had answered since the start when that was looked at last."""
         self.counts: Counter[str] = Counter()
@@ -110,6 +116,15 @@ class DeploymentHealth:
         self._part = 0
         self._turn_at = 0.0
 
+    @property
+    def rests_until(self) -> float:
+        """Until when it may not be asked."""
+        return self._rests_until
+
+    @rests_until.setter
+    def rests_until(self, until: float) -> None:
+        self._rests_until = self.away_until = until
+
     # -- asking it -------------------------------------------------------------------------------------
 
     def is_available(self, now: float) -> bool:
@@ -123,7 +138,11 @@ class DeploymentHealth:
     def begin(self, now: float) -> bool:
         """Note that it is asked; whether this request tries it, so that how that goes must be told."""
         self.in_flight += 1
-        if self.failing and self.rests_until <= now:
+        return self.failing and self.begin_try(now)
+
+    def begin_try(self, now: float) -> bool:
+        """Begin to try one that has failed, if its rest is over."""
+        if self.rests_until <= now:
             self.trying = True
             # Nobody else does meanwhile, but not for ever: a try may take as long as an answer does.
             self.rests_until = now + self._health.settings.most_rest
@@ -186,7 +205,7 @@ class DeploymentHealth:
     def cool_down(self, now: float, seconds: float, reason: str, *, tried: bool = False) -> None:
         """Note that Azure asks for it to be left alone."""
         self.counts[reason] += 1
-        self.room_until = 0.0  # what was left before says nothing of what is there after its rest
+        self.room, self.room_until = 1.0, 0.0  # what was left before says nothing of what is there after its rest
         if tried:
             self._close()  # it is there, and says so
         self._cools_until = max(self._cools_until, now + min(seconds, MOST_REST))
@@ -219,23 +238,24 @@ class DeploymentHealth:
 
     def observe(self, now: float, fields: Iterable[Field]) -> None:
         """Take what the header fields of an answer say of how much room is left."""
-        room = 1.0
+        rooms: list[float] = []
         seen: dict[bytes, float] = {}
         for name, value, _, _ in fields:
             if name in _REMAINING or name in _LIMITS:
                 if (number := _number(value)) is not None:
                     seen[name] = number
             elif name == _UTILISATION and (number := _number(value.rstrip(b" %"))) is not None:
-                room = min(room, max(0.0, 1 - number / 100))
-                self.room_until = now + _ROOM_FOR
+                rooms.append(1 - number / 100)
         for name, limit in _REMAINING.items():
             left = seen.get(name)
             if left is not None:
                 # Where Azure does not say the limit, the most that was ever left stands for it.
                 most = self._limits[name] = seen.get(limit) or max(left, self._limits.get(name, 0.0))
-                room = min(room, left / most if most > 0 else 0.0)
-                self.room_until = now + _ROOM_FOR
-        self.room = max(0.0, room)
+                rooms.append(left / most if most > 0 else 0.0)
+        if rooms:
+            self.room, self.room_until = min(1.0, max(_FULL, min(rooms))), now + _ROOM_FOR
+            if self.room <= _FULL:
+                self.away_until = max(self.away_until, self.room_until)
 
     # -- inside ----------------------------------------------------------------------------------------
 
@@ -311,7 +331,7 @@ class DeploymentHealth:
             "error_share": round(failed / (failed + answered), 4) if failed + answered else 0.0,
             "requests": failed + answered,
             "failures_in_a_row": self.failures,
-            "headroom": round(self.room, 4) if self.room_until > now else None,
+            "headroom": (round(self.room, 4) if self.room > _FULL else 0.0) if self.room_until > now else None,
             "counts": {"answered": self.answered + self._answered_now, **dict(sorted(self.counts.items()))},
         }
 

@@ -89,7 +89,7 @@ def test_priorities() -> None:
     first.health.rests_until = float("inf")
     assert set(names(chooser, 10)) == {"b/x", "c/x"}
     first.health.rests_until = 0.0
-    first.health.room, first.health.room_until = 0.0, NOW + 1
+    first.health.away_until = NOW + 1  # it has no room left
     assert set(names(chooser, 10)) == {"b/x", "c/x"}
     second.health.rests_until = third.health.rests_until = NOW + 1
     assert set(names(chooser, 3)) == {"a/x"}

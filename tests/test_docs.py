@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -17,10 +18,12 @@ from gateway.cli import _parser
 from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.files import CredentialFile, IdentityFile, PooledFile, ResourceFile, StoreFile, TlsFile
 from gateway.config.show import show
+from gateway.errors import Fault
 from gateway.fields import settings_of
+from gateway.health import DeploymentHealth, Health
 from gateway.registry import Registry
 from gateway.settings import HealthSettings, Limits, Timeouts
-from gateway.targets import Resource, ResourceTimeouts
+from gateway.targets import Deployment, Resource, ResourceTimeouts
 from gateway.testing import FakeAzure, post, running, talk
 from tests.conftest import CHAT, StartGateway, write_files
 
@@ -201,3 +204,15 @@ def test_the_teams_of_the_guide_load(tmp_path: Path) -> None:
     assert "team research: 1 key" in text
     assert "tokens_per_minute: 50000" in text
     assert "requests_per_minute=300" in text
+
+
+def test_every_reason_that_a_deployment_can_have_is_documented() -> None:
+    """As the log, the counts and the admin listener name it; and every state."""
+    text = (ROOT / "docs" / "resources.md").read_text()
+    for name in (*get_args(Fault), "rate_limited", "abuse_penalty", "refused", "no_deployment", "status_500"):
+        assert f"`{name}`" in text, name
+    for name in ("available", "cooling_down", "open", "half_open"):
+        assert f"`{name}`" in text, name
+    shown = DeploymentHealth(Deployment(Resource("east", "https://east.invalid"), "x"), Health()).report(0.0)
+    for name in shown.keys() - {"resource", "region"}:
+        assert f'"{name}"' in text, name

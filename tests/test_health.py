@@ -195,8 +195,10 @@ def test_room(fields: dict[str, str], room: float | None) -> None:
     if room is None:
         assert east.room_until <= clock.now
     else:
-        assert east.room == pytest.approx(room)
+        assert east.room == pytest.approx(room, abs=1e-3)
         assert east.room_until > clock.now
+        assert (east.away_until > clock.now) == (room == 0.0)
+        assert east.is_available(clock.now)
 
 
 def test_room_without_a_limit_is_of_the_most_that_was_left() -> None:

@@ -160,7 +160,7 @@ async def test_one_without_room_is_asked_last(start_gateway: StartGateway, regio
     gateway = await start_gateway("", pool_yaml(regions))
     for name in ("east", "west"):
         health = next(each for each in gateway.server.shared.health.all() if each.deployment.resource.name == name)
-        health.room, health.room_until = 0.0, float("inf")
+        health.away_until = float("inf")
     for _ in range(3):
         await ask(gateway)
     assert counted(regions) == {"east": 0, "west": 0, "north": 3}
