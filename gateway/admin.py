@@ -9,7 +9,7 @@ from typing import Any, cast
 import msgspec
 from aiohttp import web
 
-from gateway.errors import ApiError
+from gateway.errors import ApiError, StartError
 from gateway.listener import Listener
 from gateway.settings import Listen
 
@@ -32,7 +32,10 @@ class Admin:
 
     async def start(self, listen: Listen) -> None:
         """Listen. Raises StartError where the address cannot be had."""
-        self._listener = Listener.open(listen)
+        try:
+            self._listener = Listener.open(listen)
+        except StartError as exc:
+            raise StartError(f"admin: {exc}") from None
         self.address = self._listener.address
         self._http = web.Server(self._answer, keepalive_timeout=_KEEP_ALIVE, access_log=None)
         loop = asyncio.get_running_loop()

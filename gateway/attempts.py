@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import msgspec
 
 from gateway.choosing import Choice, Chooser
-from gateway.errors import ApiError, UpstreamError
+from gateway.errors import ApiError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Outcome
 from gateway.failures import Failure, of_answer, of_error, of_status
 from gateway.health import Health
 from gateway.messages import Request, Response
+from gateway.repeatable import seems_repeatable
 from gateway.targets import Pool, Resource, Target
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ CallNext: TypeAlias = Callable[[Request], Awaitable[Response]]
 # How long, in seconds, a request waits before it is sent again to those that have failed it and do not rest.
 _FIRST_PAUSE = 0.25
 _MOST = 256 * 1024  # of an error's body, in bytes
+_MOST_WORDS = 200  # of them in the log
+_ERROR = 5.0  # how long, in seconds, it is waited for
+_STREAM = re.compile(rb'"stream"\s*:\s*true')
 # In which a client may name another deployment, for the tool that makes images.
 _IMAGES = "x-ms-oai-image-generation-deployment"
 
@@ -41,13 +46,15 @@ _IMAGES = "x-ms-oai-image-generation-deployment"
 class AttemptLimits:
     """What bounds the attempts of one request.
 
-    `deadline` is in seconds from now until an answer must have begun. `attempts` are all of them, `wait` for how many
+    `deadline` is in seconds from now until an answer must have begun, and `silence` from an attempt until a stream must
+    have, while another deployment can be asked. `attempts` are all of them, `wait` for how many
     seconds a request may wait in all where all deployments rest, and `hold` for how many a stream's beginning is kept
     back. A body of more than `keep` bytes is not kept, and so sent once. Attempts behind one that may have been
     processed are bounded by a budget: each request adds the share `retries` of one, up to `reserve`.
     """
 
     deadline: float
+    silence: float = 60.0
     attempts: int = 5
     wait: float = 5.0
     hold: float = 10.0
@@ -89,7 +96,7 @@ class Balancer:
         self.limits = limits
         self.logger = logger
         self._most = max(1.0, limits.reserve)
-        self._half = limits.deadline / 2
+        self._impatient = len(pool.deployments) > 1 and limits.attempts > 1 and limits.silence < limits.deadline
 
     async def send(self, request: Request, call_next: CallNext, key: bytes | None = None) -> Response:
         """Send a request until a deployment answers it, or it must not be sent again.
@@ -97,34 +104,37 @@ class Balancer:
         Requests of one `key` go to one deployment, while it is available. A request whose resource is known goes there,
         once: what it is about is kept there. Its target is its own again when this returns.
         """
-        budget, target, within = self.budget, request.target, request.begin_within
+        budget, limits, target, begin_by = self.budget, self.limits, request.target, request.begin_by
         if budget.left < self._most:
-            budget.left = min(budget.left + self.limits.retries, self._most)
+            budget.left = min(budget.left + limits.retries, self._most)
         # (As `request.keep()` does, which is another call.)
-        kept = not request._json_set and request._body.keep() is not None
-        kept = kept or await request.buffer_up_to(self.limits.keep)
+        body = None if request._json_set else request._body.keep()
+        kept = body is not None or await request.buffer_up_to(limits.keep)
         saved, now = request.saved(), monotonic()
-        choice = self.chooser.pick(now, (), key) if target.resource is None else self._there(target.resource)
-        if choice is not None and not kept and choice.health.failing:
-            # A body that is on its way may take as long as its client likes: it is not what tries one.
-            choice = self.chooser.pick(now, (choice,), key) or choice
-        trying = False
+        deadline = now + limits.deadline
+        if begin_by is not None and begin_by < deadline:
+            deadline = begin_by
+        meter = request._exchange.meter
+        asked = meter.asked if meter is not None else 0
+        pinned = target.resource is not None
+        choice = self._there(target.resource) if target.resource is not None else self.chooser.pick(now, (), key)
+        impatient = self._impatient and body is not None and not pinned and _can_be_cut_short(request, body)
         response = None
+        trying = 0
         if choice is not None:
             health = choice.health
             health.in_flight += 1
-            if health.failing and kept:
-                trying = health.begin_try(now)
+            if health.failing:
+                # (A body that is on its way may take as long as its client likes.)
+                trying = health.begin_try(now, alone=kept)
             request.target = _to(target, choice)
-            # It leaves as much time to those behind it as it has itself, where there are any.
-            alone = target.resource is not None or (self.chooser.alone and not self.chooser.has_another(now, (choice,)))
-            request.begin_within = self.limits.deadline if alone else self._half
+            request.begin_by = deadline if not impatient else self.until(now, deadline, (choice,))
             try:
                 response = await call_next(request)
             except BaseException:
                 health.end()
                 if trying:
-                    health.left(monotonic())
+                    health.left(monotonic(), trying)
                 raise
             # Nearly every request is over with this, and what the others need is made when it is not.
             if (
@@ -135,15 +145,21 @@ class Balancer:
             ):
                 health.succeeded(monotonic(), trying, response.headers.fields)
                 health.in_flight -= 1
-                request.target, request.begin_within = target, within
+                request.target, request.begin_by = target, begin_by
                 return response
-        pinned = target.resource is not None
         attempts = _Attempts(
-            self, request, call_next, saved, choice, now, kept=kept, pinned=pinned, trying=trying, key=key
+            self, request, call_next, saved, key, deadline, kept=kept, pinned=pinned, impatient=impatient
         )
+        if choice is not None:
+            attempts.take_over(choice, trying, now, asked)
         response = await attempts.on(response)
-        request.target, request.begin_within = target, within
+        request.target, request.begin_by = target, begin_by
         return response
+
+    def until(self, now: float, deadline: float, tried: Sequence[Choice]) -> float:
+        """Return until when a stream may take to begin: not as long as all may, if there is another to ask."""
+        until = now + self.limits.silence
+        return until if until < deadline and self.chooser.has_another(now, tried) else deadline
 
     def _there(self, resource: Resource) -> Choice:
         """Return the pool's deployment in a resource. Raises ApiError 400 where it has none there."""
@@ -162,6 +178,11 @@ def _to(target: Target, choice: Choice) -> Target:
     return Target(choice.deployment.resource, choice.deployment.name, target.api_version, target.credential)
 
 
+def _can_be_cut_short(request: Request, body: bytes) -> bool:
+    """Whether a request is for a stream, which begins soon, and may be sent again where that does not."""
+    return b'"stream"' in body and _STREAM.search(body) is not None and seems_repeatable(request, body)
+
+
 class _Attempts:
     """The attempts of one request, where the first one has not answered it, or is not over with its answer."""
 
@@ -171,18 +192,17 @@ class _Attempts:
         request: Request,
         call_next: CallNext,
         saved: tuple[Any, ...],
-        choice: Choice | None,
-        begun: float,
+        key: bytes | None,
+        deadline: float,
         *,
         kept: bool,
         pinned: bool,
-        trying: bool,
-        key: bytes | None,
+        impatient: bool,
     ) -> None:
-        """Take over a request that was `saved` before its first attempt `begun`.
+        """Go on with a request that was `saved` before its first attempt.
 
-        `kept` says that its body can be sent again, `pinned` that it can go nowhere else, `trying` that the deployment
-        rested, and that this request tries it.
+        `kept` says that its body can be sent again, `pinned` that it can go nowhere else, and `impatient` that it is
+        not waited for as long as the deadline says, while there is another deployment to ask.
         """
         self._balancer = balancer
         self._chooser = balancer.chooser
@@ -190,48 +210,55 @@ class _Attempts:
         self._request = request
         self._call_next = call_next
         self._saved = saved
-        self._choice = choice  # what is asked, or has answered
-        self._begun = begun
-        self._kept = kept
-        self._trying = trying
         self._key = key
-        self._deadline = begun + balancer.limits.deadline
-        self._within = request.begin_within or balancer.limits.deadline
-        self._waited = 0.0
+        self._deadline = deadline
+        self._kept = kept
         self._pinned = pinned
-        self._answering = False  # what is at hand, by a stream
+        self._impatient = impatient
+        self._waited = 0.0
         self._count = 0
         self._tried: list[Choice] = []
+        self._counted: list[Choice] = []  # as failing
         self._failed: list[dict[str, Any]] = []  # for the log
+        # Of the attempt at hand: what is asked, or has answered; the number of the try that it is, if it rested; when
+        # it began; until when it may take to begin; how often Azure had been asked before; whether it is by a stream.
+        self._choice: Choice | None = None
+        self._trying = 0
+        self._begun = self._until = 0.0
+        self._asked = 0
+        self._answering = False
         request.defer(self._over)
 
     # -- one attempt -----------------------------------------------------------------------------------
 
+    def take_over(self, choice: Choice, trying: int, begun: float, asked: int) -> None:
+        """Take charge of the first attempt."""
+        self._choice, self._trying, self._begun, self._asked = choice, trying, begun, asked
+        self._until = self._request.begin_by or self._deadline
+
     async def _attempt(self, choice: Choice) -> Response:
         """Ask one deployment."""
-        now = monotonic()
-        self._choice = choice
-        self._trying = choice.health.begin(now)
-        request = self._request
+        request, now = self._request, monotonic()
+        meter = request._exchange.meter
+        trying = choice.health.begin(now, alone=self._kept)
+        self.take_over(choice, trying, now, meter.asked if meter is not None else 0)
         request.restore(self._saved)
         request.target = _to(request.target, choice)
-        # The last one has all that is left.
-        left = max(0.001, self._deadline - now)
-        self._within = left / 2 if self._chooser.has_another(now, (*self._tried, choice)) else left
-        request.begin_within = self._within
-        self._begun = now
+        tried = (*self._tried, choice)
+        self._until = self._balancer.until(now, self._deadline, tried) if self._impatient else self._deadline
+        request.begin_by = self._until
         return await self._call_next(request)
 
     def _began(self, response: Response) -> None:
         """Note that the deployment at hand has begun to answer."""
         now = monotonic()
-        health = self._asked().health
+        health = self._at_hand().health
         if response.body.__class__ is bytes and not response.event_stream:
             health.succeeded(now, self._trying, response.headers.fields)
         else:
             health.began(now, self._trying, response.headers.fields)
             self._answering = True
-        self._trying = False
+        self._trying = 0
         if self._failed:
             self._tell({"status": response.status}, now)
 
@@ -239,13 +266,13 @@ class _Attempts:
         """Note an answer that says nothing of the deployment: an error that is the client's, or the gateway's own."""
         now = monotonic()
         if self._trying:
-            health = self._asked().health
+            health = self._at_hand().health
             # (Whoever says what is wrong with a request is there.)
             if response.error is None and response.status not in (401, 403):
-                health.began(now, tried=True)
+                health.began(now, self._trying)
             else:
-                health.left(now)
-            self._trying = False
+                health.left(now, self._trying)
+            self._trying = 0
         if self._failed:
             self._tell({"status": response.status}, now)
 
@@ -256,20 +283,21 @@ class _Attempts:
             return
         choice.health.end()
         if self._trying:
-            choice.health.left(now)
-        elif self._answering and outcome.ended_by == "upstream":
+            choice.health.left(now, self._trying)
+        elif self._answering and outcome.ended_by == "upstream" and _is_at(outcome.target, choice):
             choice.health.failed(now, "broken_off")  # in the middle of its answer
         elif self._answering:
-            choice.health.succeeded(now, tried=False)
+            choice.health.succeeded(now)
 
-    def _asked(self) -> Choice:
+    def _at_hand(self) -> Choice:
         """Return the deployment at hand."""
         assert self._choice is not None, "none was asked"  # noqa: S101 -- a bug of ours
         return self._choice
 
     def _tell(self, facts: dict[str, Any], now: float) -> None:
         """Note an attempt for the log."""
-        self._failed.append({"deployment": self._asked().name, **facts, "ms": round((now - self._begun) * 1000, 1)})
+        took = round((now - self._begun) * 1000, 1)
+        self._failed.append({"deployment": self._at_hand().name, **facts, "ms": took})
         self._request.notes["attempts"] = self._failed
 
     # -- more than one ---------------------------------------------------------------------------------
@@ -289,8 +317,8 @@ class _Attempts:
                 self._note(response, failure)
                 sure = failure.again == "surely"
                 stopped = await self._stop(failure)
-                if stopped is None:
-                    await _keep(response)
+                if stopped is None or monotonic() >= self._deadline:
+                    await self._keep(response)
                 best = _more_telling(best, response)
             choice = None if stopped is not None else await self._next()
             if choice is None:
@@ -301,23 +329,27 @@ class _Attempts:
 
     def _note(self, response: Response, failure: Failure) -> None:
         """Note a failure, and let go of the deployment."""
-        choice, now, tried = self._asked(), monotonic(), self._trying
-        facts = {"status": response.status, "reason": failure.reason}
+        choice, now, tried = self._at_hand(), monotonic(), self._trying
+        words = failure.words[:_MOST_WORDS]
+        facts: dict[str, Any] = {"status": response.status, "reason": failure.reason, "words": words}
         if failure.fails:
-            # One request that fails everywhere is counted once: it may be what is wrong.
-            counts = self._count == 1 or not failure.by_request
-            choice.health.failed(now, failure.reason, tried=tried, certain=failure.certain, counts=counts)
+            # One request says of a deployment once that it fails; of an error that may be its own fault once in all.
+            counts = choice not in self._counted and not (failure.by_request and self._counted)
+            self._counted.append(choice)
+            choice.health.failed(now, failure.reason, words, tried=tried, certain=failure.certain, counts=counts)
         if failure.rest is not None:
-            choice.health.cool_down(now, failure.rest, failure.reason, tried=tried and not failure.fails)
-            facts["rest"] = round(failure.rest, 3)
+            tried = 0 if failure.fails else tried
+            choice.health.cool_down(now, failure.rest, failure.reason, words, tried=tried)
         elif not failure.fails and tried:
-            choice.health.left(now)
+            choice.health.left(now, tried)
+        if (rest := choice.health.available_in(now)) > 0:
+            facts["rest"] = round(rest, 3)
         if self._request._exchange.meter is not None:
-            self._request._exchange.meter.forget_last()
+            self._request._exchange.meter.forget(self._asked)
         self._tell(facts, now)
         choice.health.end()
         self._tried.append(choice)
-        self._choice, self._trying = None, False
+        self._choice, self._trying = None, 0
 
     async def _stop(self, failure: Failure) -> str | None:
         """Return why the request is not sent again, or None."""
@@ -362,6 +394,16 @@ class _Attempts:
         soonest = min(waits, default=1.0)
         if best is None:
             best = Response.from_error(_all_rest(self._chooser, soonest))
+        elif best.status in (401, 403) and best.error is None:
+            # As it stands the client would look for the mistake in its own key.
+            best = Response.from_error(
+                ApiError(
+                    502,
+                    "Azure refuses the credential that the gateway itself has for this model; its operator finds this "
+                    f"as {self._request.id}",
+                    code="upstream_error",
+                )
+            )
         if best.status in (429, 503):
             told = best.retry_after()
             soonest = min(soonest, told) if waits and told is not None else soonest if told is None else told
@@ -373,6 +415,7 @@ class _Attempts:
             pool=self._balancer.pool.name,
             stopped=stopped,
             attempts=self._failed,
+            resting={each.name: each.health.reason for each in self._chooser.all if each.health.available_in(now) > 0},
         )
         return best
 
@@ -383,27 +426,35 @@ class _Attempts:
         if response.status == 200 and response.error is None and response.event_stream:
             response, failure = await self._look_into(response)
         else:
-            own = self._request.target.credential is None and self._asked().deployment.resource.has_credential
-            failure = await of_answer(response, own_credential=own)
+            own = self._request.target.credential is None and self._at_hand().deployment.resource.has_credential
+            failure = await of_answer(response, own_credential=own, seconds=self._left(_ERROR))
         if failure is not None and failure.reason == "no_deployment" and _IMAGES in self._request.headers:
             failure = None  # it may be the one of that header
-        if (
-            failure is not None
-            and failure.reason in ("timeout", "connect_timeout", "stalled")
-            and self._within < min(self._own_patience(), self._limits.deadline / 2)
-        ):
-            # It had less time than it may take, since others had taken it.
-            failure = msgspec.structs.replace(failure, fails=False)
+        if failure is not None and failure.reason in ("timeout", "connect_timeout", "stalled"):
+            usual = self._limits.silence if self._impatient else self._limits.deadline
+            timeouts = self._at_hand().deployment.resource.timeouts
+            if timeouts is not None and timeouts.first_byte is not None:
+                usual = min(usual, timeouts.first_byte)
+            if self._until - self._begun < usual / 2:
+                # It had less time than it may take, since others had taken it.
+                failure = msgspec.structs.replace(failure, fails=False)
         return response, failure
 
     async def _look_into(self, response: Response) -> tuple[Response, Failure | None]:
         """Look at the beginning of a stream, which is kept back until it is known to be one."""
-        seconds = max(0.0, min(self._own_patience(), self._within - (monotonic() - self._begun)))
+        own = self._at_hand().deployment.resource.timeouts
+        looked = monotonic()
+        patience = max(0.0, self._until - looked)
+        if own is not None and own.first_byte is not None:
+            patience = min(patience, own.first_byte)
         try:
-            begun = await response.peek(bool, seconds)
+            begun = await response.peek(bool, patience)
+            if not begun and monotonic() - looked < patience:
+                raise UpstreamError("Azure ended a stream that had nothing in it")
             if not begun:
-                raise UpstreamError("Azure began a stream, and sent nothing in it", fault="stalled")
-            found = await response.opening_error(self._limits.hold, responses=True)
+                said = f"Azure began a stream, and sent nothing in it for {patience:g} s"
+                raise UpstreamTimeout(said, fault="stalled")
+            found = await response.opening_error(self._left(self._limits.hold), responses=True)
         except UpstreamError as exc:
             return Response.from_error(exc), of_error(exc)
         failure = None if found is None else of_status(response, found.status, found.message)
@@ -416,19 +467,27 @@ class _Attempts:
         answer.headers.set("content-type", "application/json")
         return answer, failure
 
-    def _own_patience(self) -> float:
-        """Return how long, in seconds, the deployment at hand may take to begin to answer, by its resource."""
-        own = self._asked().deployment.resource.timeouts
-        return own.first_byte or math.inf if own is not None else math.inf
+    def _left(self, seconds: float) -> float:
+        """Return so many seconds, or what is left of all, if that is less."""
+        return min(seconds, max(0.0, self._deadline - monotonic()))
 
-
-async def _keep(response: Response) -> None:
-    """Read an error whole: its connection is closed when another deployment is asked."""
-    if not isinstance(response.body, bytes):
+    async def _keep(self, response: Response) -> None:
+        """Read an error whole: its connection is closed when another is asked, and one that drips keeps nobody."""
+        if isinstance(response.body, bytes):
+            return
         try:
-            await response.read(_MOST)
-        except ApiError:
-            response.body = b""
+            async with asyncio.timeout(self._left(_ERROR)):
+                await response.read(_MOST)
+        except (ApiError, TimeoutError):
+            response.body = ApiError(response.status, f"Azure answered with status {response.status}").body()
+            response.headers.set("content-type", "application/json")
+            response.headers.remove("content-length")
+
+
+def _is_at(target: Target | None, choice: Choice) -> bool:
+    """Whether a target is a deployment."""
+    there = choice.deployment
+    return target is not None and target.resource is there.resource and target.deployment == there.name
 
 
 def _more_telling(one: Response | None, other: Response) -> Response:

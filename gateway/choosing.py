@@ -1,9 +1,10 @@
 """Which deployment of a pool a request goes to.
 
-Of the first priority in which one is available: the one with the least in flight for its weight, and for the room
-that Azure says it has. Where several have as little, they take turns by their weights, so that the shares are right
-also where one request comes after another. A request with a key goes where all of that key go, as long as that one is
-available (rendezvous hashing: when one is not, only its own keys go elsewhere).
+Of the first priority in which one is available they take turns by their weights, and by the room that Azure says they
+have; but each comes so much later as it has requests in flight. So the shares are right where one request comes after
+another, and where many run at once it is the one with the least in flight for its weight. A request with a key goes
+where all of that key go, as long as that one is available (rendezvous hashing: when one is not, only its own keys go
+elsewhere).
 """
 
 from __future__ import annotations
@@ -40,12 +41,38 @@ class Choice:
 class _Group:
     """Those of one priority, and the time in which they take turns."""
 
-    __slots__ = ("choices", "now")
+    __slots__ = ("choices", "time")
 
     def __init__(self, choices: list[Choice]) -> None:
         # (What is looked at for each request is at hand without a look at the choice.)
         self.choices = [(each, each.health, each.step) for each in choices]
-        self.now = 0.0
+        self.time = 0.0
+
+    def next(self, now: float, tried: Collection[Choice]) -> Choice | None:
+        """Return the one whose turn it is: each comes so much later as it has requests in flight."""
+        best: Choice | None = None
+        least = math.inf
+        at = next_turn = time = self.time
+        for each, health, step in self.choices:
+            if health.away_until > now or (tried and each in tried):
+                continue
+            step /= health.room  # noqa: PLW2901 -- less room is less weight
+            # One that was passed over makes up for one turn at most.
+            turn = time - step
+            turn = max(turn, each.turn)
+            behind = turn + health.in_flight * step
+            if behind < least:
+                best, least, at, next_turn = each, behind, turn, turn + step
+        if best is not None:
+            best.turn = next_turn
+            if at > time:
+                self.time = at
+        return best
+
+    def nearest(self, now: float, tried: Collection[Choice], key: bytes) -> Choice | None:
+        """Return the one that is nearest to a key."""
+        found = [each for each, health, _ in self.choices if health.away_until <= now and each not in tried]
+        return min(found, key=lambda each: _distance(key, each), default=None)
 
 
 class Chooser:
@@ -56,31 +83,14 @@ class Chooser:
         random = Random(None if seed is None else f"{seed} {pool.name}")  # noqa: S311 -- no secret
         self.all = [Choice(each, health.of(each), random.random() / each.weight) for each in pool.deployments]
         priorities = sorted({each.deployment.priority for each in self.all})
-        self.alone = False
-        """Whether what was picked last was the only one of its priority that could be."""
         self._groups = [_Group([each for each in self.all if each.deployment.priority == one]) for one in priorities]
 
     def pick(self, now: float, tried: Collection[Choice] = (), key: bytes | None = None) -> Choice | None:
         """Return one that is available and was not tried, or None. One without room is the last that is taken."""
         for group in self._groups:
-            best: Choice | None = None
-            least = turn = math.inf
-            count = 0
-            for each, health, step in group.choices:
-                if health.away_until > now or (tried and each in tried):
-                    continue
-                count += 1
-                load = health.in_flight * step / health.room if key is None else _distance(key, each)
-                if load < least or (load == least and each.turn < turn):
-                    best, least, turn = each, load, each.turn
+            best = group.next(now, tried) if key is None else group.nearest(now, tried, key)
             if best is not None:
-                self.alone = count == 1
-                if key is None:
-                    # One that rested does not make up for what it missed: its turn is now.
-                    turn = max(turn, group.now)
-                    group.now, best.turn = turn, turn + best.step
                 return best
-        self.alone = True
         return self._pick_full(now, tried)
 
     def has_another(self, now: float, tried: Collection[Choice]) -> bool:

@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("path", metavar="PATH", type=Path, nargs="?", help=where + "; or the folder it is in")
     doctor.add_argument("-n", "--dry-run", action="store_true", help="print what would be asked, and ask nothing")
     doctor.add_argument("--json", action="store_true", help="print one JSON object for each probe")
-    doctor.add_argument("--timeout", metavar="S", type=float, default=30.0, help="seconds for a probe (%(default)g)")
+    doctor.add_argument("--timeout", metavar="S", type=_seconds, default=30.0, help="seconds for a probe (%(default)g)")
     doctor.set_defaults(run=_doctor)
 
     keys = commands.add_parser(
@@ -231,6 +231,16 @@ def _workers(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 on nor auto")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
 
 
 def _serve(options: argparse.Namespace) -> int:

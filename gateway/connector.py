@@ -26,6 +26,8 @@ __all__ = ("Connector", "Destination")
 
 # How long, in seconds, a connection is kept that nobody uses: Azure closes on it after a minute or more.
 _KEPT = 55.0
+# How long, in seconds, one may have been idle for a request that must not be sent twice: nobody closes so soon.
+_FRESH = 2.0
 # How often, in seconds, those kept too long are looked for.
 _SWEEP = 5.0
 
@@ -98,12 +100,19 @@ class Connector:
             found = self._destinations[place] = Destination(resource, context)
         return found
 
-    def kept(self, destination: Destination) -> Wire | None:
-        """Return a connection that was kept, if there is one that is still open."""
+    def kept(self, destination: Destination, *, old: bool = True) -> Wire | None:
+        """Return a connection that was kept, if there is one that is still open; only one used just now if not `old`.
+
+        One that has been idle may have been closed at the other end, and a request on it be lost.
+        """
         while destination.kept:
-            wire = destination.kept.pop()
-            if wire.is_connected():
-                return wire
+            wire = destination.kept[-1]
+            if not wire.is_connected():
+                destination.kept.pop()
+            elif old or wire.loop.time() - wire.idle_since < _FRESH:
+                return destination.kept.pop()
+            else:
+                return None
         return None
 
     def put(self, wire: Wire) -> None:

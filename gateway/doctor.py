@@ -19,7 +19,7 @@ from gateway.azure import BY_NAME
 from gateway.body import Body
 from gateway.config import Loaded
 from gateway.entra import TokenUnavailable
-from gateway.errors import ApiError, UpstreamTimeout
+from gateway.errors import ApiError, StreamBroken, UpstreamTimeout
 from gateway.exchange import Exchange
 from gateway.headers import Headers
 from gateway.keys import Credential
@@ -127,6 +127,7 @@ class _Doctor:
     def __init__(self, resource: Resource, upstream: Upstream, key: Credential | None, seconds: float) -> None:
         self.reached = False
         """Whether it answered at all, and took the credential, so that its deployments can be asked."""
+        self._region_told = False
         self._resource = resource
         self._upstream = upstream
         self._credential = None if resource.has_credential else key
@@ -156,9 +157,11 @@ class _Doctor:
             body = (await response.read(_MOST)).decode("utf-8", "replace")
             return self._finding(None, "models", self._words(response.status, body), took)
         region = response.headers.get("x-ms-region")
+        self._region_told = region is not None
         if (wrong := of_region(resource, region)) is not None:
             return self._finding(None, "models", wrong, took)
-        return self._finding(None, "models", f"in {region}" if region else "", took, ok=True)
+        told = f"in {region}" if region else "" if resource.region is None else "Azure does not say its region"
+        return self._finding(None, "models", told, took, ok=True)
 
     async def deployment(self, asked: _Asked) -> list[Finding]:
         """Ask for a chat and a stream, or, where it is none for chats, for an embedding."""
@@ -196,18 +199,23 @@ class _Doctor:
         exchange = Exchange()
         target = Target(asked.resource, asked.deployment, version, self._credential)
         request = _request(operation, target, {"model": asked.deployment, **body}, exchange)
-        request.begin_within = self._seconds
+        request.begin_by = time.monotonic() + self._seconds
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._seconds):
                 response = await self._upstream(request)
                 first = _ms(begun)
+                region = None if self._region_told else response.headers.get("x-ms-region")
+                if (wrong := of_region(asked.resource, region)) is not None:
+                    return self._finding(asked.deployment, probe, wrong, first), False
                 if response.status >= 400:
                     return await self._of_status(asked, probe, response, version, first)
                 if probe != "stream":
                     await response.read()
                     return self._finding(asked.deployment, probe, "", _ms(begun), ok=True), False
                 first, asynchronous = await _read_stream(response, begun)
+        except StreamBroken as exc:
+            return self._finding(asked.deployment, probe, str(exc)), False
         except TimeoutError:
             return self._finding(asked.deployment, probe, of_error(UpstreamTimeout(""))), False
         finally:
@@ -295,7 +303,8 @@ async def _read_stream(response: Response, begun: float) -> tuple[float, bool]:
         for each in splitter.feed(piece):
             content = Event(each).json()
             choices = content.get("choices") if isinstance(content, dict) else None
-            asynchronous |= any("content_filter_offsets" in choice for choice in choices or ())
+            listed = choices if isinstance(choices, list) else ()
+            asynchronous |= any(isinstance(each, dict) and "content_filter_offsets" in each for each in listed)
     return first or _ms(begun), asynchronous
 
 

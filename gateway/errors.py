@@ -97,7 +97,7 @@ class ApiError(GatewayError):
 
 
 Fault = Literal[
-    "connect", "connect_timeout", "dns", "tls", "credential", "timeout", "deadline", "stalled", "broken_off"
+    "connect", "connect_timeout", "dns", "tls", "credential", "timeout", "deadline", "stalled", "stale", "broken_off"
 ]
 
 

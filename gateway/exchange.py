@@ -25,6 +25,8 @@ __all__ = ("EndedBy", "Exchange", "Outcome")
 
 EndedBy = Literal["complete", "client", "upstream", "gateway"]
 
+# How many bytes of bodies all exchanges together may keep that nobody had to read.
+_MOST_KEPT = 256 * 1024 * 1024
 # After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
 _AGAIN = 1.0
 # What is counted in most exchanges.
@@ -78,6 +80,8 @@ class Exchange:
     close_code: int | None = None
     meter: Meter | None = None
     """What was used, where somebody wants to know."""
+    _kept = 0  # by all exchanges
+    _keeps = 0
     _upstream: Owned | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
@@ -107,6 +111,14 @@ class Exchange:
             upstream.abort()
             return
         self._upstream = upstream
+
+    def keep(self, size: int) -> bool:
+        """Take so many bytes of what all exchanges may keep of bodies until this one is over; False if too much."""
+        if Exchange._kept + size > _MOST_KEPT:
+            return False
+        Exchange._kept += size
+        self._keeps += size
+        return True
 
     def release(self) -> None:
         """Close the connection that the exchange holds, if any."""
@@ -153,6 +165,8 @@ class Exchange:
         if self._over:
             return
         self._over = True
+        if self._keeps:
+            Exchange._kept -= self._keeps
         self.run_in(None)
         self.release()
         callbacks, self._callbacks = self._callbacks, []

@@ -18,8 +18,6 @@ __all__ = ("Failure", "of_answer", "of_error", "of_status")
 UNTOLD = 1.0
 # The shortest rest behind a 429, in seconds: a deployment that fails fast has little in flight, and would get all.
 _LEAST = 0.1
-# How long, in seconds, an error's body is waited for.
-_PATIENCE = 5.0
 # What a deployment that is not there is called, by Azure and by the stage openai_errors.
 _NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))
 # The faults that come before a body is read.
@@ -32,6 +30,7 @@ class Failure(msgspec.Struct):
     `again` says whether the request may be sent again: if it was surely not processed, if it is repeatable, or never.
     `rest` is for how many seconds Azure asks to be left alone, `certain` that the deployment cannot answer any request,
     `fails` whether it is the deployment that has failed, and `by_request` that it may be the request's own fault.
+    `words` are Azure's, or the gateway's, for the log.
     """
 
     reason: str
@@ -40,6 +39,7 @@ class Failure(msgspec.Struct):
     certain: bool = False
     fails: bool = True
     by_request: bool = False
+    words: str = ""
 
     @property
     def unread(self) -> bool:
@@ -47,28 +47,29 @@ class Failure(msgspec.Struct):
         return self.reason in _UNREAD
 
 
-async def of_answer(response: Response, *, own_credential: bool) -> Failure | None:
+async def of_answer(response: Response, *, own_credential: bool, seconds: float) -> Failure | None:
     """Return what an answer that is no stream means; None where every deployment would answer so.
 
     `own_credential` says that Azure was shown the gateway's, so that a refusal of it is not the client's fault.
+    An error's words are waited for so many seconds.
     """
     if isinstance(response.error, UpstreamError):
         return of_error(response.error)
     if response.error is not None or response.status < 400:
         return None  # the gateway's own refusal, or none
-    message, code = _words(await _beginning(response))
+    message, code = _words(await _beginning(response, seconds))
     if response.status == 404:
-        return Failure("no_deployment", "surely", certain=True) if code in _NO_DEPLOYMENT else None
+        return Failure("no_deployment", "surely", certain=True, words=message) if code in _NO_DEPLOYMENT else None
     if response.status in (401, 403):
         # (A 403 may be about what this request is for.)
-        return Failure("refused", "surely", certain=response.status == 401) if own_credential else None
+        return Failure("refused", "surely", certain=response.status == 401, words=message) if own_credential else None
     return of_status(response, response.status, message)
 
 
-async def _beginning(response: Response) -> bytes:
+async def _beginning(response: Response, seconds: float) -> bytes:
     """Return what an error says, or as much of it as is worth looking at; it stays in the answer."""
     try:
-        return await response.peek(lambda _: False, _PATIENCE)
+        return await response.peek(lambda _: False, seconds)
     except ApiError:
         return b""
 
@@ -76,8 +77,11 @@ async def _beginning(response: Response) -> bytes:
 def of_error(error: UpstreamError) -> Failure:
     """Return what an error of the connection means."""
     if error.fault == "deadline":
-        return Failure("deadline", "never", fails=False)
-    return Failure(error.fault, "surely" if error.unsent else "if_repeatable")
+        return Failure("deadline", "never", fails=False, words=error.message)
+    # (A kept connection that was closed says nothing of a deployment.)
+    return Failure(
+        error.fault, "surely" if error.unsent else "if_repeatable", fails=error.fault != "stale", words=error.message
+    )
 
 
 def of_status(response: Response, status: int, message: str) -> Failure | None:
@@ -87,9 +91,9 @@ def of_status(response: Response, status: int, message: str) -> Failure | None:
         penalty = (response.headers.get("x-ratelimit-abusepenalty-active") or "").strip().lower() == "true"
         reason = "abuse_penalty" if penalty else "rate_limited"
         rest = UNTOLD if rest is None else max(rest, _LEAST)
-        return Failure(reason, "never" if penalty else "surely", rest, fails=False)
+        return Failure(reason, "never" if penalty else "surely", rest, fails=False, words=message)
     if status == 408 or (status >= 500 and status not in (501, 505)):
-        return Failure(f"status_{status}", rest=rest or None, by_request=True)
+        return Failure(f"status_{status}", rest=rest or None, by_request=True, words=message)
     return None
 
 

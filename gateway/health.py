@@ -14,6 +14,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
@@ -31,6 +32,8 @@ MOST_REST = 3600.0
 _ROOM_FOR, _LOOK_EVERY = 5.0, 0.1
 # What is left of a room that is used up: nothing, but for a number that can be divided by.
 _FULL = 1e-3
+# For how long, in seconds, nobody else tries one that has failed while a request does.
+_TRY_FOR = 5.0
 # In how many parts the window is counted.
 _PARTS = 10
 
@@ -67,6 +70,8 @@ class DeploymentHealth:
         "_part",
         "_rest",
         "_rests_until",
+        "_tries",
+        "_try",
         "_turn_at",
         "answered",
         "away_until",
@@ -79,7 +84,6 @@ class DeploymentHealth:
         "reason",
         "room",
         "room_until",
-        "trying",
     )
 
     def __init__(self, deployment: Deployment, health: Health) -> None:
@@ -93,8 +97,6 @@ class DeploymentHealth:
         """Why it rests, or rested last."""
         self.failing = False
         """Whether the circuit is open, or half-open once the rest is over."""
-        self.trying = False
-        """Whether a request tries it, behind its rest."""
         self.failures = 0
         """How many there were in a row."""
         self.room = 1.0
@@ -108,6 +110,8 @@ class DeploymentHealth:
         self._health = health
         self._rest = 0.0
         self._cools_until = 0.0  # as Azure has asked
+        self._try = 0  # the number of the one under way
+        self._tries = 0
         self._limits: dict[bytes, float] = {}
         self._look_at = 0.0
         self._answered = [0] * _PARTS
@@ -135,32 +139,42 @@ class DeploymentHealth:
         """Return in how many seconds it may be asked, if the request that tries it now does not come back before."""
         return max(0.0, self.rests_until - now)
 
-    def begin(self, now: float) -> bool:
-        """Note that it is asked; whether this request tries it, so that how that goes must be told."""
+    def begin(self, now: float, *, alone: bool = True) -> int:
+        """Note that it is asked; returns the number of the try that this request is, whose end must be told, or 0."""
         self.in_flight += 1
-        return self.failing and self.begin_try(now)
+        return self.begin_try(now, alone=alone) if self.failing else 0
 
-    def begin_try(self, now: float) -> bool:
-        """Begin to try one that has failed, if its rest is over."""
-        if self.rests_until <= now:
-            self.trying = True
-            # Nobody else does meanwhile, but not for ever: a try may take as long as an answer does.
-            self.rests_until = now + self._health.settings.most_rest
-            return True
-        return False
+    def begin_try(self, now: float, *, alone: bool) -> int:
+        """Begin to try one that has failed, if its rest is over; returns the number of the try, or 0.
+
+        Nobody else tries it meanwhile if it is to be tried `alone`, but not for ever: that may take as long as an
+        answer does.
+        """
+        if self.rests_until > now:
+            return 0
+        self._tries += 1
+        self._try = self._tries
+        if alone:
+            self.rests_until = now + _TRY_FOR
+        return self._try
+
+    @property
+    def trying(self) -> bool:
+        """Whether a request tries it, behind its rest."""
+        return self._try != 0
 
     def end(self) -> None:
         """Note that a request is over; once for each `begin`."""
         self.in_flight -= 1
 
-    def began(self, now: float, tried: bool, fields: Sequence[Field] = ()) -> None:
+    def began(self, now: float, tried: int = 0, fields: Sequence[Field] = ()) -> None:
         """Note that it has begun to answer, with these header fields; `tried` is what `begin` said."""
         if now >= self._look_at:
             self._look(now, fields)
         if tried:
             self._close()
 
-    def succeeded(self, now: float, tried: bool, fields: Sequence[Field] = ()) -> None:
+    def succeeded(self, now: float, tried: int = 0, fields: Sequence[Field] = ()) -> None:
         """Note that it has answered, with these header fields; `tried` is what `begin` said."""
         if now >= self._look_at:
             self._look(now, fields)
@@ -170,20 +184,20 @@ class DeploymentHealth:
             self._close()
 
     def failed(
-        self, now: float, reason: str, *, tried: bool = False, certain: bool = False, counts: bool = True
+        self, now: float, reason: str, words: str = "", *, tried: int = 0, certain: bool = False, counts: bool = True
     ) -> None:
-        """Note that it could not answer.
+        """Note that it could not answer, and in what words.
 
         Where it is `certain` that it cannot, once is enough. What does not count is only told: it may be the request's
         own fault.
         """
         self.counts[reason] += 1
         settings = self._health.settings
-        if tried:
-            self.trying = False
+        if tried and tried == self._try:
+            self._try = 0
             self._rest = min(2 * self._rest, settings.most_rest)
-            self.rests_until = 0.0
-            self._rest_for(now, self._rest, reason)
+            self.rests_until = self._cools_until
+            self._rest_for(now, self._rest, reason, words)
             return
         if not counts:
             return
@@ -200,21 +214,22 @@ class DeploymentHealth:
         else:
             return
         self.failing = True
-        self._rest_for(now, self._rest, reason)
+        self._rest_for(now, self._rest, reason, words)
 
-    def cool_down(self, now: float, seconds: float, reason: str, *, tried: bool = False) -> None:
+    def cool_down(self, now: float, seconds: float, reason: str, words: str = "", *, tried: int = 0) -> None:
         """Note that Azure asks for it to be left alone."""
         self.counts[reason] += 1
         self.room, self.room_until = 1.0, 0.0  # what was left before says nothing of what is there after its rest
         if tried:
             self._close()  # it is there, and says so
         self._cools_until = max(self._cools_until, now + min(seconds, MOST_REST))
-        self._rest_for(now, min(seconds, MOST_REST), reason)
+        self._rest_for(now, min(seconds, MOST_REST), reason, words)
 
-    def left(self, now: float) -> None:
+    def left(self, now: float, tried: int) -> None:
         """Note that the request which tried it ended before it was known how that went: another may."""
-        self.trying = False
-        self.rests_until = max(now, self._cools_until)
+        if tried == self._try:
+            self._try = 0
+            self.rests_until = max(now, self._cools_until)
 
     def probed(self, now: float, reason: str | None, again: float) -> None:
         """Note what a probe found while it rests: nothing wrong, so a request may try it; or what, so not so soon."""
@@ -259,7 +274,7 @@ class DeploymentHealth:
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _rest_for(self, now: float, seconds: float, reason: str) -> None:
+    def _rest_for(self, now: float, seconds: float, reason: str, words: str) -> None:
         until = now + seconds
         if until <= self.rests_until:
             return
@@ -267,12 +282,16 @@ class DeploymentHealth:
         self.rests_until, self.reason = until, reason
         if longer:
             get_logger().warning(
-                "a deployment rests", deployment=str(self.deployment), reason=reason, seconds=round(seconds, 3)
+                "a deployment rests",
+                deployment=str(self.deployment),
+                reason=reason,
+                words=words,
+                seconds=round(seconds, 3),
             )
             self._health.tell(News(self.key, seconds, self.failing, reason))
 
     def _close(self) -> None:
-        self.trying = False
+        self._try = 0
         if self.failing:
             self.failing = False
             self.rests_until = self._cools_until
@@ -287,14 +306,16 @@ class DeploymentHealth:
         """Take what another process knows."""
         if news.seconds > 0:
             until = now + min(news.seconds, MOST_REST)
-            if until > self.rests_until:
-                self.rests_until, self.reason = until, news.reason
-            if news.failing and not self.failing:
+            if not news.failing:
+                self._cools_until = max(self._cools_until, until)
+            elif not self.failing:
                 self.failing = True
                 self._rest = self._health.settings.rest
+            if until > self.rests_until:
+                self.rests_until, self.reason = until, news.reason
         elif self.failing and not self.trying:
             self.failing = False
-            self.rests_until, self.failures = 0.0, 0
+            self.rests_until, self.failures = self._cools_until, 0
 
     def _turn(self, now: float) -> None:
         """Go on to the part of the window that is now."""
@@ -394,9 +415,15 @@ class Health:
 
 
 def _key(deployment: Deployment) -> str:
-    """Return what a deployment is known by everywhere: one that a reload moved elsewhere is another."""
+    """Return what a deployment is known by everywhere: one that a reload moved, or gave another key, is another."""
     resource = deployment.resource
-    return f"{resource.name}/{deployment.name} {resource.endpoint}"
+    shown = (
+        resource.credential.digest
+        if resource.credential is not None
+        else repr(resource.tokens and resource.tokens.identity)
+    )
+    by = blake2b(shown.encode(), digest_size=6).hexdigest()
+    return f"{resource.name}/{deployment.name} {resource.endpoint} {by}"
 
 
 def _number(text: bytes) -> float | None:

@@ -42,8 +42,9 @@ class Request:
     `operation` is the table's name for it, such as `chat.completions`, or None where there is none.
     `path` begins after the team's prefix and `/v1`. `caller` is who the key says it is, set by the stage
     that authenticates; `allowed_models` are the only ones that it may use (names or globs), None for all of the
-    team's. `target` is where it will go. `begin_within` is how many seconds Azure may take to begin to answer, where
-    they are fewer than the resource's time-out. `notes` are facts for the log event; never put a body or a key there.
+    team's. `target` is where it will go. `begin_by` is when Azure must have begun to answer, on
+    `time.monotonic`'s clock, where that is sooner than the resource's time-outs. `notes` are facts for the log event;
+    never put a body or a key there.
     """
 
     __slots__ = (
@@ -60,7 +61,7 @@ class Request:
         "_model_set",
         "_row",
         "allowed_models",
-        "begin_within",
+        "begin_by",
         "caller",
         "headers",
         "id",
@@ -99,7 +100,7 @@ class Request:
         self.team = team
         self.caller: str | None = None
         self.allowed_models: tuple[str, ...] | None = None
-        self.begin_within: float | None = None
+        self.begin_by: float | None = None
         self.target = target
         self.notes: dict[str, object] = {}
         self._body = body
@@ -179,7 +180,7 @@ class Request:
         if self.keep():
             return True
         length = self._body.length
-        if length is None or length > limit:
+        if length is None or length > limit or not self._exchange.keep(length):
             return False
         await self._body.read()
         return True
@@ -314,7 +315,7 @@ class Request:
         twin.operation = self.operation
         twin.caller = self.caller
         twin.allowed_models = self.allowed_models
-        twin.begin_within = self.begin_within
+        twin.begin_by = self.begin_by
         twin.notes = self.notes
         twin._json = self._json
         twin._json_set = self._json_set
@@ -331,14 +332,14 @@ class Request:
         """
         return (
             self.operation, self.path, self.query, self.headers.fields, self.target, self.caller, self.allowed_models,
-            self.begin_within, self._body, self._form, self._find, self._model, self._model_read,
+            self.begin_by, self._body, self._form, self._find, self._model, self._model_read,
         )  # fmt: skip
 
     def restore(self, saved: tuple[Any, ...]) -> None:
         """Make it again what it was when it was saved, so that it can be sent once more."""
         (
             self.operation, self.path, self.query, fields, self.target, self.caller, self.allowed_models,
-            self.begin_within, self._body, self._form, self._find, self._model, self._model_read,
+            self.begin_by, self._body, self._form, self._find, self._model, self._model_read,
         ) = saved  # fmt: skip
         self.headers = Headers.of(fields)
         # What was decoded may have been changed since: it is decoded again.

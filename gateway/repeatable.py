@@ -11,7 +11,7 @@ from gateway.errors import ApiError
 if TYPE_CHECKING:
     from gateway.messages import Request
 
-__all__ = ("is_repeatable",)
+__all__ = ("is_repeatable", "seems_repeatable")
 
 # What makes an answer, costs tokens, and leaves nothing behind.
 _ANSWERS = frozenset({
@@ -25,6 +25,13 @@ _ANSWERS = frozenset({
     "responses.compact",
     "responses.input_tokens",
 })  # fmt: skip
+
+
+def seems_repeatable(request: Request, body: bytes) -> bool:
+    """Whether a request is repeatable at first sight: without a look at its fields."""
+    if request.operation == "chat.completions":
+        return b'"store"' not in body
+    return request.method in ("GET", "HEAD") or request.operation in _ANSWERS
 
 
 async def is_repeatable(request: Request) -> bool:

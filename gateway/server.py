@@ -446,7 +446,8 @@ async def serve(
             return
         await starting
         _spare_the_collector()
-        log.info("listening", address=str(server.address), teams=len(server.teams.all))
+        admin = {"admin": str(server.admin.address)} if server.admin is not None else {}
+        log.info("listening", address=str(server.address), teams=len(server.teams.all), **admin)
         if ready is not None:
             ready()
         if beside is not None:

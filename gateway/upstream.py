@@ -27,6 +27,7 @@ from gateway.include_usage import STREAMED, HiddenUsage, with_usage_asked
 from gateway.keys import Credential
 from gateway.messages import Request, Response
 from gateway.models import FrameModels, placed, placed_query
+from gateway.repeatable import seems_repeatable
 from gateway.settings import Timeouts
 from gateway.targets import Resource, Target
 from gateway.urls import upstream_path
@@ -85,13 +86,13 @@ class Upstream:
         if target.api_version is None and target.resource is not None:
             target = target.replace(api_version=target.resource.api_version)
         resource, credential = _complete(target)
-        if credential is None:
-            credential = await _token(resource)
         query = request.query and placed_query(operation, request.query, target)
         path = upstream_path(operation, target, request.path, query)
         exchange = request._exchange
         exchange.target = target
         exchange.release()
+        if credential is None:
+            credential = await _token(resource)
         if operation.method == "WS":
             return await self._open(request, resource, path, credential)
         if request._json_set or operation.drops_model or operation.classic != "deployment" or target.is_v1:
@@ -145,7 +146,7 @@ class Upstream:
             target=target,
             exchange=exchange,
         )
-        request.begin_within = seconds
+        request.begin_by = time.monotonic() + seconds
         path = "/openai/v1/models" if target.is_v1 else f"/openai/models?api-version={version}"
         try:
             async with asyncio.timeout(seconds):
@@ -199,16 +200,17 @@ class Upstream:
         if (own := resource.timeouts) is not None:
             connect, first_byte, idle = own.connect or connect, own.first_byte or first_byte, own.idle or idle
         exchange = request._exchange
-        if (within := request.begin_within) is not None and within < first_byte:
-            connect, first_byte = min(connect, within), within
         again = False
+        # What can be sent again costs nothing where a kept connection turns out to be closed; else it must not be old.
+        repeatable = isinstance(body, bytes) and seems_repeatable(request, body)
         while True:
-            wire = None if again else self._connector.kept(destination)
+            wire = None if again else self._connector.kept(destination, old=repeatable)
             if wire is None:
-                begun = time.monotonic()
+                if (until := request.begin_by) is not None:
+                    connect = min(connect, max(0.001, until - time.monotonic()))
                 wire = await self._connector.connect(destination, connect)
-                if within is not None:
-                    first_byte = max(0.001, min(first_byte, within - (time.monotonic() - begun)))
+            if (until := request.begin_by) is not None:
+                first_byte = min(first_byte, max(0.001, until - time.monotonic()))
             # (While a body is on its way it is the client that takes its time.)
             answer = wire.ask(first_byte if isinstance(body, bytes) else _UPLOAD, idle)
             answer.upgrade = upgrade
@@ -221,12 +223,13 @@ class Upstream:
                     await answer.begun()
                 else:
                     await self._upload(wire, answer, head, body, first_byte, idle)
-            except UpstreamError:
+            except UpstreamError as exc:
                 answer.abort()
-                stale = wire.used and wire.lost and not wire.received
-                if stale and not again and isinstance(body, bytes) and await request.repeatable():
-                    again = True
-                    continue
+                if wire.used and wire.lost and not wire.received:
+                    exc.fault = "stale"
+                    if not again and isinstance(body, bytes) and await request.repeatable():
+                        again = True
+                        continue
                 raise
             if watch is not None:
                 watch.status = answer.status

@@ -308,10 +308,14 @@ class Meter:
         self._asked.append((watch, operation, body, model))
         return watch
 
-    def forget_last(self) -> None:
-        """Count nothing for what Azure was asked last: it has failed, and is asked of another."""
-        if self._asked:
-            self._asked.pop()
+    @property
+    def asked(self) -> int:
+        """How often Azure was asked so far."""
+        return len(self._asked)
+
+    def forget(self, asked: int) -> None:
+        """Count nothing for what Azure was asked since it had been asked so often: it has failed."""
+        del self._asked[asked:]
 
     def usage(self, *, abandoned: bool) -> Usage | None:
         """Return the sum of what was used; None where nothing was, as far as is known.

@@ -95,7 +95,7 @@ def message_of(body: str) -> str:
         content = msgspec.json.decode(body)
         error = content.get("error", content) if isinstance(content, dict) else content
         text = str(error.get("message", body)) if isinstance(error, dict) else str(error)
-    except (msgspec.DecodeError, ValueError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         text = body
     return " ".join(text.split())[:300]
 

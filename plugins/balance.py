@@ -39,6 +39,10 @@ class Balance(Stage):
             gt=0, description="seconds for all attempts and waits, until an answer has begun; timeouts.first_byte else"
         ),
     ] = None
+    silence: Annotated[
+        float,
+        Meta(gt=0, description="seconds until a stream that has not begun is asked for elsewhere, where it can be"),
+    ] = 60.0
     wait: Annotated[
         float,
         Meta(ge=0, le=600, description="seconds that a request may wait for one to come back, where all of them rest"),
@@ -69,6 +73,7 @@ class Balance(Stage):
         limits = AttemptLimits(
             # (So much sooner that it is a failed attempt, and not the end of everything.)
             min(self.deadline or math.inf, 0.98 * services.deadline),
+            self.silence,
             self.attempts,
             self.wait,
             self.hold,

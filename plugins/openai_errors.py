@@ -1,5 +1,6 @@
 """`openai_errors`: Azure's errors, in the words and the shape that OpenAI's clients read."""
 
+import asyncio
 import json
 import math
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ LONGEST = 120
 # What a 429 says that names no time, in seconds: about what a client waits that is told nothing.
 UNTOLD = 1.0
 MOST = 256 * 1024
+PATIENCE = 10.0  # seconds for an error's body, which may drip
 FIELDS = ("message", "type", "param", "code")
 
 
@@ -30,9 +32,10 @@ class OpenAIErrors(Stage):
         if response.status < 400 or response.error is not None:
             return response
         try:
-            data = await response.read(MOST)
-        except ApiError:
-            data = b""
+            async with asyncio.timeout(PATIENCE):
+                data = await response.read(MOST)
+        except (ApiError, TimeoutError):
+            data = response.body = b""
         error = read_error(data)
         made = spoken(request, response.status, error)
         wait = response.retry_after(made["message"])

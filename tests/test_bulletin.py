@@ -66,7 +66,7 @@ async def test_a_rest_and_its_end_are_known_everywhere(server: RedisServer) -> N
             assert abs(late.left() - one.left()) < 1
         one.east.rests_until = 0.0
         assert one.east.begin(time.monotonic())
-        one.east.succeeded(time.monotonic(), True)
+        one.east.succeeded(time.monotonic(), one.east._try)
         await until(lambda: other.left() == 0)
         assert not other.east.failing
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
+from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,21 +46,43 @@ def test_shares_are_by_weight(weights: list[float], seed: int) -> None:
         assert abs(counts[choice.name] - 200 * choice.weight / sum(weights)) <= 2
 
 
-@given(st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=2, max_size=5), st.lists(st.integers(0, 4), max_size=40))
+@given(st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=2, max_size=5), st.lists(st.integers(0, 4), max_size=80))
 def test_the_least_loaded_for_its_weight_is_chosen(weights: list[float], ends: list[int]) -> None:
-    """However requests begin and end: nobody else has less in flight for its weight."""
+    """However requests begin and end: nobody else has less in flight for its weight, but for a turn of either."""
     health = Health()
     chooser = Chooser(pool(*weights), health, 1)
     running: list[int] = []
     for end in ends:
-        loads = [each.health.in_flight / each.weight for each in chooser.all]
         chosen = chooser.pick(NOW)
         assert chosen is not None
-        assert chosen.health.in_flight / chosen.weight == min(loads)
+        load = chosen.health.in_flight * chosen.step
+        assert all(load <= each.health.in_flight * each.step + each.step + chosen.step + 1e-9 for each in chooser.all)
         chosen.health.begin(NOW)
         running.append(chooser.all.index(chosen))
         if end and running:
             chooser.all[running.pop(end % len(running))].health.end()
+
+
+@pytest.mark.parametrize("rate", [0.2, 1.0, 4.0])
+def test_shares_are_by_weight_where_few_run_at_once(rate: float) -> None:
+    """Nobody gets more for having nothing in flight just now: the smallest would hit its quota."""
+    chooser = Chooser(pool(5, 1, 0.5), Health(), 1)
+    random = Random(7)
+    ends: list[tuple[float, int]] = []
+    counts = [0, 0, 0]
+    time = 0.0
+    for _ in range(5000):
+        time += random.expovariate(rate)
+        while ends and ends[0][0] <= time:
+            chooser.all[heapq.heappop(ends)[1]].health.end()
+        chosen = chooser.pick(NOW)
+        assert chosen is not None
+        chosen.health.begin(NOW)
+        place = chooser.all.index(chosen)
+        counts[place] += 1
+        heapq.heappush(ends, (time + random.expovariate(1.0), place))
+    for count, share in zip(counts, (5 / 6.5, 1 / 6.5, 0.5 / 6.5), strict=True):
+        assert abs(count / 5000 - share) < 0.05
 
 
 def test_the_same_seed_is_the_same_order_and_another_another() -> None:

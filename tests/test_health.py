@@ -34,7 +34,7 @@ def test_failures_in_a_row_open_the_circuit() -> None:
     east, clock, _ = made(failures=3, rest=2)
     for _ in range(2):
         east.failed(clock.now, "broken_off")
-    east.succeeded(clock.now, False)
+    east.succeeded(clock.now)
     for _ in range(2):
         east.failed(clock.now, "broken_off")
     assert east.is_available(clock.now)
@@ -48,11 +48,11 @@ def test_a_share_of_failures_opens_it() -> None:
     """If they were enough requests, and of the last window: what was long ago does not count."""
     east, clock, _ = made(failures=1000, share=0.5, least=10, window=10)
     for _ in range(100):
-        east.succeeded(clock.now, False)
+        east.succeeded(clock.now)
     clock.now += 11
     for _ in range(4):
         east.failed(clock.now, "status_500")
-        east.succeeded(clock.now, False)
+        east.succeeded(clock.now)
         clock.now += 0.5
     east.failed(clock.now, "status_500")
     assert east.is_available(clock.now)
@@ -72,12 +72,12 @@ def test_one_request_tries_it_and_its_success_closes_it() -> None:
         assert east.begin(clock.now)
         assert not east.is_available(clock.now)
         assert east.trying
-        east.failed(clock.now, "connect", tried=True)
+        east.failed(clock.now, "connect", tried=east._try)
         east.end()
         assert east.available_in(clock.now) == rest
     clock.now = east.rests_until
     assert east.begin(clock.now)
-    east.succeeded(clock.now, True)
+    east.succeeded(clock.now, east._try)
     east.end()
     assert (east.failing, east.is_available(clock.now)) == (False, True)
     assert not east.begin(clock.now)
@@ -91,7 +91,7 @@ def test_what_was_asked_before_it_rested_changes_nothing() -> None:
     east.failed(clock.now, "connect")
     clock.now += 1
     east.failed(clock.now, "connect")
-    east.succeeded(clock.now, False)
+    east.succeeded(clock.now)
     assert east.available_in(clock.now) == 3
 
 
@@ -121,19 +121,19 @@ def test_a_429_on_the_try_closes_it() -> None:
     east.failed(clock.now, "connect")
     clock.now += 1
     assert east.begin(clock.now)
-    east.cool_down(clock.now, 2, "rate_limited", tried=True)
+    east.cool_down(clock.now, 2, "rate_limited", tried=east._try)
     assert not east.failing
     assert east.available_in(clock.now) == 2
 
 
 def test_a_try_that_takes_for_ever_keeps_nobody_out_for_ever() -> None:
-    """Another request may try it after the longest rest."""
+    """Another request may try it after some seconds."""
     east, clock, _ = made(failures=1, rest=1, most_rest=20)
     east.failed(clock.now, "connect")
     clock.now += 1
     assert east.begin(clock.now)
     assert not east.is_available(clock.now)
-    clock.now += 20
+    clock.now += 5
     assert east.begin(clock.now)
 
 
@@ -150,17 +150,71 @@ def test_a_stream_that_has_begun_closes_the_circuit_and_ends_no_row_of_failures(
     """Only at its end is it known whether it was an answer."""
     east, clock, _ = made(failures=3, rest=1)
     for _ in range(2):
-        east.began(clock.now, False)
+        east.began(clock.now)
         east.failed(clock.now, "broken_off")
-    east.began(clock.now, False)
+    east.began(clock.now)
     assert east.is_available(clock.now)
     east.failed(clock.now, "broken_off")
     assert not east.is_available(clock.now)
     clock.now += 1
     assert east.begin(clock.now)
-    east.began(clock.now, True)
+    east.began(clock.now, east._try)
     assert east.is_available(clock.now)
     assert not east.failing
+
+
+def test_what_azure_asked_for_outlasts_all_else() -> None:
+    """A failed try, one that was left, a probe, the end of another rest, and news do not make its rest shorter."""
+    east, clock, health = made(failures=1, rest=1)
+
+    def failing() -> int:
+        east.rests_until, east.failing = clock.now, True
+        tried = east.begin(clock.now)
+        assert tried
+        return tried
+
+    tried = failing()
+    east.cool_down(clock.now, 60, "rate_limited")  # of a request that was asked before
+    east.failed(clock.now, "connect", tried=tried)
+    assert east.available_in(clock.now) == 60
+    health.hear(News(east.key))
+    assert east.available_in(clock.now) == 60
+    clock.now += 60
+    tried = failing()
+    health.hear(News(east.key, 30, reason="rate_limited"))
+    east.left(clock.now, tried)
+    assert east.available_in(clock.now) == 30
+    east.probed(clock.now, None, 5)
+    assert east.available_in(clock.now) == 30
+    east.succeeded(clock.now, tried)
+    assert east.available_in(clock.now) == 30
+
+
+def test_of_two_tries_the_older_one_says_nothing_of_the_newer() -> None:
+    """It was given up; its failure is one, and does not let a third begin."""
+    east, clock, _ = made(failures=1, rest=1, most_rest=20)
+    east.failed(clock.now, "connect")
+    clock.now += 1
+    old = east.begin(clock.now)
+    clock.now += 5
+    new = east.begin(clock.now)
+    assert old != new
+    east.failed(clock.now, "connect", tried=old)
+    east.left(clock.now, old)
+    assert east.trying
+    assert not east.is_available(clock.now)
+    east.failed(clock.now, "connect", tried=new)
+    assert east.available_in(clock.now) == 2
+
+
+def test_a_slow_upload_tries_it_beside_others() -> None:
+    """Its client may take any time: nobody waits for that one."""
+    east, clock, _ = made(failures=1, rest=1)
+    east.failed(clock.now, "connect")
+    clock.now += 1
+    slow = east.begin(clock.now, alone=False)
+    assert east.is_available(clock.now)
+    assert east.begin(clock.now) not in (0, slow)
 
 
 def test_whoever_left_while_it_tried_lets_another_try() -> None:
@@ -169,7 +223,7 @@ def test_whoever_left_while_it_tried_lets_another_try() -> None:
     east.failed(clock.now, "connect")
     clock.now += 1
     assert east.begin(clock.now)
-    east.left(clock.now)
+    east.left(clock.now, 1)
     assert east.is_available(clock.now)
     assert east.failing
 
@@ -204,12 +258,12 @@ def test_room(fields: dict[str, str], room: float | None) -> None:
 def test_room_without_a_limit_is_of_the_most_that_was_left() -> None:
     """And it is looked at ten times a second at most, and believed for some seconds."""
     east, clock, _ = made()
-    east.succeeded(clock.now, False, Headers({"x-ratelimit-remaining-tokens": "800"}).fields)
+    east.succeeded(clock.now, 0, Headers({"x-ratelimit-remaining-tokens": "800"}).fields)
     assert east.room == 1.0
-    east.succeeded(clock.now, False, Headers({"x-ratelimit-remaining-tokens": "1"}).fields)
+    east.succeeded(clock.now, 0, Headers({"x-ratelimit-remaining-tokens": "1"}).fields)
     assert east.room == 1.0
     clock.now += 0.2
-    east.succeeded(clock.now, False, Headers({"x-ratelimit-remaining-tokens": "200"}).fields)
+    east.succeeded(clock.now, 0, Headers({"x-ratelimit-remaining-tokens": "200"}).fields)
     assert east.room == 0.25
     assert east.room_until == pytest.approx(clock.now + 5)
 
@@ -231,7 +285,7 @@ def test_what_others_are_told_and_hear() -> None:
     assert west.available_in(there.now) == 2
     clock.now += 2
     east.begin(clock.now)
-    east.succeeded(clock.now, True)
+    east.succeeded(clock.now, east._try)
     other.hear(told[1])
     assert (west.is_available(there.now), west.failing) == (True, False)
     other.hear(News("nobody/knows it", 5))
@@ -284,7 +338,7 @@ def test_the_report() -> None:
     east, clock, health = made(failures=1, rest=2)
     assert health.report()[0]["state"] == "available"
     east.begin(clock.now)
-    east.succeeded(clock.now, False)
+    east.succeeded(clock.now)
     east.failed(clock.now, "connect")
     assert health.report() == [
         {
@@ -296,6 +350,6 @@ def test_the_report() -> None:
     clock.now += 2
     assert health.report()[0]["state"] == "half_open"
     east.begin(clock.now)
-    east.succeeded(clock.now, True)
+    east.succeeded(clock.now, east._try)
     east.cool_down(clock.now, 3, "rate_limited")
     assert (health.report()[0]["state"], health.report()[0]["reason"]) == ("cooling_down", "rate_limited")

@@ -304,6 +304,21 @@ async def test_a_kept_connection_that_fails_is_replaced_once_and_only_where_twic
             assert len(taken) == times
 
 
+async def test_what_must_not_be_sent_twice_goes_out_on_no_old_connection(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Azure may be closing one that has been idle; anything else takes it, since it can be sent again."""
+    async with raw_upstream(OK, OK, OK, OK, keep_open=True) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        for fresh, body, connections in (
+            (60.0, CHAT, 1), (60.0, {**CHAT, "store": True}, 1), (0.0, CHAT, 1), (0.0, {**CHAT, "store": True}, 2),
+        ):  # fmt: skip
+            monkeypatch.setattr("gateway.connector._FRESH", fresh)
+            async with gateway.post(json=body) as answer:
+                assert answer.status == 200
+            assert upstream.connections == connections
+
+
 async def test_fresh_connection_that_fails_is_not_tried_again(start_gateway: StartGateway) -> None:
     """A request may have been worked on where a new connection broke: it is sent once."""
     async with raw_upstream(b"") as upstream:

@@ -87,7 +87,7 @@ def _convert(reader: Reader, node: Node, kind: Any, what: str, secret: bool) -> 
     value = _scalar(kind, args if origin is Literal else (), text)
     if value is FAILED:
         hint = did_you_mean(text, map(str, args)) if origin is Literal else ""
-        hint = hint if "mean" in hint and not secret else ""
+        hint = hint if "mean" in hint else ""
         reader.mistake(node, f"{what} must be {_kind_name(kind)}{_given(node, secret)}{hint}")
     return value
 

@@ -45,7 +45,7 @@ class CredentialFile:
 
     kind: Annotated[
         Literal["managed_identity", "workload_identity", "client_secret"],
-        # (Not shown where it is wrong: who writes a key here, where `api_key` is meant, does not want it printed.)
+        # (Not shown where it is wrong: it may be a key, written here where `api_key` is meant.)
         Meta(description="what the identity is: the machine's, the pod's, or an application's", extra={"secret": True}),
     ]
     client_id: Annotated[

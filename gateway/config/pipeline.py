@@ -283,7 +283,7 @@ def _advice(name: str, providers: dict[str, str]) -> str:
         return f"which {providers[name]!r} provides further down; move it above"
     usual = {
         "caller": "the stage auth_keys, or auth_passthrough",
-        "credential": "the stage auth_passthrough, or the resource's api_key",
+        "credential": "the stage auth_passthrough, or an `api_key` or a `credential` of each resource",
         "deployment": "the stage model_map",
         "api_version": "the stage api_version",
     }

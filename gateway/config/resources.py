@@ -63,6 +63,8 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
                 reader.mistake(
                     value_of(value, "credential"), f"{what}: it has both an api_key and a credential, and needs one"
                 )
+            if identity is None:
+                credential = Credential("unknown")  # whoever needs one has not made a second mistake
         if identity is not None and identity not in tokens:
             tokens[identity] = EntraTokens(identity, shared.session, kept=shared.space("", "entra"))
         proxy = None
@@ -88,6 +90,19 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
     return resources
 
 
+_WHY_BAD = {
+    "ca": "it must be a PEM file of certificates",
+    "certificate": "it must be a PEM file of a certificate and its key, or the `key` must be named",
+    "match": "it is the key of another certificate",
+    "key": "it must be the PEM file of the certificate's key, without a passphrase",
+}
+
+
+def _file(given: str) -> str:
+    """Return a file's name to show: what is none, such as a key in the place of one, is not shown."""
+    return given if given.isprintable() and len(given) < 200 and "PRIVATE" not in given else "this file"
+
+
 def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -> Tls | None:
     """Return how a resource is spoken to over TLS; what is wrong with its files is noted."""
     folder = reader.folder(node)
@@ -103,7 +118,7 @@ def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -
             digest.update(reader.sources.read(paths[name]))
         except (OSError, ValueError) as exc:
             reason = getattr(exc, "strerror", None) or "its name is no name"
-            reader.mistake(value_of(node, name), f"{what}: tls: cannot read this file: {reason}")
+            reader.mistake(value_of(node, name), f"{what}: tls: cannot read {_file(given)}: {reason}")
     if not https:
         reader.mistake(node, f"{what}: tls is for an endpoint that begins with https://")
     if "key" in paths and "certificate" not in paths:
@@ -116,8 +131,12 @@ def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -
             part.context()
         except OSError as exc:
             wrong = next((name for name in names if name in paths), "ca")
-            reason = getattr(exc, "reason", None) or "it is not what it should be"
-            reader.mistake(value_of(node, wrong), f"{what}: tls: the {wrong} is not good: {reason}")
+            why = (
+                _WHY_BAD[wrong]
+                if not str(getattr(exc, "reason", "")).startswith("KEY_VALUES")
+                else "they do not belong together"
+            )
+            reader.mistake(value_of(node, wrong), f"{what}: tls: the {wrong} is not good: {why}")
             return None
     return tls
 

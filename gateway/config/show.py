@@ -29,7 +29,12 @@ def show(loaded: Loaded) -> str:
         if resource.tokens is not None:
             stored = f" with tokens of {_IDENTITIES[resource.tokens.identity.kind]}"
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
-        lines.append(f"resource {resource.name}: {resource.endpoint}{stored}{through}")
+        more = [f"api-version {resource.api_version}"] if resource.api_version is not None else []
+        more += [f"region {resource.region}"] if resource.region is not None else []
+        more += ["TLS of its own"] if resource.tls is not None else []
+        lines.append(
+            f"resource {resource.name}: {resource.endpoint}{stored}{through}{''.join(f', {each}' for each in more)}"
+        )
     lines += [f"pool {each.name}: {', '.join(map(_pooled, each.deployments))}" for each in loaded.pools.values()]
     if loaded.settings.admin is not None:
         lines.append(f"the operator may look at {loaded.settings.admin}")
