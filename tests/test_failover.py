@@ -24,7 +24,7 @@ FAULTS: list[Fault] = [
     "limited", "limited_silently", "limited_in_words", "mute", "stalled", "broken", "error", "unavailable", "timeout",
     "error_in_stream", "stalled_late", "broken_late", "no_deployment",
 ]  # fmt: skip
-SECONDS, DEAD, PAUSE = 1.2, 30.0, 0.6
+SECONDS, DEAD, PAUSE = 2.0, 30.0, 0.6
 LATE = ("stalled_late", "broken_late", "error_late")
 RETRIES, RESERVE = 0.2, 100
 HEALTH = "{failures: 5, rest: 0.5, most_rest: 4, window: 5}"
@@ -122,7 +122,7 @@ async def test_ten_thousand_requests_while_one_region_after_another_fails(start_
             top=f"health: {HEALTH}",
             more="    - unknown/gpt-4o\n    - slow/gpt-4o",
         ).replace("resources:\n", f"resources:\n{lost}")
-        yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.4, idle: 0.4}}")
+        yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 1, idle: 1}}")
         run = Run(await start_gateway("", yaml), regions)
         over = asyncio.Event()
         await asyncio.gather(run.clients(over), run.script(over))

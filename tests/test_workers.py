@@ -633,7 +633,8 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
             for _ in range(4):
                 session = await stack.enter_async_context(aiohttp.ClientSession())
                 body = {**CHAT, "stream": True}
-                answers.append(await session.post(running.url, json=body, headers={"api-key": KEY}))
+                asked = session.post(running.url, json=body, headers={"api-key": KEY})
+                answers.append(await stack.enter_async_context(asked))
             assert [each.status for each in answers] == [200, 200, 200, 429]
             assert "which is the most at once" in await answers[3].text()
             pids = [int(each.headers["x-pid"]) for each in answers[:3]]
@@ -642,8 +643,8 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
             free = pids.count(pids[0])
             for status in [200] * free + [429]:
                 session = await stack.enter_async_context(aiohttp.ClientSession())
-                answer = await session.post(running.url, json={**CHAT, "stream": True}, headers={"api-key": KEY})
-                assert answer.status == status
+                asked = session.post(running.url, json={**CHAT, "stream": True}, headers={"api-key": KEY})
+                assert (await stack.enter_async_context(asked)).status == status
         running.process.send_signal(signal.SIGTERM)
         running.process.send_signal(signal.SIGTERM)
         await running.gone()
