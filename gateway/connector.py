@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
+from collections.abc import Callable
 from typing import cast
 
 import aiohttp
@@ -100,16 +101,17 @@ class Connector:
             found = self._destinations[place] = Destination(resource, context)
         return found
 
-    def kept(self, destination: Destination, *, old: bool = True) -> Wire | None:
-        """Return a connection that was kept, if there is one that is still open; only one used just now if not `old`.
+    def kept(self, destination: Destination, old_too: Callable[[], bool]) -> Wire | None:
+        """Return a connection that was kept, if there is one that is still open.
 
-        One that has been idle may have been closed at the other end, and a request on it be lost.
+        One that has been idle may have been closed at the other end, and a request on it be lost: `old_too` is asked
+        whether it may be one of those.
         """
         while destination.kept:
             wire = destination.kept[-1]
             if not wire.is_connected():
                 destination.kept.pop()
-            elif old or wire.loop.time() - wire.idle_since < _FRESH:
+            elif wire.loop.time() - wire.idle_since < _FRESH or old_too():
                 return destination.kept.pop()
             else:
                 return None

@@ -201,10 +201,12 @@ class Upstream:
             connect, first_byte, idle = own.connect or connect, own.first_byte or first_byte, own.idle or idle
         exchange = request._exchange
         again = False
-        # What can be sent again costs nothing where a kept connection turns out to be closed; else it must not be old.
-        repeatable = isinstance(body, bytes) and seems_repeatable(request, body)
+
+        def repeatable() -> bool:
+            return isinstance(body, bytes) and seems_repeatable(request, body)
+
         while True:
-            wire = None if again else self._connector.kept(destination, old=repeatable)
+            wire = None if again else self._connector.kept(destination, repeatable)
             if wire is None:
                 if (until := request.begin_by) is not None:
                     connect = min(connect, max(0.001, until - time.monotonic()))
