@@ -58,8 +58,9 @@ class _Group:
                 continue
             step /= health.room  # noqa: PLW2901 -- less room is less weight
             # One that was passed over makes up for one turn at most.
-            turn = time - step
-            turn = max(turn, each.turn)
+            turn = each.turn
+            if turn < time - step:  # noqa: PLR1730 -- `max` is a call, for each request and deployment
+                turn = time - step
             behind = turn + health.in_flight * step
             if behind < least:
                 best, least, at, next_turn = each, behind, turn, turn + step

@@ -211,8 +211,8 @@ class Upstream:
                 if (until := request.begin_by) is not None:
                     connect = min(connect, max(0.001, until - time.monotonic()))
                 wire = await self._connector.connect(destination, connect)
-            if (until := request.begin_by) is not None:
-                first_byte = min(first_byte, max(0.001, until - time.monotonic()))
+            if (until := request.begin_by) is not None and (left := until - time.monotonic()) < first_byte:
+                first_byte = max(0.001, left)
             # (While a body is on its way it is the client that takes its time.)
             answer = wire.ask(first_byte if isinstance(body, bytes) else _UPLOAD, idle)
             answer.upgrade = upgrade
