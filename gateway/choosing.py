@@ -56,11 +56,17 @@ class _Group:
         for each, health, step in self.choices:
             if health.away_until > now or (tried and each in tried):
                 continue
-            step /= health.room  # noqa: PLW2901 -- less room is less weight
-            # One that was passed over makes up for one turn at most.
+            if health.room < 1.0:
+                if health.room_until <= now:
+                    health.room = 1.0  # that was long ago, and a quota is new each minute
+                step /= health.room  # noqa: PLW2901 -- less room is less weight
+            # One that was passed over makes up for one turn at most, and none waits longer than for one: it may have
+            # more room by now than when it was chosen last. (`max` would be a call, for each request and deployment.)
             turn = each.turn
-            if turn < time - step:  # noqa: PLR1730 -- `max` is a call, for each request and deployment
+            if turn < time - step:
                 turn = time - step
+            elif turn > time + step:
+                turn = time + step
             behind = turn + health.in_flight * step
             if behind < least:
                 best, least, at, next_turn = each, behind, turn, turn + step

@@ -138,6 +138,24 @@ def test_room_is_weight() -> None:
     assert [each.health.in_flight for each in chooser.all] == [2, 4]
 
 
+@pytest.mark.parametrize("left", ["0", "1", "20"])
+def test_one_whose_room_is_back_gets_its_share_at_once(left: str) -> None:
+    """Once Azure says so, or has said nothing for as long as it is believed: a quota is new each minute."""
+    for told in (True, False):
+        chooser = Chooser(pool(1, 1), Health(), 1)
+        one = chooser.all[0].health
+        room = {"x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": left}
+        one.observe(NOW, Headers(room).fields)
+        later = NOW + (4.9 if told and one.room > 0.001 else 5.1)
+        assert any(chooser.pick(later) is chooser.all[0] for _ in range(3000))
+        if told:
+            one.observe(later, Headers({**room, "x-ratelimit-remaining-tokens": "1000"}).fields)
+        else:
+            later += 5
+        counts = Counter(chosen.name for _ in range(20) if (chosen := chooser.pick(later)))
+        assert 9 <= counts["a/x"] <= 11
+
+
 @given(st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=2, max_size=6), st.binary(min_size=1, max_size=8))
 def test_a_key_has_a_home(weights: list[float], key: bytes) -> None:
     """It is the same under every seed; where the home rests, it is another, and only for its own keys."""
