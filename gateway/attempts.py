@@ -6,7 +6,6 @@ Nothing is sent again once anything of an answer may have gone to the client, wh
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import re
 from collections.abc import Awaitable, Callable, Sequence
@@ -108,7 +107,7 @@ class Balancer:
         budget, limits, target, begin_by = self.budget, self.limits, request.target, request.begin_by
         if budget.left < self._most:
             budget.left = min(budget.left + limits.retries, self._most)
-        # (As `request.keep()` does, which is another call.)
+        # (As `buffer_up_to` does, which is another call, and a coroutine.)
         body = None if request._json_set else request._body.keep()
         kept = body is not None or await request.buffer_up_to(limits.keep)
         saved, now = request.saved(), monotonic()
@@ -463,10 +462,7 @@ class _Attempts:
             return response, None
         if found.of_response_api and failure.again == "surely":
             failure.again = "if_repeatable"  # a response was made, and may be stored
-        answer = Response(found.status, json.dumps({"error": found.error}).encode(), response.headers.copy())
-        answer.headers.remove("content-length")
-        answer.headers.set("content-type", "application/json")
-        return answer, failure
+        return response.told_as_error(found), failure
 
     def _left(self, seconds: float) -> float:
         """Return so many seconds, or what is left of all, if that is less."""

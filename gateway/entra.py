@@ -20,6 +20,7 @@ import aiohttp
 import msgspec
 
 from gateway.errors import GatewayError
+from gateway.fetching import Fetching
 from gateway.keys import Credential, is_key
 from gateway.logs import get_logger, masked
 
@@ -111,20 +112,15 @@ class EntraTokens:
         self._reason = "the fetch was stopped"  # what the last failure was, or, before there was one
         self._refused_until = _NEVER
         self._assertion = ""
-        self._flight: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._fetching = Fetching(self._fetch, f"a token of {identity.client_id}")
 
     def start(self) -> None:
         """Begin to fetch a token, then each next one ahead of the end of the last, in the background."""
-        self._keeper = asyncio.create_task(self._keep_fresh(), name=f"Entra tokens of {self.identity.client_id}")
+        self._fetching.start(self._keep_fresh())
 
     async def stop(self) -> None:
         """Fetch nothing any more."""
-        tasks = [task for task in (self._keeper, self._flight) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._fetching.stop()
 
     def at_hand(self) -> Credential | None:
         """Return a token that is good now, or None; fetches nothing."""
@@ -134,9 +130,9 @@ class EntraTokens:
         """Return a token that is good now; all who find none wait for the same fetch. Raises TokenUnavailable."""
         if (found := self.at_hand()) is not None:
             return found
-        if self._flight is None and (left := self._refused_until - self._clock()) > 0:
+        if not self._fetching.under_way and (left := self._refused_until - self._clock()) > 0:
             raise TokenUnavailable(self._reason, left)
-        await self._refresh()
+        await self._fetching.refresh()
         if (found := self.at_hand()) is None:
             raise TokenUnavailable(self._reason, max(REFUSED, self._refused_until - self._clock()))
         return found
@@ -148,17 +144,7 @@ class EntraTokens:
             while (left := self._due - self._clock()) > 0:
                 # In short turns: a request may have fetched one meanwhile whose end is nearer.
                 await self._sleep(min(left, RETRY))
-            await self._refresh()
-
-    async def _refresh(self) -> None:
-        """Fetch a token, in one flight at a time; one that gives up waiting does not end it for the others."""
-        if self._flight is None:
-            self._flight = asyncio.create_task(self._fetch(), name=f"fetch a token of {self.identity.client_id}")
-            self._flight.add_done_callback(self._landed)
-        await asyncio.wait((self._flight,))
-
-    def _landed(self, flight: asyncio.Task[None]) -> None:
-        self._flight = None
+            await self._fetching.refresh()
 
     async def _fetch(self) -> None:
         asked, asked_at = self._clock(), self._now()

@@ -18,6 +18,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
+from gateway.fetching import Fetching
 from gateway.logs import get_logger
 
 __all__ = ("ALGORITHMS", "IssuerKeys", "KeysUnavailable", "SigningKey", "url_problem")
@@ -83,20 +84,15 @@ class IssuerKeys:
         self._keys, self._good_until = self._kept.get(self._place, ({}, 0.0))
         self._forced_until = 0.0
         self._failed = True  # whether the last try did
-        self._flight: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._fetching = Fetching(self._fetch, f"keys of {issuer}")
 
     def start(self) -> None:
         """Begin to fetch the keys, now and then again and again, in the background."""
-        self._keeper = asyncio.create_task(self._keep_fresh(), name=f"keys of {self.issuer}")
+        self._fetching.start(self._keep_fresh())
 
     async def stop(self) -> None:
         """Fetch nothing any more."""
-        tasks = [task for task in (self._keeper, self._flight) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._fetching.stop()
 
     def get(self, kid: str) -> SigningKey | None:
         """Return a key that is good now, or None; fetches nothing."""
@@ -109,7 +105,7 @@ class IssuerKeys:
         """
         if (key := self.get(kid)) is not None:
             return key
-        if self._flight is None:
+        if not self._fetching.under_way:
             now = self._clock()
             if now < self._forced_until:
                 # Anybody can make up names of keys: they must not become requests to the issuer.
@@ -117,7 +113,7 @@ class IssuerKeys:
                     raise KeysUnavailable(self._forced_until - now)
                 return None
             self._forced_until = now + FORCED
-        await self._refresh()
+        await self._fetching.refresh()
         key = self.get(kid)
         if key is None and self._failed:
             raise KeysUnavailable(RETRY)
@@ -128,19 +124,9 @@ class IssuerKeys:
     async def _keep_fresh(self) -> None:
         retry = RETRY
         while True:
-            await self._refresh()
+            await self._fetching.refresh()
             await asyncio.sleep(retry if self._failed else REFRESH)
             retry = min(retry * 2, MOST_RETRY) if self._failed else RETRY
-
-    async def _refresh(self) -> None:
-        """Fetch the keys, in one flight at a time; one that gives up waiting does not end it for the others."""
-        if self._flight is None:
-            self._flight = asyncio.create_task(self._fetch(), name=f"fetch keys of {self.issuer}")
-            self._flight.add_done_callback(self._landed)
-        await asyncio.wait((self._flight,))
-
-    def _landed(self, flight: asyncio.Task[None]) -> None:
-        self._flight = None
 
     async def _fetch(self) -> None:
         self._failed = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import lru_cache
 from typing import Any, Literal, Self
@@ -169,15 +170,11 @@ class Request:
         """Keep the body, so that `call_next` can be called again. Raises ApiError 413 above `limit` bytes."""
         await self._body.read(limit)
 
-    def keep(self) -> bool:
-        """Keep the body if it is at hand, without waiting for any of it; whether it is kept."""
-        if self._json_set:
-            self.set_body(encoded_json(self._json))
-        return self._body.keep() is not None
-
     async def buffer_up_to(self, limit: int) -> bool:
         """Keep the body, as `buffer` does, if it is known to have no more than `limit` bytes; whether it is kept."""
-        if self.keep():
+        if self._json_set:
+            self.set_body(encoded_json(self._json))
+        if self._body.keep() is not None:
             return True
         length = self._body.length
         if length is None or length > limit or not self._exchange.keep(length):
@@ -459,6 +456,14 @@ class Response:
             return None
         beginning = Beginning(responses=responses)
         return beginning.error_in(await self.peek(beginning.is_enough, seconds))
+
+    def told_as_error(self, error: StreamError) -> Response:
+        """Return the answer that an error in this stream would have been."""
+        answer = Response(error.status, json.dumps({"error": error.error}).encode(), self.headers.copy())
+        answer.headers.remove("content-length")
+        answer.headers.remove("content-encoding")
+        answer.headers.set("content-type", "application/json")
+        return answer
 
     def retry_after(self, message: str = "") -> float | None:
         """Return the seconds for which Azure asks to be left alone: by the headers, else by a message, or None."""

@@ -1,6 +1,5 @@
 """`stream_errors`: an error that Azure sends inside a stream of status 200 is an error to clients, too."""
 
-import json
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -33,7 +32,7 @@ class StreamErrors(Stage):
             return response
         if (error := await response.opening_error(self.wait)) is not None:
             request.count(self.id)
-            return as_answer(response, error)
+            return response.told_as_error(error)
         response.pipe(BreakOff(request, self.id))
         return response
 
@@ -55,12 +54,3 @@ class BreakOff(EventFilter):
         kind, param, code = (None if found.error.get(name) is None else str(found.error[name]) for name in FIELDS)
         kind = kind or ApiError(found.status, "").type
         raise UpstreamError(found.message, type=kind, param=param, code=code or "upstream_error")
-
-
-def as_answer(response: Response, found: StreamError) -> Response:
-    """Return the answer that an error in a stream would have been."""
-    answer = Response(found.status, json.dumps({"error": found.error}).encode(), response.headers.copy())
-    answer.headers.remove("content-length")
-    answer.headers.remove("content-encoding")
-    answer.headers.set("content-type", "application/json")
-    return answer

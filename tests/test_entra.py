@@ -625,7 +625,7 @@ async def test_what_is_no_sound_answer_is_a_failure(
     before = await tokens.credential()
     place.answer = answer
     with structlog.testing.capture_logs() as events:
-        await tokens._refresh()
+        await tokens._fetching.refresh()
     assert tokens.at_hand() is before
     (event,) = events
     assert reason in event["reason"]

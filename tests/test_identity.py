@@ -365,7 +365,7 @@ async def test_another_key_of_the_same_name_is_another_key(issuers: Issuers, iss
     issuer.key = rsa_key("another")
     issuer.jwks = {"keys": [jwk(issuer.key, "first")]}
     (_, keys) = issuers._issuers[issuer.url]
-    await keys._refresh()
+    await keys._fetching.refresh()
     assert (await judged(issuers, old)).reason == "token with a wrong signature"
     assert (await judged(issuers, issuer.token())).identity is not None
 

@@ -200,7 +200,7 @@ async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
     issuer.status = 503
     clock.time += 23 * 3600
     with structlog.testing.capture_logs() as events:
-        await keys._refresh()
+        await keys._fetching.refresh()
         assert keys.get("first") is not None
         clock.time += 2 * 3600
         assert keys.get("first") is None
@@ -249,7 +249,7 @@ async def test_after_a_failure_they_are_fetched_sooner(
 
 async def test_a_key_that_is_not_known_yet_is_fetched_at_once(issuer: FakeIssuer, keys: IssuerKeys) -> None:
     """So that a rotation fails nobody; the old key is no longer good if the issuer has taken it away."""
-    await keys._refresh()
+    await keys._fetching.refresh()
     issuer.rotate("second", keep=True)
     assert await keys.find("second") is not None
     assert keys.get("first") is not None
@@ -263,7 +263,7 @@ async def test_made_up_names_of_keys_are_no_requests_to_the_issuer(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
     """One fetch in half a minute, whatever names are asked for."""
-    await keys._refresh()
+    await keys._fetching.refresh()
     for number in range(50):
         assert await keys.find(f"made-up-{number}") is None
     assert issuer.fetches == 2
@@ -308,10 +308,10 @@ async def test_keys_outlive_a_reload(issuer: FakeIssuer, session: aiohttp.Client
 async def test_a_key_that_has_not_changed_stays_the_same(issuer: FakeIssuer, keys: IssuerKeys) -> None:
     """The same object, since tokens judged by it are known by it; another key of its name is another."""
     before = await keys.find("first")
-    await keys._refresh()
+    await keys._fetching.refresh()
     assert keys.get("first") is before
     issuer.jwks = {"keys": [jwk(rsa_key("another"), "first")]}
-    await keys._refresh()
+    await keys._fetching.refresh()
     assert keys.get("first") is not before
 
 
@@ -320,7 +320,7 @@ async def test_an_issuer_without_any_usable_key_has_none(issuer: FakeIssuer, key
     await keys.find("first")
     issuer.jwks = {"keys": []}
     with structlog.testing.capture_logs() as events:
-        await keys._refresh()
+        await keys._fetching.refresh()
     assert keys.get("first") is None
     assert events[0]["event"] == "an issuer has no key that tokens can be checked with"
 
