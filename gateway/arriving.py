@@ -7,7 +7,7 @@ from typing import Protocol
 
 from gateway.body import too_much
 from gateway.errors import ApiError
-from gateway.http1 import Chunks, too_large
+from gateway.http1 import FRAMING_OF_REQUESTS, Chunks, too_large
 
 __all__ = ("ArrivingBody", "Sender")
 
@@ -72,7 +72,7 @@ class ArrivingBody:
         self._expects = expects
         self._limit = limit
         self._patience = patience
-        self._chunks = Chunks() if length is None else None
+        self._chunks = Chunks(FRAMING_OF_REQUESTS) if length is None else None
         self._parts: list[bytes] = []
         self._size = 0  # of the parts
         self._total = 0  # of all that has come
@@ -89,6 +89,8 @@ class ArrivingBody:
         extra = b""
         if self._chunks is not None:
             data = self._chunks.feed(data)
+            while self._chunks.unread:
+                data += self._chunks.feed(self._chunks.unread)
             self.done, extra = self._chunks.done, self._chunks.extra
         else:
             missing = (self.length or 0) - self._total

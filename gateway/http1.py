@@ -19,8 +19,11 @@ from gateway.headers import Field, Headers, make_field
 from gateway.hops import FRAMING, OURS
 
 __all__ = (
+    "FRAMING_OF_REQUESTS",
+    "FRAMING_OF_RESPONSES",
     "HEAD_END",
     "MAX_HEAD",
+    "MOST_LINES",
     "Chunks",
     "HeadReader",
     "Malformed",
@@ -335,10 +338,14 @@ def _tokens(connection: bytes) -> list[bytes]:
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:[ \t]*;[\t -~\x80-\xff]*)?")
 _SIZE_BEGUN = re.compile(rb"[0-9A-Fa-f]{1,16}[ \t]*(;[\t -~\x80-\xff]*)?\r?")
-# A line of framing may take this many bytes, all lines together `_FRAMING` and `_FRAMING_SHARE` for each byte.
+# Limits on framing, in bytes: one line; all lines, an allowance and a share for each byte of the body.
 _MAX_LINE = 4096
 _FRAMING = 4096
-_FRAMING_SHARE = 16
+FRAMING_OF_RESPONSES = 16
+FRAMING_OF_REQUESTS = 2
+"""A request body in chunks of two bytes is refused after some 4,000 of them; one in chunks of three never is."""
+# Lines of framing that one call reads at most: two for each chunk.
+MOST_LINES = 256
 # What comes next, where it is not the rest of a chunk's bytes.
 _AT_SIZE, _AT_END, _AT_TRAILER = 0, -1, -2
 
@@ -356,19 +363,31 @@ def _read_size(line: bytes) -> int:
 
 
 class Chunks:
-    """Undoes the chunked transfer coding (RFC 9112, 7.1). `done` at its end; then `extra` is what follows it."""
+    """Undoes the chunked transfer coding (RFC 9112, 7.1).
 
-    __slots__ = ("_framing", "_left", "_rest", "done", "extra")
+    An empty result of `feed` says nothing about the end of the body: only `done` does, and `extra` then holds the
+    bytes after it. One call reads at most `most` lines of framing; `unread` holds the bytes it did not get to, to be
+    fed again in a later turn.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_framing", "_left", "_rest", "_share", "done", "extra", "unread")
+
+    def __init__(self, share: int = FRAMING_OF_RESPONSES) -> None:
+        """Refuse a body whose framing takes more than `share` bytes for each of its own."""
+        self._share = share
         self.done = False
         self.extra = b""
+        self.unread = b""
         self._left = _AT_SIZE
         self._rest = b""  # of a line that has not ended
         self._framing = _FRAMING  # the bytes that framing may still take
 
-    def feed(self, data: bytes) -> bytes:
-        """Return the body's bytes among the next bytes of the wire. Raises Malformed."""
+    def feed(self, data: bytes, most: int = MOST_LINES) -> bytes:
+        """Return the body's bytes among the next bytes of the connection. Raises Malformed.
+
+        The next call is given what `unread` holds, before anything newer.
+        """
+        self.unread = b""
         if self._rest:
             data, self._rest = self._rest + data, b""
         out: list[bytes] = []
@@ -380,10 +399,14 @@ class Chunks:
                 place += len(piece)
                 left = left - len(piece) or _AT_END
                 continue
+            if not most:
+                self.unread = data[place:]
+                break
             end = data.find(b"\r\n", place)
             if end < 0:
                 self._check_rest(data, place, left)
                 break
+            most -= 1
             line = data[place:end]
             place = end + 2
             self._framing -= len(line) + 2
@@ -391,7 +414,7 @@ class Chunks:
                 left = _sizes.get(line, -1)
                 if left < 0:
                     left = _read_size(line)
-                self._framing += _FRAMING_SHARE * left
+                self._framing += self._share * left
                 left = left or _AT_TRAILER
             elif left == _AT_END:
                 if line:

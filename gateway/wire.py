@@ -112,6 +112,8 @@ class Answer:
         done = False
         if self._chunks is not None:
             data = self._chunks.feed(data)
+            while self._chunks.unread:
+                data += self._chunks.feed(self._chunks.unread)
             done, extra = self._chunks.done, self._chunks.extra
         elif self._left >= 0:
             left = self._left

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gateway import http1
 from gateway.errors import ApiError
-from gateway.http1 import Chunks, HeadReader, Malformed, parse_request, parse_response
+from gateway.http1 import FRAMING_OF_REQUESTS, Chunks, HeadReader, Malformed, parse_request, parse_response
 
 MIB = 1024 * 1024
 LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
@@ -34,6 +34,8 @@ def cuts(data: bytes) -> list[list[bytes]]:
 def feed_all(chunks: Chunks, pieces: list[bytes]) -> None:
     for piece in pieces:
         chunks.feed(piece)
+        while chunks.unread:
+            chunks.feed(chunks.unread)
 
 
 # -- requests ------------------------------------------------------------------------------------------
@@ -278,3 +280,24 @@ def test_chunks_of_any_body(pieces: list[bytes], sizes: list[int]) -> None:
             break
     assert b"".join(out) == b"".join(pieces)
     assert chunks.done
+
+
+def test_one_call_reads_a_bounded_number_of_chunks() -> None:
+    """What is above the bound stays unread, in order, and nothing is lost over the calls."""
+    chunks = Chunks()
+    wire, out, calls = b"1\r\nx\r\n" * 1000 + b"0\r\n\r\nnext", b"", 0
+    while not chunks.done:
+        piece = chunks.feed(wire, 10)
+        out, wire, calls = out + piece, chunks.unread, calls + 1
+        assert len(piece) <= 5
+    assert (out, chunks.extra) == (b"x" * 1000, b"next")
+    assert calls > 200
+
+
+def test_a_body_that_is_mostly_framing_is_refused() -> None:
+    """More than the allowance and two bytes of framing for each byte; a response may have more."""
+    tiny, small = b"1\r\nx\r\n" * 5000, b"3\r\nxyz\r\n" * 5000
+    with pytest.raises(Malformed):
+        feed_all(Chunks(FRAMING_OF_REQUESTS), [tiny])
+    feed_all(Chunks(FRAMING_OF_REQUESTS), [small])
+    feed_all(Chunks(), [tiny])

@@ -1,0 +1,97 @@
+"""Fair turns: the bulk work of many connections, a bounded piece at a time.
+
+The event loop handles all that arrived on one connection before it looks at the next. A connection that brings
+thousands of chunks, frames or events at once would keep it from everybody else. Such a connection stops reading,
+keeps the unparsed bytes, and does its work in steps: the scheduler runs a few steps in each turn of the loop, one
+connection after another.
+
+Small reads, which are nearly all, are handled at once and never come here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from typing import Protocol
+from weakref import WeakKeyDictionary
+
+__all__ = ("MOST_UNITS", "SMALL", "STEP", "FairScheduler", "Work")
+
+SMALL = 4 * 1024
+"""Reads of up to this many bytes are handled at once."""
+STEP = 16 * 1024
+"""The most bytes that one step handles."""
+MOST_UNITS = 64
+"""The most chunks, frames or events that one step handles."""
+# Steps in one turn of the loop, of all connections together.
+_STEPS = 2
+# Bytes of larger reads that may be handled at once in one turn, of all connections together.
+_ALLOWANCE = 64 * 1024
+
+
+class Work(Protocol):
+    """A connection with unparsed bytes."""
+
+    def step(self) -> bool:
+        """Handle at most `STEP` bytes and `MOST_UNITS` units; return whether there is more to do now. Never raises."""
+
+
+class FairScheduler:
+    """Shares the turns of one event loop among the connections that have bulk work."""
+
+    __slots__ = ("_left", "_loop", "_scheduled", "_waiting")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: OrderedDict[Work, None] = OrderedDict()
+        self._scheduled = False
+        self._left = _ALLOWANCE
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> FairScheduler:
+        """Return the scheduler of a loop: one for each."""
+        found = _schedulers.get(loop)
+        if found is None:
+            found = _schedulers[loop] = cls(loop)
+        return found
+
+    def may_handle(self, size: int) -> bool:
+        """Whether a read of `size` bytes may be handled at once, in this turn; else `add` its connection."""
+        if size <= SMALL:
+            return True
+        if not self._scheduled:
+            self._schedule()
+        left = self._left
+        self._left = left - size
+        return size <= STEP and left >= size
+
+    def add(self, work: Work) -> None:
+        """Run the steps of `work` from the next turn on, until it has no more to do."""
+        self._waiting[work] = None
+        if not self._scheduled:
+            self._schedule()
+
+    def remove(self, work: Work) -> None:
+        """Run no more steps of `work` until it is added again."""
+        self._waiting.pop(work, None)
+
+    def _schedule(self) -> None:
+        self._scheduled = True
+        self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        self._left = _ALLOWANCE
+        try:
+            for _ in range(_STEPS):
+                if not self._waiting:
+                    break
+                work, _ = self._waiting.popitem(last=False)
+                if work.step():
+                    self._waiting[work] = None
+        finally:
+            if self._waiting and not self._scheduled:
+                self._schedule()
+
+
+_schedulers: WeakKeyDictionary[asyncio.AbstractEventLoop, FairScheduler] = WeakKeyDictionary()

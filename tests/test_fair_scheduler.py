@@ -1,0 +1,95 @@
+"""Fair turns of the loop: how many steps one turn has, whose they are, and what is handled at once."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway.fair_scheduler import _ALLOWANCE, _STEPS, SMALL, STEP, FairScheduler
+
+
+class Counting:
+    """Work of a known number of steps, which notes in which turn each one runs."""
+
+    def __init__(self, name: str, steps: int, seen: list[str]) -> None:
+        self.name, self.steps, self.seen = name, steps, seen
+
+    def step(self) -> bool:
+        self.seen.append(self.name)
+        self.steps -= 1
+        return self.steps > 0
+
+
+async def turns(seen: list[str], count: int) -> list[list[str]]:
+    """Return what ran in each of the next turns of the loop."""
+    out = []
+    for _ in range(count):
+        before = len(seen)
+        await asyncio.sleep(0)
+        out.append(seen[before:])
+    return out
+
+
+async def test_a_turn_has_a_bounded_number_of_steps() -> None:
+    """However much there is to do, and however many connections have it; each gets its step in turn."""
+    seen: list[str] = []
+    scheduler = FairScheduler.of(asyncio.get_running_loop())
+    for name in "abc":
+        scheduler.add(Counting(name, 2, seen))
+    ran = await turns(seen, 6)
+    assert max(map(len, ran)) == _STEPS
+    assert "".join(seen) == "abcabc"
+
+
+async def test_what_is_removed_runs_no_more() -> None:
+    """And what is added again goes on behind the others."""
+    seen: list[str] = []
+    scheduler = FairScheduler.of(asyncio.get_running_loop())
+    work = Counting("a", 100, seen)
+    scheduler.add(work)
+    await turns(seen, 2)
+    count = len(seen)
+    scheduler.remove(work)
+    await turns(seen, 3)
+    assert len(seen) == count
+    scheduler.add(work)
+    await turns(seen, 1)
+    assert len(seen) > count
+    scheduler.remove(work)
+
+
+async def test_work_that_fails_stops_nobody_else() -> None:
+    """The others go on; the loop is told of the mistake."""
+    seen: list[str] = []
+    told: list[object] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: told.append(context["exception"]))
+    scheduler = FairScheduler.of(loop)
+
+    class Broken:
+        def step(self) -> bool:
+            raise ValueError("a bug")
+
+    scheduler.add(Broken())
+    scheduler.add(Counting("a", 3, seen))
+    await turns(seen, 5)
+    assert seen == ["a"] * 3
+    assert len(told) == 1
+
+
+async def test_small_reads_are_always_handled_at_once_and_large_ones_up_to_an_allowance() -> None:
+    """The allowance is that of one turn, of all connections together."""
+    scheduler = FairScheduler.of(asyncio.get_running_loop())
+    for _ in range(_ALLOWANCE // STEP):
+        assert scheduler.may_handle(STEP)
+    assert not scheduler.may_handle(STEP)
+    assert scheduler.may_handle(SMALL)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert scheduler.may_handle(STEP)
+    assert not scheduler.may_handle(STEP + 1)
+
+
+async def test_each_loop_has_one_scheduler() -> None:
+    """The connections to clients and those to Azure share its turns."""
+    loop = asyncio.get_running_loop()
+    assert FairScheduler.of(loop) is FairScheduler.of(loop)
