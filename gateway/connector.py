@@ -118,7 +118,10 @@ class Connector:
         return None
 
     def put(self, wire: Wire) -> None:
-        """Keep a connection for the next request."""
+        """Keep a connection for the next request, unless something of the last one is left on it."""
+        if not wire.clean:
+            wire.abort()
+            return
         wire.idle_since = wire.loop.time()
         cast(Destination, wire.destination).kept.append(wire)
         if self._sweeper is None:

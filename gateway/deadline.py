@@ -33,6 +33,11 @@ class Deadline:
             self._timer.cancel()
             self._timer = self._loop.call_at(due, self._look)
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is one."""
+        return self._due != math.inf
+
     def clear(self) -> None:
         """Have no deadline."""
         self._due = math.inf

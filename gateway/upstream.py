@@ -264,7 +264,11 @@ def _response(answer: Answer) -> Response:
 
 
 def _down(answer: Answer) -> Headers:
-    return Headers.of([each for each in answer.fields if each[3] & DOWN])
+    headers = Headers.of([each for each in answer.fields if each[3] & DOWN])
+    if answer.inflated:
+        headers.remove("content-encoding")
+        headers.remove("content-length")
+    return headers
 
 
 def _complete(target: Target) -> tuple[Resource, Credential | None]:
