@@ -40,6 +40,8 @@ __all__ = (
 )
 
 _LAST_CHUNK = b"0\r\n\r\n"
+# Their responses have no body (RFC 9110, 15.3.5, 15.3.6, 15.4.5), and that of a 204 no Content-Length either (8.6).
+_WITHOUT_BODY = (204, 205, 304)
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus}
 
 
@@ -100,7 +102,7 @@ async def write_answer(
         response = _unreadable(exc, _secrets(arrived, exchange))
         body = cast(bytes, response.body)
     exchange.status = response.status
-    no_body = request.method == "HEAD" or response.status in (204, 304)
+    no_body = request.method == "HEAD" or response.status in _WITHOUT_BODY
     if isinstance(body, bytes):
         head = _head(response, request_id, close=close, chunked=False, length=None if no_body else len(body))
         _write(connection, exchange, head, b"" if no_body else body)
@@ -449,7 +451,7 @@ def _head(response: Response, request_id: str, *, close: bool, chunked: bool, le
             lines.append(line)
             events = True
         elif name == b"content-length":
-            if length is None:
+            if length is None and response.status not in (204, 205):
                 lines.append(line)
         elif name == b"x-request-id":
             # Ours is the one that the log names; Azure's stays to be had.
@@ -458,7 +460,9 @@ def _head(response: Response, request_id: str, *, close: bool, chunked: bool, le
             lines.append(line)
             dated = dated or name == b"date"
             buffering = buffering or name == b"x-accel-buffering"
-    if length is not None:
+    if response.status == 205:
+        lines.append(b"content-length: 0")
+    elif length is not None:
         lines.append(b"content-length: %d" % length)
     elif chunked:
         lines.append(b"transfer-encoding: chunked")

@@ -636,7 +636,7 @@ class Wire(BaseProtocol):
             and not transport.is_closing()
             and self._answer is None
             and self._relay is None
-            and not (self._reading_paused or self._held or self._ended)
+            and not (self._reading_paused or self._held or self._ended or self.lost)
             and not (self._backlog or self._buffer or self._early or self._unsent)
             and not self._deadline.runs
             and not transport.get_write_buffer_size()

@@ -54,7 +54,6 @@ TESTED_ELSEWHERE = {
     "handover": "one side of test_workers",
     "control": "a part of test_reload",
     "renewal": "a part of test_reload",
-    "wire": "a part of test_upstream",
     "surface": "what the fake Azure has, a part of test_operations",
     "stages": "a part of test_testing and of every stage's tests",
     "demo": "run by test_cli",

@@ -19,7 +19,7 @@ from gateway.connector import Connector, Destination
 from gateway.targets import Resource
 from gateway.testing import FakeAzure
 from gateway.wire import Wire
-from tests.conftest import CHAT, RawUpstream, StartGateway, hard_close, raw_upstream, until
+from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, hard_close, raw_request, raw_upstream, until
 
 DATA = Path(__file__).parent / "data"
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -459,6 +459,29 @@ async def test_answers_without_a_body(start_gateway: StartGateway) -> None:
             gateway = await start_gateway(upstream.endpoint)
             async with gateway.post() as answer:
                 assert (answer.status, await answer.read()) == (int(raw[9:12]), b"")
+
+
+@pytest.mark.parametrize(
+    ("raw", "length"),
+    [
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", []),
+        (b"HTTP/1.1 205 Reset Content\r\nContent-Length: 2\r\n\r\nhi", [b"0"]),
+        (b"HTTP/1.1 205 Reset Content\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", [b"0"]),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", [b"5"]),
+        (b"HTTP/1.1 103 Early\r\nContent-Length: 9\r\n\r\nHTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\n", []),
+    ],
+)
+async def test_what_has_no_body_has_no_length_of_one(
+    raw: bytes, length: list[bytes], start_gateway: StartGateway
+) -> None:
+    """204 carries none at all, 205 that of nothing (RFC 9110, 8.6, 15.3.6); the next response is found where it is."""
+    async with raw_upstream(raw) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        answer = await raw_request(gateway.port, chat_request())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == b""
+    assert [line[15:].strip() for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")] == length
+    assert b"transfer-encoding" not in head.lower()
 
 
 async def test_v1_names_the_deployment_in_the_body(start_gateway: StartGateway, azure: FakeAzure) -> None:
