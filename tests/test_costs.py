@@ -251,7 +251,9 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
         def release(self) -> None:
             held.append(False)
 
-    arriving = ArrivingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5)
+        def waits(self, waiting: bool) -> None: ...
+
+    arriving = ArrivingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5, least=500)
     piece = b"x" * 65_536
     line.wire.ask(60, 60)
     upload = asyncio.create_task(line.wire.send_stream(b"HEAD", Body(arriving), 60))
