@@ -6,10 +6,12 @@ a form's `model` is found and changed so, while a file behind it streams through
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from gateway.errors import ApiError, BodyConsumed
+from gateway.fair_scheduler import FairScheduler
 from gateway.spool import Spool
 
 __all__ = (
@@ -19,6 +21,8 @@ __all__ = (
 )
 
 MOST_LOOKED_AT = 256 * 1024 * 1024
+# What a watcher is given in one turn of the loop: reading a form's heads costs much more for each byte than its file.
+_SHOWN = 64 * 1024
 # As many times that many bytes may be kept on disk at once.
 _FORMS = 8
 
@@ -64,7 +68,7 @@ class _Replay:
                 self._watch(None)
                 return
             await self._spool.write(piece)
-            if self._watch(piece):
+            if await _show(piece, self._watch):
                 return
             if self._spool.size > most:
                 raise ApiError(
@@ -79,15 +83,14 @@ class _Replay:
         """Give what was looked at to another watcher; whether it has seen enough."""
         first = self._watch
         self._watch = lambda data: (first(data), watch(data))[1]
-        place = 0
+        place, enough = 0, False
         while place < self._spool.size:
             piece = await self._spool.read(place, self._spool.size)
             place += len(piece)
-            if watch(piece):
-                return True
+            enough = await _show(piece, watch)
         if self.ended:
             watch(None)
-        return self.ended
+        return enough or self.ended
 
     def edit(self, start: int, end: int, new: bytes) -> None:
         """Send `new` in place of the bytes from `start` to `end`, which were looked at, and nothing else otherwise."""
@@ -114,7 +117,7 @@ class _Replay:
         if more is None:
             self.ended = True
         else:
-            self._watch(more)
+            await _show(more, self._watch)
         return more
 
     async def rest(self, limit: int | None) -> bytes:
@@ -193,7 +196,7 @@ class Body:
         """
         if self._data is not None:
             self._kept = True
-            watch(self._data)
+            await _show(self._data, watch)
             watch(None)
             return
         if self._streamed or self._source is None:
@@ -254,6 +257,18 @@ class Body:
         self._streamed = True
         while (chunk := await self._source.read()) is not None:
             yield chunk
+
+
+async def _show(data: bytes, watch: Watcher) -> bool:
+    """Give bytes to a watcher, a bounded piece in each turn of the loop; whether it has seen enough."""
+    if len(data) <= _SHOWN:
+        return watch(data)
+    enough = False
+    for place in range(0, len(data), _SHOWN):
+        if place:
+            await FairScheduler.of(asyncio.get_running_loop()).turn()
+        enough = watch(data[place : place + _SHOWN])
+    return enough
 
 
 def too_much(limit: int) -> ApiError:
