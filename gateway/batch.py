@@ -94,7 +94,9 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
             form.end()
         else:
             form.feed(data)
-        return form.done or ("purpose" in form.fields and form.fields["purpose"].whole and not is_batch())
+        # (A batch is looked at to the body's end: what follows its last boundary is a part of it.)
+        known = form.done or ("purpose" in form.fields and form.fields["purpose"].whole)
+        return known and not is_batch()
 
     body = request._body
     request._exchange.defer(lambda _: body.close())

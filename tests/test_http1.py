@@ -110,7 +110,7 @@ def test_a_head_above_a_limit_is_told_which(head: bytes, names: str) -> None:
     with pytest.raises(ApiError, match=names) as whole:
         parse_request(head, MIB)
     with pytest.raises(ApiError, match=names) as begun:
-        HeadCheck().check(head)
+        HeadCheck().check(head + b"\r\n")
     assert whole.value.status == begun.value.status
 
 
