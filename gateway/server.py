@@ -371,7 +371,9 @@ class Server:
             return Response.json({"status": "alive"})
         if self.ready:
             return Response.json({"status": "ready"})
-        return Response.json({"status": "draining"}, 503)
+        draining = Response.json({"status": "draining"}, 503)
+        draining.headers.set("retry-after", "1")
+        return draining
 
     def _team(self, teams: Teams, path: str, headers: Headers, judgement: Judgement | None) -> tuple[Team, Place]:
         """Return the team of a path, and what the path says."""
