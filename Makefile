@@ -40,11 +40,16 @@ test: .venv/dev ## all tests in Python, those of the wire on both event loops, a
 	$(PYTEST) -q -n 2 -m "not clients"
 	GATEWAY_TEST_LOOP=speed $(PYTEST) -q -n 2 -m "not clients" $(WIRE)
 
-test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, a browser, and nginx, through a running gateway
+test-clients: .venv/dev tests/clients/node_modules/installed .venv/clients/installed ## real clients, a browser, and nginx, through a running gateway
 	$(PYTEST) -q -m clients
 
 tests/clients/node_modules/installed: tests/clients/package-lock.json
 	cd tests/clients && npm ci --silent --no-audit --no-fund
+	@touch $@
+
+# A program of years ago, beside the packages of today that need a newer one of it.
+.venv/clients/installed: tests/clients/requests.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --upgrade --target .venv/clients -r $<
 	@touch $@
 
 bench: .venv/dev ## what the gateway costs beside nginx and HAProxy, as it grows, and when clients leave; fails above a limit
@@ -60,6 +65,7 @@ format: .venv/dev ## format the code and mend what lint can mend
 lock: .venv/dev ## make the lock files anew from setup.cfg
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -o tests/clients/requests.txt tests/clients/requests.in
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info tests/clients/node_modules .mypy_cache .ruff_cache .pytest_cache

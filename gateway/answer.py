@@ -52,9 +52,11 @@ class ClientGone(Exception):
 def closing_answer(error: ApiError) -> bytes:
     """Return the bytes of an error whose connection ends with it."""
     body = error.body()
-    return b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\nconnection: close\r\n\r\n%b" % (
+    fields = "".join([f"{name}: {value}\r\n" for name, value in error.headers.items()])
+    return b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b%b\r\nconnection: close\r\n\r\n%b" % (
         _status_line(error.status),
         len(body),
+        fields.encode(),
         _date(),
         body,
     )
@@ -77,7 +79,7 @@ async def write_answer(
     """
     connection, request = arrived.connection, arrived.head
     old = request.old
-    close = close or request.close
+    close = close or request.close or connection.ends_after_answer
     if isinstance(opened := response.body, WebSocket):
         try:
             _check_socket(response)

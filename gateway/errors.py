@@ -90,6 +90,9 @@ class ApiError(GatewayError):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        if status == 503:
+            # Every 503 says when to come back; whoever knows better says so.
+            self.headers.setdefault("retry-after", "1")
 
     def body(self) -> bytes:
         """Return the answer's JSON body."""

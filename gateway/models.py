@@ -124,10 +124,11 @@ async def read_form(request: Request, place: str) -> FormReader | None:
         names = _IN_FORM[place]
         reader = FormReader(boundary, dict.fromkeys(names, True), alike=frozenset(names))
 
-        def watch(data: bytes) -> bool:
-            reader.feed(data)
-            if not data:
+        def watch(data: bytes | None) -> bool:
+            if data is None:
                 reader.end()
+            else:
+                reader.feed(data)
             return reader.done or any(field.whole for field in reader.fields.values())
 
         request._exchange.defer(lambda _: request._body.close())

@@ -22,7 +22,7 @@ from aiohttp.web_server import Server as AiohttpServer
 from gateway.admin import Admin
 from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
-from gateway.connection import Arrived, Connection, Handler
+from gateway.connection import PROBES, Arrived, Connection, Handler
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.headers import Headers
@@ -319,7 +319,7 @@ class Server:
         head, headers, connection = arrived.head, arrived.headers, arrived.connection
         request_id = request_id_of(head.given_id)
         try:
-            if head.path in ("/healthz", "/readyz"):
+            if head.path in PROBES:
                 response = self._probe(head.method, head.path)
             else:
                 issuers = generation.teams.issuers
@@ -371,7 +371,9 @@ class Server:
             return Response.json({"status": "alive"})
         if self.ready:
             return Response.json({"status": "ready"})
-        return Response.json({"status": "draining"}, 503)
+        draining = Response.json({"status": "draining"}, 503)
+        draining.headers.set("retry-after", "1")
+        return draining
 
     def _team(self, teams: Teams, path: str, headers: Headers, judgement: Judgement | None) -> tuple[Team, Place]:
         """Return the team of a path, and what the path says."""

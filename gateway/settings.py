@@ -70,6 +70,13 @@ class Limits:
     form: Annotated[
         int, Meta(gt=0, description="the most bytes of a form that are kept on disk until its `model` has come")
     ] = MOST_LOOKED_AT
+    body_rate: Annotated[
+        int,
+        Meta(
+            gt=0,
+            description="the least bytes a second of a body, on average, after its first `timeouts.client` seconds",
+        ),
+    ] = 500
     connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -57,21 +58,29 @@ class Spool:
         self._data = bytearray()
 
     async def read(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` to `end`, or as many of them as are read at once."""
-        end = min(end, start + PIECE)
+        """Return the bytes from `start` to `end`, or as many of them as are read at once; never none, if there are any.
+
+        Raises OSError if it was closed.
+        """
+        end = min(end, start + PIECE, self.size)
         if self._file is None:
+            if self._closed:
+                raise _closed()
             return bytes(self._data[start:end])
         return await asyncio.get_running_loop().run_in_executor(DISK, self._from_file, start, end)
 
     def _from_file(self, start: int, end: int) -> bytes:
         with self.lock:
             if self._closed:
-                return b""  # nobody waits for it
+                raise _closed()
             if self._data or self._file is None:
                 self._write_out()
             assert self._file is not None  # noqa: S101 -- just made
             self._file.seek(start)
-            return self._file.read(end - start)
+            found = self._file.read(end - start)
+            if not found and start < end:
+                raise OSError(errno.EIO, "a temporary file is shorter than what was written to it")
+            return found
 
     def file(self) -> IO[bytes]:
         """Return a file with all that was written, at its beginning; for a thread that holds the lock.
@@ -79,7 +88,7 @@ class Spool:
         Raises OSError where it was closed.
         """
         if self._closed:
-            raise OSError("closed: nobody waits for it any more")
+            raise _closed()
         self._write_out()
         assert self._file is not None  # noqa: S101 -- just made
         self._file.seek(0)
@@ -101,3 +110,7 @@ class Spool:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _closed() -> OSError:
+    return OSError(errno.EBADF, "the exchange that kept these bytes is over")

@@ -404,6 +404,8 @@ class Wire(BaseProtocol):
         sent = 0
         self._write(head)
         async for chunk in body.stream():
+            if not chunk:
+                continue  # as a chunk it would be the last one (RFC 9112, 7.1)
             sent += len(chunk)
             self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             if self._paused:

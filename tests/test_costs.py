@@ -251,7 +251,9 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
         def release(self) -> None:
             held.append(False)
 
-    arriving = ArrivingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5)
+        def waits(self, waiting: bool) -> None: ...
+
+    arriving = ArrivingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5, least=500)
     piece = b"x" * 65_536
     line.wire.ask(60, 60)
     upload = asyncio.create_task(line.wire.send_stream(b"HEAD", Body(arriving), 60))
@@ -269,6 +271,26 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
     assert held[-1] is False
     upload.cancel()
     await asyncio.gather(upload, return_exceptions=True)
+
+
+async def test_an_empty_piece_of_a_body_is_not_its_last_chunk(line: Line) -> None:
+    """A stage's own source may yield one; as a chunk it would end the body (RFC 9112, 7.1)."""
+    from gateway.body import Body
+
+    class Source:
+        length: int | None = None
+        left = (b"one", b"", b"two", None)
+
+        async def read(self) -> bytes | None:
+            first, *self.left = self.left  # type: ignore[assignment]
+            return first
+
+        async def rest(self, limit: int | None) -> bytes:
+            raise AssertionError
+
+    line.wire.ask(60, 60)
+    await line.wire.send_stream(b"HEAD", Body(Source()), 60)
+    assert b"".join(line.azure.written) == b"HEAD3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n"
 
 
 async def test_a_stream_for_a_client_that_is_paused_already_waits(line: Line) -> None:

@@ -30,7 +30,6 @@ TESTED_ELSEWHERE = {
     "errors": "raised and seen everywhere; shapes in test_stage and test_server",
     "fields": "a part of test_config",
     "exchange": "its life is the contract of test_stage",
-    "arriving": "a part of test_server and test_hostile",
     "hops": "a table, read by test_server and test_upstream",
     "deadline": "a part of test_server and test_upstream",
     "outbox": "counted in test_costs",

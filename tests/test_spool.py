@@ -6,6 +6,7 @@ import gc
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,11 +56,27 @@ async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
     assert Spool.total == 0
 
 
-async def test_what_was_closed_gives_nothing() -> None:
-    """Whoever still reads has lost its client."""
-    spool = Spool(in_memory=10)
+@pytest.mark.parametrize("in_memory", [10, 100])
+async def test_what_was_closed_is_gone_and_not_empty(in_memory: int) -> None:
+    """A reader is told: nothing at all would be the end of a body that is cut short."""
+    spool = Spool(in_memory=in_memory)
     await spool.write(b"x" * 20)
-    assert Spool.total == 20
+    assert Spool.total == (20 if in_memory < 20 else 0)
     spool.close()
     await until(lambda: spool._file is None)
-    assert await spool.read(0, 20) == b""
+    with pytest.raises(OSError, match="is over"):
+        await spool.read(0, 20)
+    with spool.lock, pytest.raises(OSError, match="is over"):
+        spool.file()
+
+
+async def test_a_file_that_lost_bytes_is_not_taken_for_whole() -> None:
+    """What was written and cannot be read is an error, not an end."""
+    spool = Spool(in_memory=10)
+    await spool.write(b"x" * 20)
+    assert spool._file is not None
+    spool._file.truncate(5)
+    assert await spool.read(0, 20) == b"x" * 5
+    with pytest.raises(OSError, match="shorter"):
+        await spool.read(5, 20)
+    spool.close()
