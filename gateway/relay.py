@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.wire import Wire
 
-__all__ = ("MOST_KEPT", "MessageEvent", "Relay", "error_event")
+__all__ = ("MOST_KEPT", "ControlBucket", "MessageEvent", "Relay", "error_event")
 
 MOST_KEPT = 21 * 1024 * 1024
 """The largest message that is kept for filters, in bytes.
@@ -98,6 +98,23 @@ class MessageEvent(Event):
         self._parsed = True
 
 
+class ControlBucket:
+    """A token bucket for the pings and pongs of one side."""
+
+    __slots__ = ("_left", "_refilled")
+
+    def __init__(self) -> None:
+        self._left = float(_CONTROLS)
+        self._refilled = 0.0
+
+    def take(self, now: float) -> None:
+        """Count one, at a time in seconds. Raises BadFrame where there are too many."""
+        self._left = min(_CONTROLS, self._left + (now - self._refilled) * _CONTROLS_PER_SECOND) - 1
+        self._refilled = now
+        if self._left < 0:
+            raise BadFrame(1008, f"more pings and pongs than {_CONTROLS} at once and {_CONTROLS_PER_SECOND} a second")
+
+
 class _Side:
     """One of the two ends: how it is read, written to, and made to wait."""
 
@@ -132,8 +149,7 @@ class _Side:
         self.told = False  # it was sent a close frame
         self.messages = 0  # that it has sent
         self.timer: asyncio.TimerHandle | Patience | None = None  # while it takes nothing
-        self._controls = float(_CONTROLS)  # pings and pongs that it may send
-        self._counted = 0.0  # when they were counted
+        self.controls = ControlBucket()
 
     def hold(self, why: str) -> None:
         """Stop reading from it, until `release` for the same reason."""
@@ -179,13 +195,6 @@ class _Side:
     def between_messages(self) -> bool:
         """Whether a message may be put here, too."""
         return self.frames.between_messages and not self.unwritten
-
-    def count_control(self, now: float) -> None:
-        """Count a ping or a pong of it. Raises BadFrame where there are too many."""
-        self._controls = min(_CONTROLS, self._controls + (now - self._counted) * _CONTROLS_PER_SECOND) - 1
-        self._counted = now
-        if self._controls < 0:
-            raise BadFrame(1008, f"more pings and pongs than {_CONTROLS} at once and {_CONTROLS_PER_SECOND} a second")
 
 
 class Relay:
@@ -274,7 +283,8 @@ class Relay:
     async def _finish_client(self) -> None:
         """Hand on the frames of a client that has left, unless Azure takes too long to read them."""
         self._over = self._loop.create_future()  # the other one is cancelled with the task
-        self._client_left = self._client.taking = True
+        self._client_left = True
+        self._tell(self._client)
         for side in (self._client, self._azure):
             if side.may_go_on:
                 self.scheduler.add(side)
@@ -404,7 +414,7 @@ class Relay:
     def _control(self, side: _Side, control: Control) -> None:
         other = side.other
         if control.opcode != CLOSE:
-            side.count_control(self._loop.time())
+            side.controls.take(self._loop.time())
             if control.opcode != PONG or control.payload != self._ours:
                 self._put(side, control.raw)
             return
@@ -450,6 +460,9 @@ class Relay:
         Until then nothing more is taken from that side, so that no more is to be said. `last` says that the other side
         says goodbye: what cannot be written before its close frame never can.
         """
+        if side.lost:
+            side.answers.clear()
+            side.release(_ANSWERS)
         if not side.answers or side.told:
             return
         between = side.other.between_messages
