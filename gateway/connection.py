@@ -523,12 +523,18 @@ class Connection(BaseProtocol):
 
     # While reading is held, the event loop does not see a client leave: the socket's state is asked for instead.
 
-    def hold(self) -> None:
-        """Take nothing more from the client for now."""
-        if not self._held and self.transport is not None:
+    def hold(self, *, check_left: bool = True) -> None:
+        """Stop reading from the client for now. With `check_left`, close when it leaves, and drop its unread bytes."""
+        if self.transport is None:
+            return
+        if not self._held:
             self._held = True
             self.transport.pause_reading()
+        if check_left and self._leave_timer is None:
             self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
+        elif not check_left and self._leave_timer is not None:
+            self._leave_timer.cancel()
+            self._leave_timer = None
 
     def release(self) -> None:
         """Go on taking: first what is left of the last read, then from the client."""

@@ -19,6 +19,7 @@ from gateway.logs import get_logger
 from gateway.usage import Meter, Usage
 
 if TYPE_CHECKING:
+    from gateway.memory_budget import Hold
     from gateway.targets import Target
 
 __all__ = ("EndedBy", "Exchange", "Outcome")
@@ -80,6 +81,8 @@ class Exchange:
     close_code: int | None = None
     meter: Meter | None = None
     """What was used, where somebody wants to know."""
+    memory: Hold | None = None
+    """The bytes that are held because of it; None where nothing counts them."""
     _kept = 0  # by all exchanges
     _keeps = 0
     _upstream: Owned | None = None
@@ -119,6 +122,16 @@ class Exchange:
         Exchange._kept += size
         self._keeps += size
         return True
+
+    def hold(self, size: int) -> None:
+        """Count `size` more bytes that are held. Raises ApiError 503 above the caller's share or the whole budget."""
+        if self.memory is not None:
+            self.memory.grow(size)
+
+    def let_go(self, size: int) -> None:
+        """Count `size` bytes less."""
+        if self.memory is not None:
+            self.memory.shrink(size)
 
     def release(self) -> None:
         """Close the connection that the exchange holds, if any."""
@@ -169,6 +182,8 @@ class Exchange:
             Exchange._kept -= self._keeps
         self.run_in(None)
         self.release()
+        if self.memory is not None:
+            self.memory.release()
         callbacks, self._callbacks = self._callbacks, []
         if not callbacks:
             return

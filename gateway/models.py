@@ -16,7 +16,7 @@ import msgspec
 
 from gateway.batch import batch_models, map_batch
 from gateway.errors import ApiError
-from gateway.jsonbody import decoded_json, encoded_json, with_field
+from gateway.jsonbody import decoded_json, of_fields, raw_fields, with_field
 from gateway.multipart import FormReader, boundary_of
 from gateway.stream import Event, EventFilter
 from gateway.targets import common_resource
@@ -362,8 +362,17 @@ def placed_query(operation: Operation, query: str, target: Target) -> str:
     return query if len(others) == len(parts) else "&".join([*others, f"{name}={quote(deployment, safe='')}"])
 
 
+# The most colons, and so the most fields, of a message that is written anew: each field is an object meanwhile.
+_MOST_FIELDS = 200_000
+_MOST_NAME = 2048
+_MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+
+
 class FrameModels(EventFilter):
-    """Puts deployments in the place of models in what a client sends on a WebSocket of the Responses API."""
+    """Puts deployments in the place of models in what a client sends on a WebSocket of the Responses API.
+
+    Only the models are decoded; a message may carry 20 MiB beside them.
+    """
 
     finds = (b'"model"', b"\\u006")  # the key, however it is written
 
@@ -373,21 +382,43 @@ class FrameModels(EventFilter):
 
     def event(self, event: Event) -> Event:
         """Map the models of a message. Raises ApiError, which the client is told."""
-        content = decoded_json(event.raw, msgspec.json.decode)
-        if not isinstance(content, dict):
-            raise ApiError(400, "a message must be a JSON object")
-        if event.raw.count(b'"response"') > 1 or b"\\u006" in event.raw or b"\\u007" in event.raw:
-            event.raw = encoded_json(content)  # of two keys, Azure might take the one that was not looked at
-        if "model" in content:
-            event.raw = with_field(event.raw, "model", self._deployment(content["model"]))
-        inner = content.get("response")
-        if isinstance(inner, dict) and "model" in inner:
-            made = json.dumps({**inner, "model": self._deployment(inner["model"])}).encode()
-            event.raw = with_field(event.raw, "response", made)
+        raw = event.raw
+        event.raw = self._rewritten(raw) if raw.count(b":") <= _MOST_FIELDS else self._replaced(raw)
         return event
 
-    def _deployment(self, model: object) -> str:
-        name = model_name(model).strip()
+    def _rewritten(self, raw: bytes) -> bytes:
+        """Return the message with each key once: of two, Azure might take the other one."""
+        fields = raw_fields(raw)
+        if "model" in fields:
+            fields["model"] = self._deployment(fields["model"])
+        inner = fields.get("response", b"")
+        if inner.startswith(b"{"):
+            within = raw_fields(inner)
+            if "model" in within:
+                within["model"] = self._deployment(within["model"])
+                fields["response"] = of_fields(within)
+        return of_fields(fields)
+
+    def _replaced(self, raw: bytes) -> bytes:
+        """Return the message with another value in the place of its only model."""
+        fields = raw_fields(raw, ("model", "response"))
+        inner = fields.get("response", b"")
+        within = raw_fields(inner, ("model",)) if inner.startswith(b"{") else {}
+        key = _MODEL_KEY.search(raw)
+        several = raw.count(b'"model"') > 1 or raw.count(b'"response"') > 1
+        if several or b"\\u006" in raw or b"\\u007" in raw:
+            raise ApiError(
+                400, f"a message of more than {_MOST_FIELDS} fields must have the keys model and response once"
+            )
+        value = fields.get("model") or within.get("model")
+        if key is None or value is None:
+            return raw
+        return raw[: key.end()] + self._deployment(value) + raw[key.end() + len(value) :]
+
+    def _deployment(self, model: bytes) -> bytes:
+        if len(model) > _MOST_NAME:
+            raise ApiError(400, "the model's name is too long", param="model")
+        name = model_name(decoded_json(model, msgspec.json.decode)).strip()
         found = self._find(name)
         asked = self._request.sent_to
         there = found.within(asked.resource) if asked is not None and asked.resource is not None else None
@@ -399,4 +430,4 @@ class FrameModels(EventFilter):
                 code="resource_mismatch",
             )
         self._request.notes.setdefault("model", name)
-        return there.deployment or ""
+        return msgspec.json.encode(there.deployment or "")

@@ -577,7 +577,7 @@ class Wire(BaseProtocol):
             relay.from_azure(early)
         if self.lost:
             relay.azure_lost()
-        else:
+        elif not relay.azure_held:
             self.release_relay()
 
     def end_relay(self, seconds: float) -> None:
