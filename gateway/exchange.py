@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from gateway.logs import get_logger
+from gateway.memory_budget import Budgets, Hold, MemoryBudget
 from gateway.usage import Meter, Usage
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ __all__ = ("EndedBy", "Exchange", "Outcome")
 
 EndedBy = Literal["complete", "client", "upstream", "gateway"]
 
-# How many bytes of bodies all exchanges together may keep that nobody had to read.
-_MOST_KEPT = 256 * 1024 * 1024
 # After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
 _AGAIN = 1.0
+# For exchanges outside a server, such as probes.
+_OUTSIDE = Budgets()
 # What is counted in most exchanges.
 _NONE: Mapping[str, int] = MappingProxyType({})
 
@@ -65,6 +66,14 @@ class Owned(Protocol):
         """Close at once; do nothing if it is closed or handed back already."""
 
 
+class Asking(Protocol):
+    """The request of an exchange."""
+
+    @property
+    def holder(self) -> str:
+        """Whose share of the budgets it uses."""
+
+
 class Exchange:
     """What the copies of one request share: callbacks, the upstream connection, the deadline, the facts."""
 
@@ -80,16 +89,21 @@ class Exchange:
     close_code: int | None = None
     meter: Meter | None = None
     """What was used, where somebody wants to know."""
-    _kept = 0  # by all exchanges
-    _keeps = 0
+    request: Asking | None = None
+    """The request as it came, until the exchange is over."""
+    taken: dict[object, object] | None = None
+    """What stages took before the body was read; see `Request.taken`."""
+    _memory: Hold | None = None
+    _disk: Hold | None = None
     _upstream: Owned | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
     _task: asyncio.Task[object] | None = None
     _expired = False
 
-    def __init__(self) -> None:
+    def __init__(self, budgets: Budgets = _OUTSIDE) -> None:
         self.started = time.monotonic()
+        self._budgets = budgets
         self._callbacks: list[Callable[[Outcome], None]] = []
 
     def defer(self, callback: Callable[[Outcome], None]) -> None:
@@ -112,13 +126,39 @@ class Exchange:
             return
         self._upstream = upstream
 
-    def keep(self, size: int) -> bool:
-        """Take so many bytes of what all exchanges may keep of bodies until this one is over; False if too much."""
-        if Exchange._kept + size > _MOST_KEPT:
-            return False
-        Exchange._kept += size
-        self._keeps += size
-        return True
+    def hold(self, size: int) -> None:
+        """Count `size` more bytes that are kept in memory for this exchange, before they are.
+
+        They are given back when the exchange is over. Raises BudgetSpent (503, or 413 for more than one caller may
+        ever hold); what was held before is still held then.
+        """
+        self._check_running()
+        self._memory = hold = self._memory or self._new_hold(self._budgets.memory)
+        hold.grow(size)
+
+    def let_go(self, size: int) -> None:
+        """Count `size` bytes of memory less; after the end nothing is held, and this does nothing."""
+        if not self._over and self._memory is not None:
+            self._memory.shrink(size)
+
+    def hold_on_disk(self, size: int) -> None:
+        """Count `size` more bytes that are kept on disk; as `hold`."""
+        self._check_running()
+        self._disk = hold = self._disk or self._new_hold(self._budgets.disk)
+        hold.grow(size)
+
+    def let_go_of_disk(self, size: int) -> None:
+        """Count `size` bytes on disk less; as `let_go`."""
+        if not self._over and self._disk is not None:
+            self._disk.shrink(size)
+
+    def _check_running(self) -> None:
+        if self._over:
+            raise RuntimeError("the exchange is over, and nobody would give back what it holds")
+
+    def _new_hold(self, budget: MemoryBudget) -> Hold:
+        # The caller is looked up once: what is taken from a share is given back to the same.
+        return Hold(budget, self.request.holder if self.request is not None else "")
 
     def release(self) -> None:
         """Close the connection that the exchange holds, if any."""
@@ -165,8 +205,11 @@ class Exchange:
         if self._over:
             return
         self._over = True
-        if self._keeps:
-            Exchange._kept -= self._keeps
+        if self._memory is not None:
+            self._memory.release()
+        if self._disk is not None:
+            self._disk.release()
+        self.request = None  # which holds the exchange
         self.run_in(None)
         self.release()
         callbacks, self._callbacks = self._callbacks, []

@@ -9,6 +9,7 @@ whether it is there; the answer goes no further.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from gateway.frames import (
     close_frame,
     frame,
 )
-from gateway.jsonbody import encoded_json
+from gateway.jsonbody import decoded_json, encoded_json, raw_fields
 from gateway.logs import get_logger, masked
 from gateway.patience import Patience
 from gateway.stream import Event, EventFilter, through
@@ -43,6 +44,8 @@ __all__ = ("MessageEvent", "Relay", "error_event")
 
 # How long, in seconds, a side may take to answer a close frame.
 _CLOSING = 10.0
+# The longest id of a message that an error repeats, in bytes of JSON.
+_MOST_EVENT_ID = 2048
 
 
 class MessageEvent(Event):
@@ -367,10 +370,9 @@ class Relay:
 def error_event(error: ApiError, message: bytes) -> bytes:
     """Return the event that tells a client what is wrong with its message, in the shape of OpenAI's."""
     told: dict[str, Any] = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
-    try:
-        sent = msgspec.json.decode(message)
-        if isinstance(sent, dict) and isinstance(sent.get("event_id"), str):
-            told["event_id"] = sent["event_id"]
-    except (msgspec.DecodeError, RecursionError, ValueError):
-        pass
+    with contextlib.suppress(ApiError):
+        # The rest of a message, which may be long, is not decoded.
+        sent = raw_fields(message, ("event_id",)).get("event_id", b"")
+        if sent.startswith(b'"') and len(sent) <= _MOST_EVENT_ID:
+            told["event_id"] = decoded_json(sent, msgspec.json.decode)
     return msgspec.json.encode({"type": "error", "status": error.status, "error": told})

@@ -9,6 +9,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from gateway.body import MOST_LOOKED_AT
+from gateway.memory_budget import DEFAULT_MEMORY
 
 __all__ = ("HealthSettings", "Limits", "Listen", "Network", "Settings", "Timeouts")
 
@@ -71,6 +72,13 @@ class Limits:
         int, Meta(gt=0, description="the most bytes of a form that are kept on disk until its `model` has come")
     ] = MOST_LOOKED_AT
     connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000
+    memory: Annotated[
+        int,
+        Meta(
+            ge=1024 * 1024,
+            description="the most bytes that all requests together may hold in memory; one caller's share is a quarter",
+        ),
+    ] = DEFAULT_MEMORY
 
 
 @dataclass(frozen=True)

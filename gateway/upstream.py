@@ -120,6 +120,8 @@ class Upstream:
         )
         answer = await self._ask(request, resource, destination, head, body, watch)
         response = _response(answer)
+        if answer.whole is None:
+            response._exchange = exchange
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response
