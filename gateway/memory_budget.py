@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gateway.errors import ApiError
 
-__all__ = ("DEFAULT_MEMORY", "UNCOUNTED", "Budgets", "BudgetSpent", "Hold", "MemoryBudget")
+__all__ = ("DEFAULT_MEMORY", "UNCOUNTED", "BudgetSpent", "Budgets", "Hold", "MemoryBudget")
 
 DEFAULT_MEMORY = 1024 * 1024 * 1024
 """The default of `limits: memory`, in bytes."""
