@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -91,8 +91,11 @@ class Exchange:
     """What was used, where somebody wants to know."""
     request: Asking | None = None
     """The request as it came, until the exchange is over."""
-    taken: dict[object, object] | None = None
-    """What stages took before the body was read; see `Request.taken`."""
+    taken: dict[str, Any] | None = None
+    """What stages took before the body was read, by their ids; see `Request.taken`."""
+    before_body: Sequence[Callable[[Any], Awaitable[None]]] = ()
+    """What the pipeline's stages do before a body that has not arrived is read."""
+    _asked = 0  # how many of them have
     _memory: Hold | None = None
     _disk: Hold | None = None
     _upstream: Owned | None = None
@@ -125,6 +128,15 @@ class Exchange:
             upstream.abort()
             return
         self._upstream = upstream
+
+    async def before_reading(self) -> None:
+        """Let each stage take its share, once, before a body is read that has not arrived.
+
+        Raises ApiError where one refuses; the next reader asks that one again.
+        """
+        while self._asked < len(self.before_body):
+            await self.before_body[self._asked](self.request)
+            self._asked += 1
 
     def hold(self, size: int) -> None:
         """Count `size` more bytes that are kept in memory for this exchange, before they are.

@@ -53,7 +53,7 @@ def check_values(data: bytes) -> None:
         if values > _MOST_VALUES:
             raise ApiError(
                 413,
-                f"the JSON has more than {_MOST_VALUES} values (signs , : [ and {{), which is the most that are decoded; "
+                f"the JSON has more than {_MOST_VALUES} values (signs , : [ and {{), the most that are decoded; "
                 "send less at once",
                 code="body_too_large",
             )

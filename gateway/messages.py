@@ -187,8 +187,8 @@ class Request:
         self._exchange.let_go(size)
 
     @property
-    def taken(self) -> dict[object, Any]:
-        """What stages took in `before_body`, by stage, for their `__call__`; of the whole exchange."""
+    def taken(self) -> dict[str, Any]:
+        """What stages took in `before_body`, for their `__call__`, by the ids of the stages; of the whole exchange."""
         if self._exchange.taken is None:
             self._exchange.taken = {}
         return self._exchange.taken
