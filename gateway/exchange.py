@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from gateway.logs import get_logger
-from gateway.memory_budget import Budgets, Hold, MemoryBudget
+from gateway.memory_budget import BUDGETS, Hold, MemoryBudget
 from gateway.usage import Meter, Usage
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ EndedBy = Literal["complete", "client", "upstream", "gateway"]
 
 # After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
 _AGAIN = 1.0
-# For exchanges outside a server, such as probes.
-_OUTSIDE = Budgets()
 # What is counted in most exchanges.
 _NONE: Mapping[str, int] = MappingProxyType({})
 
@@ -74,6 +72,15 @@ class Asking(Protocol):
         """Whose share of the budgets it uses."""
 
 
+class _Nobody:
+    """Keeps bytes for no client, as probes do."""
+
+    holder = ""
+
+
+_NOBODY = _Nobody()
+
+
 class Exchange:
     """What the copies of one request share: callbacks, the upstream connection, the deadline, the facts."""
 
@@ -90,7 +97,7 @@ class Exchange:
     meter: Meter | None = None
     """What was used, where somebody wants to know."""
     request: Asking | None = None
-    """The request as it came, until the exchange is over."""
+    """Whose share of the budgets is used, if it keeps more than most do; until the exchange is over."""
     taken: dict[str, Any] | None = None
     """What stages took before the body was read, by their ids; see `Request.taken`."""
     before_body: Sequence[Callable[[Any], Awaitable[None]]] = ()
@@ -104,9 +111,8 @@ class Exchange:
     _task: asyncio.Task[object] | None = None
     _expired = False
 
-    def __init__(self, budgets: Budgets = _OUTSIDE) -> None:
+    def __init__(self) -> None:
         self.started = time.monotonic()
-        self._budgets = budgets
         self._callbacks: list[Callable[[Outcome], None]] = []
 
     def defer(self, callback: Callable[[Outcome], None]) -> None:
@@ -145,7 +151,7 @@ class Exchange:
         ever hold); what was held before is still held then.
         """
         self._check_running()
-        self._memory = hold = self._memory or self._new_hold(self._budgets.memory)
+        self._memory = hold = self._memory or self._new_hold(BUDGETS.memory)
         hold.grow(size)
 
     def let_go(self, size: int) -> None:
@@ -156,7 +162,7 @@ class Exchange:
     def hold_on_disk(self, size: int) -> None:
         """Count `size` more bytes that are kept on disk; as `hold`."""
         self._check_running()
-        self._disk = hold = self._disk or self._new_hold(self._budgets.disk)
+        self._disk = hold = self._disk or self._new_hold(BUDGETS.disk)
         hold.grow(size)
 
     def let_go_of_disk(self, size: int) -> None:
@@ -169,8 +175,16 @@ class Exchange:
             raise RuntimeError("the exchange is over, and nobody would give back what it holds")
 
     def _new_hold(self, budget: MemoryBudget) -> Hold:
-        # The caller is looked up once: what is taken from a share is given back to the same.
-        return Hold(budget, self.request.holder if self.request is not None else "")
+        if self.request is None:
+            self.request = _NOBODY
+        # Asked once: what is taken from a share is given back to the same.
+        return Hold(budget, self.request.holder)
+
+    def _give_back(self) -> None:
+        for hold in (self._memory, self._disk):
+            if hold is not None:
+                hold.release()
+        self.request = None  # which holds the exchange
 
     def release(self) -> None:
         """Close the connection that the exchange holds, if any."""
@@ -217,11 +231,8 @@ class Exchange:
         if self._over:
             return
         self._over = True
-        if self._memory is not None:
-            self._memory.release()
-        if self._disk is not None:
-            self._disk.release()
-        self.request = None  # which holds the exchange
+        if self.request is not None:
+            self._give_back()
         self.run_in(None)
         self.release()
         callbacks, self._callbacks = self._callbacks, []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gateway.errors import ApiError
 
-__all__ = ("DEFAULT_MEMORY", "UNCOUNTED", "BudgetSpent", "Budgets", "Hold", "MemoryBudget")
+__all__ = ("BUDGETS", "DEFAULT_MEMORY", "UNCOUNTED", "BudgetSpent", "Budgets", "Hold", "MemoryBudget")
 
 DEFAULT_MEMORY = 1024 * 1024 * 1024
 """The default of `limits: memory`, in bytes."""
@@ -79,6 +79,10 @@ class Budgets:
         """Have other limits from now on: of memory, and of one form on disk. What is held already stays held."""
         self.memory.limit = memory
         self.disk.limit = _FORMS * form
+
+
+BUDGETS = Budgets()
+"""Those of this process."""
 
 
 class Hold:

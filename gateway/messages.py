@@ -180,7 +180,9 @@ class Request:
         They are given back at the exchange's end. Raises ApiError 503 where the gateway or the caller holds too much,
         and 413 where it is more than one caller may ever hold.
         """
-        self._exchange.hold(size)
+        exchange = self._exchange
+        exchange.request = exchange.request or self
+        exchange.hold(size)
 
     def let_go(self, size: int) -> None:
         """Count `size` bytes less: a stage keeps them no longer."""

@@ -106,16 +106,18 @@ def model_in(data: bytes, row: Operation) -> str | None:
 
 def _model_of(data: bytes) -> object:
     """Return the value of `model` in a JSON object. Raises ApiError 400 where it is long, or no text."""
-    peeked = decoded_json(data, _peek.decode, skips=True)
-    if peeked.__class__ is not _Peek:
-        return _field_of(peeked, nested=False)
-    raw = peeked.model
+    try:  # nearly always, at the least cost
+        raw = _peek.decode(data).model
+        if len(raw) <= _MAX_RAW_MODEL:
+            return _text.decode(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        peeked = decoded_json(data, _peek.decode, skips=True)
+        if not isinstance(peeked, _Peek):
+            return _field_of(peeked, nested=False)
+        raw = peeked.model
     if len(raw) > _MAX_RAW_MODEL:
         raise ApiError(400, f"`model` must be text of at most {_MAX_MODEL} characters", param="model")
-    try:
-        return _text.decode(raw)
-    except msgspec.DecodeError:
-        return decoded_json(bytes(raw), msgspec.json.decode)
+    return decoded_json(bytes(raw), msgspec.json.decode)
 
 
 def _field_of(fields: Any, *, nested: bool) -> object:

@@ -31,6 +31,7 @@ from gateway.heads import request_id as request_id_of
 from gateway.identity import Judgement
 from gateway.listener import Listener
 from gateway.logs import get_logger
+from gateway.memory_budget import BUDGETS
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
 from gateway.probing import Prober
@@ -133,7 +134,7 @@ class Server:
             await self.upstream.close()
             raise
         self.shared.health.use(self.settings.health, self.teams.deployments)
-        self.shared.budgets.use(limits.memory, limits.form)
+        BUDGETS.use(limits.memory, limits.form)
         self._http = _Connections(self._handle, limits, timeouts)
         try:
             await self._listen_to_operator()
@@ -250,7 +251,7 @@ class Server:
         self._http.use(settings.limits, settings.timeouts)
         self.upstream.use(settings.timeouts)
         self.shared.health.use(settings.health, generation.teams.deployments)
-        self.shared.budgets.use(settings.limits.memory, settings.limits.form)
+        BUDGETS.use(settings.limits.memory, settings.limits.form)
         self._prober.follow()
         self._old.add(old)
         if not old.running:
@@ -283,7 +284,7 @@ class Server:
         task = arrived.connection.task
         assert task is not None, "a request is handled outside its task"  # noqa: S101 -- a bug of ours
         self._running.add(task)
-        exchange = Exchange(self.shared.budgets)
+        exchange = Exchange()
         generation = self._generation
         generation.running += 1
         try:
@@ -343,7 +344,6 @@ class Server:
                     address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
                     judgement=judgement,
                 )
-                exchange.request = request
                 if team.metered:
                     exchange.meter = Meter()
                 exchange.run_in(task)

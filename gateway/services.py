@@ -14,7 +14,6 @@ from gateway.azure import BY_NAME
 from gateway.counters import Counters, MemoryCounters, Turns
 from gateway.health import Health
 from gateway.logs import get_logger
-from gateway.memory_budget import Budgets
 from gateway.prices import Prices
 from gateway.tokens import load_encodings
 
@@ -34,8 +33,6 @@ class Shared:
     def __init__(self, counters: Counters | None = None) -> None:
         self.counters = Turns(counters or MemoryCounters())
         """Where limits are counted that no store is named for."""
-        self.budgets = Budgets()
-        """The bytes that requests hold."""
         self.health = Health()
         """How the deployments of pools are."""
         self._elsewhere: dict[Hashable, Turns] = {}

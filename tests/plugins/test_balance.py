@@ -761,9 +761,8 @@ async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, region
 
     assert await upload(400_000) == 5
     await gateway.idle()
-    memory = gateway.server.shared.budgets.memory
-    assert memory.held == 0
-    assert memory.most_held > 400_000
+    assert BUDGETS.memory.held == 0
+    assert BUDGETS.memory.most_held > 400_000
     for each in gateway.server.shared.health.all():
         each.rests_until, each.failing, each.failures = 0.0, False, 0
     assert await upload(800_000) == 1
