@@ -43,21 +43,24 @@ __all__ = (
 SEVERAL = frozenset({"lines", "evals"})
 
 _MAX_MODEL = 256
+# The JSON of a model's name: escaped, each character takes up to 6 bytes.
+_MAX_RAW_MODEL = 2048
 _NAMES_MODEL = re.compile(r";\s*(model|deployment)\s*=", re.IGNORECASE)
 
 
 class _Peek(msgspec.Struct):
     """The one field of a JSON body that every exchange needs; msgspec skips the rest unread."""
 
-    model: Any = None
+    model: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Session(msgspec.Struct):
-    session: Any = None
+    session: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _peek = msgspec.json.Decoder(_Peek)
 _session = msgspec.json.Decoder(_Session)
+_text = msgspec.json.Decoder(str)
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -92,13 +95,29 @@ def model_in(data: bytes, row: Operation) -> str | None:
         if not row.needs_model:
             return None
         raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
-    nested = row.model == "session.model"
-    peeked = decoded_json(data, _session.decode if nested else _peek.decode)
-    if peeked.__class__ is _Peek:
-        value = peeked.model
-    else:
-        value = _field_of({"session": peeked.session} if isinstance(peeked, _Session) else peeked, nested=nested)
-    return _checked(value, row)
+    if row.model == "session.model":
+        session = decoded_json(data, _session.decode, skips=True)
+        if session.__class__ is not _Session:
+            return _checked(_field_of(session, nested=True), row)
+        nested = bytes(session.session)
+        return _checked(_model_of(nested) if nested.startswith(b"{") else None, row)
+    return _checked(_model_of(data), row)
+
+
+def _model_of(data: bytes) -> object:
+    """Return the value of `model` in a JSON object. Raises ApiError 400 where it is long, or no text."""
+    try:  # nearly always, at the least cost
+        raw = _peek.decode(data).model
+        if len(raw) <= _MAX_RAW_MODEL:
+            return _text.decode(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        peeked = decoded_json(data, _peek.decode, skips=True)
+        if not isinstance(peeked, _Peek):
+            return _field_of(peeked, nested=False)
+        raw = peeked.model
+    if len(raw) > _MAX_RAW_MODEL:
+        raise ApiError(400, f"`model` must be text of at most {_MAX_MODEL} characters", param="model")
+    return decoded_json(bytes(raw), msgspec.json.decode)
 
 
 def _field_of(fields: Any, *, nested: bool) -> object:
@@ -150,8 +169,7 @@ async def _call_model(request: Request) -> object:
         return field.text
     if (field := form.fields.get("session")) is None:
         return in_query
-    session = decoded_json(bytes(field.value), _peek.decode)
-    model = session.model if isinstance(session, _Peek) else _field_of(session, nested=False)
+    model = _model_of(bytes(field.value))
     return in_query if model is None else model
 
 

@@ -14,6 +14,7 @@ the last one is written.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -38,7 +39,7 @@ from gateway.frames import (
     close_frame,
     frame,
 )
-from gateway.jsonbody import encoded_json, raw_fields
+from gateway.jsonbody import decoded_json, encoded_json, raw_fields
 from gateway.logs import get_logger, masked
 from gateway.patience import Patience
 from gateway.stream import Event, EventFilter, through
@@ -62,13 +63,14 @@ _MOST_DECODED = 4 * 1024 * 1024
 # one in 10 or 20 seconds; after a pause in reading, those of the meantime arrive together.
 _CONTROLS = 100
 _CONTROLS_PER_SECOND = 20
-_MOST_EVENT_ID = 512
 # Why a side is not read from: the bytes that have arrived are handled in later turns; the other side takes no more; the
 # gateway's own answers to it are not written yet.
 _TURN, _FLOW, _ANSWERS = "turn", "flow", "answers"
 
 # How long, in seconds, a side may take to answer a close frame.
 _CLOSING = 10.0
+# The longest id of a message that an error repeats, in bytes of JSON.
+_MOST_EVENT_ID = 2048
 
 
 class MessageEvent(Event):
@@ -592,10 +594,9 @@ class Relay:
 def error_event(error: ApiError, message: bytes) -> bytes:
     """Return the event that tells a client what is wrong with its message, in the shape of OpenAI's."""
     told: dict[str, Any] = {"type": error.type, "code": error.code, "message": error.message, "param": error.param}
-    try:
-        event_id = raw_fields(message, ("event_id",)).get("event_id", b"")
-    except ApiError:
-        event_id = b""  # it is no JSON object: that is what the client is told
-    if event_id.startswith(b'"') and len(event_id) <= _MOST_EVENT_ID:
-        told["event_id"] = msgspec.Raw(event_id)
+    with contextlib.suppress(ApiError):
+        # The rest of a message, which may be long, is not decoded.
+        sent = raw_fields(message, ("event_id",)).get("event_id", b"")
+        if sent.startswith(b'"') and len(sent) <= _MOST_EVENT_ID:
+            told["event_id"] = decoded_json(sent, msgspec.json.decode)
     return msgspec.json.encode({"type": "error", "status": error.status, "error": told})

@@ -31,6 +31,7 @@ from gateway.heads import request_id as request_id_of
 from gateway.identity import Judgement
 from gateway.listener import Listener
 from gateway.logs import get_logger
+from gateway.memory_budget import BUDGETS
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
 from gateway.probing import Prober
@@ -133,6 +134,7 @@ class Server:
             await self.upstream.close()
             raise
         self.shared.health.use(self.settings.health, self.teams.deployments)
+        BUDGETS.use(limits.memory, limits.form)
         self._http = _Connections(self._handle, limits, timeouts)
         try:
             await self._listen_to_operator()
@@ -249,6 +251,7 @@ class Server:
         self._http.use(settings.limits, settings.timeouts)
         self.upstream.use(settings.timeouts)
         self.shared.health.use(settings.health, generation.teams.deployments)
+        BUDGETS.use(settings.limits.memory, settings.limits.form)
         self._prober.follow()
         self._old.add(old)
         if not old.running:

@@ -9,6 +9,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from gateway.body import MOST_LOOKED_AT
+from gateway.memory_budget import DEFAULT_MEMORY
 
 __all__ = ("HealthSettings", "Limits", "Listen", "Network", "Settings", "Timeouts")
 
@@ -78,6 +79,13 @@ class Limits:
         ),
     ] = 500
     connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000
+    memory: Annotated[
+        int,
+        Meta(
+            ge=1024 * 1024,
+            description="the most bytes that all requests together may hold in memory; one caller's share is a quarter",
+        ),
+    ] = DEFAULT_MEMORY
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gateway.identity import Claims, Issuers, Judgement, unavailable
 from gateway.keys import ListedKey, presented_key
 from gateway.logs import get_logger, masked
 from gateway.services import Services, Shared
-from gateway.stage import Next, Stage, compile_pipeline
+from gateway.stage import BeforeBody, Next, Stage, compile_pipeline
 from gateway.targets import Pool, Target
 
 __all__ = ("Background", "Match", "Team", "Teams")
@@ -48,6 +48,8 @@ class Team:
     pipeline: Next | None = None
     metered: bool = False
     """Whether one of its stages wants to know what exchanges use."""
+    before_body: tuple[BeforeBody, ...] = ()
+    """What its stages do before a body that has not arrived is read."""
 
     async def start(self, end: Next) -> None:
         """Start the stages and compile the pipeline; those already started are stopped if one fails."""
@@ -68,6 +70,9 @@ class Team:
             raise
         active = [(stage.id, stage) for stage in self.stages if not stage.idle]
         self.metered = any(stage.needs_usage for _, stage in active)
+        self.before_body = tuple(
+            stage.before_body for _, stage in active if type(stage).before_body is not Stage.before_body
+        )
         self.pipeline = compile_pipeline(active, end)
 
     async def stop(self) -> None:

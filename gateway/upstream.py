@@ -120,6 +120,9 @@ class Upstream:
         )
         answer = await self._ask(request, resource, destination, head, body, watch)
         response = _response(answer)
+        if answer.whole is None:
+            response._exchange = exchange
+            exchange.request = exchange.request or request
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response
@@ -172,6 +175,7 @@ class Upstream:
             return _response(answer)
         socket = WebSocket(answer.switched())
         exchange.own(socket)
+        exchange.request = exchange.request or request
         socket.protocol = taken(answer.fields, key)
         if exchange.meter is not None and request.operation in METERED:
             socket.watch = exchange.meter.watch(request.operation, None, request._model).feed

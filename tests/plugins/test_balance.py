@@ -743,14 +743,10 @@ async def test_a_failed_part_takes_no_other_part_s_use_away(
     assert gateway.exchanges()[0]["input_tokens"] == 6
 
 
-async def test_bodies_are_kept_up_to_a_bound(
-    start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of all exchanges together; what is above it is sent once, and counted no more when it is over."""
-    from gateway import exchange
-
-    monkeypatch.setattr(exchange, "_MOST_KEPT", 500_000)
-    gateway = await start_gateway("", pool_yaml(regions).replace('gpt-4o: "pool', 'whisper: "pool'))
+async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A caller's share of the memory: what is above it is sent once, and counted no more when it is over."""
+    yaml = pool_yaml(regions, top="limits: {memory: 3000000}").replace('gpt-4o: "pool', 'whisper: "pool')
+    gateway = await start_gateway("", yaml)
     for region in regions.values():
         region.fault = "error"
 
@@ -765,10 +761,11 @@ async def test_bodies_are_kept_up_to_a_bound(
 
     assert await upload(400_000) == 5
     await gateway.idle()
-    assert exchange.Exchange._kept == 0
+    assert BUDGETS.memory.held == 0
+    assert BUDGETS.memory.most_held > 400_000
     for each in gateway.server.shared.health.all():
         each.rests_until, each.failing, each.failures = 0.0, False, 0
-    assert await upload(600_000) == 1
+    assert await upload(800_000) == 1
 
 
 async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
