@@ -40,6 +40,7 @@ from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 from gateway.urls import Place, place_of
 from gateway.usage import Meter
+from gateway.watchdog import Watchdog
 
 __all__ = ("Generation", "Server", "serve")
 
@@ -98,6 +99,7 @@ class Server:
         self._servers: list[asyncio.Server] = []
         self._listener: Listener | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self.watchdog = Watchdog(self._running)
         self._stopped = False
         self.counts: Counter[str] = Counter()
         """What stages counted since the start, such as repairs; told when the server stops."""
@@ -281,6 +283,8 @@ class Server:
         task = arrived.connection.task
         assert task is not None, "a request is handled outside its task"  # noqa: S101 -- a bug of ours
         self._running.add(task)
+        if self.watchdog.asleep:
+            self.watchdog.wake()
         exchange = Exchange()
         generation = self._generation
         generation.running += 1
@@ -445,6 +449,7 @@ async def serve(
             await asyncio.wait((starting,), timeout=5)
             return
         await starting
+        server.watchdog.start()
         _spare_the_collector()
         admin = {"admin": str(server.admin.address)} if server.admin is not None else {}
         log.info("listening", address=str(server.address), teams=len(server.teams.all), **admin)
@@ -462,4 +467,5 @@ async def serve(
             helper.cancel()
             await asyncio.wait((helper,), timeout=5)
         await server.stop(now=now)
+        server.watchdog.stop()
     log.info("stopped")
