@@ -212,7 +212,7 @@ def test_it_works_with_every_loop_and_ends_with_it(
         thread = dog._thread
         assert thread is not None
         assert list(dog._told)
-        assert all("test_watchdog.py:" in each for each in dog._told)
+        assert all("test_watchdog.py " in each for each in dog._told)
         dog.stop()
         assert not thread.is_alive()
     assert capfd.readouterr().err.count(BLOCKED) == 2
