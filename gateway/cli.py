@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ConfigError as exc:
-        print("\n".join(map(str, exc.mistakes)), file=sys.stderr)
+        _print_lines(list(map(str, exc.mistakes)), sys.stderr)
         count = len(exc.mistakes)
         print(f"gateway: {count} mistake{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
         return 1
@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     reload.add_argument("path", metavar="FILE", type=Path, nargs="?", help=where)
     reload.add_argument("-c", "--config", metavar="FILE", type=Path, help="the same")
+    reload.add_argument(
+        "--user",
+        metavar="NAME",
+        help="for root: the user that the gateway runs as, where that is neither root, nor `gateway`, nor the owner of "
+        "FILE; any local user can pose as a gateway",
+    )
     reload.set_defaults(run=_reload)
 
     check = commands.add_parser(
@@ -332,7 +338,7 @@ def _reload(options: argparse.Namespace) -> int:
     from gateway import control  # noqa: PLC0415
 
     try:
-        report = control.ask(_config_path(options.config or options.path))
+        report = control.ask(_config_path(options.config or options.path), options.user)
     except control.NobodyThere as exc:
         print(f"gateway: {exc}", file=sys.stderr)
         return 1
@@ -346,7 +352,7 @@ def _reload(options: argparse.Namespace) -> int:
 
 
 def _print_lines(lines: Sequence[str], to: TextIO | None = None) -> None:
-    """Print what another process said: whoever took its name must not steer root's terminal."""
+    """Print text of another process, or out of files: it must not control the terminal."""
     for line in lines:
         print(line if line.isprintable() else ascii(line), file=to)
 
