@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway.bulletin import Bulletin
 from gateway.config.convert import did_you_mean, fill
-from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
+from gateway.config.files import GatewayFile, KeyFile, ListenFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
 from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
@@ -204,12 +204,19 @@ class _Loader:
 
     # -- the parts of gateway.yaml ---------------------------------------------------------------------
 
-    def _listen(self, text: str, name: str, root: MappingNode) -> Listen:
+    def _listen(self, given: ListenFile, name: str, root: MappingNode) -> Listen:
+        node = value_of(root, name)
+        where = node if isinstance(node, MappingNode) else root
         try:
-            return Listen.parse(text)
+            listen = Listen.parse(given.address)
         except ValueError as exc:
-            self.reader.mistake(value_of(root, name), f"{name}: {exc}")
+            self.reader.mistake(node if where is root else value_of(where, "address"), f"{name}: {exc}")
             return Listen()
+        if given.mode is None:
+            return listen
+        if listen.unix is None:
+            self.reader.mistake(value_of(where, "mode"), f"{name}: only a unix socket has a mode")
+        return replace(listen, mode=int(given.mode, 8))
 
     def _plugins(self, folder: str, root: MappingNode) -> Path:
         path = _folder(self.folder, folder)
