@@ -254,6 +254,7 @@ def _serve(options: argparse.Namespace) -> int:
         return _work(options)
     from gateway import logs, systemd  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
     from gateway.config import load  # noqa: PLC0415
+    from gateway.descriptors import raise_limit  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
     from gateway.loop import run  # noqa: PLC0415
     from gateway.reload import Reloads  # noqa: PLC0415
@@ -273,6 +274,7 @@ def _serve(options: argparse.Namespace) -> int:
     def read(shared: Any = None, sources: Any = None) -> Any:
         return _with_listen(load(path, shared=shared, cors=options.cors == "true", sources=sources), listen)
 
+    raise_limit()  # before there are workers, which inherit it
     loaded = read()
     settings = loaded.settings
     logs.configure(loaded.log.level, loaded.log.format)
@@ -300,6 +302,7 @@ def _work(options: argparse.Namespace) -> int:
     """Serve as one of several workers; what is wrong is the supervisor's to say, once for all of them."""
     from gateway import logs  # noqa: PLC0415
     from gateway.config import load  # noqa: PLC0415
+    from gateway.connection_count import ConnectionCount  # noqa: PLC0415
     from gateway.counters.shared import SharedCounters  # noqa: PLC0415
     from gateway.handover import Handover, Line  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
@@ -322,7 +325,8 @@ def _work(options: argparse.Namespace) -> int:
         logs.configure(loaded.log.level, loaded.log.format)
         listener = Listener.inherited(handover.sockets)
         # (The supervisor's are the admin listener, and what one worker is to know of what others do.)
-        server = Server(loaded.teams, dataclasses.replace(loaded.settings, admin=None))
+        count = ConnectionCount(handover.counts, handover.place)
+        server = Server(loaded.teams, dataclasses.replace(loaded.settings, admin=None), count=count)
         line.share(server.shared.health)
         renewal = Renewal(server, loaded, read)
         del loaded  # a reload lets go of it

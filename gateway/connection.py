@@ -129,7 +129,7 @@ class Connection(BaseProtocol):
         """Begin to wait for a first request, unless there are too many connections."""
         super().connection_made(transport)
         self._manager.connection_made(self, self.transport)  # type: ignore[arg-type] # aiohttp names its own class
-        if len(self._manager.connections) > self._limits.connections:
+        if self._manager.is_full(self._limits.connections):  # type: ignore[attr-defined] # it is the server's own
             busy = "the gateway has as many connections as it may; try again"
             self._refuse(ApiError(503, busy, code="overloaded"))
         else:

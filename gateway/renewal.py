@@ -72,6 +72,8 @@ class Renewal:
             get_logger().error("reloading failed by a bug", **facts)
             mistakes = [f"{type(exc).__name__}; the log has more"]
         await self.abort()
+        if not sources.files:  # it failed before it read one: watching nothing would be the end of the watch
+            sources = self._loaded.sources.unread()
         return Prepared(Report(mistakes=mistakes), State(sources, self._loaded.watch, self._loaded.log))
 
     async def _prepare(self, sources: Sources) -> Prepared:

@@ -151,7 +151,7 @@ class _Loader:
         self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
         folders = [self._plugins(folder, root) for folder in _listed(main.plugins_path)]
         for folder in folders:
-            reader.sources.find(folder / "*.py")  # a stage that was missing may come; its code is not looked at
+            self._find(folder / "*.py", "plugins_path", root)  # a stage that was missing may come; its code is not read
         registry = Registry(folders)
         self.resources = read_resources(reader, main.resources, self.shared)
         self.pools = read_pools(reader, main.pools, self.resources)
@@ -218,6 +218,13 @@ class _Loader:
             self.reader.mistake(value_of(where, "mode"), f"{name}: only a unix socket has a mode")
         return replace(listen, mode=int(given.mode, 8))
 
+    def _find(self, pattern: Path, name: str, root: MappingNode) -> list[Path]:
+        try:
+            return self.reader.sources.find(pattern)
+        except OSError as exc:
+            self.reader.mistake(value_of(root, name), f"{name}: cannot look for {pattern}: {exc.strerror}")
+            return []
+
     def _plugins(self, folder: str, root: MappingNode) -> Path:
         path = _folder(self.folder, folder)
         if path is None:
@@ -254,7 +261,7 @@ class _Loader:
         files: list[Path] = []
         for pattern in _listed(patterns):
             path = self.folder / pattern
-            found = self.reader.sources.find(path)
+            found = self._find(path, "teams", root)
             files += found
             if not found and not any(sign in pattern for sign in "*?["):
                 self.reader.mistake(value_of(root, "teams"), f"teams: there is no file {pattern}")
