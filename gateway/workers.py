@@ -23,7 +23,7 @@ from gateway.admin import Admin, merged
 from gateway.connection_count import Places
 from gateway.control import Report
 from gateway.counters.shared import make_table
-from gateway.errors import StartError
+from gateway.errors import ApiError, StartError
 from gateway.handover import (
     ABORT,
     AT_ONCE,
@@ -54,6 +54,8 @@ __all__ = ("Supervisor", "worker_command")
 _FIRST_DELAY, _LAST_DELAY, _LONG_LIFE = 0.5, 30.0, 60.0
 # How long, in seconds, a worker that was told to end at once may still take.
 _LAST_WORDS = 10.0
+# How long, in seconds, the operator waits for a worker to tell how deployments are.
+_REPORT_IN = 3.0
 # The longest line that a worker may say, in bytes: it names every file of its configuration.
 _LONGEST = 1 << 26
 
@@ -77,6 +79,8 @@ class _Worker:
         self.process = process
         self.state: State | None = None
         """Its configuration's, once it serves."""
+        self.report: list[dict[str, Any]] | None = None
+        """What it told last of deployments."""
         self._heard = heard
         self._line = line
         self.on_news: Callable[[News], None] | None = None
@@ -400,12 +404,21 @@ class Supervisor:
                 _tell(worker, news)
 
     async def _report(self) -> list[dict[str, Any]]:
-        """Return how deployments are, by all workers that serve."""
+        """Return how deployments are, by all workers that serve. Raises ApiError 503 where none has told."""
         self._number += 1
-        number = self._number
-        asked = [worker.ask(REPORT, number, REPORTED, _LAST_WORDS) for worker in self._serving()]
-        said = await asyncio.gather(*asked, return_exceptions=True)
-        return merged([each.report for each in said if isinstance(each, Said) and each.report is not None])
+        number, workers = self._number, self._serving()
+        await asyncio.gather(*(self._ask_report(worker, number) for worker in workers))
+        reports = [worker.report for worker in workers if worker.report is not None]
+        if not reports:
+            why = "the workers do not answer" if workers else "no worker serves now"
+            raise ApiError(503, f"{why}; try again", code="no_report", headers={"retry-after": "1"})
+        return merged(reports)
+
+    async def _ask_report(self, worker: _Worker, number: int) -> None:
+        """Have a worker tell how deployments are; one that does not answer in time counts as it did last."""
+        with contextlib.suppress(TimeoutError):
+            said = await worker.ask(REPORT, number, REPORTED, _REPORT_IN)
+            worker.report = said.report if said is not None else None
 
     # -- reload ----------------------------------------------------------------------------------------
 
