@@ -158,7 +158,7 @@ class Connection(BaseProtocol):
         """Begin to wait for a first request, unless there are too many connections."""
         super().connection_made(transport)
         self._manager.connection_made(self, self.transport)  # type: ignore[arg-type] # aiohttp names its own class
-        over = len(self._manager.connections) - self._limits.connections
+        over = self._manager.above(self._limits.connections)  # type: ignore[attr-defined] # it is the server's own
         if over <= 0:
             self._expect_in(self._timeouts.head)
         elif over <= _SPARE:

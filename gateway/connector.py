@@ -16,6 +16,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from yarl import URL
 
+from gateway import descriptors
 from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.outbox import Outbox
 from gateway.proxy import Proxy
@@ -143,11 +144,14 @@ class Connector:
     async def connect(self, destination: Destination, seconds: float) -> Wire:
         """Make a new connection in so many seconds.
 
-        Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot; they are `unsent`.
+        Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot; they are `unsent`. Raises ApiError
+        503 where the gateway itself has no descriptor left.
         """
         try:
             return await self._connect(destination, seconds)
         except UpstreamError as exc:
+            if descriptors.none_left(exc):
+                raise descriptors.overloaded() from None
             exc.unsent = True
             if exc.fault == "broken_off":  # on the way through a proxy
                 exc.fault = "connect"
@@ -212,7 +216,9 @@ def _context(resource: Resource) -> ssl.SSLContext:
     assert resource.tls is not None, "it has none"  # noqa: S101 -- a bug of ours
     try:
         return resource.tls.context()
-    except OSError:  # they were good when the configuration was loaded
+    except OSError as exc:  # they were good when the configuration was loaded
+        if descriptors.none_left(exc):
+            raise descriptors.overloaded() from None
         gone = UpstreamError(f"the TLS files of the Azure resource {resource.name!r} cannot be used", fault="tls")
         gone.unsent = True
         raise gone from None

@@ -23,6 +23,9 @@ from gateway.admin import Admin
 from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
 from gateway.connection import PROBES, Arrived, Connection, Handler
+from gateway.connection_count import ConnectionCount
+from gateway.descriptors import clients_allowed
+from gateway.descriptors import limit as descriptors_allowed
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.headers import Headers
@@ -41,6 +44,7 @@ from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 from gateway.urls import Place, place_of
 from gateway.usage import Meter
+from gateway.watchdog import Watchdog
 
 __all__ = ("Generation", "Server", "serve")
 
@@ -57,12 +61,35 @@ _DRAIN_CHECK = 0.02
 class _Connections(AiohttpServer):
     """aiohttp's low-level server, with our connections."""
 
-    def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts) -> None:
+    def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts, count: ConnectionCount) -> None:
         super().__init__(cast(Any, handle))
         self._ours = handle, self._loop, limits, timeouts, Outbox(self._loop)
+        self._count = count
+        self._open = 0
+        self._enough_for = clients_allowed(descriptors_allowed())
 
     def __call__(self) -> RequestHandler:
         return cast("RequestHandler", Connection(self, *self._ours))
+
+    def above(self, most: int) -> int:
+        """Return how many connections are too many, the newest included: 0 or less for none.
+
+        All workers together may have `most`, and this one as many as its descriptors are enough for.
+        """
+        return max(self._count.set(self._open) - most, self._open - self._enough_for)
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Take a connection; it is closed at once where even a refusal could take the last descriptor."""
+        super().connection_made(handler, transport)
+        self._open += 1
+        if self._open > 2 * self._enough_for:
+            transport.abort()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget a connection."""
+        super().connection_lost(handler, exc)
+        self._open -= 1
+        self._count.set(self._open)
 
     def use(self, limits: Limits, timeouts: Timeouts) -> None:
         """Have other limits and timeouts from now on, in the connections that are there, too: some live for days."""
@@ -85,7 +112,14 @@ class Generation:
 class Server:
     """One gateway: teams, the connections to Azure, and the listening socket."""
 
-    def __init__(self, teams: Teams, settings: Settings | None = None, upstream: Upstream | None = None) -> None:
+    def __init__(
+        self,
+        teams: Teams,
+        settings: Settings | None = None,
+        upstream: Upstream | None = None,
+        count: ConnectionCount | None = None,
+    ) -> None:
+        """`count` is that of all workers' connections, where there are several."""
         self._generation = Generation(teams, settings or Settings())
         self._old: set[Generation] = set()  # followed by another, and not stopped yet
         self._collecting: asyncio.TimerHandle | None = None
@@ -95,10 +129,12 @@ class Server:
         self.upstream = upstream or Upstream(self.settings.timeouts)
         self.draining = False
         self.ready = False
+        self._count = count or ConnectionCount()
         self._http: _Connections | None = None
         self._servers: list[asyncio.Server] = []
         self._listener: Listener | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self.watchdog = Watchdog(self._running)
         self._stopped = False
         self.counts: Counter[str] = Counter()
         """What stages counted since the start, such as repairs; told when the server stops."""
@@ -135,7 +171,7 @@ class Server:
             raise
         self.shared.health.use(self.settings.health, self.teams.deployments)
         BUDGETS.use(limits.memory, limits.form)
-        self._http = _Connections(self._handle, limits, timeouts)
+        self._http = _Connections(self._handle, limits, timeouts, self._count)
         try:
             await self._listen_to_operator()
             await self._listen(listener)
@@ -284,6 +320,8 @@ class Server:
         task = arrived.connection.task
         assert task is not None, "a request is handled outside its task"  # noqa: S101 -- a bug of ours
         self._running.add(task)
+        if self.watchdog.asleep:
+            self.watchdog.wake()
         exchange = Exchange()
         generation = self._generation
         generation.running += 1
@@ -421,6 +459,19 @@ def _obey_signals(stop: asyncio.Event, now: asyncio.Event) -> None:
     loop.add_signal_handler(signal.SIGUSR2, restart)
 
 
+def _warn_of_descriptors(connections: int) -> None:
+    """Say where a process may have too few descriptors for `limits.connections`."""
+    enough_for = clients_allowed(descriptors_allowed())
+    if enough_for < connections:
+        get_logger().warning(
+            "there are too few file descriptors for limits.connections",
+            connections=connections,
+            descriptors=descriptors_allowed(),
+            enough_for=enough_for,
+            advice="raise the limit (ulimit -n, LimitNOFILE=), or lower limits.connections",
+        )
+
+
 async def serve(
     server: Server,
     ready: Callable[[], None] | None = None,
@@ -450,9 +501,11 @@ async def serve(
             await asyncio.wait((starting,), timeout=5)
             return
         await starting
+        server.watchdog.start()
         _spare_the_collector()
         admin = {"admin": str(server.admin.address)} if server.admin is not None else {}
         log.info("listening", address=str(server.address), teams=len(server.teams.all), **admin)
+        _warn_of_descriptors(server.settings.limits.connections)
         if ready is not None:
             ready()
         if beside is not None:
@@ -467,4 +520,5 @@ async def serve(
             helper.cancel()
             await asyncio.wait((helper,), timeout=5)
         await server.stop(now=now)
+        server.watchdog.stop()
     log.info("stopped")

@@ -90,16 +90,22 @@ class Limits:
 
 @dataclass(frozen=True)
 class Listen:
-    """Where to listen: a TCP host and port, or a unix socket."""
+    """Where to listen: a TCP host and port, or a unix socket and its file's permissions."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     unix: str | None = None
+    mode: int = 0o660
 
     def __str__(self) -> str:
         if self.unix is not None:
             return f"unix:{self.unix}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def described(self) -> str:
+        """The address, with the permissions of a unix socket."""
+        return f"{self}, mode {self.mode:04o}" if self.unix is not None else str(self)
 
     @classmethod
     def parse(cls, text: str) -> Listen:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
+from gateway.descriptors import none_left, overloaded
 from gateway.errors import ApiError, UpstreamTimeout
 from gateway.exchange import failure
 from gateway.keys import secrets
@@ -143,6 +144,8 @@ def _broken(name: str, exc: Exception, request: Request) -> Response:
         request_id=request.id,
         **masked(failure(exc), hidden),
     )
+    if none_left(exc):
+        return Response.from_error(overloaded())
     answer = ApiError(500, f"the gateway failed on this request; its operator finds it as {request.id}")
     response = Response.from_error(answer)
     response.error = exc.with_traceback(None)

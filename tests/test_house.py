@@ -51,7 +51,6 @@ TESTED_ELSEWHERE = {
     "heads": "a part of test_server and test_hostile",
     "keys": "a part of test_messages and of auth_passthrough's tests",
     "handover": "one side of test_workers",
-    "control": "a part of test_reload",
     "renewal": "a part of test_reload",
     "surface": "what the fake Azure has, a part of test_operations",
     "stages": "a part of test_testing and of every stage's tests",

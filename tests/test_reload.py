@@ -816,7 +816,7 @@ def test_what_another_process_says_does_not_steer_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Any user of the machine may have taken the name before the gateway did."""
-    monkeypatch.setattr(control, "ask", lambda path: Report(changes=["\x1b[2J"], notes=["listen: \r"]))
+    monkeypatch.setattr(control, "ask", lambda path, user: Report(changes=["\x1b[2J"], notes=["listen: \r"]))
     assert main(["reload", "--config", str(tmp_path / "gateway.yaml")]) == 0
     printed = capsys.readouterr()
     assert printed.out == "'\\x1b[2J'\n"
