@@ -430,7 +430,7 @@ class _Attempts:
             failure = await of_answer(response, own_credential=own, seconds=self._left(_ERROR))
         if failure is not None and failure.reason == "no_deployment" and _IMAGES in self._request.headers:
             failure = None  # it may be the one of that header
-        if failure is not None and failure.reason in ("timeout", "connect_timeout", "stalled"):
+        if failure is not None and failure.reason in ("timeout", "connect_timeout", "dns_timeout", "stalled"):
             usual = self._limits.silence if self._impatient else self._limits.deadline
             timeouts = self._at_hand().deployment.resource.timeouts
             if timeouts is not None and timeouts.first_byte is not None:
