@@ -124,7 +124,7 @@ class Balancer:
         if choice is not None:
             health = choice.health
             health.in_flight += 1
-            if health.failing:
+            if health.cautious:
                 # (A body that is on its way may take as long as its client likes.)
                 trying = health.begin_try(now, alone=kept)
             request.target = _to(target, choice)
@@ -372,6 +372,8 @@ class _Attempts:
         chooser, now = self._chooser, monotonic()
         until = min(now + self._limits.wait - self._waited, self._deadline)
         choice = chooser.pick(now, self._tried, self._key)
+        if choice is None and not self._limits.wait:
+            return chooser.pick_held_back(now, self._tried)  # it cannot wait for its turn
         pause = _FIRST_PAUSE
         while choice is None:
             back = chooser.available_in(now)
@@ -379,7 +381,8 @@ class _Attempts:
                 back, pause = pause, 2 * pause
             if now + back > until or now >= until:
                 return None
-            await asyncio.sleep(max(back, 0.001))
+            with chooser.waiting():
+                await asyncio.sleep(max(back, 0.001) + chooser.jitter(until - now - back))
             self._waited += monotonic() - now
             now = monotonic()
             self._tried.clear()
