@@ -100,7 +100,19 @@ class ApiError(GatewayError):
 
 
 Fault = Literal[
-    "connect", "connect_timeout", "dns", "tls", "credential", "timeout", "deadline", "stalled", "stale", "broken_off"
+    "connect",
+    "connect_timeout",
+    "dns",
+    "dns_timeout",
+    "tls",
+    "credential",
+    "timeout",
+    "deadline",
+    "stalled",
+    "stale",
+    "broken_off",
+    "redirect",
+    "encoding",
 ]
 
 

@@ -15,6 +15,7 @@ from gateway.counters import Counters, MemoryCounters, Turns
 from gateway.health import Health
 from gateway.logs import get_logger
 from gateway.prices import Prices
+from gateway.resolver import Resolver
 from gateway.tokens import load_encodings
 
 if TYPE_CHECKING:
@@ -42,8 +43,11 @@ class Shared:
     def session(self) -> aiohttp.ClientSession:
         """Return the session, made when first asked for. Redirects and cookies are off by its users' care."""
         if self._session is None or self._session.closed:
+            resolver = Resolver.of(asyncio.get_running_loop())
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=30), cookie_jar=aiohttp.DummyCookieJar()
+                connector=aiohttp.TCPConnector(use_dns_cache=False, resolver=resolver),
+                timeout=aiohttp.ClientTimeout(total=30),
+                cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
 

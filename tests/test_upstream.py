@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -505,19 +506,22 @@ pipeline: [auth_passthrough, model_map: {models: {gpt-4: gpt-4o}}, api_version: 
 
 
 async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A certificate of an unknown authority, or for another name, is a 502; a good one is used."""
+    """One of an unknown authority, for another name, or out of date is a 502 that says which; a good one is used."""
     authority = trustme.CA()
     context = ssl.create_default_context()
     authority.configure_trust(context)
     monkeypatch.setattr("gateway.upstream.ssl.create_default_context", lambda: context)
     stranger = trustme.CA()
-    for issuer, name, status in (
-        (authority, "localhost", 200),
-        (authority, "other.test", 502),
-        (stranger, "localhost", 502),
+    yesterday, tomorrow = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    for issuer, name, begins, ends, why in (
+        (authority, "localhost", None, None, None),
+        (authority, "other.test", None, None, "it is for another host"),
+        (stranger, "localhost", None, None, "its issuer is not known"),
+        (authority, "localhost", None, yesterday, "it has expired"),
+        (authority, "localhost", tomorrow, None, "its time has not begun"),
     ):
         server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        issuer.issue_cert(name).configure_cert(server_context)
+        issuer.issue_cert(name, not_before=begins, not_after=ends).configure_cert(server_context)
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
@@ -529,7 +533,10 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
         port = server.sockets[0].getsockname()[1]
         gateway = await start_gateway(f"https://localhost:{port}")
         async with gateway.post() as answer:
-            assert status == answer.status, await answer.text()
+            assert answer.status == (200 if why is None else 502), await answer.text()
+            if why is not None:
+                said = "the certificate of the Azure resource 'azure', which 'localhost' shows, is not valid: "
+                assert (await answer.json())["error"]["message"].startswith(said + why)
         server.close()
 
 
