@@ -287,7 +287,7 @@ async def test_a_client_that_leaves_between_parts_ends_it(start_gateway: StartGa
         gateway = await start_gateway(azure.endpoint, SPLIT)
         body = {"model": MODEL, "input": [f"text {number}" for number in range(40)]}
         asking = asyncio.ensure_future(gateway.post("/v1/embeddings", json=body).__aenter__())
-        await asyncio.wait_for(reached.wait(), 5)
+        await asyncio.wait_for(reached.wait(), 30)
         asking.cancel()
         await asyncio.wait((asking,))
         await gateway.idle()
