@@ -295,8 +295,8 @@ def hard_close(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def raw_request(port: int, data: bytes, *, timeout: float = 5.0, eof: bool = False) -> bytes:
-    """Send exact bytes to a gateway and return all that comes back until it closes, or falls silent."""
+async def raw_request(port: int, data: bytes, *, timeout: float = PATIENCE, eof: bool = False) -> bytes:
+    """Send exact bytes to a gateway and return all that comes back until it closes, or until `timeout` seconds."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     received = b""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.counters import Charge, CountersUnavailable, MemoryCounters, Rule, Turns, Verdict
@@ -114,7 +114,6 @@ async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool
         assert close_to(verdict.records[0][0], exact), charge
 
 
-@settings(deadline=None, max_examples=300)
 @given(EVENTS)
 def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
     """What is settled in the order in which it was taken is counted exactly."""
@@ -122,7 +121,6 @@ def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=True))
 
 
-@settings(deadline=None, max_examples=300)
 @given(EVENTS)
 def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
     """What is settled in any other order may give back less than it could, and never more."""
@@ -130,7 +128,6 @@ def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=False))
 
 
-@settings(deadline=None, max_examples=100)
 @given(EVENTS, st.booleans())
 def test_as_the_exact_model_says_among_workers(events: list[Any], in_order: bool) -> None:
     """The table that workers share counts the same."""

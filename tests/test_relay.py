@@ -22,6 +22,8 @@ from gateway.frames import BINARY, CLOSE, PING, TEXT, Control, Frames, close_fra
 from gateway.testing import FakeAzure, Seen
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
+pytestmark = pytest.mark.both_loops
+
 REALTIME = YAML.replace("2024-10-21", "v1")
 URL = "/v1/realtime?model=gpt-4o"
 HANDSHAKE = (

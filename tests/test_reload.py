@@ -34,6 +34,8 @@ from tests.conftest import CHAT, KEY, Gateway, StartGateway, until, write_files
 from tests.test_cli import CLEAN, run
 from tests.test_systemd import Manager
 
+pytestmark = pytest.mark.both_loops
+
 MARK = """
 import asyncio, os
 from dataclasses import dataclass

@@ -16,6 +16,8 @@ from gateway.settings import Listen
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, raw_upstream, until
 
+pytestmark = pytest.mark.both_loops
+
 
 async def test_chat_completion_reaches_the_deployment(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """A plain chat completion goes to its deployment's URL with the client's key, and the answer comes back."""
@@ -244,10 +246,10 @@ async def test_expect_100_continue(start_gateway: StartGateway, azure: FakeAzure
     writer.close()
 
     refused = head.replace(b"Bearer azure-key", b"Basic azure-key") + b"\r\n\r\n"
-    received = await raw_request(gateway.port, refused, timeout=2)
+    received = await raw_request(gateway.port, refused)
     assert received.startswith(b"HTTP/1.1 401")
     assert b"connection: close" in received
-    received = await raw_request(gateway.port, head.replace(b"100-continue", b"200-maybe") + b"\r\n\r\n", timeout=2)
+    received = await raw_request(gateway.port, head.replace(b"100-continue", b"200-maybe") + b"\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 417")
 
 
@@ -255,7 +257,7 @@ async def test_keep_alive_and_pipelining(start_gateway: StartGateway, azure: Fak
     """A hundred requests sent at once on one connection are answered in order on it."""
     gateway = await start_gateway(azure.endpoint)
     one = chat_request().replace(b"Connection: close\r\n", b"")
-    received = await raw_request(gateway.port, one * 99 + chat_request(), timeout=20)
+    received = await raw_request(gateway.port, one * 99 + chat_request())
     assert received.count(b"HTTP/1.1 200 OK") == 100
     assert len(azure.requests) == 100
 
@@ -264,10 +266,10 @@ async def test_body_above_the_limit_is_refused_unread(start_gateway: StartGatewa
     """A Content-Length above the limit is a 413 at once; a chunked body is one when it passes the limit."""
     gateway = await start_gateway(azure.endpoint, limits={"body": 1000})
     head = chat_request().partition(b"Content-Length")[0]
-    received = await raw_request(gateway.port, head + b"Content-Length: 1001\r\n\r\n", timeout=1)
+    received = await raw_request(gateway.port, head + b"Content-Length: 1001\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 413")
     chunk = b"1f4\r\n" + b"x" * 500 + b"\r\n"
-    received = await raw_request(gateway.port, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3, timeout=1)
+    received = await raw_request(gateway.port, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3)
     assert received.startswith(b"HTTP/1.1 413")
     assert not azure.requests
 
@@ -280,11 +282,11 @@ async def test_slow_clients_are_closed_on(start_gateway: StartGateway, azure: Fa
         (b"POST /v1/chat", b"HTTP/1.1 408"),
         (chat_request()[:-10], b"HTTP/1.1 408"),
     ):
-        received = await raw_request(gateway.port, sent, timeout=3)
+        received = await raw_request(gateway.port, sent)
         assert received.startswith(status), received
         assert b'"error"' in received
     alive = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    received = await raw_request(gateway.port, alive, timeout=3)
+    received = await raw_request(gateway.port, alive)
     assert received.count(b"HTTP/1.1") == 1, "an idle connection is closed without a word"
     await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr]
 
@@ -308,7 +310,7 @@ async def test_connections_are_bounded(start_gateway: StartGateway, azure: FakeA
     gateway = await start_gateway(azure.endpoint, limits={"connections": 2})
     held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
     await until(lambda: len(gateway.server._http.connections) == 2)  # type: ignore[union-attr]
-    received = await raw_request(gateway.port, b"", timeout=2)
+    received = await raw_request(gateway.port, b"")
     assert received.startswith(b"HTTP/1.1 503")
     for _, writer in held:
         writer.close()

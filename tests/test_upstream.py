@@ -21,6 +21,8 @@ from gateway.testing import FakeAzure
 from gateway.wire import Wire
 from tests.conftest import CHAT, RawUpstream, StartGateway, hard_close, raw_upstream, until
 
+pytestmark = pytest.mark.both_loops
+
 DATA = Path(__file__).parent / "data"
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -671,8 +671,11 @@ async def test_uploads_alone_bring_a_deployment_back(start_gateway: StartGateway
     assert not row(gateway, "east").failing
 
 
-async def test_an_error_that_drips_keeps_nobody(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+async def test_an_error_that_drips_keeps_nobody(
+    start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it says is waited for as long as it is worth: not as long as all may take."""
+    monkeypatch.setattr("gateway.attempts._ERROR", 0.3)
     yaml = pool_yaml(regions, settings="{deadline: 600}").replace("  - openai_errors\n", "")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
