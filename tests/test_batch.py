@@ -148,7 +148,7 @@ async def test_a_client_that_leaves_while_its_file_is_read_leaves_nothing(start_
         await until(lambda: batch._waiting)
         post.cancel()
         await gateway.idle()
-        await until(lambda: not batch._waiting and open_files() == before, 20)
+        await until(lambda: not batch._waiting and open_files() == before)
         assert not east.requests
 
 

@@ -34,6 +34,8 @@ from tests.conftest import CHAT, KEY, Gateway, StartGateway, until, write_files
 from tests.test_cli import CLEAN, run
 from tests.test_systemd import Manager
 
+pytestmark = pytest.mark.both_loops
+
 MARK = """
 import asyncio, os
 from dataclasses import dataclass
@@ -542,7 +544,7 @@ class Served:
 
     async def until(self, event: str, count: int = 1) -> dict[str, Any]:
         """Wait for the `count`-th event of a name."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while len(found := self.named(event)) < count:
                 assert not self._reader.done(), self.text
                 await asyncio.sleep(0.01)
@@ -578,7 +580,7 @@ class Served:
         return f"http://{self.named('listening')[0]['address']}/v1/chat/completions"
 
     async def ended(self) -> int:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await self._reader
             return await self.process.wait()
 
@@ -770,7 +772,7 @@ async def test_a_worker_that_replaced_another_is_followed(azure: FakeAzure, tmp_
         await running.until("worker ready", 3)
         await running.until("configuration reloaded")
         answers: set[tuple[str, str]] = set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while len(answers) < 2:  # which worker takes a connection is the system's to say
                 answers |= await running.answers(4)
         assert {name for _, name in answers} == {"second"}
@@ -903,7 +905,7 @@ async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
     assert {each["team"] for each in failed} == {"default", "b"}
     now = asyncio.Event()
     now.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await running.gateway.server.stop(now=now)
     assert len([each for each in events if each["event"] == "mark stopped"]) == 4
 

@@ -17,6 +17,8 @@ from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure, Seen, post, running, send
 from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, raw_request, until
 
+pytestmark = pytest.mark.both_loops
+
 
 @dataclass
 class Tag(Stage):

@@ -16,6 +16,8 @@ from gateway.testing import FakeAzure
 from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, hard_close, until
 from tests.proxies import ConnectProxy, SocksProxy
 
+pytestmark = pytest.mark.both_loops
+
 YAML = """
 resources: {azure: {endpoint: "${ENDPOINT}", proxy: "${WAY}"}}
 pipeline: [access_log, auth_passthrough, model_map, api_version, sse_newline]

@@ -252,7 +252,7 @@ async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) ->
             else:
                 running.process.send_signal(signal.SIGTERM)
             await running.until("draining")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while True:
                     try:
                         await ask(url)
