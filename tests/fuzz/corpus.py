@@ -56,6 +56,14 @@ def chunked(body: bytes, sizes: Sequence[int], *, extension: bytes = b"", traile
     return out + b"0\r\n" + trailers + b"\r\n"
 
 
+_FILE = (
+    b'--cut\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nassistants\r\n'
+    b'--cut\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+    + b"0123456789" * 40
+    + b"\r\n--cut--\r\n"
+)
+
+
 def _rows(name: str) -> list[bytes]:
     rows: list[dict[str, Any]] = [json.loads(line) for line in (_DATA / name).read_text().splitlines()]
     return [row["raw"].encode("latin-1").replace(b"{KEY}", KEY.encode()) for row in rows if row["raw"]]
@@ -77,6 +85,8 @@ _SOUND = (
     request("/v1/embeddings", b'{"model":"text-embedding-3-small","input":["a","b"]}'),
     request("/v1/audio/transcriptions", _FORM, fields=[_FORM_TYPE]),
     request("/v1/audio/transcriptions", _FORM, fields=[_FORM_TYPE], chunks=[16]),
+    request("/v1/files", _FILE, fields=[_FORM_TYPE]),
+    request("/v1/files", _FILE, fields=[_FORM_TYPE], chunks=[1, 50, 9]),
     request("/v1/models", method="GET"),
     request("/v1/files?limit=3", method="GET"),
     request("/v1/files/file-abc", method="DELETE"),
@@ -102,8 +112,8 @@ SOUND_REQUESTS = tuple(
     raw.replace(b"\r\n", b"\r\nX-Nonce: sound-%d\r\n" % number, 1) for number, raw in enumerate(_SOUND)
 )
 
-REQUESTS = (*SOUND_REQUESTS, *SOUND_REQUESTS, *_rows("hostile_requests.jsonl"), *_rows("gateway_inputs.jsonl"))
-"""The sound ones stand twice: a mutant of what is refused anyway finds less."""
+REQUESTS = (*SOUND_REQUESTS * 6, *_rows("hostile_requests.jsonl"), *_rows("gateway_inputs.jsonl"))
+"""The sound ones are there six times: a mutant of a request that is refused anyway finds less."""
 
 _COMPLETION = json.dumps(
     {
@@ -112,7 +122,12 @@ _COMPLETION = json.dumps(
         "created": 1_714_036_974,
         "model": "gpt-4o-2024-11-20",
         "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop", "logprobs": None}
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "hello"},
+                "finish_reason": "stop",
+                "logprobs": None,
+            }
         ],
         "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12},
         "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": {}}],

@@ -90,7 +90,8 @@ class Report:
             yield f"FAILED {found.count} times: {kind}"
             yield f"  first: --seed {seed} --only {found.number}; as small as it was made:"
             yield f"  {mutant.data!r}"
-            more = {"cuts": mutant.cuts, "ending": mutant.ending, "asked": mutant.asked, "late": mutant.late}
+            cuts = "at every byte" if len(mutant.cuts) >= len(mutant.data) - 1 > 0 else mutant.cuts
+            more = {"cuts": cuts, "ending": mutant.ending, "asked": mutant.asked, "late": mutant.late}
             yield f"  {', '.join(f'{name} {value!r}' for name, value in more.items() if value)}"
             yield f"  {found.detail[:600]}"
         yield "failed" if self.failures else "passed"
@@ -296,6 +297,6 @@ async def _drive(
                 async def fails(candidate: Mutant, kind: str = kind) -> bool:
                     return kind in [each.kind for each in await lane.attempt(candidate)]
 
-                small = await shrink(mutant, fails, 20 if kind == "a hang" else 300)
+                small = await shrink(mutant, fails, 3 if kind == "a hang" else 300)
                 report.failures[f"{mutant.kind}: {kind}"].mutant = small
         watch.running.discard(number)

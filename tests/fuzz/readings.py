@@ -8,6 +8,7 @@ response of another.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -174,11 +175,9 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
             body = Chunks() if head.chunked else head.length
     if eof and until_close:
         reading.messages[0].end = came
-    if not reading.messages and b"\r\n" in data:
-        try:
-            parse_response(data[: data.rindex(b"\r\n")])
-        except Malformed as exc:
-            return _refused(reading, f"{exc} (once its head has ended)")
+    if not reading.messages and re.search(rb"(?<!\r)\n", data):
+        # Nothing can make this head a valid one, but it is refused only when it ends, or time is up.
+        return _refused(reading, "a bare LF in a head that has not ended")
     return reading
 
 

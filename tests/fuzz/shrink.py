@@ -24,6 +24,7 @@ async def shrink(mutant: Mutant, fails: Callable[[Mutant], Awaitable[bool]], tri
 
     for simpler in (
         replace(mutant, cuts=()),
+        replace(mutant, cuts=tuple(range(1, len(mutant.data)))),
         *(replace(mutant, cuts=(cut,)) for cut in mutant.cuts[:20]),
         replace(mutant, late=b""),
         replace(mutant, ending="keep"),
