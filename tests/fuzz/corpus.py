@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ("ANSWERS", "KEY", "REQUESTS", "SOUND_REQUESTS", "chunked", "request")
+__all__ = ("ANSWERS", "KEY", "REQUESTS", "SOUND_REQUESTS", "UPLOADS", "chunked", "request")
 
 KEY = "fuzz-client-key-4711"
 """The client's key: it appears in no answer to a client and in no log."""
@@ -114,6 +114,12 @@ SOUND_REQUESTS = tuple(
 
 REQUESTS = (*SOUND_REQUESTS * 6, *_rows("hostile_requests.jsonl"), *_rows("gateway_inputs.jsonl"))
 """The sound ones are there six times: a mutant of a request that is refused anyway finds less."""
+
+UPLOADS = tuple(
+    (request(path, fields=[b"X-Nonce: upload", _FORM_TYPE, b"Transfer-Encoding: chunked"]), body)
+    for path, body in (("/v1/files", _FILE), ("/v1/audio/transcriptions", _FORM))
+)
+"""Heads of uploads in chunks, and the bodies that are to come in them."""
 
 _COMPLETION = json.dumps(
     {

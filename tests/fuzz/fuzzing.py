@@ -232,10 +232,14 @@ async def fuzz(
     numbers: Sequence[int],
     *,
     readers: Sequence[Reader] = (),
+    stage: str = "",
     tell: Callable[[str], None] = lambda _: None,
     smaller: bool = True,
 ) -> Report:
-    """Run the mutants of these numbers on the running loop."""
+    """Run the mutants of these numbers on the running loop.
+
+    Other `readers`, and the source of a `stage`, are for tests of this itself: they are broken.
+    """
     report = Report()
     watch = _Watch(seed)
     with _caught() as errors, watch.on(), TemporaryDirectory() as folder:
@@ -244,11 +248,11 @@ async def fuzz(
             for each in range(min(_LANES, len(numbers))):
                 place = Path(folder, str(each))
                 place.mkdir()
-                running.append(lane := Lane(place))
+                running.append(lane := Lane(place, stage))
                 # In a task of its own: what the lane's tasks log is told apart by their context.
                 await asyncio.create_task(lane.start())
                 stack.push_async_callback(lane.stop)
-            held: dict[str, int] | None = None
+            held = _held()
             for first in range(0, len(numbers), _ROUND):
                 waiting = list(reversed(numbers[first : first + _ROUND]))
                 last = waiting[0]
@@ -260,10 +264,9 @@ async def fuzz(
                         report.note(failure, last, Mutant("request", b""))
                 gc.collect()
                 now = _held()
-                if held is not None and any(now[name] > held[name] for name in held):
+                if any(now[name] > held[name] for name in held):
                     grown = Failure("tasks or descriptors are left when all is over", f"{held} before, {now} now")
                     report.note(grown, last, Mutant("request", b""))
-                held = held or now
                 tell(f"{min(first + _ROUND, len(numbers))} of {len(numbers)}, {len(report.failures)} kinds of failure")
             for lane in running:
                 for (kind, status), count in lane.statuses.items():

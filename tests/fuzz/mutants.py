@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tests.fuzz.corpus import ANSWERS, REQUESTS, chunked
+from tests.fuzz.corpus import ANSWERS, REQUESTS, UPLOADS, chunked
 
 __all__ = ("Mutant", "make", "without")
 
@@ -22,6 +22,9 @@ _LONG = (1000, 4097, 8191)
 
 Kind = Literal["request", "answer"]
 Ending = Literal["keep", "close", "reset"]
+
+
+_ENDINGS: tuple[Ending, ...] = ("keep", "keep", "keep", "close", "reset")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Mutant:
 def make(seed: int, number: int) -> Mutant:
     """Return a mutant: of a request where `number` is even, else of an answer."""
     rng = random.Random(f"{seed}:{number}")
+    if number % 2 == 0 and rng.random() < 0.04:
+        return _upload(rng)
     if number % 2 == 0:
         data = b"".join(
             _changed(rng, rng.choice(REQUESTS), REQUESTS, _REQUEST_LINES, _request_line)
@@ -57,8 +62,18 @@ def make(seed: int, number: int) -> Mutant:
         return Mutant("request", data, _cuts(rng, data))
     data = _changed(rng, rng.choice(ANSWERS), ANSWERS, _ANSWER_LINES, _status_line)
     late = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison" if rng.random() < 0.1 else b""
-    ending = rng.choice(("keep", "keep", "keep", "close", "reset"))
+    ending = rng.choice(_ENDINGS)
     return Mutant("answer", data, _cuts(rng, data), ending, rng.randrange(1 << 16), late)
+
+
+def _upload(rng: random.Random) -> Mutant:
+    """Return a sound upload in chunks that is read in pieces which often hold framing and nothing else."""
+    head, body = rng.choice(UPLOADS)
+    data = head + chunked(body, [rng.choice((1, 2, 5, 40, 200, 400)) for _ in range(6)])
+    lines = [found.end() for found in re.finditer(rb"[0-9a-f]+\r\n|\r\n", data)]
+    cuts = {place for place in lines if place > len(head) and rng.random() < 0.5}
+    cuts |= {place - 2 for place in lines if place > len(head) and rng.random() < 0.3}
+    return Mutant("request", data, tuple(sorted(cuts)))
 
 
 def _cuts(rng: random.Random, data: bytes) -> tuple[int, ...]:
@@ -319,5 +334,6 @@ def _body_changed(rng: random.Random, data: bytes) -> bytes:
 
 def without(mutant: Mutant, start: int, end: int) -> Mutant:
     """Return a mutant without some of its bytes; its cuts stay at the same bytes."""
+    data = mutant.data[:start] + mutant.data[end:]
     cuts = {cut if cut <= start else max(start, cut - (end - start)) for cut in mutant.cuts}
-    return replace(mutant, data=mutant.data[:start] + mutant.data[end:], cuts=tuple(sorted(cuts)))
+    return replace(mutant, data=data, cuts=tuple(sorted(cut for cut in cuts if 0 < cut < len(data))))
