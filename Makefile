@@ -5,10 +5,10 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # The system's own interpreter, where `make bench` can use it: it is often built with more optimisation.
 OTHER_PYTHON = $(shell /usr/bin/python3 -c 'import ensurepip, os, sys; sys.exit(sys.version_info < (3, 11) or os.path.realpath(sys.executable) == os.path.realpath("$(BIN)/python"))' 2>/dev/null && echo --python /usr/bin/python3)
-WIRE := $(addprefix tests/test_,server.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py reload.py)
+WIRE := $(addprefix tests/test_,server.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py reload.py fuzz.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format test-clients bench lock clean
+.PHONY: help run test check format test-clients fuzz soak bench lock clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, a 
 tests/clients/node_modules/installed: tests/clients/package-lock.json
 	cd tests/clients && npm ci --silent --no-audit --no-fund
 	@touch $@
+
+fuzz: .venv/dev ## 50,000 mutants of requests and answers against a gateway, and its reader against another; FUZZ="--seed 2"
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+soak: .venv/dev ## an hour of mixed traffic (SOAK_SECONDS=3600): memory, tasks and descriptors must be as in the beginning
+	$(BIN)/python -m tests.soak
 
 bench: .venv/dev ## what the gateway costs beside nginx and HAProxy, as it grows, and when clients leave; fails above a limit
 	@failed=0; \

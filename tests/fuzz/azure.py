@@ -41,7 +41,7 @@ class Azure:
         """Listen on a port of loopback."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Connection(self, loop), "127.0.0.1", 0, backlog=256)
-        self.endpoint = "http://127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Stop listening, and close every connection."""

@@ -116,7 +116,7 @@ class Lane:
     """One gateway under test. `attempt` returns the failures of a mutant."""
 
     def __init__(self, folder: Path, stage: str = "") -> None:
-        """Keep the configuration in a folder; `stage` is the source of one, `broken`, that the default team has first."""
+        """Keep the configuration in a folder; `stage` is the source of one that the default team has first."""
         self._folder = folder
         self._stage = stage
         self.azure = Azure()

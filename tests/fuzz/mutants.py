@@ -189,8 +189,10 @@ def _line_changed(rng: random.Random, head: list[bytes], lines: tuple[bytes, ...
 
 
 _FRAMING = (
-    b"Content-Length: 0", b"Content-Length: 1", b"Content-Length: 5", b"Content-Length: 61", b"Content-Length: 99999999",
-    b"Content-Length: +5", b"Content-Length: -1", b"Content-Length: 005", b"Content-Length: 0x5", b"Content-Length: 5_0",
+    b"Content-Length: 0", b"Content-Length: 1", b"Content-Length: 5", b"Content-Length: 61",
+    b"Content-Length: 99999999",
+    b"Content-Length: +5", b"Content-Length: -1", b"Content-Length: 005", b"Content-Length: 0x5",
+    b"Content-Length: 5_0",
     b"Content-Length: 5, 5", b"Content-Length:", b"Content-Length: 5 5", b"Content-Length: 18446744073709551616",
     b"Content-Length: 9223372036854775808", b"Content-Length: \xd9\xa5", b"content-length:5",
     b"Content-Length : 5", b"Content_Length: 5", b"Content-Length\0: 5",
@@ -201,7 +203,8 @@ _FRAMING = (
     b"Transfer-Encoding: chunked;a=b", b"Transfer-Encoding:\r\n chunked", b"Transfer-Encoding: chun\r\n ked",
     b"Trailer: X-Late", b"TE: trailers",
     b"Connection: close", b"Connection: keep-alive", b"Connection: Keep-Alive, close", b"Connection: Transfer-Encoding",
-    b"Connection: Content-Length", b"Connection: content-type", b"Connection: ,", b"Connection:", b"Keep-Alive: timeout=1",
+    b"Connection: Content-Length", b"Connection: content-type", b"Connection: ,", b"Connection:",
+    b"Keep-Alive: timeout=1",
     b"Connection: Upgrade", b"Upgrade: websocket", b"Upgrade: h2c", b"Upgrade: websocket, h2c",
     b"Content-Encoding: gzip", b"Content-Encoding: identity", b"Content-Encoding: br", b"Content-Encoding: deflate",
     b"Content-Type: text/event-stream", b"Content-Type: application/json", b"Content-Type: \xff", b"Content-Type:",
@@ -219,7 +222,8 @@ _REQUEST_LINES = (
 )  # fmt: skip
 _ANSWER_LINES = (
     *_FRAMING,
-    b"Location: http://127.0.0.1:1/steal", b"Set-Cookie: a=b", b"Retry-After: -1", b"Retry-After: \xff", b"Retry-After: 9e9",
+    b"Location: http://127.0.0.1:1/steal", b"Set-Cookie: a=b", b"Retry-After: -1", b"Retry-After: \xff",
+    b"Retry-After: 9e9",
     b"retry-after-ms: nan", b"x-ratelimit-remaining-tokens: -5", b"x-ratelimit-reset-tokens: \x80",
     b"Sec-WebSocket-Accept: x", b"x-ms-region: a", b"apim-request-id: %LONG", b"Strict-Transport-Security: max-age=1",
     b"Cache-Control: no-store", b"Transfer-Encoding: gzip", b"Content-Range: bytes 0-1/2", b"Vary: *",
@@ -238,12 +242,15 @@ _TARGETS = (
     b"/v1/files/" + b"a" * 3000,
 )  # fmt: skip
 _VERSIONS = (
-    b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/1.10", b"http/1.1", b"HTTP/11", b"", b"HTTP/1.1 ",
+    b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/1.10", b"http/1.1", b"HTTP/11", b"",
+    b"HTTP/1.1 ",
     b"HTTP/1.1\r", b"HTTP /1.1", b"HTTP/+1.1",
 )  # fmt: skip
 _STATUSES = (
-    b"200", b"201", b"202", b"204", b"205", b"206", b"301", b"302", b"304", b"307", b"400", b"401", b"404", b"408", b"409",
-    b"429", b"499", b"500", b"502", b"503", b"529", b"100", b"101", b"102", b"103", b"199", b"099", b"000", b"600", b"999", b"1000",
+    b"200", b"201", b"202", b"204", b"205", b"206", b"301", b"302", b"304", b"307", b"400", b"401", b"404", b"408",
+    b"409",
+    b"429", b"499", b"500", b"502", b"503", b"529", b"100", b"101", b"102", b"103", b"199", b"099", b"000", b"600",
+    b"999", b"1000",
     b"20", b"+200", b"2e2", b"-1", b"", b" 200",
 )  # fmt: skip
 
@@ -284,12 +291,15 @@ def _status_line(rng: random.Random, line: bytes) -> bytes:
 # -- the body ------------------------------------------------------------------------------------------
 
 _SIZES = (
-    b"0", b"00", b"0000000000", b"-1", b"+5", b" 5", b"5 ", b"5\t", b"0x5", b"5_", b"g", b"FFFFFFFFFFFFFFFF", b"FFFFFFFFFFFFFFFFF",
-    b"7FFFFFFFFFFFFFFF", b"5;", b"5;a", b"5;a=b", b'5;a="b;c"', b'5;a="\r"', b"5 ;a=b", b"5;\xff", b"5;\n", b"05", b"5\r", b"5,5", b"",
+    b"0", b"00", b"0000000000", b"-1", b"+5", b" 5", b"5 ", b"5\t", b"0x5", b"5_", b"g", b"FFFFFFFFFFFFFFFF",
+    b"FFFFFFFFFFFFFFFFF",
+    b"7FFFFFFFFFFFFFFF", b"5;", b"5;a", b"5;a=b", b'5;a="b;c"', b'5;a="\r"', b"5 ;a=b", b"5;\xff", b"5;\n", b"05",
+    b"5\r", b"5,5", b"",
     b"5;" + b"x" * 300, b"\xd9\xa5",
 )  # fmt: skip
 _TRAILERS = (
-    b"X-Late: 1\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"no-colon\r\n", b": x\r\n", b" fold\r\n",
+    b"X-Late: 1\r\n", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b"no-colon\r\n", b": x\r\n",
+    b" fold\r\n",
     b"X: a\nY: b\r\n", b"X : y\r\n", b"X: \0\r\n", b"X: " + b"a" * 900 + b"\r\n", b"\n", b"\r",
 )  # fmt: skip
 

@@ -50,7 +50,7 @@ class Message:
 
 @dataclass
 class Reading:
-    """The messages of a connection, and what the reader does then: waits, refuses, has closed, or switched protocols."""
+    """The messages of a connection, and what the reader does after them: it waits, refuses, closes, or switches."""
 
     messages: list[Message] = field(default_factory=list)
     end: End = "open"
@@ -246,12 +246,11 @@ def _judged(
                 reading.end = "closed"
                 return reading
             return _refused(reading, f"{type(exc).__name__}: {str(exc).partition(chr(10))[0]}")
-        for message, payload in messages:
-            fields = [(name.lower(), value.strip(b" \t")) for name, value in message.raw_headers]
+        for message, content in messages:
             if answers and message.code < 200 and message.code != 101:
-                payload = None
                 continue
-            current = Message(start(message), fields, place + 1)
+            fields = [(name.lower(), value.strip(b" \t")) for name, value in message.raw_headers]
+            current, payload = Message(start(message), fields, place + 1), content
             closing = message.should_close
             reading.messages.append(current)
         if current is not None and payload is not None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from tests.soak.clients import KEY, KINDS, Clients
 
-__all__ = ("Census", "judge", "soak")
+__all__ = ("Census", "Run", "judge", "soak", "started")
 
 _MOST_SECONDS = 24 * 3600
 _ROUNDS = 12
@@ -114,7 +114,7 @@ class _Gateway:
 
 
 @contextlib.asynccontextmanager
-async def _started(folder: Path) -> AsyncIterator[tuple[_Gateway, asyncio.subprocess.Process]]:
+async def started(folder: Path) -> AsyncIterator[tuple[_Gateway, asyncio.subprocess.Process]]:
     """Start a fake Azure and a gateway in front of it."""
     azure = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.soak.azure", stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
@@ -154,7 +154,7 @@ def _configuration(port: int, keep_alive: int) -> str:
     return _CONFIGURATION % (port, Path(__file__).parent / "stages", keep_alive)
 
 
-class _Soak:
+class Run:
     """One run."""
 
     def __init__(self, gateway: _Gateway, azure: asyncio.subprocess.Process, folder: Path, seed: int) -> None:
@@ -190,14 +190,17 @@ class _Soak:
             await asyncio.sleep(clients.rng.uniform(0, 2 * _PAUSE))
 
     async def _reload(self, after: float) -> None:
-        """Change the configuration and send SIGHUP, over and over."""
-        config = self._folder / "gateway.yaml"
-        port = int(config.read_text().partition("http://127.0.0.1:")[2].partition('"')[0])
         while True:
             await asyncio.sleep(after)
-            self.asked += 1
-            config.write_text(_configuration(port, 75 + self.asked % 2))
-            self.gateway.process.send_signal(signal.SIGHUP)
+            self.reload()
+
+    def reload(self) -> None:
+        """Change the configuration and send SIGHUP."""
+        config = self._folder / "gateway.yaml"
+        port = int(config.read_text().partition("http://127.0.0.1:")[2].partition('"')[0])
+        self.asked += 1
+        config.write_text(_configuration(port, 75 + self.asked % 2))
+        self.gateway.process.send_signal(signal.SIGHUP)
 
     async def settle(self) -> Census:
         """Close everything, wait until the gateway has let go, and look at it."""
@@ -239,8 +242,8 @@ async def soak(seconds: float, seed: int) -> list[str]:
     rounds: list[Census] = []
     with TemporaryDirectory() as name:
         folder = Path(name)
-        async with _started(folder) as (gateway, azure):
-            run = _Soak(gateway, azure, folder, seed)
+        async with started(folder) as (gateway, azure):
+            run = Run(gateway, azure, folder, seed)
             began = time.monotonic()
             minutes = asyncio.create_task(_tell_each_minute(run, began))
             for number in range(_ROUNDS):
@@ -259,7 +262,7 @@ async def soak(seconds: float, seed: int) -> list[str]:
     return wrong
 
 
-async def _tell_each_minute(run: _Soak, began: float) -> None:
+async def _tell_each_minute(run: Run, began: float) -> None:
     while True:
         await asyncio.sleep(60)
         minute = (time.monotonic() - began) / 60

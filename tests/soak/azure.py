@@ -11,10 +11,8 @@ import hashlib
 import json
 import signal
 import sys
-from typing import cast
 
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
 __all__ = ("LARGE", "event")
 
@@ -64,7 +62,7 @@ async def _answer(request: web.BaseRequest) -> web.StreamResponse:
             "close": b"",
             "late": b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\npoison",
         }[wish]
-        transport.write(raw)  # type: ignore[attr-defined] # of a TCP connection
+        transport.write(raw)
         transport.close()
         return web.Response()
     message = {"role": "assistant", "content": nonce}
@@ -116,7 +114,7 @@ async def _main() -> None:
 
     def hang_up() -> None:
         for connection in list(server.connections):
-            cast(RequestHandler, connection).force_close()
+            connection.force_close()
 
     loop = asyncio.get_running_loop()
     over = asyncio.Event()

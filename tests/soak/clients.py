@@ -33,6 +33,12 @@ def _check(condition: object, what: str, shown: object = "") -> None:
         raise Wrong(f"{what}: {shown!r:.300}")
 
 
+async def _sized_answer(reader: asyncio.StreamReader) -> bytes:
+    """Read an answer that tells its length, and return its body."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    return await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
+
+
 class Clients:
     """Clients of one gateway."""
 
@@ -149,16 +155,15 @@ class Clients:
             _check(f"{nonce} {LARGE - 1} ".encode() in rest or b"[DONE]" in rest, "the end of a slow stream", rest)
             again = self._nonce()
             writer.write(self._raw(again, "json", b'{"model":"gpt-4o"}'))
-            await reader.readuntil(b"\r\n\r\n")
-            got = await reader.readuntil(b'"sha256"')
+            got = await _sized_answer(reader)
             _check(again.encode() in got, "the answer after a slow stream", got)
         finally:
             writer.close()
 
     def _raw(self, nonce: str, wish: str, body: bytes) -> bytes:
         return (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: gw.test\r\nAuthorization: Bearer {KEY}\r\nX-Nonce: {nonce}\r\n"
-            f"X-Do: {wish}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: gw.test\r\nAuthorization: Bearer {KEY}\r\n"
+            f"X-Nonce: {nonce}\r\nX-Do: {wish}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode() + body
 
     # -- uploads ---------------------------------------------------------------------------------------
@@ -218,9 +223,7 @@ class Clients:
                     await asyncio.sleep(0.002)
             writer.write(b"0\r\n\r\n")
             async with asyncio.timeout(_DEADLINE):
-                await reader.readuntil(b"\r\n\r\n")
-                got = await reader.readuntil(b"}")
-                got += await reader.read(4096)
+                got = await _sized_answer(reader)
         finally:
             writer.close()
         _check(nonce.encode() in got, "an upload's answer", got)
