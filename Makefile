@@ -9,7 +9,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(PROCESSES) --
 OTHER_PYTHON = $(shell /usr/bin/python3 -c 'import ensurepip, os, sys; sys.exit(sys.version_info < (3, 11) or os.path.realpath(sys.executable) == os.path.realpath("$(BIN)/python"))' 2>/dev/null && echo --python /usr/bin/python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help run lint check test test-clients nightly bench format lock clean
+.PHONY: help run lint check test test-clients nightly fuzz soak bench format lock clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ tests/clients/node_modules/installed: tests/clients/package-lock.json
 .venv/clients/installed: tests/clients/requests.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --upgrade --target .venv/clients -r $<
 	@touch $@
+
+fuzz: .venv/dev ## 50,000 mutants of requests and answers against a gateway, and its reader against another; FUZZ="--seed 2"
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+soak: .venv/dev ## an hour of mixed traffic (SOAK_SECONDS=3600): memory, tasks and descriptors must be as in the beginning
+	$(BIN)/python -m tests.soak
 
 bench: .venv/dev ## what the gateway costs beside nginx and HAProxy, as it grows, and when clients leave; fails above a limit
 	@failed=0; \

@@ -401,8 +401,10 @@ def _break_off(
     note_end(exchange, exc)
     if isinstance(exc, ApiError):
         error = exc
+    elif isinstance(exc, StreamBroken):
+        error = ApiError(502, str(exc))  # Azure's fault, and no bug
     else:
-        error = ApiError(502, str(exc) if isinstance(exc, StreamBroken) else "the gateway failed on this stream")
+        error = ApiError(502, "the gateway failed on this stream")
         get_logger().error("a filter or a stage's stream failed", **masked(failure(exc), hidden))
     connection = writer.connection
     transport = connection.transport

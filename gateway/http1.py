@@ -137,6 +137,9 @@ def _read_field(line: bytes) -> Field:
         # Sound once is sound for ever: what these may say is looked at before the line is kept.
         if name == b"content-length" and not (value.isdigit() and len(value) <= 19):
             raise Malformed("the Content-Length is not one number")
+        if name == b"transfer-encoding" and b"\t" in found.group(2):
+            # Sound by RFC 9112, but llhttp takes the tab for a part of the coding's name.
+            raise Malformed("a tab follows the transfer coding")
         if name == b"host" and not _HOST.fullmatch(value):
             raise Malformed("the Host is not one host name")
     if _SECRET.search(name) is None:
@@ -348,6 +351,9 @@ def _read_request_line(line: bytes) -> tuple[str, str, str, bool]:
     method, target, major, minor = found.groups()
     if major != b"1":
         raise ApiError(400, "the gateway speaks HTTP/1.1", code="malformed_request")
+    if method == b"CONNECT":
+        # It has no content, whatever its fields say (RFC 9110, 9.3.6): a proxy on the way may read on as a tunnel.
+        raise ApiError(400, "the gateway is no forward proxy; send the request itself, without CONNECT")
     path, mark, query = target.decode("latin-1").partition("?")
     if not _PATH.fullmatch(path) or _BAD_ESCAPE.search(path) or not _QUERY.fullmatch(query):
         raise ApiError(400, "the request's target must be a plain path, such as /v1/chat/completions")

@@ -1,0 +1,337 @@
+"""One reading of a connection's bytes: by `gateway/http1.py`, and by aiohttp's C parser (llhttp), which is the judge.
+
+Both say where each head and each body ends, in bytes from the beginning. Where both accept a message they must agree
+on that; a reader that sees a boundary elsewhere lets a client smuggle a request past it, or hands one client the
+response of another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
+
+from gateway.errors import ApiError
+from gateway.http1 import (
+    FRAMING_OF_REQUESTS,
+    HEAD_END,
+    MAX_HEAD,
+    Chunks,
+    HeadReader,
+    Malformed,
+    begins_request,
+    parse_response,
+)
+
+__all__ = ("Difference", "Message", "Reading", "compare", "our_requests", "our_response", "requests", "response")
+
+# Larger than any mutant: that one reader has lower limits than the other moves no boundary.
+_LIMIT = 1 << 20
+_BODY = 100 * 1024 * 1024
+
+End = Literal["open", "refused", "closed", "switched"]
+
+
+@dataclass
+class Message:
+    """A message as one reader sees it: `head_end` and `end` are offsets; `end` is None while the body is unfinished."""
+
+    start: tuple[str, ...]
+    fields: list[tuple[bytes, bytes]]
+    head_end: int
+    body: bytes = b""
+    end: int | None = None
+
+
+@dataclass
+class Reading:
+    """The messages of a connection, and what the reader does after them: it waits, refuses, closes, or switches."""
+
+    messages: list[Message] = field(default_factory=list)
+    end: End = "open"
+    why: str = ""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every byte belongs to a whole message, as far as the reader goes."""
+        return self.end != "refused" and bool(self.messages) and self.messages[-1].end is not None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two readings differ. `moved` says that both accept, and see a boundary or a field elsewhere."""
+
+    kind: str
+    moved: bool
+
+
+# -- ours ----------------------------------------------------------------------------------------------
+
+
+def our_requests(pieces: Sequence[bytes]) -> Reading:
+    """Read requests as a client's connection does, with the reads cut at the pieces."""
+    reading = Reading()
+    heads = HeadReader()
+    data, offset, came = b"", 0, 0  # not read yet, where it begins, and where it ends
+    body: Chunks | int | None = None
+    for piece in pieces:
+        data += piece
+        came += len(piece)
+        while data and reading.end == "open":
+            if body is not None:
+                message = reading.messages[-1]
+                try:
+                    taken, data, done = _take(body, data)
+                except Malformed as exc:
+                    return _refused(reading, str(exc))
+                if isinstance(body, int):
+                    body -= len(taken)
+                message.body += taken
+                if not done:
+                    data = b""
+                    break
+                message.end = offset = came - len(data)
+                body = None
+            else:
+                if data[:2] == b"\r\n":
+                    data, offset = data[2:], offset + 2
+                end = data.find(HEAD_END)
+                if end < 0 or end > MAX_HEAD:
+                    if len(data) > MAX_HEAD or not begins_request(data[:256]):
+                        return _refused(reading, "no head")
+                    break
+                try:
+                    head = heads.read(data[:end], _BODY)
+                except ApiError as exc:
+                    return _refused(reading, exc.message)
+                offset += end + 4
+                target = head.path + ("?" + head.query if head.query else "")
+                message = Message((head.method, target), _ours(head.headers.fields), offset)
+                reading.messages.append(message)
+                data = data[end + 4 :]
+                if head.length == 0:
+                    message.end = offset
+                else:
+                    body = head.length or Chunks(FRAMING_OF_REQUESTS)
+                    if not data:
+                        break
+            if message.end is not None and (head.close or head.upgrade):
+                reading.end = "switched" if head.upgrade else "closed"
+    return reading
+
+
+def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
+    """Read the response to a GET or a POST as a connection to Azure does: interim ones are skipped, and one is read."""
+    reading = Reading()
+    data, offset, came = b"", 0, 0
+    body: Chunks | int | None = None
+    until_close = False
+    for piece in pieces:
+        data += piece
+        came += len(piece)
+        if reading.messages and reading.messages[0].end is not None:
+            break
+        while data:
+            if reading.messages:
+                message = reading.messages[0]
+                try:
+                    taken, data, done = _take(body, data) if body is not None else (data, b"", False)
+                except Malformed as exc:
+                    return _refused(reading, str(exc))
+                if isinstance(body, int):
+                    body -= len(taken)
+                message.body += taken
+                if done:
+                    message.end = came - len(data)
+                    return reading
+                data = b""
+                break
+            end = data.find(HEAD_END)
+            if end < 0 or end > MAX_HEAD:
+                if not data.startswith(b"HTTP/1."[: len(data)]) or len(data) > MAX_HEAD:
+                    return _refused(reading, "no head")
+                break
+            try:
+                head = parse_response(data[:end])
+            except Malformed as exc:
+                return _refused(reading, str(exc))
+            offset += end + 4
+            data = data[end + 4 :]
+            if head.status == 101 or head.status < 100 or head.status > 599:
+                return _refused(reading, "the status is none that was asked for")
+            if head.status < 200:
+                continue
+            message = Message((str(head.status),), _ours(head.fields), offset)
+            reading.messages.append(message)
+            if head.length == 0 and not head.chunked:
+                message.end = offset
+                return reading
+            until_close = head.length is None and not head.chunked
+            body = Chunks() if head.chunked else head.length
+    if eof and until_close:
+        reading.messages[0].end = came
+    if not reading.messages and re.search(rb"(?<!\r)\n", data):
+        # Nothing can make this head a valid one, but it is refused only when it ends, or time is up.
+        return _refused(reading, "a bare LF in a head that has not ended")
+    return reading
+
+
+def _take(body: Chunks | int, data: bytes) -> tuple[bytes, bytes, bool]:
+    """Return the bytes of a body, what follows its end, and whether it has ended. Raises Malformed."""
+    if isinstance(body, int):
+        return data[:body], data[body:], len(data) >= body
+    taken = body.feed(data)
+    while body.unread:
+        taken += body.feed(body.unread)
+    return taken, body.extra, body.done
+
+
+def _ours(fields: Sequence[Any]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value, _, _ in fields]
+
+
+def _refused(reading: Reading, why: str) -> Reading:
+    reading.end, reading.why = "refused", why
+    return reading
+
+
+# -- the judge's ---------------------------------------------------------------------------------------
+
+
+def requests(pieces: Sequence[bytes], loop: asyncio.AbstractEventLoop) -> Reading:
+    """Read requests as aiohttp's C parser does. It is fed byte by byte: so it tells where each part ends."""
+    return _judged(pieces, loop, HttpRequestParser, lambda message: (message.method, message.path))
+
+
+def response(pieces: Sequence[bytes], loop: asyncio.AbstractEventLoop, *, eof: bool) -> Reading:
+    """Read a response as aiohttp's C parser does, its interim ones left out."""
+    return _judged(pieces, loop, HttpResponseParser, lambda message: (str(message.code),), eof=eof)
+
+
+def _judged(
+    pieces: Sequence[bytes],
+    loop: asyncio.AbstractEventLoop,
+    parser_class: Any,
+    start: Callable[[Any], tuple[str, ...]],
+    *,
+    eof: bool = False,
+) -> Reading:
+    reading = Reading()
+    answers = parser_class is HttpResponseParser
+    more = {"read_until_eof": True} if answers else {}
+    parser = parser_class(
+        BaseProtocol(loop),
+        loop,
+        _LIMIT,
+        max_line_size=_LIMIT,
+        max_field_size=_LIMIT,
+        max_headers=1000,
+        auto_decompress=False,
+        **more,
+    )
+    payload: Any = None
+    current: Message | None = None
+    closing = False
+    data = b"".join(pieces)
+    for place in range(len(data)):
+        try:
+            messages, switched, _ = parser.feed_data(data[place : place + 1])
+        except Exception as exc:
+            if closing and current is None:
+                reading.end = "closed"
+                return reading
+            return _refused(reading, f"{type(exc).__name__}: {str(exc).partition(chr(10))[0]}")
+        for message, content in messages:
+            if answers and message.code < 200 and message.code != 101:
+                continue
+            fields = [(name.lower(), value.strip(b" \t")) for name, value in message.raw_headers]
+            current, payload = Message(start(message), fields, place + 1), content
+            closing = message.should_close
+            reading.messages.append(current)
+        if current is not None and payload is not None:
+            if payload.exception() is not None:
+                return _refused(reading, str(payload.exception()))
+            if payload.is_eof():
+                current.body, current.end = _content(payload), place + 1
+                current = payload = None
+                if answers:
+                    return reading
+        if switched:
+            reading.end = "switched"
+            return reading
+    if current is not None and payload is not None:
+        current.body = _content(payload)
+        if eof:
+            try:
+                parser.feed_eof()
+            except Exception as exc:
+                reading.why = str(exc)
+                return reading
+            if payload.is_eof():
+                current.end = len(data)
+    elif closing:
+        reading.end = "closed"
+    return reading
+
+
+def _content(payload: Any) -> bytes:
+    return b"".join(getattr(payload, "_buffer", ()))
+
+
+# -- both ----------------------------------------------------------------------------------------------
+
+
+def compare(ours: Reading, theirs: Reading) -> Difference | None:
+    """Return how two readings of the same bytes differ, or None.
+
+    Stricter is fine: where ours refuses, what the judge goes on to read does not count.
+    """
+    for place, (mine, judged) in enumerate(zip(ours.messages, theirs.messages, strict=False)):
+        last = place + 1 == min(len(ours.messages), len(theirs.messages))
+        if mine.start != judged.start:
+            return Difference("the start lines differ", moved=True)
+        if mine.head_end != judged.head_end:
+            return Difference("the heads end at different bytes", moved=True)
+        if mine.end != judged.end:
+            if last and ours.end == "refused" and mine.end is None:
+                return Difference(f"ours refuses the body: {ours.why}", moved=False)
+            if last and theirs.end == "refused" and judged.end is None:
+                return Difference(f"only the judge refuses the body: {theirs.why}", moved=False)
+            return Difference("the bodies end at different bytes", moved=True)
+        if mine.body != judged.body and mine.end is not None:
+            return Difference("the bodies differ", moved=True)
+        fields = _but_hops(judged.fields)
+        if place:  # the judge shows the trailers of a body among the fields of the next message
+            fields = fields[len(fields) - len(mine.fields) :]
+        if mine.fields != fields:
+            return Difference("the header fields differ", moved=True)
+    if len(ours.messages) == len(theirs.messages):
+        if ours.end == theirs.end:
+            return None
+        if ours.end == "refused":
+            return Difference(f"ours refuses: {ours.why}", moved=False)
+        if theirs.end == "refused":
+            return Difference(f"only the judge refuses: {theirs.why}", moved=False)
+        return Difference(f"ours is {ours.end}, the judge {theirs.end}", moved=False)
+    if len(ours.messages) < len(theirs.messages):
+        if ours.end == "refused":
+            return Difference(f"ours refuses: {ours.why}", moved=False)
+        if ours.end != "open":
+            return Difference(f"ours is {ours.end}, the judge goes on", moved=False)
+        return Difference("ours still waits where the judge has a message more", moved=True)
+    if theirs.end == "refused":
+        return Difference(f"only the judge refuses: {theirs.why}", moved=False)
+    if theirs.end != "open":
+        return Difference(f"the judge is {theirs.end}, ours goes on", moved=theirs.end == "closed")
+    return Difference("ours has a message more where the judge still waits", moved=True)
+
+
+def _but_hops(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the fields without those that `Connection` names: ours leaves them out."""
+    names = {token.strip() for name, value in fields if name == b"connection" for token in value.lower().split(b",")}
+    return [each for each in fields if each[0] not in names]

@@ -1,0 +1,51 @@
+"""Makes a failing mutant smaller, as long as it fails in the same way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from tests.fuzz.mutants import Mutant, without
+
+__all__ = ("shrink",)
+
+
+async def shrink(mutant: Mutant, fails: Callable[[Mutant], Awaitable[bool]], tries: int = 300) -> Mutant:
+    """Return a smaller mutant that `fails`, after so many tries at most: fewer cuts, lines, then bytes."""
+    left = tries
+
+    async def still(candidate: Mutant) -> bool:
+        nonlocal left
+        if left <= 0:
+            return False
+        left -= 1
+        return await fails(candidate)
+
+    for simpler in (
+        replace(mutant, cuts=()),
+        replace(mutant, cuts=tuple(range(1, len(mutant.data)))),
+        *(replace(mutant, cuts=(cut,)) for cut in mutant.cuts[:20]),
+        replace(mutant, late=b""),
+        replace(mutant, ending="keep"),
+    ):
+        if simpler != mutant and await still(simpler):
+            mutant = simpler
+    place = 0
+    lines = [found.end() for found in re.finditer(rb"\r\n|\Z", mutant.data)]
+    for end in reversed(lines):  # from the end, so that the places before stay right
+        place = max((each for each in lines if each < end), default=0)
+        smaller = without(mutant, place, end)
+        if smaller.data and await still(smaller):
+            mutant = smaller
+    size = len(mutant.data) // 2
+    while size and left > 0:
+        place = 0
+        while place < len(mutant.data):
+            smaller = without(mutant, place, min(len(mutant.data), place + size))
+            if smaller.data and await still(smaller):
+                mutant = smaller
+            else:
+                place += size
+        size //= 2
+    return mutant
