@@ -45,7 +45,11 @@ def test_a_few_bytes_never_become_many_at_once() -> None:
     assert max(map(len, out)) == 16_384
 
 
-@pytest.mark.parametrize("packed", [gzip.compress(b"hello")[:-3], b"nonsense", gzip.compress(b"one") + b"garbage"])
+@pytest.mark.parametrize(
+    "packed",
+    [gzip.compress(b"hello")[:-3], b"nonsense", gzip.compress(b"one") + b"garbage"],
+    ids=["cut short", "nonsense", "garbage behind it"],
+)
 def test_what_is_broken_or_cut_short_is_refused(packed: bytes) -> None:
     """It is never taken for the whole."""
     with pytest.raises(BadCoding):
