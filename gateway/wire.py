@@ -19,7 +19,6 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -348,7 +347,7 @@ class Wire(BaseProtocol):
         self._early = b""  # what came behind a 101
         self._answer: Answer | None = None
         self._buffer = b""  # a head that has not ended
-        self._backlog: deque[bytes] = deque()  # received bytes of a body that no step has handled yet
+        self._backlog: list[bytes] = []  # received bytes of a body that no step has handled yet
         self._held = False  # the response's reader wants no more for now
         self._reading_paused = False
         self._ended = False  # the other end has said that it sends no more
@@ -516,14 +515,15 @@ class Wire(BaseProtocol):
 
     def _next_piece(self) -> bytes:
         """Take a piece from the backlog: bounded in bytes and in lines, and whole events if it can be."""
-        data = self._backlog.popleft()
+        data = self._backlog[0] if len(self._backlog) == 1 else b"".join(self._backlog)
+        self._backlog.clear()
         size = STEP
         while size > _LEAST_STEP and data.count(b"\n", 0, size) + data.count(b"\r", 0, size) > _MOST_LINES:
             size //= 2
         if len(data) <= size:
             return data
         size = data.rfind(b"\n\n", 0, size) + 2 if data.find(b"\n\n", 0, size) >= 0 else size
-        self._backlog.appendleft(data[size:])
+        self._backlog.append(data[size:])
         return data[:size]
 
     def _pause_reading(self) -> None:
