@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # The system's own interpreter, where `make bench` can use it: it is often built with more optimisation.
 OTHER_PYTHON = $(shell /usr/bin/python3 -c 'import ensurepip, os, sys; sys.exit(sys.version_info < (3, 11) or os.path.realpath(sys.executable) == os.path.realpath("$(BIN)/python"))' 2>/dev/null && echo --python /usr/bin/python3)
-WIRE := $(addprefix tests/test_,server.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py reload.py)
+WIRE := $(addprefix tests/test_,server.py arriving.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py reload.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help run test check format test-clients bench lock clean
