@@ -291,6 +291,30 @@ async def test_a_body_whose_reader_is_behind_is_not_parsed_further() -> None:
     assert len(body.unread) == len(wire) * (300 - 128)
 
 
+@given(BODIES, SIZES, SIZES, st.integers(1, 20))
+async def test_what_is_read_is_what_was_sent_and_never_nothing(
+    payload: bytes, chunks: list[int], reads: list[int], most: int
+) -> None:
+    """However few lines one call reads: the same bytes, no piece of them empty, and then None."""
+    body = arriving(Quiet())
+    wire = chunked(payload, [max(size, 3) for size in chunks])
+    found = []
+    for part in pieces(wire + b"next", reads, 150):
+        if body.done:
+            break
+        extra = body.feed(body.unread + part, most)
+        while body._parts:
+            found.append(await body.read())
+        while body.unread and not body.done:
+            extra = body.feed(body.unread, most)
+            while body._parts:
+                found.append(await body.read())
+        assert b"next".startswith(extra)
+    assert await body.read() is None
+    assert all(found)
+    assert b"".join(part for part in found if part is not None) == payload
+
+
 async def test_two_connections_take_turns(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Of two bodies in many chunks, none is read to its end before the other has had a turn."""
     gateway = await start_gateway(azure.endpoint, YAML)
