@@ -381,8 +381,9 @@ def placed_query(operation: Operation, query: str, target: Target) -> str:
 
 
 # The most colons, and so the most fields, of a message that is written anew: each field is an object meanwhile.
-_MOST_FIELDS = 200_000
+_MOST_FIELDS = 50_000
 _MOST_NAME = 2048
+_raw_values = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
 
 
@@ -404,18 +405,22 @@ class FrameModels(EventFilter):
         event.raw = self._rewritten(raw) if raw.count(b":") <= _MOST_FIELDS else self._replaced(raw)
         return event
 
-    def _rewritten(self, raw: bytes) -> bytes:
-        """Return the message with each key once: of two, Azure might take the other one."""
-        fields = raw_fields(raw)
+    def _rewritten(self, raw: bytes, *, top: bool = True) -> bytes:
+        """Return an object, and `response` in the top one, with each key once: of two, Azure might take the other."""
+        try:
+            fields = _raw_values.decode(raw)
+        except (msgspec.DecodeError, RecursionError, ValueError):
+            fields = {name: msgspec.Raw(value) for name, value in raw_fields(raw).items()}
         if "model" in fields:
-            fields["model"] = self._deployment(fields["model"])
-        inner = fields.get("response", b"")
-        if inner.startswith(b"{"):
-            within = raw_fields(inner)
-            if "model" in within:
-                within["model"] = self._deployment(within["model"])
-                fields["response"] = of_fields(within)
-        return of_fields(fields)
+            fields["model"] = msgspec.Raw(self._deployment(bytes(fields["model"])))
+        if top and "response" in fields:
+            inner = bytes(fields["response"])
+            if inner.startswith(b"{"):
+                fields["response"] = msgspec.Raw(self._rewritten(inner, top=False))
+        try:
+            return msgspec.json.encode(fields)
+        except UnicodeEncodeError:  # half of a surrogate pair in a name
+            return of_fields({name: bytes(value) for name, value in fields.items()})
 
     def _replaced(self, raw: bytes) -> bytes:
         """Return the message with another value in the place of its only model."""

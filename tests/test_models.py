@@ -425,6 +425,12 @@ def test_a_key_that_is_there_twice_is_sent_once(message: bytes, wanted: bytes) -
         assert caught.value.status == 400
 
 
+def test_half_of_a_surrogate_pair_in_a_message_is_sent_as_it_came() -> None:
+    """In a value, and in a key; JavaScript sends them where a text was cut."""
+    sent = rb'{"x":"\ud83d","\ud83d":1,"model":"mine"}'
+    assert mapped(sent) == sent.replace(b"mine", b"prod-4o")
+
+
 @pytest.mark.parametrize("model", [b"5", b"null", b'["mine"]', b'"%b"' % (b"m" * 3000), b'"other"'])
 def test_a_model_that_is_none_is_refused_in_any_message(model: bytes) -> None:
     """By an ApiError, which the client is told."""

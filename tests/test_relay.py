@@ -18,6 +18,7 @@ import websockets
 from aiohttp import WSMsgType, web
 from websockets.asyncio.client import ClientConnection, connect
 
+from gateway.connection import Connection
 from gateway.fair_scheduler import MOST_UNITS, STEP, FairScheduler
 from gateway.frames import (
     BINARY,
@@ -35,7 +36,7 @@ from gateway.frames import (
     frame,
 )
 from gateway.memory_budget import MemoryBudget
-from gateway.relay import ControlBucket
+from gateway.relay import ControlBucket, Relay
 from gateway.testing import FakeAzure, Seen
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
@@ -1562,3 +1563,95 @@ def test_pings_are_counted_by_a_token_bucket() -> None:
             bucket.take(now)
         assert caught.value.code == 1008
         bucket._left += 1  # the one that was refused
+
+
+def relay_of(gateway: Gateway) -> tuple[Connection, Relay]:
+    """Return the only WebSocket that is open, and its client's connection."""
+    connections: list[Any] = gateway.server._http.connections  # type: ignore[union-attr, assignment]
+    (connection,) = (each for each in connections if each._relay is not None)
+    return connection, connection._relay.__self__
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("from_client", [True, False])
+async def test_a_loss_is_seen_after_the_frames_before_it(
+    start_gateway: StartGateway, handshake: bytes, from_client: bool
+) -> None:
+    """The side is gone while most of its frames wait for their turns: the other gets them, and then a close frame."""
+    count = 5000
+    heard: list[Any] = []
+
+    async def read(reader: asyncio.StreamReader, masked: bool) -> None:
+        frames = Frames(masked=masked, most=1000, whole=True)
+        while not frames.closed:
+            heard.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        if from_client:
+            await read(reader, True)
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(handshake)
+        await reader.readuntil(b"\r\n\r\n")
+        connection, relay = relay_of(gateway)
+        flood = frame(TEXT, b"1", masked=from_client) * count
+        (relay.from_client if from_client else relay.from_azure)(flood)
+        lost = connection.transport if from_client else relay._wire.transport
+        assert lost is not None
+        lost.abort()
+        if not from_client:
+            await read(reader, False)
+        await until(lambda: heard and isinstance(heard[-1], Control), 20)
+        writer.close()
+        await gateway.idle()
+    assert heard[:-1] == [Message(TEXT, b"1")] * count
+    assert heard[-1].code == (1001 if from_client else 1011)
+    (event,) = gateway.exchanges()
+    assert event["ended_by"] == ("client" if from_client else "upstream")
+
+
+async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """Bytes that arrive all the same are kept until the other side takes more."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME)
+    async with opened(gateway) as client:
+        connection, relay = relay_of(gateway)
+        looked_at = []
+        relay.azure_flow(True)
+        looked_at.append(connection._leave_timer is not None)  # whether the client is still there
+        relay.from_client(frame(TEXT, b"held", masked=True))
+        assert relay._client.frames.unread
+        assert relay._client.messages == 0
+        relay.azure_flow(False)
+        looked_at.append(connection._leave_timer is not None)  # a client that leaves now loses no frame
+        assert looked_at == [True, False]
+        assert await client.recv() == "held"
+        assert not connection._held
+
+
+async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) -> None:
+    """Azure has said goodbye first: the client's last message and its own goodbye still reach Azure whole."""
+    heard: list[Any] = []
+    large = b'{"model":"gpt-4o","x":"%b"}' % (b"a" * 3_000_000)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + close_frame(4002, "", masked=False))
+        frames = Frames(masked=True, most=10_000_000, whole=True)
+        while data := await reader.read(65536):
+            heard.extend(frames.feed(data, 1_000_000, 1_000_000))
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(RESPONSES)
+        await reader.readuntil(b"\r\n\r\n\x88\x02\x0f\xa2")
+        writer.write(frame(TEXT, large, masked=True) + close_frame(4002, "", masked=True))
+        await until(lambda: gateway.exchanges(), 20)
+        await until(lambda: upstream.open == 0)
+        writer.close()
+    assert heard[:-1] == [Message(TEXT, large)]
+    assert heard[-1].code == 4002
+    assert gateway.exchanges()[0]["ended_by"] == "complete"
