@@ -16,6 +16,7 @@ from aiohttp import web
 
 from gateway.config import load
 from gateway.errors import ConfigError
+from gateway.memory_budget import BUDGETS
 from tests.cluster import Fault, Region, closed_port, cluster, pool_yaml, slow_tls
 from tests.conftest import CHAT, Gateway, StartGateway, until, write_files
 
