@@ -18,7 +18,9 @@ import websockets
 from aiohttp import WSMsgType, web
 from websockets.asyncio.client import ClientConnection, connect
 
+from gateway.errors import ApiError
 from gateway.frames import BINARY, CLOSE, PING, TEXT, Control, Frames, close_frame, frame
+from gateway.relay import error_event
 from gateway.testing import FakeAzure, Seen
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
@@ -1158,3 +1160,20 @@ async def test_the_tokens_of_a_websocket_are_those_of_all_its_responses(
     assert (event["input_tokens"], event["output_tokens"], event["usage_source"]) == (27, 9, "reported")
     async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer:
         assert 10000 - 36 - 20 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 10000 - 36
+
+
+@pytest.mark.parametrize(
+    ("message", "event_id"),
+    [
+        (b'{"event_id":"e1","type":"x"}', "e1"),
+        (b'{"event_id":"e1","x":[' + b"[]," * 1_000_000 + b"[]]}", "e1"),
+        (b'{"event_id":[1]}', None),
+        (b'{"event_id":"' + b"a" * 5000 + b'"}', None),
+        (b"[1]", None),
+        (b"no JSON", None),
+    ],
+)
+def test_an_error_event_repeats_the_message_s_id_and_decodes_nothing_else(message: bytes, event_id: str | None) -> None:
+    """A message may be large, and be refused for just that."""
+    told = json.loads(error_event(ApiError(413, "too much"), message))
+    assert told["error"].get("event_id") == event_id
