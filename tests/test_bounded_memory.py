@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from gateway import Next, Request, Response, Stage
+from gateway import CountersUnavailable, Next, Request, Response, Stage, Verdict
 from gateway.exchange import Exchange
 from gateway.keys import key_digest
 from gateway.memory_budget import BUDGETS, UNCOUNTED
@@ -308,6 +308,87 @@ async def test_a_form_s_slot_is_taken_before_it_is_looked_at(start_gateway: Star
                 assert await client.status() == status
 
 
+@pytest.mark.parametrize(
+    "limit", ["in_flight: 1, per: model", "in_flight: 1, shadow: true", "in_flight: 2", "requests_per_minute: 9"]
+)
+async def test_only_slots_that_a_body_cannot_change_keep_it_from_being_read(
+    start_gateway: StartGateway, azure: FakeAzure, limit: str
+) -> None:
+    """Slots per model are taken when the model is known; those in the shadow refuse nothing; and there may be room."""
+    gateway = await start_gateway(azure.endpoint, ONE_AT_ONCE.replace("in_flight: 1", limit))
+    async with clients() as made:
+        for number in (1, 2):
+            (await started(made, gateway, "K-ann", SIZE)).send(b"{")
+            await until(partial(holds, number * SIZE))
+        for client in made:
+            client.send(body_of(SIZE)[1:])
+            assert await client.status() == 200
+            await until(lambda: BUDGETS.memory.held < 2 * SIZE)  # the first one is over
+
+
+async def test_what_was_taken_early_is_not_taken_again(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """The slot once, and the request once: other limits of the same stage are asked when its turn comes."""
+    yaml = ONE_AT_ONCE.replace("in_flight: 1", "in_flight: 1, requests_per_minute: 5")
+    gateway = await start_gateway(azure.endpoint, yaml)
+    async with clients() as made:
+        for left in (4, 3):
+            client = await started(made, gateway, "K-ann", SIZE)
+            client.send(body_of(SIZE))
+            assert await client.status() == 200
+            assert f"x-ratelimit-remaining-requests: {left}" in client.head
+            await gateway.idle()
+
+
+async def test_a_body_that_is_read_above_the_key_takes_nobody_s_slot(
+    start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """Who calls is not known then: the slot is taken when the request comes to the limit."""
+    yaml = "plugins_path: [mine]\n" + ONE_AT_ONCE.replace("[auth_keys,", "[reads_first, auth_keys,")
+    gateway = await start_gateway(azure.endpoint, yaml, {"mine/reads_first.py": READS_FIRST})
+    async with clients() as made:
+        for number, key in enumerate(("K-ann", "K-bob"), 1):
+            (await started(made, gateway, key, SIZE)).send(b"{")
+            await until(partial(holds, number * SIZE))
+        for client in made:
+            client.send(body_of(SIZE)[1:])
+            assert await client.status() == 200
+
+
+READS_FIRST = """
+from gateway import CountersUnavailable, Next, Request, Response, Stage
+
+
+class ReadsFirst(Stage):
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        await request.body()
+        return await call_next(request)
+"""
+
+
+@pytest.mark.parametrize("on_error", ["open", "closed"])
+async def test_a_store_that_is_away_is_asked_before_the_body(
+    start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch, on_error: str
+) -> None:
+    """Where limits are closed then, the body is not read; where they are open, the request passes uncounted."""
+    gateway = await start_gateway(
+        azure.endpoint, ONE_AT_ONCE.replace("in_flight: 1", f"in_flight: 1, on_error: {on_error}")
+    )
+
+    async def take(*_: object, **__: object) -> Verdict:
+        raise CountersUnavailable("away")
+
+    monkeypatch.setattr(gateway.server.shared.counters, "take", take)
+    async with clients() as made:
+        client = await started(made, gateway, "K-ann", SIZE)
+        if on_error == "closed":
+            client.send(b"{")
+            assert await client.status() == 503
+            assert BUDGETS.memory.most_held == 0
+        else:
+            client.send(body_of(SIZE))
+            assert await client.status() == 200
+
+
 # -- every way in which an exchange can end ------------------------------------------------------------
 
 
@@ -420,7 +501,7 @@ async def test_an_answer_that_a_stage_reads_is_counted(start_gateway: StartGatew
 
 
 READS_ALL = """
-from gateway import Next, Request, Response, Stage
+from gateway import CountersUnavailable, Next, Request, Response, Stage
 
 
 class ReadsAll(Stage):
