@@ -62,6 +62,7 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
     request.notes["batch_lines"] = lines.count
     # Copies of the request keep what came: whoever asks again maps it again.
     request._body = Body(_Made(made))
+    request._body.account = request._exchange
 
 
 async def batch_models(request: Request) -> tuple[str, ...]:
@@ -70,6 +71,7 @@ async def batch_models(request: Request) -> tuple[str, ...]:
     made = await _read_upload(request, lines)
     if made is not None:
         made.close()
+        request._exchange.let_go_of_disk(_size(request._body.looked_at()))
     return tuple(lines.found)
 
 
@@ -106,7 +108,14 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
         return None
     if file is None:
         raise ApiError(400, "a batch needs a `file`", param="file")
-    return await _in_thread(body.looked_at(), file.start, file.end, lines)
+    came = body.looked_at()
+    # The new lines are about as long as those that came.
+    request._exchange.hold_on_disk(_size(came))
+    return await _in_thread(came, file.start, file.end, lines)
+
+
+def _size(form: Spool | bytes) -> int:
+    return len(form) if isinstance(form, bytes) else form.size
 
 
 async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from gateway.errors import ApiError, BodyConsumed
 from gateway.fair_scheduler import FairScheduler
+from gateway.memory_budget import UNCOUNTED
+from gateway.spool import Account as Kept
 from gateway.spool import Spool
 
 __all__ = (
@@ -23,8 +25,6 @@ __all__ = (
 MOST_LOOKED_AT = 256 * 1024 * 1024
 # What a watcher is given in one turn of the loop: reading a form's heads costs much more for each byte than its file.
 _SHOWN = 64 * 1024
-# As many times that many bytes may be kept on disk at once.
-_FORMS = 8
 
 
 class Incoming(Protocol):
@@ -44,6 +44,13 @@ class Incoming(Protocol):
 
 Watcher = Callable[[bytes | None], bool]
 """Takes a body in pieces, and None at its end; returns whether it has seen enough."""
+
+
+class Account(Kept, Protocol):
+    """Who answers for a body: its exchange."""
+
+    async def before_reading(self) -> None:
+        """Ask whether it may be read, before its first byte is. Raises ApiError."""
 
 
 class _Replay:
@@ -76,8 +83,6 @@ class _Replay:
                     f"what is looked for in this form did not come within its first {most} bytes; {advice}",
                     code="body_too_large",
                 )
-            if Spool.total > _FORMS * most:
-                raise ApiError(503, "too many large forms are on their way at once; try again", code="overloaded")
 
     async def again(self, watch: Watcher) -> bool:
         """Give what was looked at to another watcher; whether it has seen enough."""
@@ -135,7 +140,7 @@ class _Replay:
 class Body:
     """A client's body: a stream until somebody asks for its bytes. Copies of a request share it."""
 
-    __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed")
+    __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed", "account")
 
     def __init__(self, source: Incoming | bytes, *, kept: bool = True, most: int = MOST_LOOKED_AT) -> None:
         """Take a body from where it comes, or its bytes: `kept`, or here by chance and to be had once.
@@ -148,6 +153,13 @@ class Body:
         self._kept = kept
         self._streamed = False
         self._spool: Spool | None = None
+        self.account: Account | None = None
+        """Who answers for what is kept of it, if it has not arrived."""
+
+    @property
+    def arriving(self) -> bool:
+        """Whether it is still to be read."""
+        return self._source is not None
 
     @property
     def length(self) -> int | None:
@@ -177,22 +189,45 @@ class Body:
         if self._data is None:
             if self._streamed or self._source is None:
                 raise BodyConsumed(BodyConsumed.__doc__)
+            if self.account is not None:
+                await self.account.before_reading()
+                if (length := self._source.length) is not None and length > UNCOUNTED:
+                    if limit is not None and length > limit:
+                        raise too_much(limit)
+                    self.account.hold(length)
             self._streamed = True
             if isinstance(self._source, _Replay):
                 self._source.edit(0, 0, b"")
-            self._data = await self._source.rest(limit)
+            self._data = await self._rest(self._source, limit)
             self._source = None
         if limit is not None and len(self._data) > limit:
             raise too_much(limit)
         self._kept = True
         return self._data
 
+    async def _rest(self, source: Incoming, limit: int | None) -> bytes:
+        """Read all that is still to come; of a body of unknown length each piece is counted before it is kept."""
+        account = self.account
+        if account is None or source.length is not None:
+            return await source.rest(limit)
+        pieces: list[bytes] = []
+        size = held = 0
+        while (piece := await source.read()) is not None:
+            size += len(piece)
+            if limit is not None and size > limit:
+                raise too_much(limit)
+            if size > UNCOUNTED:
+                account.hold(size - held)
+                held = size
+            pieces.append(piece)
+        return b"".join(pieces)
+
     async def look(self, watch: Watcher, advice: str) -> None:
         """Give the body to `watch`, in pieces and None at the end, until it returns True; all of it stays to be sent.
 
         What is looked at is kept in memory, or on disk where it is long, and may be looked at again. `watch` is given
         the rest as well, when that is sent. Raises ApiError: 413 with the advice where the bytes that may be looked at
-        were not enough, 503 where they cannot be kept, and what `watch` raises; BodyConsumed where it is gone.
+        were not enough, 503 where they cannot be kept now, and what `watch` raises; BodyConsumed where it is gone.
         """
         if self._data is not None:
             self._kept = True
@@ -201,12 +236,14 @@ class Body:
             return
         if self._streamed or self._source is None:
             raise BodyConsumed(BodyConsumed.__doc__)
+        if self.account is not None:
+            await self.account.before_reading()
         if isinstance(self._source, _Replay):
             replay = self._source
             if await replay.again(watch):
                 return
         else:
-            self._spool = Spool()
+            self._spool = Spool(account=self.account)
             self._source = replay = _Replay(self._spool, self._source, watch)
         try:
             await replay.look(self._most, advice)
@@ -254,6 +291,8 @@ class Body:
             return
         if self._streamed or self._source is None:
             raise BodyConsumed(BodyConsumed.__doc__)
+        if self.account is not None:
+            await self.account.before_reading()
         self._streamed = True
         while (chunk := await self._source.read()) is not None:
             yield chunk

@@ -382,6 +382,9 @@ class Server:
                     address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
                     judgement=judgement,
                 )
+                if arrived.body.arriving:
+                    arrived.body.account = exchange
+                    exchange.request, exchange.before_body = request, team.before_body
                 if team.metered:
                     exchange.meter = Meter()
                 exchange.run_in(task)

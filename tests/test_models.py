@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from gateway.azure import BY_NAME
 from gateway.errors import ApiError
-from gateway.models import FrameModels
+from gateway.models import FrameModels, model_in
 from gateway.stream import Event
 from gateway.targets import Resource, Target
-from gateway.testing import FakeAzure
+from gateway.testing import FakeAzure, send
+from plugins.model_map import ModelMap
 from tests.conftest import KEY, RawUpstream, StartGateway, raw_request
 
 YAML = """
@@ -450,3 +452,31 @@ def test_a_large_message_is_not_decoded() -> None:
     finally:
         tracemalloc.stop()
     assert peak < 4 * len(message)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b'"' + b"a" * 2047 + b'"',
+        b"[" + b"[]," * 100_000 + b"[]]",
+        b"[" + b"[]," * 700_000 + b"[]]",
+        b'{"a":' * 100 + b"1" + b"}" * 100,
+        b"[1]",
+        b"17",
+    ],
+    ids=["long", "lists", "more lists", "deep", "short list", "number"],
+)
+@pytest.mark.parametrize("body", [b'{"model":%b}', b'{"x":"\\ud83d","model":%b}'], ids=["plain", "half a pair"])
+async def test_a_model_is_read_as_bytes_and_never_decoded_into_objects(value: bytes, body: bytes) -> None:
+    """Of any value the first 2 KB at most are looked at; what is no short text is refused."""
+    sent = await send([ModelMap(unmapped="own_name")], body=body % value)
+    assert sent.status in ({400} if len(value) < 1_000_000 else {400, 413})
+    assert sent.reached is None
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "\u00e9" * 256, 'a"b'])
+async def test_an_escaped_name_is_the_name(name: str) -> None:
+    """However it is written: six bytes for each character are the most that 256 take."""
+    for ensure_ascii in (True, False):
+        body = json.dumps({"model": name}, ensure_ascii=ensure_ascii).encode()
+        assert model_in(body, BY_NAME["chat.completions"]) == name

@@ -19,6 +19,7 @@ from aiohttp import WSMsgType, web
 from websockets.asyncio.client import ClientConnection, connect
 
 from gateway.connection import Connection
+from gateway.errors import ApiError
 from gateway.fair_scheduler import MOST_UNITS, STEP, FairScheduler
 from gateway.frames import (
     BINARY,
@@ -36,7 +37,7 @@ from gateway.frames import (
     frame,
 )
 from gateway.memory_budget import MemoryBudget
-from gateway.relay import ControlBucket, Relay
+from gateway.relay import ControlBucket, Relay, error_event
 from gateway.testing import FakeAzure, Seen
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
@@ -1396,7 +1397,7 @@ BUDGET = MemoryBudget(400_000)
 
 class Memory(Stage):
     async def __call__(self, request, call_next):
-        request._exchange.memory = Hold(BUDGET, "a caller")
+        request._exchange._memory = Hold(BUDGET, "a caller")
         return await call_next(request)
 """
 
@@ -1567,7 +1568,7 @@ def test_pings_are_counted_by_a_token_bucket() -> None:
 
 def relay_of(gateway: Gateway) -> tuple[Connection, Relay]:
     """Return the only WebSocket that is open, and its client's connection."""
-    connections: list[Any] = gateway.server._http.connections  # type: ignore[union-attr, assignment]
+    connections: list[Any] = gateway.server._http.connections  # type: ignore[union-attr]
     (connection,) = (each for each in connections if each._relay is not None)
     return connection, connection._relay.__self__
 
@@ -1655,3 +1656,20 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
     assert heard[:-1] == [Message(TEXT, large)]
     assert heard[-1].code == 4002
     assert gateway.exchanges()[0]["ended_by"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("message", "event_id"),
+    [
+        (b'{"event_id":"e1","type":"x"}', "e1"),
+        (b'{"event_id":"e1","x":[' + b"[]," * 1_000_000 + b"[]]}", "e1"),
+        (b'{"event_id":[1]}', None),
+        (b'{"event_id":"' + b"a" * 5000 + b'"}', None),
+        (b"[1]", None),
+        (b"no JSON", None),
+    ],
+)
+def test_an_error_event_repeats_the_message_s_id_and_decodes_nothing_else(message: bytes, event_id: str | None) -> None:
+    """A message may be large, and be refused for just that."""
+    told = json.loads(error_event(ApiError(413, "too much"), message))
+    assert told["error"].get("event_id") == event_id
