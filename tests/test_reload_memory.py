@@ -67,7 +67,7 @@ pipeline:
   - balance
   - api_version: 2024-10-21
 """
-RELOADS = 8
+RELOADS = 3
 
 
 def living() -> Counter[str]:
@@ -87,7 +87,7 @@ def use(running: Running) -> None:
         server.upstream._connector.destination(resource)
 
 
-@pytest.mark.parametrize("part", [*PARTS, "all"])
+@pytest.mark.parametrize("part", [*(pytest.param(each, marks=pytest.mark.slow) for each in PARTS), "all"])
 async def test_memory_after_many_reloads_is_as_after_one(
     part: str, start_gateway: StartGateway, azure: FakeAzure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
