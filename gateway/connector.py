@@ -96,7 +96,9 @@ class Connector:
 
     def destination(self, resource: Resource) -> Destination:
         """Return where a resource's requests go."""
-        place = _place(resource)
+        # (What `_place` returns, without the call: this is asked for each request.)
+        plain = resource.proxy is None and resource.tls is None
+        place = resource.endpoint if plain else (resource.endpoint, resource.proxy, resource.tls)
         found = self._destinations.get(place)
         if found is None:
             context = self._context if resource.tls is None else _context(resource)
