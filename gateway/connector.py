@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import aiohttp
@@ -69,6 +69,8 @@ class Destination:
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.host_header = (host if self.port == default else f"{host}:{self.port}").encode()
         self.kept: list[Wire] = []  # the one used last at the end
+        self.forgotten = False
+        """Whether no configuration names it any more: its connections are not kept."""
 
     def is_ssl(self) -> bool:
         """Whether the resource is spoken to over TLS."""
@@ -110,6 +112,7 @@ class Connector:
 
     def destination(self, resource: Resource) -> Destination:
         """Return where a resource's requests go."""
+        # (What `_place` returns, without the call: this is asked for each request.)
         plain = resource.proxy is None and resource.tls is None
         place = resource.endpoint if plain else (resource.endpoint, resource.proxy, resource.tls)
         found = self._destinations.get(place)
@@ -117,6 +120,21 @@ class Connector:
             context = self._context if resource.tls is None else _context(resource)
             found = self._destinations[place] = Destination(resource, context)
         return found
+
+    def keep(self, resources: Iterable[Resource]) -> None:
+        """Forget every destination but those of these resources, with its TLS context and idle connections.
+
+        A connection in use stays until its exchange ends, and is closed then.
+        """
+        places = {_place(each) for each in resources}
+        for place in [each for each in self._destinations if each not in places]:
+            destination = self._destinations.pop(place)
+            destination.forgotten = True
+            for wire in destination.kept:
+                wire.abort()
+            destination.kept.clear()
+        if self._connector is not None:
+            self._connector.clear_dns_cache()  # aiohttp keeps every name that it has ever looked up
 
     def kept(self, destination: Destination, old_too: Callable[[], bool]) -> Wire | None:
         """Return a connection that was kept, if there is one that is still open.
@@ -136,7 +154,7 @@ class Connector:
 
     def put(self, wire: Wire) -> None:
         """Keep a connection for the next request, unless something of the last one is left on it."""
-        if not wire.clean:
+        if not wire.clean or cast(Destination, wire.destination).forgotten:
             wire.abort()
             return
         wire.idle_since = wire.loop.time()
@@ -239,6 +257,13 @@ def _why_not_valid(exc: BaseException) -> str:
     cause = getattr(exc, "certificate_error", exc)
     code, message = getattr(cause, "verify_code", None), getattr(cause, "verify_message", None)
     return _NOT_VALID.get(code or 0) or message or "the TLS library does not say why"
+
+
+def _place(resource: Resource) -> object:
+    """Return what tells one destination from another: equal ones share their connections."""
+    if resource.proxy is None and resource.tls is None:
+        return resource.endpoint
+    return resource.endpoint, resource.proxy, resource.tls
 
 
 def _context(resource: Resource) -> ssl.SSLContext:

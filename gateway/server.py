@@ -122,6 +122,7 @@ class Server:
         """`count` is that of all workers' connections, where there are several."""
         self._generation = Generation(teams, settings or Settings())
         self._old: set[Generation] = set()  # followed by another, and not stopped yet
+        self._prepared: set[Generation] = set()  # not swapped or discarded yet
         self._collecting: asyncio.TimerHandle | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self.shared = teams.shared
@@ -268,12 +269,20 @@ class Server:
 
         Raises StartError where one cannot start: those that did are stopped then.
         """
-        await teams.start(self.upstream)
-        return Generation(teams, settings)
+        generation = Generation(teams, settings)
+        self._prepared.add(generation)
+        try:
+            await teams.start(self.upstream)
+        except BaseException:
+            self._prepared.discard(generation)
+            raise
+        return generation
 
     async def discard(self, generation: Generation) -> None:
         """Stop what was prepared and is not wanted."""
+        self._prepared.discard(generation)
         await generation.teams.stop()
+        self._let_go()
 
     def swap(self, generation: Generation) -> None:
         """Give new exchanges to another generation; those that run end in theirs, whose stages then stop.
@@ -282,6 +291,7 @@ class Server:
         """
         if self._stopped or self._http is None:
             return
+        self._prepared.discard(generation)
         old, self._generation = self._generation, generation
         settings = generation.settings
         self._http.use(settings.limits, settings.timeouts)
@@ -304,14 +314,26 @@ class Server:
 
     async def _stop_old(self, old: Generation) -> None:
         await old.teams.stop()
+        self._let_go()
         # With our thresholds the collector would leave cycles of the old set, such as a stage with a table of its own
         # methods, for hours. What was there at the start is frozen, so there is little to look through.
         if self._collecting is None:
             self._collecting = asyncio.get_running_loop().call_later(_COLLECT_AFTER, self._collect)
 
+    def _let_go(self) -> None:
+        """Forget what only configurations have named that are gone."""
+        if self._stopped:
+            return
+        named = [each.teams for each in (self._generation, *self._old, *self._prepared)]
+        self.upstream.keep(resource for teams in named for resource in teams.resources)
+        self.shared.keep(set().union(*(each.spaces for each in named)), set().union(*(each.fetched for each in named)))
+
     def _collect(self) -> None:
         self._collecting = None
         gc.collect()
+        task = asyncio.get_running_loop().create_task(self.shared.close_unused())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     # -- one request -----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import math
 import os
 import ssl
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 
 from gateway.azure import BY_NAME, unknown_operation
@@ -56,6 +57,10 @@ class Upstream:
     def use(self, timeouts: Timeouts) -> None:
         """Have other timeouts from the next request on; the connections stay."""
         self._timeouts = timeouts
+
+    def keep(self, resources: Iterable[Resource]) -> None:
+        """Forget the connections to every resource but these."""
+        self._connector.keep(resources)
 
     async def start(self) -> None:
         """Get ready to connect, on the running loop."""

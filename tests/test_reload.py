@@ -980,3 +980,62 @@ async def test_many_who_ask_at_once_take_no_more_than_their_places(tmp_path: Pat
                 closed += sock.recv(1) == b""
             sock.close()
     assert closed == 40 - 16
+
+
+async def test_a_reload_that_fails_by_a_bug_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked is told, and the next one is tried: an error that passes must not end reloading for ever."""
+    monkeypatch.setattr("gateway.reload._PAUSE", 0.01)
+    tried = 0
+
+    async def reload() -> Prepared:
+        nonlocal tried
+        tried += 1
+        if tried == 1:
+            raise RuntimeError("can't start new thread")
+        return Prepared(Report(changes=["x"]), State())
+
+    async with going(running := reloads(tmp_path, reload)):
+        assert (await running.ask()).mistakes == ["RuntimeError; the log has more"]
+        assert (await running.ask()).changes == ["x"]
+
+
+async def test_the_watch_outlives_a_reload_that_read_nothing(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It failed before it read a file: all files are still watched, and count as another than what was read."""
+    running = await start()
+    before = running.renewal.state.sources
+
+    def fails(*args: object) -> Loaded:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(running.renewal, "_load", fails)
+    prepared = await running.renewal.prepare()
+    assert prepared.report.mistakes == ["RuntimeError; the log has more"]
+    assert prepared.state.sources.files.keys() == before.files.keys()
+    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    async with asyncio.timeout(20):
+        await watch.until_changed(prepared.state.sources)
+
+
+async def test_a_watch_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that cannot be had is a passing error."""
+    (tmp_path / "f").write_text("1")
+    sources = Sources()
+    sources.read(tmp_path / "f")
+    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    to_thread, left = asyncio.to_thread, 3
+
+    async def without(work: Callable[..., Any], *args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RuntimeError("can't start new thread")
+        if left == -1:
+            (tmp_path / "f").write_text("2")
+        return await to_thread(work, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", without)
+    async with asyncio.timeout(20):
+        await watch.until_changed(sources)
+    assert left < -1

@@ -483,6 +483,19 @@ async def test_a_system_without_processes_is_a_clear_error() -> None:
             await running.run()
 
 
+async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread waits for each worker; where none can be had, there is no worker, and the supervisor says so."""
+
+    async def without(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", without)
+    running = supervisor(SILENT, 2)
+    async with asyncio.timeout(30):
+        with pytest.raises(StartError, match="cannot start a worker: can't start new thread"):
+            await running.run()
+
+
 async def test_a_worker_that_dies_without_a_word_is_told_of_by_its_status() -> None:
     """A traceback, which it has printed itself, is no reason to repeat."""
     running = supervisor("raise SystemExit(7)", 2)

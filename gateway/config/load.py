@@ -192,6 +192,7 @@ class _Loader:
                 self._issuers(issuers),
                 self._background(store),
                 self.pools.values(),
+                self.resources.values(),
             ),
             resources=self.resources,
             pools=self.pools,
