@@ -83,7 +83,8 @@ class RequestHead(NamedTuple):
 class ResponseHead(NamedTuple):
     """A response's head, without the fields that `Connection` names.
 
-    `length` is None where the body lasts until the connection closes, unless it is `chunked`.
+    `length` is None where the body lasts until the connection closes, unless it is `chunked`. `encoding` is its content
+    encoding in lower case, None if it has none.
     """
 
     status: int
@@ -91,6 +92,7 @@ class ResponseHead(NamedTuple):
     length: int | None
     chunked: bool
     close: bool
+    encoding: bytes | None = None
 
 
 _fields: dict[bytes, Field] = {}
@@ -296,6 +298,7 @@ def parse_response(head: bytes) -> ResponseHead:
         raise Malformed("there are too many header fields")
     fields = _read_fields(lines)
     length: int | None = None
+    encoding: bytes | None = None
     chunked, close = False, old
     named: list[bytes] = []
     for name, value, _, bits in fields:
@@ -311,6 +314,8 @@ def parse_response(head: bytes) -> ResponseHead:
             if chunked or old or value.lower() != b"chunked":
                 raise Malformed("the transfer coding is another one than chunked")
             chunked = True
+        elif name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+            encoding = value.lower() if encoding is None else b"%b, %b" % (encoding, value.lower())
     if chunked and length is not None:
         raise Malformed("there is a Content-Length beside a transfer coding")
     if named:
@@ -318,7 +323,7 @@ def parse_response(head: bytes) -> ResponseHead:
         fields = [field for field in fields if field[0] not in named]
     if status < 200 or status in (204, 304):
         length, chunked = 0, False
-    return ResponseHead(status, fields, length, chunked, close)
+    return ResponseHead(status, fields, length, chunked, close, encoding)
 
 
 def _read_status_line(line: bytes) -> tuple[int, bool]:

@@ -62,7 +62,8 @@ class Answer:
     close = False
     upload: asyncio.Task[None] | None = None
     upgrade = False  # a WebSocket was asked for
-    watch: Callable[[bytes], None] | None = None  # sees the body's bytes as they come
+    watch: Callable[[bytes], None] | None = None  # sees the body's bytes as they come, but not those of an encoding
+    encoding: bytes | None = None
     _chunks: Chunks | None = None
     _left = 0  # bytes still to come, where that is known; -1 for all until the connection closes
     _size = 0  # of the parts
@@ -94,7 +95,9 @@ class Answer:
 
     def begin(self, head: ResponseHead) -> None:
         """Take the head."""
-        self.status, self.fields, length, chunked, self.close = head
+        self.status, self.fields, length, chunked, self.close, encoding = head
+        if encoding is not None:
+            self.encoding, self.watch = encoding, None
         if chunked:
             self._chunks = Chunks()
         elif length is None:
