@@ -9,8 +9,7 @@ __all__ = ("DOWN", "FRAMING", "KEY", "OURS", "UP", "WRITTEN", "hops")
 UP, DOWN, FRAMING, OURS, KEY, WRITTEN = 1, 2, 4, 8, 16, 32
 
 # Fields that end at this hop (RFC 9110, 7.6.1), that the gateway writes itself, that carry credentials or
-# cookies, or that would tell Azure (or a gateway before it) who the client is or where to go instead; and conditions,
-# since OpenAI's API has none, and their answer (304) is none of it either.
+# cookies, or that would tell Azure (or a gateway before it) who the client is or where to go instead.
 _NOT_UP = frozenset(
     b"""connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer
     transfer-encoding upgrade http2-settings host content-length expect accept-encoding authorization api-key
@@ -18,8 +17,7 @@ _NOT_UP = frozenset(
     max-forwards range x-real-ip true-client-ip cf-connecting-ip x-client-ip x-original-url x-original-host
     x-rewrite-url x-host x-http-method x-http-method-override x-method-override sec-websocket-key
     sec-websocket-version sec-websocket-protocol sec-websocket-extensions x-ms-client-principal
-    x-ms-client-principal-id x-ms-client-principal-name api-version x-request-id if-match if-none-match
-    if-modified-since if-unmodified-since if-range""".split()
+    x-ms-client-principal-id x-ms-client-principal-name api-version x-request-id""".split()
 )
 _NOT_DOWN = frozenset(
     b"""connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer

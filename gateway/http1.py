@@ -54,6 +54,11 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
 _PATH = re.compile(r"/[!$&-;=@-Z_a-z~%]*")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%(0[0-9A-F]|1[0-9A-F]|2E|2F|5C|7F)", re.IGNORECASE)
 _QUERY = re.compile(r"[!-\"$-~]*")
+# The content codings that are registered (IANA). Some servers write other words (`utf-8`), which say nothing of a body.
+_COMPRESSED = re.compile(
+    rb"(?:^|[\s,])(?:(?:x-)?gzip|deflate|br|zstd|(?:x-)?compress|dcb|dcz|exi|pack200-gzip|aes128gcm)(?:$|[\s,;])",
+    re.IGNORECASE,
+)
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(:[0-9]{1,5})?")
 _Line = TypeVar("_Line", bound=tuple[object, ...])
 
@@ -84,7 +89,7 @@ class ResponseHead(NamedTuple):
     """A response's head, without the fields that `Connection` names.
 
     `length` is None where the body lasts until the connection closes, unless it is `chunked`. `encoding` is its content
-    encoding in lower case, None if it has none.
+    encoding in lower case if that compresses, else None.
     """
 
     status: int
@@ -314,7 +319,7 @@ def parse_response(head: bytes) -> ResponseHead:
             if chunked or old or value.lower() != b"chunked":
                 raise Malformed("the transfer coding is another one than chunked")
             chunked = True
-        elif name == b"content-encoding" and value.lower() not in (b"", b"identity"):
+        elif name == b"content-encoding" and _COMPRESSED.search(value):
             encoding = value.lower() if encoding is None else b"%b, %b" % (encoding, value.lower())
     if chunked and length is not None:
         raise Malformed("there is a Content-Length beside a transfer coding")

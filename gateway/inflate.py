@@ -17,12 +17,12 @@ __all__ = ("Inflater", "check_encoding", "inflated")
 
 # The most that one piece of an inflated body has, in bytes.
 _PIECE = 64 * 1024
-_KNOWN = frozenset((b"gzip", b"x-gzip", b"deflate"))
+_UNDONE = frozenset((b"gzip", b"x-gzip", b"deflate"))
 
 
 def check_encoding(encoding: bytes, resource: str) -> None:
-    """Raise UpstreamError (502) for a content encoding that is not undone here: brotli, zstd, several of them."""
-    if encoding not in _KNOWN:
+    """Raise UpstreamError (502) for a coding that is not undone here, such as brotli, or for several of them."""
+    if encoding not in _UNDONE:
         name = encoding[:40].decode("latin-1")
         raise UpstreamError(
             f"the Azure resource {resource!r} answered with the content encoding {name!r}, though it was asked for "

@@ -272,7 +272,7 @@ def _unusual(answer: Answer, resource: Resource, stored: Credential | None, watc
     `stored` is the credential that Azure was shown, if it is the gateway's own. Raises UpstreamError for a redirect
     and for an encoding that is not undone.
     """
-    if 300 <= answer.status < 400:
+    if 300 <= answer.status < 400 and answer.status != 304:  # that one leads nowhere
         answer.abort()
         raise UpstreamError(
             f"the Azure resource {resource.name!r} answered with a redirect (status {answer.status}), and the gateway "
@@ -283,7 +283,7 @@ def _unusual(answer: Answer, resource: Resource, stored: Credential | None, watc
     body: bytes | AsyncIterator[bytes] = answer if answer.whole is None else answer.whole
     headers = _down(answer)
     if answer.encoding is not None:
-        if body != b"":
+        if body:
             try:
                 check_encoding(answer.encoding, resource.name)
             except UpstreamError:
