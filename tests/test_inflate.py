@@ -48,7 +48,9 @@ def test_a_small_body_that_becomes_a_large_one_comes_in_small_pieces() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"no gzip at all", gzip.compress(b"x") + b"garbage", gzip.compress(b"xyz")[:-6] + b"zzzzzz"]
+    "data",
+    [b"no gzip at all", gzip.compress(b"x") + b"garbage", gzip.compress(b"xyz")[:-6] + b"zzzzzz"],
+    ids=["none", "garbage-after-it", "wrong-checksum"],
 )
 def test_what_is_broken_is_an_error_of_azure(data: bytes) -> None:
     """And not one of the gateway's own."""
@@ -189,6 +191,7 @@ pipeline: [access_log, {model_map: {models: {gpt-4o: "pool:p"}, unmapped: refuse
         (packed_answer(b"\x0b\x01\x80{}\x03", encoding="br"), "encoding"),
         (b"HTTP/1.1 302 F\r\nLocation: https://elsewhere.example\r\nContent-Length: 0\r\n\r\n", "redirect"),
     ],
+    ids=["error", "brotli", "redirect"],
 )
 async def test_a_pool_looks_into_it(first: bytes, reason: str, start_gateway: StartGateway) -> None:
     """What it says, or that it is not to be read, or a redirect, is a failure of the deployment: another is asked."""
