@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from gateway.azure import Operation
+from gateway.azure import Operation, plain_path
 from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
@@ -97,6 +97,9 @@ class Request:
         self.id = id
         self.operation = operation.name if operation is not None else None
         self.method = method
+        # (An id that is written with escapes is decoded once, so that all decide on what Azure will be sent.)
+        if operation is not None and "%" in path and operation.has_ids:
+            path = plain_path(operation, path) or path
         self.path = path
         self.query = query
         self.headers = headers
