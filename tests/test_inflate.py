@@ -8,7 +8,7 @@ import zlib
 from collections.abc import AsyncIterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import UpstreamError
@@ -23,6 +23,7 @@ def fed(inflater: Inflater, *pieces: bytes) -> list[bytes]:
     return [made for piece in pieces for made in inflater.feed(piece)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), min_size=1, max_size=3), st.integers(1, 50), st.booleans())
 def test_whatever_the_cuts_the_text_is_the_same(members: list[bytes], cut: int, gzipped: bool) -> None:
     """Of several gzip members, too; a body that ends too early is broken."""
