@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.headers import Headers
@@ -21,6 +21,7 @@ pipeline: [access_log, model_map: {unmapped: own_name_without_dots}, api_version
 """.replace("SECRET", SECRET)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["ab", "abab", "a", "b", "c", "bab"]), max_size=30))
 def test_it_is_found_wherever_pieces_are_cut(pieces: list[str]) -> None:
     """As if the body had come in one piece; and nothing else changes."""

@@ -101,11 +101,13 @@ async def test_all_addresses_of_a_name_are_connected_to_in_turn(names: Names, mo
     resource = Resource("east", "http://east.test:1")
     through = Resource("east", "http://elsewhere.test", proxy=Proxy("east.test", 3128))
     for each in (resource, through):
-        tried.clear()
+        first = []
         for _ in range(3):
+            tried.clear()
             with pytest.raises(UpstreamError):
                 await connector.connect(connector.destination(each), 5)
-        assert sorted(tried) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+            first.append(tried[0])
+        assert sorted(first) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
     await connector.close()
 
 

@@ -6,7 +6,7 @@ import re
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from yarl import URL
 
@@ -181,6 +181,7 @@ def test_nothing_else_is_an_id(name: str) -> None:
     assert "files.retrieve" in caught.value.message
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(WITH_IDS),
     st.lists(st.text(st.sampled_from("aZ09._:~=-%;/?#@&+*\\ \x00é23fFeEcC"), max_size=12), min_size=6, max_size=6),
