@@ -677,9 +677,9 @@ async def test_silence_is_asked_about_and_the_answer_goes_no_further(start_gatew
                 await opened.pong(message.data)
 
     async with FakeAzure(speak=speak) as azure:
-        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"ping": 0.05})
+        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"ping": 0.5})
         async with opened(gateway, ping_interval=None) as client:
-            await asyncio.sleep(0.5)
+            await until(lambda: len(seen) >= 3)
             assert client.close_code is None
     await gateway.idle()
     assert set(seen) == {WSMsgType.PING}
