@@ -10,6 +10,7 @@ import json
 import socket
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp.base_protocol import BaseProtocol
@@ -30,7 +31,9 @@ class Azure:
     `faults` is told of what the gateway sent that is no HTTP.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Callable[[], None]) -> None:
+        self.moved = moved
+        """Called for each write: there is progress."""
         self.mutants: dict[str, Mutant] = {}
         self.played = asyncio.Event()
         """Set when a mutant has been written, its late bytes too."""
@@ -111,6 +114,7 @@ class _Connection(asyncio.Protocol):
             if self.transport.is_closing():
                 return
             self.transport.write(piece)
+            self._azure.moved()
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         if mutant.late:

@@ -24,7 +24,6 @@ from gateway.http1 import (
     Chunks,
     HeadReader,
     Malformed,
-    begins_request,
     parse_response,
 )
 
@@ -102,7 +101,7 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
                     data, offset = data[2:], offset + 2
                 end = data.find(HEAD_END)
                 if end < 0 or end > MAX_HEAD:
-                    if len(data) > MAX_HEAD or not begins_request(data[:256]):
+                    if len(data) > MAX_HEAD:
                         return _refused(reading, "no head")
                     break
                 try:
