@@ -354,7 +354,7 @@ class Lane:
             failures.append(Failure("a redirect of Azure's reached a client", str(answer.status)))
         if answer.whole and message.end is None and judged.end != "refused" and b'"error"' not in answer.body[-2000:]:
             failures.append(Failure("an answer that broke off was handed on as whole", repr(answer.body[-200:])))
-        if plain and answer.whole and message.end is not None and answer.body != message.body:
+        if plain and answer.whole and message.end is not None and not _same(answer, message):
             failures.append(Failure("another body than Azure's", f"{answer.body[-200:]!r} for {message.body[-200:]!r}"))
         return failures
 
