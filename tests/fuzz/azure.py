@@ -23,6 +23,8 @@ __all__ = ("Azure",)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # How long, in seconds, after an answer its late bytes come.
 _HELD = 0.01
+# How long, in seconds, the gateway has to close a connection on which something came that nobody asked for.
+_NOTICED = 0.5
 
 
 class Azure:
@@ -67,6 +69,7 @@ class _Connection(asyncio.Protocol):
         self._message: Any = None
         self._payload: Any = None
         self._switched = False
+        self._lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment] # of a TCP connection
@@ -74,6 +77,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._azure.connections.discard(self)
+        self._lost.set()
 
     def data_received(self, data: bytes) -> None:
         if self._switched:
@@ -121,7 +125,13 @@ class _Connection(asyncio.Protocol):
             await asyncio.sleep(_HELD)
         if self.transport.is_closing():
             return
-        self.transport.write(mutant.late)
+        if mutant.late:
+            self.transport.write(mutant.late)
+            # The gateway must close on it. Only then may the next request come: later ones could not be told apart.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), _NOTICED)
+        if self.transport.is_closing():
+            return
         if mutant.ending == "close":
             self.transport.close()
         elif mutant.ending == "reset":
