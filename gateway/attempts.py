@@ -124,7 +124,7 @@ class Balancer:
         if choice is not None:
             health = choice.health
             health.in_flight += 1
-            if health.failing:
+            if health.cautious:
                 # (A body that is on its way may take as long as its client likes.)
                 trying = health.begin_try(now, alone=kept)
             request.target = _to(target, choice)
@@ -372,6 +372,8 @@ class _Attempts:
         chooser, now = self._chooser, monotonic()
         until = min(now + self._limits.wait - self._waited, self._deadline)
         choice = chooser.pick(now, self._tried, self._key)
+        if choice is None and not self._limits.wait:
+            return chooser.pick_held_back(now, self._tried)  # it cannot wait for its turn
         pause = _FIRST_PAUSE
         while choice is None:
             back = chooser.available_in(now)
@@ -379,7 +381,8 @@ class _Attempts:
                 back, pause = pause, 2 * pause
             if now + back > until or now >= until:
                 return None
-            await asyncio.sleep(max(back, 0.001))
+            with chooser.waiting():
+                await asyncio.sleep(max(back, 0.001) + chooser.jitter(until - now - back))
             self._waited += monotonic() - now
             now = monotonic()
             self._tried.clear()
@@ -430,7 +433,7 @@ class _Attempts:
             failure = await of_answer(response, own_credential=own, seconds=self._left(_ERROR))
         if failure is not None and failure.reason == "no_deployment" and _IMAGES in self._request.headers:
             failure = None  # it may be the one of that header
-        if failure is not None and failure.reason in ("timeout", "connect_timeout", "stalled"):
+        if failure is not None and failure.reason in ("timeout", "connect_timeout", "dns_timeout", "stalled"):
             usual = self._limits.silence if self._impatient else self._limits.deadline
             timeouts = self._at_hand().deployment.resource.timeouts
             if timeouts is not None and timeouts.first_byte is not None:

@@ -7,7 +7,7 @@ known, since that may come behind the file; then the lines are written anew, in 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import errno
 import io
 import json
 import re
@@ -62,6 +62,7 @@ async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
     request.notes["batch_lines"] = lines.count
     # Copies of the request keep what came: whoever asks again maps it again.
     request._body = Body(_Made(made))
+    request._body.account = request._exchange
 
 
 async def batch_models(request: Request) -> tuple[str, ...]:
@@ -70,6 +71,7 @@ async def batch_models(request: Request) -> tuple[str, ...]:
     made = await _read_upload(request, lines)
     if made is not None:
         made.close()
+        request._exchange.let_go_of_disk(_size(request._body.looked_at()))
     return tuple(lines.found)
 
 
@@ -89,11 +91,14 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
             raise ApiError(400, "`purpose` must be one word, such as batch or assistants", param="purpose")
         return text.lower() == "batch"
 
-    def watch(data: bytes) -> bool:
-        form.feed(data)
-        if not data:
+    def watch(data: bytes | None) -> bool:
+        if data is None:
             form.end()
-        return form.done or ("purpose" in form.fields and form.fields["purpose"].whole and not is_batch())
+        else:
+            form.feed(data)
+        # (A batch is looked at to the body's end: what follows its last boundary is a part of it.)
+        known = form.done or ("purpose" in form.fields and form.fields["purpose"].whole)
+        return known and not is_batch()
 
     body = request._body
     request._exchange.defer(lambda _: body.close())
@@ -103,7 +108,14 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
         return None
     if file is None:
         raise ApiError(400, "a batch needs a `file`", param="file")
-    return await _in_thread(body.looked_at(), file.start, file.end, lines)
+    came = body.looked_at()
+    # The new lines are about as long as those that came.
+    request._exchange.hold_on_disk(_size(came))
+    return await _in_thread(came, file.start, file.end, lines)
+
+
+def _size(form: Spool | bytes) -> int:
+    return len(form) if isinstance(form, bytes) else form.size
 
 
 async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:
@@ -127,24 +139,26 @@ class _Made:
     """The form with the new lines, as a body's source."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.length: int | None = file.seek(0, io.SEEK_END)
+        self._left = file.seek(0, io.SEEK_END)
+        self.length: int | None = self._left
         file.seek(0)
         self._file = file
 
-    async def read(self) -> bytes:
-        """Return the next bytes, or b"" at the end."""
-        return await asyncio.get_running_loop().run_in_executor(DISK, self._read, _PIECE)
+    async def read(self) -> bytes | None:
+        """Return the next bytes, or None at the end. Raises OSError or ValueError if the file is gone."""
+        return await self._next(_PIECE) if self._left else None
 
     async def rest(self, limit: int | None) -> bytes:
-        """Return all of it, at most `limit` bytes."""
-        if limit is not None and self.length is not None and self.length > limit:
+        """Return all that is still to come, at most `limit` bytes; raises as `read` does, and ApiError 413."""
+        if limit is not None and self._left > limit:
             raise too_much(limit)
-        return await asyncio.get_running_loop().run_in_executor(DISK, self._read, -1)
+        return await self._next(self._left)
 
-    def _read(self, size: int) -> bytes:
-        with contextlib.suppress(ValueError):  # closed meanwhile: nobody waits for it
-            return self._file.read(size)
-        return b""
+    async def _next(self, size: int) -> bytes:
+        size = min(size, self._left)
+        piece = await asyncio.get_running_loop().run_in_executor(DISK, _read_exactly, self._file, size)
+        self._left -= size
+        return piece
 
 
 class _Lines:
@@ -236,6 +250,8 @@ def _rewritten(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[b
 def _write(source: IO[bytes], start: int, end: int, lines: _Lines, made: IO[bytes]) -> None:
     for piece in _pieces(source, start):
         made.write(piece)
+    rest = source.seek(0, io.SEEK_END) - end
+    source.seek(start)
     number, size = 0, 0
     begun: list[bytes] = []  # of a line that has not ended
     for piece in _pieces(source, end - start):
@@ -257,13 +273,27 @@ def _write(source: IO[bytes], start: int, end: int, lines: _Lines, made: IO[byte
             raise _refused(number, f"it is one of more than {_MAX_LINES}; Azure takes 100,000 requests")
         made.write(b"".join(out))
         begun, size = [others[-1]], len(others[-1])
-    rest = b"".join(begun)
-    made.write(lines.mapped(number + 1, rest) if rest.strip() else rest)
-    while piece := source.read(_PIECE):
+    last = b"".join(begun)
+    made.write(lines.mapped(number + 1, last) if last.strip() else last)
+    for piece in _pieces(source, rest):
         made.write(piece)
 
 
 def _pieces(source: IO[bytes], size: int) -> Iterator[bytes]:
-    while size > 0 and (piece := source.read(min(size, _PIECE))):
+    """Yield exactly `size` bytes of a file. Raises OSError if it has fewer."""
+    while size > 0:
+        piece = _read_exactly(source, min(size, _PIECE))
         size -= len(piece)
         yield piece
+
+
+def _read_exactly(source: IO[bytes], size: int) -> bytes:
+    """Return the next `size` bytes of a file. Raises OSError if it has fewer: a form must not be cut unseen."""
+    parts: list[bytes] = []
+    while size > 0:
+        piece = source.read(size)
+        if not piece:
+            raise OSError(errno.EIO, "a temporary file is shorter than what was written to it")
+        parts.append(piece)
+        size -= len(piece)
+    return b"".join(parts)

@@ -6,21 +6,25 @@ a form's `model` is found and changed so, while a file behind it streams through
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from gateway.errors import ApiError, BodyConsumed
+from gateway.fair_scheduler import FairScheduler
+from gateway.memory_budget import UNCOUNTED
+from gateway.spool import Account as Kept
 from gateway.spool import Spool
 
 __all__ = (
     "Body",
     "Incoming",
+    "Watcher",
 )
 
-
 MOST_LOOKED_AT = 256 * 1024 * 1024
-# As many times that many bytes may be kept on disk at once.
-_FORMS = 8
+# What a watcher is given in one turn of the loop: reading a form's heads costs much more for each byte than its file.
+_SHOWN = 64 * 1024
 
 
 class Incoming(Protocol):
@@ -28,17 +32,31 @@ class Incoming(Protocol):
 
     length: int | None
 
-    async def read(self) -> bytes:
-        """Return the next bytes, or b"" at the end. Raises ApiError where the client is slow or too big."""
+    async def read(self) -> bytes | None:
+        """Return the next bytes, never b"", or None at the end: an empty read of a socket says nothing about it.
+
+        Raises ApiError if the client is too slow, or sends too much.
+        """
 
     async def rest(self, limit: int | None) -> bytes:
         """Return all that is still to come; raises as `read` does, and ApiError 413 above `limit` bytes."""
 
 
+Watcher = Callable[[bytes | None], bool]
+"""Takes a body in pieces, and None at its end; returns whether it has seen enough."""
+
+
+class Account(Kept, Protocol):
+    """Who answers for a body: its exchange."""
+
+    async def before_reading(self) -> None:
+        """Ask whether it may be read, before its first byte is. Raises ApiError."""
+
+
 class _Replay:
     """What was looked at, with its changes, and then the rest: a body's source again."""
 
-    def __init__(self, spool: Spool, source: Incoming, watch: Callable[[bytes], bool]) -> None:
+    def __init__(self, spool: Spool, source: Incoming, watch: Watcher) -> None:
         self.length = source.length
         self.ended = False
         self._spool = spool
@@ -52,9 +70,12 @@ class _Replay:
         """Keep what comes until the watcher has seen enough, at most `most` bytes; see `Body.look`."""
         while not self.ended:
             piece = await self._source.read()
-            self.ended = not piece
+            if piece is None:
+                self.ended = True
+                self._watch(None)
+                return
             await self._spool.write(piece)
-            if self._watch(piece):
+            if await _show(piece, self._watch):
                 return
             if self._spool.size > most:
                 raise ApiError(
@@ -62,20 +83,19 @@ class _Replay:
                     f"what is looked for in this form did not come within its first {most} bytes; {advice}",
                     code="body_too_large",
                 )
-            if Spool.total > _FORMS * most:
-                raise ApiError(503, "too many large forms are on their way at once; try again", code="overloaded")
 
-    async def again(self, watch: Callable[[bytes], bool]) -> bool:
+    async def again(self, watch: Watcher) -> bool:
         """Give what was looked at to another watcher; whether it has seen enough."""
         first = self._watch
         self._watch = lambda data: (first(data), watch(data))[1]
-        place = 0
+        place, enough = 0, False
         while place < self._spool.size:
             piece = await self._spool.read(place, self._spool.size)
             place += len(piece)
-            if watch(piece):
-                return True
-        return self.ended and (watch(b"") or True)
+            enough = await _show(piece, watch)
+        if self.ended:
+            watch(None)
+        return enough or self.ended
 
     def edit(self, start: int, end: int, new: bytes) -> None:
         """Send `new` in place of the bytes from `start` to `end`, which were looked at, and nothing else otherwise."""
@@ -83,8 +103,8 @@ class _Replay:
         if self._source.length is not None:
             self.length = self._source.length + len(new) - (end - start)
 
-    async def read(self) -> bytes:
-        """Return the next bytes, or b"" at the end."""
+    async def read(self) -> bytes | None:
+        """Return the next bytes, or None at the end. Raises OSError if what was kept is gone."""
         while self._place < self._spool.size:
             start, end, new = self._edit
             if self._place == start < max(end, start + len(new)) and not self._edited:
@@ -97,18 +117,19 @@ class _Replay:
             return piece
         self._spool.close()
         if self.ended:
-            return b""
-        piece = await self._source.read()
-        if piece:
-            self._watch(piece)
-        self.ended = not piece
-        return piece
+            return None
+        more = await self._source.read()
+        if more is None:
+            self.ended = True
+        else:
+            await _show(more, self._watch)
+        return more
 
     async def rest(self, limit: int | None) -> bytes:
         """Return all that is still to come, at most `limit` bytes."""
         parts: list[bytes] = []
         size = 0
-        while piece := await self.read():
+        while (piece := await self.read()) is not None:
             parts.append(piece)
             size += len(piece)
             if limit is not None and size > limit:
@@ -119,7 +140,7 @@ class _Replay:
 class Body:
     """A client's body: a stream until somebody asks for its bytes. Copies of a request share it."""
 
-    __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed")
+    __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed", "account")
 
     def __init__(self, source: Incoming | bytes, *, kept: bool = True, most: int = MOST_LOOKED_AT) -> None:
         """Take a body from where it comes, or its bytes: `kept`, or here by chance and to be had once.
@@ -132,6 +153,13 @@ class Body:
         self._kept = kept
         self._streamed = False
         self._spool: Spool | None = None
+        self.account: Account | None = None
+        """Who answers for what is kept of it, if it has not arrived."""
+
+    @property
+    def arriving(self) -> bool:
+        """Whether it is still to be read."""
+        return self._source is not None
 
     @property
     def length(self) -> int | None:
@@ -161,36 +189,61 @@ class Body:
         if self._data is None:
             if self._streamed or self._source is None:
                 raise BodyConsumed(BodyConsumed.__doc__)
+            if self.account is not None:
+                await self.account.before_reading()
+                if (length := self._source.length) is not None and length > UNCOUNTED:
+                    if limit is not None and length > limit:
+                        raise too_much(limit)
+                    self.account.hold(length)
             self._streamed = True
             if isinstance(self._source, _Replay):
                 self._source.edit(0, 0, b"")
-            self._data = await self._source.rest(limit)
+            self._data = await self._rest(self._source, limit)
             self._source = None
         if limit is not None and len(self._data) > limit:
             raise too_much(limit)
         self._kept = True
         return self._data
 
-    async def look(self, watch: Callable[[bytes], bool], advice: str) -> None:
-        """Give the body to `watch`, in pieces and b"" at the end, until it returns True; all of it stays to be sent.
+    async def _rest(self, source: Incoming, limit: int | None) -> bytes:
+        """Read all that is still to come; of a body of unknown length each piece is counted before it is kept."""
+        account = self.account
+        if account is None or source.length is not None:
+            return await source.rest(limit)
+        pieces: list[bytes] = []
+        size = held = 0
+        while (piece := await source.read()) is not None:
+            size += len(piece)
+            if limit is not None and size > limit:
+                raise too_much(limit)
+            if size > UNCOUNTED:
+                account.hold(size - held)
+                held = size
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def look(self, watch: Watcher, advice: str) -> None:
+        """Give the body to `watch`, in pieces and None at the end, until it returns True; all of it stays to be sent.
 
         What is looked at is kept in memory, or on disk where it is long, and may be looked at again. `watch` is given
         the rest as well, when that is sent. Raises ApiError: 413 with the advice where the bytes that may be looked at
-        were not enough, 503 where they cannot be kept, and what `watch` raises; BodyConsumed where it is gone.
+        were not enough, 503 where they cannot be kept now, and what `watch` raises; BodyConsumed where it is gone.
         """
         if self._data is not None:
             self._kept = True
-            watch(self._data)
-            watch(b"")
+            await _show(self._data, watch)
+            watch(None)
             return
         if self._streamed or self._source is None:
             raise BodyConsumed(BodyConsumed.__doc__)
+        if self.account is not None:
+            await self.account.before_reading()
         if isinstance(self._source, _Replay):
             replay = self._source
             if await replay.again(watch):
                 return
         else:
-            self._spool = Spool()
+            self._spool = Spool(account=self.account)
             self._source = replay = _Replay(self._spool, self._source, watch)
         try:
             await replay.look(self._most, advice)
@@ -238,9 +291,23 @@ class Body:
             return
         if self._streamed or self._source is None:
             raise BodyConsumed(BodyConsumed.__doc__)
+        if self.account is not None:
+            await self.account.before_reading()
         self._streamed = True
-        while chunk := await self._source.read():
+        while (chunk := await self._source.read()) is not None:
             yield chunk
+
+
+async def _show(data: bytes, watch: Watcher) -> bool:
+    """Give bytes to a watcher, a bounded piece in each turn of the loop; whether it has seen enough."""
+    if len(data) <= _SHOWN:
+        return watch(data)
+    enough = False
+    for place in range(0, len(data), _SHOWN):
+        if place:
+            await FairScheduler.of(asyncio.get_running_loop()).turn()
+        enough = watch(data[place : place + _SHOWN])
+    return enough
 
 
 def too_much(limit: int) -> ApiError:

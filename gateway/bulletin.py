@@ -62,6 +62,11 @@ class Bulletin:
         self._task: asyncio.Task[None] | None = None
         self._away = False
 
+    @property
+    def fetched(self) -> tuple[()]:
+        """The names under which it keeps something: none."""
+        return ()
+
     def start(self) -> None:
         """Begin to tell and to hear."""
         self._health.told.append(self._note)

@@ -10,7 +10,8 @@ elsewhere).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from random import Random
 
@@ -21,6 +22,8 @@ __all__ = ("Choice", "Chooser")
 
 # How often, in seconds, it is looked whether a request that tries a deployment has come back.
 _LOOK_AGAIN = 0.05
+# Requests that wait wake about so many seconds apart.
+_APART = 0.005
 
 
 class Choice:
@@ -87,7 +90,8 @@ class Chooser:
 
     def __init__(self, pool: Pool, health: Health, seed: int | None = None) -> None:
         # Not to be guessed by nobody, but different in each process, so that all do not begin with the same one.
-        random = Random(None if seed is None else f"{seed} {pool.name}")  # noqa: S311 -- no secret
+        self._random = random = Random(None if seed is None else f"{seed} {pool.name}")  # noqa: S311 -- no secret
+        self._waiting = 0
         self.all = [Choice(each, health.of(each), random.random() / each.weight) for each in pool.deployments]
         priorities = sorted({each.deployment.priority for each in self.all})
         self._groups = [_Group([each for each in self.all if each.deployment.priority == one]) for one in priorities]
@@ -109,6 +113,23 @@ class Chooser:
             if each.health.is_available(now) and each not in tried:
                 return each
         return None
+
+    def pick_held_back(self, now: float, tried: Collection[Choice]) -> Choice | None:
+        """Return one that only its slow start holds back, for a request that cannot wait; or None."""
+        return next((each for each in self.all if each.health.holds_back(now) and each not in tried), None)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count a request that waits for one of them to be available."""
+        self._waiting += 1
+        try:
+            yield
+        finally:
+            self._waiting -= 1
+
+    def jitter(self, most: float) -> float:
+        """Return for how many seconds more a request waits, so that not all wake at once; at most half of `most`."""
+        return self._random.random() * min(most / 2, _APART * self._waiting)
 
     def available_in(self, now: float) -> float:
         """Return in how many seconds it is worth while to look again whether one of them is available."""

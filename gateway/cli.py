@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except ConfigError as exc:
-        print("\n".join(map(str, exc.mistakes)), file=sys.stderr)
+        _print_lines(list(map(str, exc.mistakes)), sys.stderr)
         count = len(exc.mistakes)
         print(f"gateway: {count} mistake{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
         return 1
@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     reload.add_argument("path", metavar="FILE", type=Path, nargs="?", help=where)
     reload.add_argument("-c", "--config", metavar="FILE", type=Path, help="the same")
+    reload.add_argument(
+        "--user",
+        metavar="NAME",
+        help="for root: the user that the gateway runs as, where that is neither root, nor `gateway`, nor the owner of "
+        "FILE; any local user can pose as a gateway",
+    )
     reload.set_defaults(run=_reload)
 
     check = commands.add_parser(
@@ -248,6 +254,7 @@ def _serve(options: argparse.Namespace) -> int:
         return _work(options)
     from gateway import logs, systemd  # noqa: PLC0415 -- `gateway --version` need not wait for the server's imports
     from gateway.config import load  # noqa: PLC0415
+    from gateway.descriptors import raise_limit  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
     from gateway.loop import run  # noqa: PLC0415
     from gateway.reload import Reloads  # noqa: PLC0415
@@ -267,6 +274,7 @@ def _serve(options: argparse.Namespace) -> int:
     def read(shared: Any = None, sources: Any = None) -> Any:
         return _with_listen(load(path, shared=shared, cors=options.cors == "true", sources=sources), listen)
 
+    raise_limit()  # before there are workers, which inherit it
     loaded = read()
     settings = loaded.settings
     logs.configure(loaded.log.level, loaded.log.format)
@@ -294,6 +302,7 @@ def _work(options: argparse.Namespace) -> int:
     """Serve as one of several workers; what is wrong is the supervisor's to say, once for all of them."""
     from gateway import logs  # noqa: PLC0415
     from gateway.config import load  # noqa: PLC0415
+    from gateway.connection_count import ConnectionCount  # noqa: PLC0415
     from gateway.counters.shared import SharedCounters  # noqa: PLC0415
     from gateway.handover import Handover, Line  # noqa: PLC0415
     from gateway.listener import Listener  # noqa: PLC0415
@@ -316,7 +325,8 @@ def _work(options: argparse.Namespace) -> int:
         logs.configure(loaded.log.level, loaded.log.format)
         listener = Listener.inherited(handover.sockets)
         # (The supervisor's are the admin listener, and what one worker is to know of what others do.)
-        server = Server(loaded.teams, dataclasses.replace(loaded.settings, admin=None))
+        count = ConnectionCount(handover.counts, handover.place)
+        server = Server(loaded.teams, dataclasses.replace(loaded.settings, admin=None), count=count)
         line.share(server.shared.health)
         renewal = Renewal(server, loaded, read)
         del loaded  # a reload lets go of it
@@ -332,7 +342,7 @@ def _reload(options: argparse.Namespace) -> int:
     from gateway import control  # noqa: PLC0415
 
     try:
-        report = control.ask(_config_path(options.config or options.path))
+        report = control.ask(_config_path(options.config or options.path), options.user)
     except control.NobodyThere as exc:
         print(f"gateway: {exc}", file=sys.stderr)
         return 1
@@ -346,7 +356,7 @@ def _reload(options: argparse.Namespace) -> int:
 
 
 def _print_lines(lines: Sequence[str], to: TextIO | None = None) -> None:
-    """Print what another process said: whoever took its name must not steer root's terminal."""
+    """Print text of another process, or out of files: it must not control the terminal."""
     for line in lines:
         print(line if line.isprintable() else ascii(line), file=to)
 

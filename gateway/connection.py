@@ -18,12 +18,22 @@ from typing import TYPE_CHECKING
 from aiohttp.base_protocol import BaseProtocol
 
 from gateway.answer import closing_answer
-from gateway.arriving import ArrivingBody
+from gateway.arriving import LINES_AT_ONCE, ArrivingBody
 from gateway.body import Body
 from gateway.deadline import Deadline
 from gateway.errors import ApiError
 from gateway.exchange import failure
-from gateway.http1 import HEAD_END, MAX_HEAD, HeadReader, Malformed, RequestHead, begins_request, malformed_request
+from gateway.fair_scheduler import FairScheduler
+from gateway.http1 import (
+    HEAD_END,
+    MAX_HEAD,
+    MOST_LINES,
+    HeadCheck,
+    HeadReader,
+    Malformed,
+    RequestHead,
+    malformed_request,
+)
 from gateway.logs import get_logger
 from gateway.outbox import Outbox
 from gateway.patience import Patience
@@ -32,16 +42,29 @@ from gateway.settings import Limits, Timeouts
 if TYPE_CHECKING:
     from aiohttp.web_server import Server
 
-__all__ = ("Arrived", "Connection", "Handler")
+__all__ = ("PROBES", "Arrived", "Connection", "Handler")
+
+PROBES = ("/healthz", "/readyz")
+"""The paths that an orchestrator asks, and that are answered when no other request is."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Bytes behind the request at hand (pipelined ones) that may wait before the client is asked to wait.
 _WAITING = 64 * 1024
 # Above this size, an answer is written at once: whether its client takes it must be known.
 _SOON = 64 * 1024
-# How long, in seconds, what a client still sends is dropped before its connection is closed on: were it closed
-# at once, the reset might take the answer away.
+# Lingering close: how long, in seconds, and for how many bytes input is still read and discarded before a connection
+# is closed. An immediate close may send a reset that destroys the response at a client which is still sending. The
+# time is nginx's lingering_timeout; it is for all of it, so that no client can draw it out. The bytes are those of the
+# largest audio file that OpenAI takes (25 MB) and some more, so that who uploads one with a wrong key reads the 401.
 _LINGER = 5.0
+_MOST_LINGERED = 32 * 1024 * 1024
+# The rest of a body that nobody wants is skipped, and the connection kept, if it is no longer than this; it is counted
+# and not parsed. A chunked one cannot be skipped without parsing it.
+_SKIPPED = 256 * 1024
+# Connections above the limit that are taken all the same, to answer the probes of an orchestrator, and how long, in
+# seconds, each has to send its head.
+_SPARE = 256
+_SPARE_HEAD = 1.0
 # How often, in seconds, a connection that is not read from is asked whether its client is still there.
 _LEAVE_CHECK = 0.5
 # States of a TCP connection that the other end has not closed (linux/tcp_states.h).
@@ -70,6 +93,7 @@ class Connection(BaseProtocol):
     __slots__ = (
         "_arriving",
         "_buffer",
+        "_check",
         "_closer",
         "_closing",
         "_deadline",
@@ -79,9 +103,11 @@ class Connection(BaseProtocol):
         "_held",
         "_leave_timer",
         "_limits",
+        "_lingered",
         "_manager",
         "_outbox",
         "_relay",
+        "_spare",
         "_task_handler",
         "_timeouts",
         "_unsent",
@@ -110,6 +136,9 @@ class Connection(BaseProtocol):
         self._task_handler: asyncio.Task[None] | None = None  # the request at hand; aiohttp's server asks
         self._closing = False  # nothing more is taken from this client
         self._heads = HeadReader()
+        self._check: HeadCheck | None = None  # of a head that comes in several reads
+        self._lingered = 0  # bytes discarded since nothing more is taken
+        self._spare = False  # it is one above the limit: only probes are answered
         self._held = False
         self._head_begun = True  # the time for a head runs
         self._deadline = Deadline(loop)
@@ -129,11 +158,16 @@ class Connection(BaseProtocol):
         """Begin to wait for a first request, unless there are too many connections."""
         super().connection_made(transport)
         self._manager.connection_made(self, self.transport)  # type: ignore[arg-type] # aiohttp names its own class
-        if len(self._manager.connections) > self._limits.connections:
-            busy = "the gateway has as many connections as it may; try again"
-            self._refuse(ApiError(503, busy, code="overloaded"))
-        else:
+        over = self._manager.above(self._limits.connections)  # type: ignore[attr-defined] # it is the server's own
+        if over <= 0:
             self._expect_in(self._timeouts.head)
+        elif over <= _SPARE:
+            self._spare = True
+            self._expect_in(min(_SPARE_HEAD, self._timeouts.head))
+        else:
+            # (No lingering close: it would keep the descriptor.)
+            self.write(closing_answer(_overloaded()))
+            self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Let go of what waits: the client has left."""
@@ -148,6 +182,7 @@ class Connection(BaseProtocol):
             self._leave_timer = None
         if self._arriving is not None:
             self._arriving.fail(ApiError(400, "the body broke off", code="malformed_request"))
+            self._arriving = None
         if self._task_handler is not None:
             self._task_handler.cancel()
 
@@ -244,9 +279,18 @@ class Connection(BaseProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came: more of a body, or the next request."""
-        if self._arriving is not None:
-            data = self._feed(self._arriving, data)
-        if not data or self._closing:
+        arriving = self._arriving
+        if arriving is not None:
+            if arriving.unread:
+                arriving.unread += data  # it was on its way when reading stopped
+                return
+            data = self._feed(arriving, data, LINES_AT_ONCE)
+            if arriving.goes_on:
+                FairScheduler.of(self._loop).add(self)
+        if self._closing:
+            self._discard(len(data))
+            return
+        if not data:
             return
         if self._buffer:
             data = self._buffer + data
@@ -260,15 +304,28 @@ class Connection(BaseProtocol):
         if len(data) > _WAITING:
             self.hold()
 
-    def _feed(self, arriving: ArrivingBody, data: bytes) -> bytes:
+    def step(self) -> bool:
+        """Read more of what has come of a body in many chunks; see `fair_scheduler.Work`."""
+        arriving = self._arriving
+        if arriving is None:
+            return False
+        extra = self._feed(arriving, arriving.unread, MOST_LINES)
+        if arriving.done or not (arriving.unread or arriving.full):
+            self.release()
+        if extra:
+            self.data_received(extra)
+        return arriving.goes_on
+
+    def _feed(self, arriving: ArrivingBody, data: bytes, most: int) -> bytes:
         try:
-            extra = arriving.feed(data)
+            extra = arriving.feed(data, most)
         except Malformed:
             arriving.fail(malformed_request())
             extra = b""
         if arriving.error is not None:
             # What follows might be anything.
             self._closing = True
+            arriving.unread = b""
         if arriving.done or self._closing:
             self._arriving = None
             if arriving.discarded:
@@ -276,26 +333,29 @@ class Connection(BaseProtocol):
                 self._after(keep=not self._closing)
         return extra
 
+    def _discard(self, size: int) -> None:
+        """Count what comes after all that is taken, and end a lingering close of too many bytes."""
+        self._lingered += size
+        if self._lingered > _MOST_LINGERED:
+            self.force_close()
+
     def _next(self, data: bytes) -> None:
         """Begin the next request, if its head is there."""
         if data[:2] == b"\r\n":
             data = data[2:]  # RFC 9112, 2.2: an empty line before a request is ignored
         end = data.find(HEAD_END)
         if end < 0 or end > MAX_HEAD:
-            self._buffer = data
-            if len(data) > MAX_HEAD:
-                self._refuse(ApiError(431, "the request's head is too large", code="head_too_large"))
-            elif not begins_request(data[:256]):
-                self._refuse(malformed_request())
-            elif data and not self._head_begun:
-                self._head_begun = True
-                self._expect_in(self._timeouts.head)
+            self._wait_for_head(data)
             return
         try:
             head = self._heads.read(data[:end], self._limits.body)
         except ApiError as exc:
             self._refuse(exc)
             return
+        if self._spare and head.path not in PROBES:
+            self._refuse(_overloaded())
+            return
+        self._check = None
         end += 4
         length = head.length
         have = len(data) - end
@@ -311,12 +371,15 @@ class Connection(BaseProtocol):
                 expects=head.expects,
                 limit=self._limits.body,
                 patience=self._timeouts.client,
+                least=self._limits.body_rate,
             )
             body = Body(arriving, most=self._limits.form)
             self._buffer = b""
             self._arriving = arriving
             if have:
-                self._buffer = self._feed(arriving, data[end:])
+                self._buffer = self._feed(arriving, data[end:], LINES_AT_ONCE)
+                if arriving.unread:
+                    FairScheduler.of(self._loop).add(self)
             if arriving.error is not None:
                 self._refuse(arriving.error)
                 return
@@ -324,6 +387,22 @@ class Connection(BaseProtocol):
         self._deadline.clear()
         # Named, because the name that asyncio makes for each costs a tenth of the task.
         self._task_handler = asyncio.Task(self._run(Arrived(self, head, body)), loop=self._loop, name="request")
+
+    def _wait_for_head(self, data: bytes) -> None:
+        """Keep the beginning of a head, unless it can never become one."""
+        self._buffer = data
+        if len(data) > MAX_HEAD:
+            self._refuse(ApiError(431, f"the request's head is larger than {MAX_HEAD} bytes", code="head_too_large"))
+            return
+        self._check = self._check or HeadCheck()
+        try:
+            self._check.check(data)
+        except ApiError as exc:
+            self._refuse(exc)
+            return
+        if data and not self._head_begun:
+            self._head_begun = True
+            self._expect_in(self._timeouts.head)
 
     async def _run(self, arrived: Arrived) -> None:
         keep = False
@@ -347,24 +426,31 @@ class Connection(BaseProtocol):
         if self.transport is None:
             return
         arriving = self._arriving
-        if arriving is not None and not arriving.done:
-            arriving.discard()
-            if not keep or arriving.unasked:
-                self._linger()
-            else:
+        if arriving is not None:
+            if keep and not self.ends_after_answer:
+                arriving.discard()
                 self._expect_in(_LINGER)
-        elif not keep:
-            if arriving is None and not self._closing:
-                self.force_close()
             else:
                 self._linger()
+        elif not keep:
+            if self._closing:
+                self._linger()
+            else:
+                self.force_close()
         else:
-            self._arriving = None
             self.release()
             self._expect_in(self._timeouts.keep_alive)
             if self._buffer:
                 data, self._buffer = self._buffer, b""
                 self._next(data)
+
+    @property
+    def ends_after_answer(self) -> bool:
+        """Whether the connection cannot be kept after the answer, which should say so: too much is still to come."""
+        arriving = self._arriving
+        if arriving is None:
+            return self._closing or self._spare
+        return arriving.left > _SKIPPED or arriving.unasked or arriving.error is not None
 
     def _linger(self) -> None:
         """Close, once the client has had the time to read its answer."""
@@ -385,7 +471,10 @@ class Connection(BaseProtocol):
         """Answer what is no request that can be handled, and close."""
         get_logger().info("refused before any team", status=error.status, error=error.code)
         self.write(closing_answer(error))
-        self._linger()
+        if self._spare:
+            self.force_close()  # its place is for the next probe
+        else:
+            self._linger()
 
     # -- how long it may take --------------------------------------------------------------------------
 
@@ -402,7 +491,8 @@ class Connection(BaseProtocol):
 
     def _too_slow(self) -> None:
         if self._head_begun and not self._closing:
-            self._refuse(ApiError(408, "the request's head took too long to arrive", code="request_timeout"))
+            slow = ApiError(408, "the request's head took too long to arrive", code="request_timeout")
+            self._refuse(_overloaded() if self._spare else slow)
         else:
             self.force_close()
 
@@ -420,22 +510,38 @@ class Connection(BaseProtocol):
         if self.on_flow is not None:
             self.on_flow(False)
 
+    def waits(self, waiting: bool) -> None:
+        """Let the time of the answer not run while the client is waited for: it has its own limits."""
+        if waiting:
+            self._deadline.pause()
+        else:
+            self._deadline.resume()
+
     def say_continue(self) -> None:
         """Tell the client that its body is wanted."""
         self.write(_CONTINUE)
 
     # While reading is held, the event loop does not see a client leave: the socket's state is asked for instead.
 
-    def hold(self) -> None:
-        """Take nothing more from the client for now."""
-        if not self._held and self.transport is not None:
+    def hold(self, *, check_left: bool = True) -> None:
+        """Stop reading from the client for now. With `check_left`, close when it leaves, and drop its unread bytes."""
+        if self.transport is None:
+            return
+        if not self._held:
             self._held = True
             self.transport.pause_reading()
+        if check_left and self._leave_timer is None:
             self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
+        elif not check_left and self._leave_timer is not None:
+            self._leave_timer.cancel()
+            self._leave_timer = None
 
     def release(self) -> None:
-        """Go on taking."""
+        """Go on taking: first what is left of the last read, then from the client."""
         if self._held:
+            if self._arriving is not None and self._arriving.unread:
+                FairScheduler.of(self._loop).add(self)
+                return
             self._held = False
             if self._leave_timer is not None:
                 self._leave_timer.cancel()
@@ -451,6 +557,15 @@ class Connection(BaseProtocol):
             self.transport.abort()
         else:
             self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
+
+
+def _overloaded() -> ApiError:
+    return ApiError(
+        503,
+        "the gateway has as many connections as it may; try again in a moment",
+        code="overloaded",
+        headers={"retry-after": "1"},
+    )
 
 
 def _peer_closed(sock: socket.socket | None) -> bool:

@@ -1,6 +1,7 @@
-"""The connections to Azure: made by aiohttp's connector (DNS, happy eyeballs, TLS), kept here between answers.
+"""The connections to Azure: made by aiohttp's connector (happy eyeballs, TLS), kept here between answers.
 
-Those through a proxy are made on a socket that `tunnel.py` connects.
+Host names are looked up by `resolver.py`, in a part of the time that connecting may take. Connections through a proxy
+are made on a socket that `tunnel.py` connects.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import aiohttp
@@ -16,9 +17,11 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from yarl import URL
 
+from gateway import descriptors
 from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.outbox import Outbox
 from gateway.proxy import Proxy
+from gateway.resolver import LookUpFailed, LookUpTimeout, Resolver
 from gateway.targets import Resource
 from gateway.tunnel import open_tunnel
 from gateway.wire import Wire
@@ -31,6 +34,20 @@ _KEPT = 55.0
 _FRESH = 2.0
 # How often, in seconds, those kept too long are looked for.
 _SWEEP = 5.0
+# The time limit is set around each call.
+_NO_LIMIT = aiohttp.ClientTimeout(total=None)
+# Why a certificate is not valid, by OpenSSL's numbers (x509_vfy.h).
+_NOT_VALID = {
+    9: "its time has not begun; the clock of one side may be wrong",
+    10: "it has expired",
+    18: "it is self-signed; the operator can name a file with it: `tls: {ca: FILE}`",
+    19: "its issuer is not known; the operator can name a file with the CA: `tls: {ca: FILE}`",
+    20: "its issuer is not known; the operator can name a file with the CA: `tls: {ca: FILE}`",
+    21: "its issuer is not known: the server sends no intermediate certificate",
+    23: "it was revoked",
+    62: "it is for another host",
+    64: "it is for another address",
+}
 
 
 class Destination:
@@ -52,6 +69,8 @@ class Destination:
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.host_header = (host if self.port == default else f"{host}:{self.port}").encode()
         self.kept: list[Wire] = []  # the one used last at the end
+        self.forgotten = False
+        """Whether no configuration names it any more: its connections are not kept."""
 
     def is_ssl(self) -> bool:
         """Whether the resource is spoken to over TLS."""
@@ -71,7 +90,7 @@ class Connector:
     async def start(self) -> None:
         """Get ready, on the running loop."""
         self._connector = aiohttp.TCPConnector(
-            limit=0, ttl_dns_cache=60, force_close=True, resolver=aiohttp.ThreadedResolver()
+            limit=0, use_dns_cache=False, force_close=True, resolver=Resolver.of(asyncio.get_running_loop())
         )
         self._outbox = Outbox(asyncio.get_running_loop())
         # The only way to give aiohttp a protocol of our own.
@@ -93,6 +112,7 @@ class Connector:
 
     def destination(self, resource: Resource) -> Destination:
         """Return where a resource's requests go."""
+        # (What `_place` returns, without the call: this is asked for each request.)
         plain = resource.proxy is None and resource.tls is None
         place = resource.endpoint if plain else (resource.endpoint, resource.proxy, resource.tls)
         found = self._destinations.get(place)
@@ -100,6 +120,21 @@ class Connector:
             context = self._context if resource.tls is None else _context(resource)
             found = self._destinations[place] = Destination(resource, context)
         return found
+
+    def keep(self, resources: Iterable[Resource]) -> None:
+        """Forget every destination but those of these resources, with its TLS context and idle connections.
+
+        A connection in use stays until its exchange ends, and is closed then.
+        """
+        places = {_place(each) for each in resources}
+        for place in [each for each in self._destinations if each not in places]:
+            destination = self._destinations.pop(place)
+            destination.forgotten = True
+            for wire in destination.kept:
+                wire.abort()
+            destination.kept.clear()
+        if self._connector is not None:
+            self._connector.clear_dns_cache()  # aiohttp keeps every name that it has ever looked up
 
     def kept(self, destination: Destination, old_too: Callable[[], bool]) -> Wire | None:
         """Return a connection that was kept, if there is one that is still open.
@@ -118,7 +153,10 @@ class Connector:
         return None
 
     def put(self, wire: Wire) -> None:
-        """Keep a connection for the next request."""
+        """Keep a connection for the next request, unless something of the last one is left on it."""
+        if not wire.clean or cast(Destination, wire.destination).forgotten:
+            wire.abort()
+            return
         wire.idle_since = wire.loop.time()
         cast(Destination, wire.destination).kept.append(wire)
         if self._sweeper is None:
@@ -140,11 +178,14 @@ class Connector:
     async def connect(self, destination: Destination, seconds: float) -> Wire:
         """Make a new connection in so many seconds.
 
-        Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot; they are `unsent`.
+        Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot; they are `unsent`. Raises ApiError
+        503 where the gateway itself has no descriptor left.
         """
         try:
             return await self._connect(destination, seconds)
         except UpstreamError as exc:
+            if descriptors.none_left(exc):
+                raise descriptors.overloaded() from None
             exc.unsent = True
             if exc.fault == "broken_off":  # on the way through a proxy
                 exc.fault = "connect"
@@ -155,20 +196,33 @@ class Connector:
         assert self._outbox is not None, "Connector.start() was not awaited"  # noqa: S101 -- a bug of ours
         name = destination.name
         connection = None
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        proxy = destination.through
         try:
-            if destination.through is None:
-                connection = await self._connector.connect(cast(ClientRequest, destination), [], _timeout(seconds))
+            # First, and by itself, so that its own limit tells what took too long; below the addresses are known.
+            await Resolver.of(loop).look_up(destination.host if proxy is None else proxy.host, seconds)
+            if proxy is None:
+                async with asyncio.timeout_at(end):
+                    connection = await self._connector.connect(cast(ClientRequest, destination), [], _NO_LIMIT)
                 wire = cast(Wire, connection.protocol)
             else:
-                wire = await self._connect_through(destination, destination.through, seconds)
+                wire = await self._connect_through(destination, proxy, end, seconds)
+        except LookUpFailed as exc:
+            owner = f"{'' if proxy is None else 'the proxy of '}the Azure resource {name!r}"
+            if isinstance(exc, LookUpTimeout):
+                raise UpstreamTimeout(exc.of(owner), fault="dns_timeout") from None
+            raise UpstreamError(exc.of(owner), fault="dns") from None
         except TimeoutError:
             raise UpstreamTimeout(
                 f"could not connect to the Azure resource {name!r} within {seconds:g} s", fault="connect_timeout"
             ) from None
-        except (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError):
-            raise UpstreamError(f"the certificate of the Azure resource {name!r} is not valid", fault="tls") from None
-        except aiohttp.ClientConnectorDNSError:
-            raise UpstreamError(f"the host name of the Azure resource {name!r} was not found", fault="dns") from None
+        except (aiohttp.ClientConnectorCertificateError, ssl.SSLCertVerificationError) as exc:
+            raise UpstreamError(
+                f"the certificate of the Azure resource {name!r}, which {destination.host!r} shows, is not valid: "
+                f"{_why_not_valid(exc)}",
+                fault="tls",
+            ) from None
         except (aiohttp.ClientConnectorSSLError, ssl.SSLError):
             raise UpstreamError(f"TLS with the Azure resource {name!r} failed", fault="tls") from None
         except (aiohttp.ClientError, OSError):
@@ -176,10 +230,9 @@ class Connector:
         wire.settle(connection, self, destination, self._outbox)
         return wire
 
-    async def _connect_through(self, destination: Destination, proxy: Proxy, seconds: float) -> Wire:
+    async def _connect_through(self, destination: Destination, proxy: Proxy, end: float, seconds: float) -> Wire:
         """Make a connection through a proxy. Raises UpstreamError; other errors are not the proxy's fault."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + seconds
         try:
             async with asyncio.timeout_at(end):
                 sock = await open_tunnel(proxy, destination.host, destination.port or 0, destination.name)
@@ -199,9 +252,18 @@ class Connector:
         return wire
 
 
-@functools.lru_cache(maxsize=64)
-def _timeout(seconds: float) -> aiohttp.ClientTimeout:
-    return aiohttp.ClientTimeout(total=None, connect=seconds)
+def _why_not_valid(exc: BaseException) -> str:
+    """Return why a certificate is not valid, in words for clients and operators."""
+    cause = getattr(exc, "certificate_error", exc)
+    code, message = getattr(cause, "verify_code", None), getattr(cause, "verify_message", None)
+    return _NOT_VALID.get(code or 0) or message or "the TLS library does not say why"
+
+
+def _place(resource: Resource) -> object:
+    """Return what tells one destination from another: equal ones share their connections."""
+    if resource.proxy is None and resource.tls is None:
+        return resource.endpoint
+    return resource.endpoint, resource.proxy, resource.tls
 
 
 def _context(resource: Resource) -> ssl.SSLContext:
@@ -209,7 +271,9 @@ def _context(resource: Resource) -> ssl.SSLContext:
     assert resource.tls is not None, "it has none"  # noqa: S101 -- a bug of ours
     try:
         return resource.tls.context()
-    except OSError:  # they were good when the configuration was loaded
+    except OSError as exc:  # they were good when the configuration was loaded
+        if descriptors.none_left(exc):
+            raise descriptors.overloaded() from None
         gone = UpstreamError(f"the TLS files of the Azure resource {resource.name!r} cannot be used", fault="tls")
         gone.unsent = True
         raise gone from None

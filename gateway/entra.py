@@ -114,6 +114,11 @@ class EntraTokens:
         self._assertion = ""
         self._fetching = Fetching(self._fetch, f"a token of {identity.client_id}")
 
+    @property
+    def fetched(self) -> tuple[str]:
+        """The name under which the token is kept."""
+        return (self._place,)
+
     def start(self) -> None:
         """Begin to fetch a token, then each next one ahead of the end of the last, in the background."""
         self._fetching.start(self._keep_fresh())

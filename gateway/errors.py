@@ -90,6 +90,9 @@ class ApiError(GatewayError):
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
+        if status == 503:
+            # Every 503 says when to come back; whoever knows better says so.
+            self.headers.setdefault("retry-after", "1")
 
     def body(self) -> bytes:
         """Return the answer's JSON body."""
@@ -97,7 +100,19 @@ class ApiError(GatewayError):
 
 
 Fault = Literal[
-    "connect", "connect_timeout", "dns", "tls", "credential", "timeout", "deadline", "stalled", "stale", "broken_off"
+    "connect",
+    "connect_timeout",
+    "dns",
+    "dns_timeout",
+    "tls",
+    "credential",
+    "timeout",
+    "deadline",
+    "stalled",
+    "stale",
+    "broken_off",
+    "redirect",
+    "encoding",
 ]
 
 

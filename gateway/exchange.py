@@ -9,24 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
 from gateway.logs import get_logger
+from gateway.memory_budget import BUDGETS, Hold, MemoryBudget
 from gateway.usage import Meter, Usage
 
 if TYPE_CHECKING:
+    from gateway.memory_budget import Hold
     from gateway.targets import Target
 
 __all__ = ("EndedBy", "Exchange", "Outcome")
 
 EndedBy = Literal["complete", "client", "upstream", "gateway"]
 
-# How many bytes of bodies all exchanges together may keep that nobody had to read.
-_MOST_KEPT = 256 * 1024 * 1024
 # After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
 _AGAIN = 1.0
 # What is counted in most exchanges.
@@ -65,6 +65,23 @@ class Owned(Protocol):
         """Close at once; do nothing if it is closed or handed back already."""
 
 
+class Asking(Protocol):
+    """The request of an exchange."""
+
+    @property
+    def holder(self) -> str:
+        """Whose share of the budgets it uses."""
+
+
+class _Nobody:
+    """Keeps bytes for no client, as probes do."""
+
+    holder = ""
+
+
+_NOBODY = _Nobody()
+
+
 class Exchange:
     """What the copies of one request share: callbacks, the upstream connection, the deadline, the facts."""
 
@@ -80,8 +97,15 @@ class Exchange:
     close_code: int | None = None
     meter: Meter | None = None
     """What was used, where somebody wants to know."""
-    _kept = 0  # by all exchanges
-    _keeps = 0
+    request: Asking | None = None
+    """Whose share of the budgets is used, if it keeps more than most do; until the exchange is over."""
+    taken: dict[str, Any] | None = None
+    """What stages took before the body was read, by their ids; see `Request.taken`."""
+    before_body: Sequence[Callable[[Any], Awaitable[None]]] = ()
+    """What the pipeline's stages do before a body that has not arrived is read."""
+    _asked = 0  # how many of them have
+    _memory: Hold | None = None
+    _disk: Hold | None = None
     _upstream: Owned | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
@@ -112,13 +136,56 @@ class Exchange:
             return
         self._upstream = upstream
 
-    def keep(self, size: int) -> bool:
-        """Take so many bytes of what all exchanges may keep of bodies until this one is over; False if too much."""
-        if Exchange._kept + size > _MOST_KEPT:
-            return False
-        Exchange._kept += size
-        self._keeps += size
-        return True
+    async def before_reading(self) -> None:
+        """Let each stage take its share, once, before a body is read that has not arrived.
+
+        Raises ApiError where one refuses; the next reader asks that one again.
+        """
+        while self._asked < len(self.before_body):
+            await self.before_body[self._asked](self.request)
+            self._asked += 1
+
+    def hold(self, size: int) -> None:
+        """Count `size` more bytes that are kept in memory for this exchange, before they are.
+
+        They are given back when the exchange is over. Raises BudgetSpent (503, or 413 for more than one caller may
+        ever hold); what was held before is still held then.
+        """
+        self._check_running()
+        self._memory = hold = self._memory or self._new_hold(BUDGETS.memory)
+        hold.grow(size)
+
+    def let_go(self, size: int) -> None:
+        """Count `size` bytes of memory less; after the end nothing is held, and this does nothing."""
+        if not self._over and self._memory is not None:
+            self._memory.shrink(size)
+
+    def hold_on_disk(self, size: int) -> None:
+        """Count `size` more bytes that are kept on disk; as `hold`."""
+        self._check_running()
+        self._disk = hold = self._disk or self._new_hold(BUDGETS.disk)
+        hold.grow(size)
+
+    def let_go_of_disk(self, size: int) -> None:
+        """Count `size` bytes on disk less; as `let_go`."""
+        if not self._over and self._disk is not None:
+            self._disk.shrink(size)
+
+    def _check_running(self) -> None:
+        if self._over:
+            raise RuntimeError("the exchange is over, and nobody would give back what it holds")
+
+    def _new_hold(self, budget: MemoryBudget) -> Hold:
+        if self.request is None:
+            self.request = _NOBODY
+        # Asked once: what is taken from a share is given back to the same.
+        return Hold(budget, self.request.holder)
+
+    def _give_back(self) -> None:
+        for hold in (self._memory, self._disk):
+            if hold is not None:
+                hold.release()
+        self.request = None  # which holds the exchange
 
     def release(self) -> None:
         """Close the connection that the exchange holds, if any."""
@@ -165,8 +232,8 @@ class Exchange:
         if self._over:
             return
         self._over = True
-        if self._keeps:
-            Exchange._kept -= self._keeps
+        if self.request is not None:
+            self._give_back()
         self.run_in(None)
         self.release()
         callbacks, self._callbacks = self._callbacks, []

@@ -21,7 +21,7 @@ _LEAST = 0.1
 # What a deployment that is not there is called, by Azure and by the stage openai_errors.
 _NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))
 # The faults that come before a body is read.
-_UNREAD = frozenset(("connect", "connect_timeout", "dns", "tls", "credential"))
+_UNREAD = frozenset(("connect", "connect_timeout", "dns", "dns_timeout", "tls", "credential"))
 
 
 class Failure(msgspec.Struct):

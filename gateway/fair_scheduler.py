@@ -71,6 +71,15 @@ class FairScheduler:
         if not self._scheduled:
             self._schedule()
 
+    async def turn(self) -> None:
+        """Wait for a turn: a task with bulk work does so between two pieces of it."""
+        turn = _Turn(self._loop.create_future())
+        self.add(turn)
+        try:
+            await turn.come
+        finally:
+            self.remove(turn)
+
     def remove(self, work: Work) -> None:
         """Run no more steps of `work` until it is added again."""
         self._waiting.pop(work, None)
@@ -92,6 +101,21 @@ class FairScheduler:
         finally:
             if self._waiting and not self._scheduled:
                 self._schedule()
+
+
+class _Turn:
+    """The next piece of a task's work."""
+
+    __slots__ = ("come",)
+
+    def __init__(self, come: asyncio.Future[None]) -> None:
+        self.come = come
+
+    def step(self) -> bool:
+        """Let the task go on."""
+        if not self.come.done():
+            self.come.set_result(None)
+        return False
 
 
 _schedulers: WeakKeyDictionary[asyncio.AbstractEventLoop, FairScheduler] = WeakKeyDictionary()

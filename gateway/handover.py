@@ -74,25 +74,30 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Handover:
-    """What a worker inherits, as descriptors: the sockets, the counters' table, and its line to the supervisor."""
+    """What a worker inherits, as descriptors: the sockets, the counters' table, the array of counts, and its line.
+
+    `place` is the worker's in the array.
+    """
 
     sockets: tuple[int, ...]
     table: int
+    counts: int
+    place: int
     line: int
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.descriptors))
+        return ",".join(map(str, (*self.sockets, self.table, self.counts, self.place, self.line)))
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All of them."""
-        return (*self.sockets, self.table, self.line)
+        return (*self.sockets, self.table, self.counts, self.line)
 
     @classmethod
     def parse(cls, text: str) -> Handover:
         """Read what `str` wrote. Raises ValueError."""
-        *sockets, table, line = map(int, text.split(","))
-        return cls(tuple(sockets), table, line)
+        *sockets, table, counts, place, line = map(int, text.split(","))
+        return cls(tuple(sockets), table, counts, place, line)
 
 
 class Line:

@@ -13,6 +13,7 @@ from gateway.settings import Network
 
 __all__ = (
     "client_address",
+    "network_of",
     "request_id",
 )
 
@@ -48,6 +49,19 @@ def client_address(
         if not _trusted(hop, trusted):
             break
     return address
+
+
+def network_of(address: str) -> str:
+    """Return what one client has of an address: all of it, but of IPv6 the first 64 bits (RFC 6177 gives no less)."""
+    if ":" not in address:
+        return address
+    try:
+        ip = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if (inner := ip.ipv4_mapped) is not None:
+        return str(inner)
+    return str(ipaddress.IPv6Network((int(ip) >> 64 << 64, 64)))
 
 
 def _trusted(address: str, networks: Sequence[Network]) -> bool:

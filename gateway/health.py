@@ -4,6 +4,10 @@ A deployment rests when Azure asks for that (a 429), or when it fails: so many t
 what it was asked of late. After a rest for failures one request tries it, and the others follow if that succeeds: a
 circuit breaker, which is closed, open, and then half-open.
 
+After any rest the others follow in a slow start, and not all at once: as many requests as its window allows may be sent
+and not accepted yet. The window begins at one and doubles in each round, up to half of what it was when Azure last
+refused a request; from there on it grows by one in each round (as TCP does it, RFC 5681).
+
 Nothing here waits or does I/O. Whoever shares what is known here with other processes is told by `told`, and tells by
 `hear`; what is heard late, or not at all, does no harm: each process learns by itself, too.
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -34,6 +38,11 @@ _ROOM_FOR, _LOOK_EVERY = 5.0, 0.1
 _FULL = 1e-3
 # For how long, in seconds, nobody else tries one that has failed while a request does.
 _TRY_FOR = 5.0
+# Slow start: a refusal (429) comes sooner than this, in seconds, so what was not refused by then was accepted; and how
+# long after a rest it ends if nothing is refused.
+_ACCEPTED_AFTER, _SLOW_FOR = 0.15, 10.0
+# What `begin` returns for a request of a slow start; the numbers of tries are above 0.
+_SLOWLY = -1
 # In how many parts the window is counted.
 _PARTS = 10
 
@@ -70,11 +79,16 @@ class DeploymentHealth:
         "_part",
         "_rest",
         "_rests_until",
+        "_sent",
+        "_slow_until",
+        "_threshold",
         "_tries",
         "_try",
         "_turn_at",
+        "_window",
         "answered",
         "away_until",
+        "cautious",
         "counts",
         "deployment",
         "failing",
@@ -97,6 +111,8 @@ class DeploymentHealth:
         """Why it rests, or rested last."""
         self.failing = False
         """Whether the circuit is open, or half-open once the rest is over."""
+        self.cautious = False
+        """Whether `begin_try` must be asked: it is failing, or in a slow start."""
         self.failures = 0
         """How many there were in a row."""
         self.room = 1.0
@@ -112,6 +128,10 @@ class DeploymentHealth:
         self._cools_until = 0.0  # as Azure has asked
         self._try = 0  # the number of the one under way
         self._tries = 0
+        self._window = 1.0  # of a slow start: how many may be sent and not accepted
+        self._threshold = math.inf  # from which the window grows slowly
+        self._sent: deque[float] = deque()  # when those were sent that are not accepted yet
+        self._slow_until = 0.0
         self._limits: dict[bytes, float] = {}
         self._look_at = 0.0
         self._answered = [0] * _PARTS
@@ -142,14 +162,16 @@ class DeploymentHealth:
     def begin(self, now: float, *, alone: bool = True) -> int:
         """Note that it is asked; returns the number of the try that this request is, whose end must be told, or 0."""
         self.in_flight += 1
-        return self.begin_try(now, alone=alone) if self.failing else 0
+        return self.begin_try(now, alone=alone) if self.cautious else 0
 
     def begin_try(self, now: float, *, alone: bool) -> int:
         """Begin to try one that has failed, if its rest is over; returns the number of the try, or 0.
 
         Nobody else tries it meanwhile if it is to be tried `alone`, but not for ever: that may take as long as an
-        answer does.
+        answer does. In a slow start, it begins one of the requests that its window allows.
         """
+        if not self.failing:
+            return self._begin_slowly(now)
         if self.rests_until > now:
             return 0
         self._tries += 1
@@ -172,7 +194,7 @@ class DeploymentHealth:
         if now >= self._look_at:
             self._look(now, fields)
         if tried:
-            self._close()
+            self._accepted(now, tried)
 
     def succeeded(self, now: float, tried: int = 0, fields: Sequence[Field] = ()) -> None:
         """Note that it has answered, with these header fields; `tried` is what `begin` said."""
@@ -181,7 +203,7 @@ class DeploymentHealth:
         self._answered_now += 1
         self.failures = 0
         if tried:
-            self._close()
+            self._accepted(now, tried)
 
     def failed(
         self, now: float, reason: str, words: str = "", *, tried: int = 0, certain: bool = False, counts: bool = True
@@ -206,23 +228,28 @@ class DeploymentHealth:
         self._failed[self._part] += 1
         self.failures += 1
         if self.failing:
-            return  # it was asked before it began to rest
+            return  # it was sent before it began to rest
         if certain:
             self._rest = settings.most_rest
         elif self.failures >= settings.failures or self._share_is_too_large():
             self._rest = settings.rest
         else:
             return
-        self.failing = True
+        self._begin_failing()
         self._rest_for(now, self._rest, reason, words)
 
     def cool_down(self, now: float, seconds: float, reason: str, words: str = "", *, tried: int = 0) -> None:
         """Note that Azure asks for it to be left alone."""
         self.counts[reason] += 1
         self.room, self.room_until = 1.0, 0.0  # what was left before says nothing of what is there after its rest
-        if tried:
-            self._close()  # it is there, and says so
+        if tried > 0:
+            self._close(now)  # it is there, and says so
+        if tried and self._cools_until <= now:
+            self._threshold = max(1.0, self._window / 2)
+        if self.holds_back(now):
+            self._open()  # it rests for another reason now
         self._cools_until = max(self._cools_until, now + min(seconds, MOST_REST))
+        self._start_slowly(self._cools_until)
         self._rest_for(now, min(seconds, MOST_REST), reason, words)
 
     def left(self, now: float, tried: int) -> None:
@@ -240,6 +267,54 @@ class DeploymentHealth:
         else:
             self.rests_until = max(self.rests_until, now + again)
             self.reason = reason
+
+    # -- slow start ------------------------------------------------------------------------------------
+
+    def holds_back(self, now: float) -> bool:
+        """Whether it is asked no more only because its slow start has sent what its window allows."""
+        return self.cautious and not self.failing and self._cools_until <= now < self.rests_until
+
+    def _start_slowly(self, begins: float) -> None:
+        """Let few requests go first when its rest is over."""
+        self.cautious = True
+        self._window = 1.0
+        self._sent.clear()
+        self._slow_until = begins + _SLOW_FOR
+
+    def _begin_slowly(self, now: float) -> int:
+        """Note that a request is sent in a slow start; the last one that the window allows holds the others back."""
+        if now >= self._slow_until:
+            self.cautious = False
+            self._threshold = math.inf
+            self._sent.clear()
+            return 0
+        sent = self._sent
+        while sent and sent[0] + _ACCEPTED_AFTER <= now:
+            self._grow()
+        sent.append(now)
+        if len(sent) >= self._window:
+            self._rests_until = sent[0] + _ACCEPTED_AFTER
+            self.away_until = max(self.away_until, self._rests_until)
+        return _SLOWLY
+
+    def _accepted(self, now: float, tried: int) -> None:
+        """Note that a request was accepted that had tried it, or was one of a slow start."""
+        if tried > 0:
+            self._close(now)
+        elif self._sent and not self.failing:
+            self._grow()
+            if len(self._sent) < self._window and self.holds_back(now):
+                self._open()
+
+    def _grow(self) -> None:
+        self._sent.popleft()
+        self._window += 1 if self._window < self._threshold else 1 / self._window
+
+    def _open(self) -> None:
+        """Hold nobody back any more."""
+        if self.away_until == self._rests_until:
+            self.away_until = self._cools_until
+        self._rests_until = self._cools_until
 
     # -- what Azure says of its room -------------------------------------------------------------------
 
@@ -290,11 +365,16 @@ class DeploymentHealth:
             )
             self._health.tell(News(self.key, seconds, self.failing, reason))
 
-    def _close(self) -> None:
+    def _begin_failing(self) -> None:
+        self.failing = self.cautious = True
+        self._sent.clear()
+
+    def _close(self, now: float) -> None:
         self._try = 0
         if self.failing:
             self.failing = False
             self.rests_until = self._cools_until
+            self._start_slowly(max(now, self._cools_until))
             self._rest = 0.0
             self.failures = 0
             self.answered += self._answered_now
@@ -306,16 +386,21 @@ class DeploymentHealth:
         """Take what another process knows."""
         if news.seconds > 0:
             until = now + min(news.seconds, MOST_REST)
+            if self.holds_back(now):
+                self._open()
             if not news.failing:
                 self._cools_until = max(self._cools_until, until)
+                if not self.failing:
+                    self._start_slowly(self._cools_until)
             elif not self.failing:
-                self.failing = True
+                self._begin_failing()
                 self._rest = self._health.settings.rest
             if until > self.rests_until:
                 self.rests_until, self.reason = until, news.reason
         elif self.failing and not self.trying:
             self.failing = False
             self.rests_until, self.failures = self._cools_until, 0
+            self._start_slowly(max(now, self._cools_until))
 
     def _turn(self, now: float) -> None:
         """Go on to the part of the window that is now."""
@@ -339,7 +424,7 @@ class DeploymentHealth:
         if now >= self._turn_at:
             self._turn(now)
         failed, answered = sum(self._failed), sum(self._answered) + self._answered_now
-        rests = self.rests_until > now and not self.trying
+        rests = self.rests_until > now and not self.trying and not self.holds_back(now)
         state = ("open" if rests else "half_open") if self.failing else "cooling_down" if rests else "available"
         return {
             "resource": self.deployment.resource.name,
@@ -347,7 +432,7 @@ class DeploymentHealth:
             "region": self.deployment.resource.region,
             "state": state,
             "reason": self.reason if state != "available" else None,
-            "cool_down": round(max(0.0, self.rests_until - now), 3) if not self.trying else 0.0,
+            "cool_down": round(self.rests_until - now, 3) if rests else 0.0,
             "in_flight": self.in_flight,
             "error_share": round(failed / (failed + answered), 4) if failed + answered else 0.0,
             "requests": failed + answered,
@@ -405,7 +490,7 @@ class Health:
         return [
             News(each.key, each.rests_until - now, each.failing, each.reason)
             for each in self.all()
-            if each.rests_until > now and not each.trying
+            if each.rests_until > now and not each.trying and not each.holds_back(now)
         ]
 
     def report(self) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ _BITS = {
     b"expect": OURS,
     b"upgrade": OURS,
     b"sec-websocket-protocol": KEY,
-    b"content-encoding": OURS,
+    b"content-encoding": FRAMING | OURS,
     b"x-request-id": OURS | WRITTEN,
     b"authorization": KEY,
     b"api-key": KEY,

@@ -23,13 +23,14 @@ __all__ = (
     "FRAMING_OF_RESPONSES",
     "HEAD_END",
     "MAX_HEAD",
+    "MAX_LINE",
     "MOST_LINES",
     "Chunks",
+    "HeadCheck",
     "HeadReader",
     "Malformed",
     "RequestHead",
     "ResponseHead",
-    "begins_request",
     "malformed_request",
     "parse_response",
     "too_large",
@@ -49,7 +50,15 @@ _SECRET = re.compile(rb"auth|key|cookie|secret|credential|principal|protocol|-to
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _FIELD = re.compile(rb"(%b):[ \t]*([\t -~\x80-\xff]*)" % _TOKEN)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
-_METHOD = re.compile(rb"[\r\n]{0,2}%b( [^\r\n]*)?\r?" % _TOKEN)
+# The beginnings of lines that have not ended.
+_REQUEST_LINE_BEGUN = re.compile(
+    rb"%b(?: (?:[!-~\x80-\xff]+(?: (?:H|HT|HTT|HTTP|HTTP/|HTTP/[0-9]|HTTP/[0-9]\.|HTTP/[0-9]\.[0-9])?)?)?)?\r?" % _TOKEN
+)
+_FIELD_BEGUN = re.compile(rb"%b(?::[\t -~\x80-\xff]*)?\r?" % _TOKEN)
+# How much of a line that has not ended is matched each time more of it comes, in bytes.
+_BEGINNING = 256
+# Bytes that no head has: control characters, and half a line break.
+_NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?=[^\n])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
 _PATH = re.compile(r"/[!$&-;=@-Z_a-z~%]*")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%(0[0-9A-F]|1[0-9A-F]|2E|2F|5C|7F)", re.IGNORECASE)
@@ -60,6 +69,13 @@ _Line = TypeVar("_Line", bound=tuple[object, ...])
 
 class Malformed(GatewayError):
     """What came is not HTTP/1.1, or might be read in two ways. The message never shows it."""
+
+
+class LineTooLong(Malformed):
+    """A line of a head is longer than `MAX_LINE`."""
+
+    def __init__(self) -> None:
+        super().__init__(f"a line of the head is longer than {MAX_LINE} bytes")
 
 
 class RequestHead(NamedTuple):
@@ -83,7 +99,8 @@ class RequestHead(NamedTuple):
 class ResponseHead(NamedTuple):
     """A response's head, without the fields that `Connection` names.
 
-    `length` is None where the body lasts until the connection closes, unless it is `chunked`.
+    `length` is None where the body lasts until the connection closes, unless it is `chunked`. `coding` is how its
+    content is compressed, b"" where it has none.
     """
 
     status: int
@@ -91,6 +108,7 @@ class ResponseHead(NamedTuple):
     length: int | None
     chunked: bool
     close: bool
+    coding: bytes = b""
 
 
 _fields: dict[bytes, Field] = {}
@@ -107,9 +125,11 @@ def _keep(lines: dict[bytes, _Line], line: bytes, value: _Line) -> None:
 
 def _read_field(line: bytes) -> Field:
     """Return the field of a line that is not kept. Raises Malformed."""
+    if len(line) > MAX_LINE:
+        raise LineTooLong
     found = _FIELD.fullmatch(line)
-    if found is None or len(line) > MAX_LINE:
-        raise Malformed("a line of the head is no header field, or too long")
+    if found is None:
+        raise Malformed("a line of the head is no header field")
     name, value = found.groups()
     field = make_field(name, value.rstrip(b" \t"))
     name, value, _, bits = field
@@ -145,9 +165,50 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is larger than the {limit} bytes this gateway takes", code="body_too_large")
 
 
-def begins_request(data: bytes) -> bool:
-    """Whether what came can be the beginning of a request's head."""
-    return _METHOD.fullmatch(data.lstrip(b"\r\n").partition(b"\n")[0] or b"GET") is not None
+def _field_too_long() -> ApiError:
+    return ApiError(431, f"a line of the request's head is longer than {MAX_LINE} bytes", code="head_too_large")
+
+
+def _too_many_fields() -> ApiError:
+    return ApiError(431, f"the request has more than {MAX_FIELDS} header fields", code="head_too_large")
+
+
+class HeadCheck:
+    """Checks the beginning of a head that comes in several reads: what can never become a head is refused at once.
+
+    Each byte is looked at once, but for the first `_BEGINNING` of a line that has not ended.
+    """
+
+    __slots__ = ("_fields", "_line", "_seen")
+
+    def __init__(self) -> None:
+        self._line = 0  # where the line begins that has not ended
+        self._seen = 0  # bytes that were checked for control characters
+        self._fields = 0
+
+    def check(self, head: bytes) -> None:
+        """Check all that has come of the head so far. Raises ApiError 400, 414 or 431."""
+        if head in (b"\r", b"\r\n"):
+            return  # RFC 9112, 2.2: an empty line before a request is ignored
+        # (The last byte is looked at again, with its successor.)
+        if _NEVER_IN_HEAD.search(head, max(0, self._seen - 1)):
+            raise malformed_request()
+        self._seen = len(head)
+        while (end := head.find(b"\r\n", self._line)) >= 0:
+            line = head[self._line : end]
+            if not self._line:
+                _request_lines.get(line) or _read_request_line(line)
+            else:
+                self._fields += 1
+                if self._fields > MAX_FIELDS:
+                    raise _too_many_fields()
+                _request_fields([line])
+            self._line = end + 2
+        if len(head) - self._line > MAX_LINE + 1:
+            raise _field_too_long() if self._line else _target_too_long()
+        begun = head[self._line : self._line + _BEGINNING]
+        if begun and not (_FIELD_BEGUN if self._line else _REQUEST_LINE_BEGUN).fullmatch(begun) and begun != b"\r":
+            raise malformed_request()
 
 
 class HeadReader:
@@ -206,11 +267,8 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
     line, *lines = head.split(b"\r\n")
     method, path, query, old = _request_lines.get(line) or _read_request_line(line)
     if len(lines) > MAX_FIELDS:
-        raise ApiError(431, f"the request has more than {MAX_FIELDS} header fields", code="head_too_large")
-    try:
-        fields = _read_fields(lines)
-    except Malformed:
-        raise malformed_request() from None
+        raise _too_many_fields()
+    fields = _request_fields(lines)
     host = chunked = close = expects = upgrade = False
     length: int | None = None
     given_id: bytes | None = None
@@ -270,7 +328,23 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
     )
 
 
+def _request_fields(lines: list[bytes]) -> list[Field]:
+    """Return the fields of a request's lines. Raises ApiError."""
+    try:
+        return _read_fields(lines)
+    except LineTooLong:
+        raise _field_too_long() from None
+    except Malformed:
+        raise malformed_request() from None
+
+
+def _target_too_long() -> ApiError:
+    return ApiError(414, f"the request's first line is longer than {MAX_LINE} bytes", code="target_too_long")
+
+
 def _read_request_line(line: bytes) -> tuple[str, str, str, bool]:
+    if len(line) > MAX_LINE:
+        raise _target_too_long()
     found = _REQUEST_LINE.fullmatch(line)
     if found is None:
         raise malformed_request()
@@ -302,7 +376,7 @@ def parse_response(head: bytes) -> ResponseHead:
         raise Malformed("there are too many header fields")
     fields = _read_fields(lines)
     length: int | None = None
-    chunked, close = False, old
+    chunked, close, coding = False, old, b""
     named: list[bytes] = []
     for name, value, _, bits in fields:
         if not bits & FRAMING:
@@ -317,6 +391,8 @@ def parse_response(head: bytes) -> ResponseHead:
             if chunked or old or value.lower() != b"chunked":
                 raise Malformed("the transfer coding is another one than chunked")
             chunked = True
+        elif name == b"content-encoding":
+            coding = coding + b", " + value if coding else value
     if chunked and length is not None:
         raise Malformed("there is a Content-Length beside a transfer coding")
     if named:
@@ -324,7 +400,7 @@ def parse_response(head: bytes) -> ResponseHead:
         fields = [field for field in fields if field[0] not in named]
     if status < 200 or status in (204, 304):
         length, chunked = 0, False
-    return ResponseHead(status, fields, length, chunked, close)
+    return ResponseHead(status, fields, length, chunked, close, coding)
 
 
 def _read_status_line(line: bytes) -> tuple[int, bool]:

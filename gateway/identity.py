@@ -135,6 +135,11 @@ class Issuers:
         }
         self._known: dict[str, _Known] = {}
 
+    @property
+    def fetched(self) -> list[str]:
+        """The names under which their keys are kept."""
+        return [keys.place for _, keys in self._issuers.values()]
+
     def start(self) -> None:
         """Begin to fetch the issuers' keys; nothing waits for them, and none that fails stops the gateway."""
         for _, keys in self._issuers.values():

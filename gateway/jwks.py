@@ -79,9 +79,10 @@ class IssuerKeys:
         self._session = session
         self._clock = clock
         self._kept = {} if kept is None else kept
-        self._place = f"{issuer} {url}"
+        self.place = f"{issuer} {url}"
+        """The name under which they are kept."""
         self._keys: dict[str, SigningKey]
-        self._keys, self._good_until = self._kept.get(self._place, ({}, 0.0))
+        self._keys, self._good_until = self._kept.get(self.place, ({}, 0.0))
         self._forced_until = 0.0
         self._failed = True  # whether the last try did
         self._fetching = Fetching(self._fetch, f"keys of {issuer}")
@@ -163,7 +164,7 @@ class IssuerKeys:
             get_logger().warning("an issuer has no key that tokens can be checked with", issuer=self.issuer)
         self._keys = keys
         self._good_until = self._clock() + GOOD_FOR
-        self._kept[self._place] = keys, self._good_until
+        self._kept[self.place] = keys, self._good_until
 
     async def _discover(self) -> str:
         """Return where the issuer says that its keys are."""

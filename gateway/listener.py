@@ -33,7 +33,7 @@ class Listener:
         """Listen on an address: on all that its name has. Raises StartError where it cannot be had."""
         try:
             if listen.unix is not None:
-                sock = _open_unix(listen.unix)
+                sock = _open_unix(listen.unix, listen.mode)
                 return cls([sock], listen, _identity(listen.unix))
             sockets = _open_tcp(listen.host, listen.port)
         except OSError as exc:
@@ -108,13 +108,16 @@ def _open_tcp(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _open_unix(name: str) -> socket.socket:
+def _open_unix(name: str, mode: int) -> socket.socket:
     _clear_socket(name)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        # Linux makes the file with the socket's own mode, less the umask, so it is never more open than it will be.
+        # Elsewhere nobody can connect before `listen`.
+        with contextlib.suppress(OSError):
+            os.fchmod(sock.fileno(), mode)
         sock.bind(name)
-        # nginx runs as another user; who may reach the socket is the directory's to say.
-        os.chmod(name, 0o666)  # noqa: S103
+        os.chmod(name, mode)
         sock.listen(_BACKLOG)
     except BaseException:
         sock.close()

@@ -19,9 +19,11 @@ from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.headers import Field, Headers
+from gateway.heads import network_of
 from gateway.identity import Identity, Judgement, unavailable
 from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
+from gateway.memory_budget import UNCOUNTED, BudgetSpent
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
@@ -160,6 +162,39 @@ class Request:
         """Why the client's token is not good, in words for the log; None where it is, or where there is none."""
         return self._judgement.reason if self._judgement is not None else None
 
+    @property
+    def holder(self) -> str:
+        """Whose share of the gateway's memory it uses: the team's caller's, else the client's address's.
+
+        A key that is only passed on to Azure was not checked here. Clients could make up any number of such keys, so
+        they have no shares of their own; neither have the addresses of one IPv6 network (a /64), which is one client's.
+        """
+        caller, passed_on = self.caller, self.target.credential
+        if caller is not None and (passed_on is None or passed_on.digest != caller):
+            return f"caller {self.team}/{caller}"
+        return f"address {network_of(self.client)}"
+
+    def hold(self, size: int) -> None:
+        """Count `size` more bytes that a stage keeps for this exchange; call it before they are kept.
+
+        They are given back at the exchange's end. Raises ApiError 503 where the gateway or the caller holds too much,
+        and 413 where it is more than one caller may ever hold.
+        """
+        exchange = self._exchange
+        exchange.request = exchange.request or self
+        exchange.hold(size)
+
+    def let_go(self, size: int) -> None:
+        """Count `size` bytes less: a stage keeps them no longer."""
+        self._exchange.let_go(size)
+
+    @property
+    def taken(self) -> dict[str, Any]:
+        """What stages took in `before_body`, for their `__call__`, by the ids of the stages; of the whole exchange."""
+        if self._exchange.taken is None:
+            self._exchange.taken = {}
+        return self._exchange.taken
+
     async def body(self) -> bytes:
         """Return the body's bytes; they are kept, so that a second call is possible."""
         if self._json_set:
@@ -177,9 +212,12 @@ class Request:
         if self._body.keep() is not None:
             return True
         length = self._body.length
-        if length is None or length > limit or not self._exchange.keep(length):
+        if length is None or length > limit:
             return False
-        await self._body.read()
+        try:
+            await self._body.read()
+        except BudgetSpent:  # before a byte was read: it can still be streamed
+            return False
         return True
 
     async def repeatable(self) -> bool:
@@ -371,7 +409,9 @@ class Response:
     of a stream that come together: seconds that each may be kept for it, None for not at all.
     """
 
-    __slots__ = ("_filters", "_looked_at", "_media_type", "body", "error", "headers", "pace", "status")
+    # (`_exchange` is set by the upstream where the body is still to come, and else is not there.)
+    _exchange: Exchange
+    __slots__ = ("_exchange", "_filters", "_looked_at", "_media_type", "body", "error", "headers", "pace", "status")
 
     def __init__(
         self,
@@ -502,7 +542,8 @@ class Response:
     async def read(self, limit: int = 16 * 1024 * 1024) -> bytes:
         """Read the body whole, through its filters, and keep it as bytes.
 
-        Raises ApiError 502 above `limit` bytes, and whatever breaks the stream.
+        Raises ApiError 502 above `limit` bytes, 503 where the gateway or the caller holds too many, and whatever
+        breaks the stream.
         """
         if isinstance(self.body, bytes) and not self._filters:
             return self.body
@@ -511,14 +552,18 @@ class Response:
         linked = link(self._filters, self.headers.get("content-encoding"))
         if self._filters:
             self.headers.remove("content-encoding")
+        exchange: Exchange | None = getattr(self, "_exchange", None)
         chunks: list[bytes] = []
-        size = 0
+        size = held = 0
         try:
             async for chunk in self.pieces():
                 data = linked.feed(chunk)
                 size += len(data)
                 if size > limit:
                     raise ApiError(502, f"the answer is larger than the {limit} bytes that a stage may keep")
+                if exchange is not None and size > UNCOUNTED:
+                    exchange.hold(size - held)
+                    held = size
                 chunks.append(data)
             chunks.append(linked.close())
         except CutShort as exc:

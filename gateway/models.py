@@ -16,7 +16,7 @@ import msgspec
 
 from gateway.batch import batch_models, map_batch
 from gateway.errors import ApiError
-from gateway.jsonbody import decoded_json, encoded_json, with_field
+from gateway.jsonbody import decoded_json, of_fields, raw_fields, with_field
 from gateway.multipart import FormReader, boundary_of
 from gateway.stream import Event, EventFilter
 from gateway.targets import common_resource
@@ -43,21 +43,24 @@ __all__ = (
 SEVERAL = frozenset({"lines", "evals"})
 
 _MAX_MODEL = 256
+# The JSON of a model's name: escaped, each character takes up to 6 bytes.
+_MAX_RAW_MODEL = 2048
 _NAMES_MODEL = re.compile(r";\s*(model|deployment)\s*=", re.IGNORECASE)
 
 
 class _Peek(msgspec.Struct):
     """The one field of a JSON body that every exchange needs; msgspec skips the rest unread."""
 
-    model: Any = None
+    model: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Session(msgspec.Struct):
-    session: Any = None
+    session: msgspec.Raw = msgspec.Raw(b"null")
 
 
 _peek = msgspec.json.Decoder(_Peek)
 _session = msgspec.json.Decoder(_Session)
+_text = msgspec.json.Decoder(str)
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -92,13 +95,29 @@ def model_in(data: bytes, row: Operation) -> str | None:
         if not row.needs_model:
             return None
         raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
-    nested = row.model == "session.model"
-    peeked = decoded_json(data, _session.decode if nested else _peek.decode)
-    if peeked.__class__ is _Peek:
-        value = peeked.model
-    else:
-        value = _field_of({"session": peeked.session} if isinstance(peeked, _Session) else peeked, nested=nested)
-    return _checked(value, row)
+    if row.model == "session.model":
+        session = decoded_json(data, _session.decode, skips=True)
+        if session.__class__ is not _Session:
+            return _checked(_field_of(session, nested=True), row)
+        nested = bytes(session.session)
+        return _checked(_model_of(nested) if nested.startswith(b"{") else None, row)
+    return _checked(_model_of(data), row)
+
+
+def _model_of(data: bytes) -> object:
+    """Return the value of `model` in a JSON object. Raises ApiError 400 where it is long, or no text."""
+    try:  # nearly always, at the least cost
+        raw = _peek.decode(data).model
+        if len(raw) <= _MAX_RAW_MODEL:
+            return _text.decode(raw)
+    except (msgspec.DecodeError, RecursionError, ValueError):
+        peeked = decoded_json(data, _peek.decode, skips=True)
+        if not isinstance(peeked, _Peek):
+            return _field_of(peeked, nested=False)
+        raw = peeked.model
+    if len(raw) > _MAX_RAW_MODEL:
+        raise ApiError(400, f"`model` must be text of at most {_MAX_MODEL} characters", param="model")
+    return decoded_json(bytes(raw), msgspec.json.decode)
 
 
 def _field_of(fields: Any, *, nested: bool) -> object:
@@ -124,10 +143,11 @@ async def read_form(request: Request, place: str) -> FormReader | None:
         names = _IN_FORM[place]
         reader = FormReader(boundary, dict.fromkeys(names, True), alike=frozenset(names))
 
-        def watch(data: bytes) -> bool:
-            reader.feed(data)
-            if not data:
+        def watch(data: bytes | None) -> bool:
+            if data is None:
                 reader.end()
+            else:
+                reader.feed(data)
             return reader.done or any(field.whole for field in reader.fields.values())
 
         request._exchange.defer(lambda _: request._body.close())
@@ -149,8 +169,7 @@ async def _call_model(request: Request) -> object:
         return field.text
     if (field := form.fields.get("session")) is None:
         return in_query
-    session = decoded_json(bytes(field.value), _peek.decode)
-    model = session.model if isinstance(session, _Peek) else _field_of(session, nested=False)
+    model = _model_of(bytes(field.value))
     return in_query if model is None else model
 
 
@@ -361,8 +380,18 @@ def placed_query(operation: Operation, query: str, target: Target) -> str:
     return query if len(others) == len(parts) else "&".join([*others, f"{name}={quote(deployment, safe='')}"])
 
 
+# The most colons, and so the most fields, of a message that is written anew: each field is an object meanwhile.
+_MOST_FIELDS = 50_000
+_MOST_NAME = 2048
+_raw_values = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MODEL_KEY = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*')
+
+
 class FrameModels(EventFilter):
-    """Puts deployments in the place of models in what a client sends on a WebSocket of the Responses API."""
+    """Puts deployments in the place of models in what a client sends on a WebSocket of the Responses API.
+
+    Only the models are decoded; a message may carry 20 MiB beside them.
+    """
 
     finds = (b'"model"', b"\\u006")  # the key, however it is written
 
@@ -372,21 +401,47 @@ class FrameModels(EventFilter):
 
     def event(self, event: Event) -> Event:
         """Map the models of a message. Raises ApiError, which the client is told."""
-        content = decoded_json(event.raw, msgspec.json.decode)
-        if not isinstance(content, dict):
-            raise ApiError(400, "a message must be a JSON object")
-        if event.raw.count(b'"response"') > 1 or b"\\u006" in event.raw or b"\\u007" in event.raw:
-            event.raw = encoded_json(content)  # of two keys, Azure might take the one that was not looked at
-        if "model" in content:
-            event.raw = with_field(event.raw, "model", self._deployment(content["model"]))
-        inner = content.get("response")
-        if isinstance(inner, dict) and "model" in inner:
-            made = json.dumps({**inner, "model": self._deployment(inner["model"])}).encode()
-            event.raw = with_field(event.raw, "response", made)
+        raw = event.raw
+        event.raw = self._rewritten(raw) if raw.count(b":") <= _MOST_FIELDS else self._replaced(raw)
         return event
 
-    def _deployment(self, model: object) -> str:
-        name = model_name(model).strip()
+    def _rewritten(self, raw: bytes, *, top: bool = True) -> bytes:
+        """Return an object, and `response` in the top one, with each key once: of two, Azure might take the other."""
+        try:
+            fields = _raw_values.decode(raw)
+        except (msgspec.DecodeError, RecursionError, ValueError):
+            fields = {name: msgspec.Raw(value) for name, value in raw_fields(raw).items()}
+        if "model" in fields:
+            fields["model"] = msgspec.Raw(self._deployment(bytes(fields["model"])))
+        if top and "response" in fields:
+            inner = bytes(fields["response"])
+            if inner.startswith(b"{"):
+                fields["response"] = msgspec.Raw(self._rewritten(inner, top=False))
+        try:
+            return msgspec.json.encode(fields)
+        except UnicodeEncodeError:  # half of a surrogate pair in a name
+            return of_fields({name: bytes(value) for name, value in fields.items()})
+
+    def _replaced(self, raw: bytes) -> bytes:
+        """Return the message with another value in the place of its only model."""
+        fields = raw_fields(raw, ("model", "response"))
+        inner = fields.get("response", b"")
+        within = raw_fields(inner, ("model",)) if inner.startswith(b"{") else {}
+        key = _MODEL_KEY.search(raw)
+        several = raw.count(b'"model"') > 1 or raw.count(b'"response"') > 1
+        if several or b"\\u006" in raw or b"\\u007" in raw:
+            raise ApiError(
+                400, f"a message of more than {_MOST_FIELDS} fields must have the keys model and response once"
+            )
+        value = fields.get("model") or within.get("model")
+        if key is None or value is None:
+            return raw
+        return raw[: key.end()] + self._deployment(value) + raw[key.end() + len(value) :]
+
+    def _deployment(self, model: bytes) -> bytes:
+        if len(model) > _MOST_NAME:
+            raise ApiError(400, "the model's name is too long", param="model")
+        name = model_name(decoded_json(model, msgspec.json.decode)).strip()
         found = self._find(name)
         asked = self._request.sent_to
         there = found.within(asked.resource) if asked is not None and asked.resource is not None else None
@@ -398,4 +453,4 @@ class FrameModels(EventFilter):
                 code="resource_mismatch",
             )
         self._request.notes.setdefault("model", name)
-        return there.deployment or ""
+        return msgspec.json.encode(there.deployment or "")

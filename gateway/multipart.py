@@ -20,7 +20,10 @@ __all__ = ("Field", "FormReader", "boundary_of")
 # What one field of interest may hold, and the head of any part, in bytes.
 _MAX_VALUE = 64 * 1024
 _MAX_HEAD = 16 * 1024
-_MAX_PARTS = 10_000
+# Parts of a form, and lines of a part's head. No operation has a hundred of one or five of the other; reading so many
+# takes 10 ms, which no other request may wait for more than once.
+_MAX_PARTS = 1_000
+_MAX_LINES = 16
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # A parameter's value in quotes: a quote is never escaped in it, since readers differ in what a backslash means there.
 _PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_WORD})=(?:({_WORD})[ \t]*(?=;|$)|"([^"\r\n]*)")')
@@ -188,6 +191,8 @@ class FormReader:
         first, *lines = data[start:end].split(b"\r\n")
         if first.strip(b" \t"):
             raise _malformed("its parts are not divided by its boundary")
+        if len(lines) > _MAX_LINES:
+            raise _malformed(f"a part's head has more than {_MAX_LINES} lines")
         self._parts += 1
         if self._parts > _MAX_PARTS:
             raise _malformed(f"it has more than {_MAX_PARTS} parts")

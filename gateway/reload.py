@@ -27,6 +27,8 @@ from gateway.watch import until_changed
 __all__ = ("Prepared", "Reloads", "State", "unharmed")
 
 STOPPING = "the gateway is stopping"
+# How long, in seconds, nothing is tried after a failure that nothing accounts for.
+_PAUSE = 1.0
 
 
 class State(msgspec.Struct, frozen=True):
@@ -76,8 +78,12 @@ class Reloads:
         listening = asyncio.create_task(unharmed(control.listen(self._config, self.ask)))
         try:
             while True:
-                if await self._wait():
-                    await self._once()
+                try:
+                    if await self._wait():
+                        await self._once()
+                except Exception as exc:  # of a thread that could not be had, for instance: the next one may do better
+                    get_logger().error("reloading failed by a bug; it goes on", **failure(exc))
+                    await asyncio.sleep(_PAUSE)
         finally:
             listening.cancel()
             for each in self._waiting:
@@ -109,6 +115,10 @@ class Reloads:
             prepared = await self._reload()
             report, self.state = prepared.report, prepared.state
             _tell(report)
+        except Exception as exc:
+            report = Report(mistakes=[f"{type(exc).__name__}; the log has more"])
+            self._notify.ready()
+            raise
         finally:
             for each in waiting:
                 if not each.done():

@@ -72,6 +72,8 @@ class Renewal:
             get_logger().error("reloading failed by a bug", **facts)
             mistakes = [f"{type(exc).__name__}; the log has more"]
         await self.abort()
+        if not sources.files:  # it failed before it read one: watching nothing would be the end of the watch
+            sources = self._loaded.sources.unread()
         return Prepared(Report(mistakes=mistakes), State(sources, self._loaded.watch, self._loaded.log))
 
     async def _prepare(self, sources: Sources) -> Prepared:
@@ -83,7 +85,7 @@ class Renewal:
         changes = await _aside(lambda: diff(old, new))
         notes = []
         if new.settings.listen not in (old.settings.listen, self._listen):
-            notes.append(f"listen: the gateway listens on {self._server.address} until it is restarted")
+            notes.append(f"listen: the gateway listens on {self._server.address}, as before, until it is restarted")
         if new.settings.admin != old.settings.admin:
             notes.append("admin: where the operator may look stays as it is until the gateway is restarted")
         _use(new.log, old.log)  # before the stages start: they keep their loggers

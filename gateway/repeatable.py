@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gateway.errors import ApiError
+from gateway.jsonbody import decoded_json
 
 if TYPE_CHECKING:
     from gateway.messages import Request
@@ -54,8 +55,8 @@ async def is_repeatable(request: Request) -> bool:
 def _tools_do_nothing(given: bytes) -> bool:
     """Whether Azure runs none of a response's tools itself: those of others' servers do what they like."""
     try:
-        listed = msgspec.json.decode(given)
-    except (msgspec.DecodeError, RecursionError):
+        listed = decoded_json(given, msgspec.json.decode)
+    except ApiError:
         return False
     if listed is None:
         return True

@@ -22,7 +22,10 @@ from aiohttp.web_server import Server as AiohttpServer
 from gateway.admin import Admin
 from gateway.answer import ClientGone, closing_answer, write_answer
 from gateway.azure import find_operation
-from gateway.connection import Arrived, Connection, Handler
+from gateway.connection import PROBES, Arrived, Connection, Handler
+from gateway.connection_count import ConnectionCount
+from gateway.descriptors import clients_allowed
+from gateway.descriptors import limit as descriptors_allowed
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.headers import Headers
@@ -31,6 +34,7 @@ from gateway.heads import request_id as request_id_of
 from gateway.identity import Judgement
 from gateway.listener import Listener
 from gateway.logs import get_logger
+from gateway.memory_budget import BUDGETS
 from gateway.messages import Request, Response
 from gateway.outbox import Outbox
 from gateway.probing import Prober
@@ -40,6 +44,7 @@ from gateway.teams import Team, Teams
 from gateway.upstream import Upstream
 from gateway.urls import Place, place_of
 from gateway.usage import Meter
+from gateway.watchdog import Watchdog
 
 __all__ = ("Generation", "Server", "serve")
 
@@ -56,12 +61,35 @@ _DRAIN_CHECK = 0.02
 class _Connections(AiohttpServer):
     """aiohttp's low-level server, with our connections."""
 
-    def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts) -> None:
+    def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts, count: ConnectionCount) -> None:
         super().__init__(cast(Any, handle))
         self._ours = handle, self._loop, limits, timeouts, Outbox(self._loop)
+        self._count = count
+        self._open = 0
+        self._enough_for = clients_allowed(descriptors_allowed())
 
     def __call__(self) -> RequestHandler:
         return cast("RequestHandler", Connection(self, *self._ours))
+
+    def above(self, most: int) -> int:
+        """Return how many connections are too many, the newest included: 0 or less for none.
+
+        All workers together may have `most`, and this one as many as its descriptors are enough for.
+        """
+        return max(self._count.set(self._open) - most, self._open - self._enough_for)
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Take a connection; it is closed at once where even a refusal could take the last descriptor."""
+        super().connection_made(handler, transport)
+        self._open += 1
+        if self._open > 2 * self._enough_for:
+            transport.abort()
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Forget a connection."""
+        super().connection_lost(handler, exc)
+        self._open -= 1
+        self._count.set(self._open)
 
     def use(self, limits: Limits, timeouts: Timeouts) -> None:
         """Have other limits and timeouts from now on, in the connections that are there, too: some live for days."""
@@ -84,9 +112,17 @@ class Generation:
 class Server:
     """One gateway: teams, the connections to Azure, and the listening socket."""
 
-    def __init__(self, teams: Teams, settings: Settings | None = None, upstream: Upstream | None = None) -> None:
+    def __init__(
+        self,
+        teams: Teams,
+        settings: Settings | None = None,
+        upstream: Upstream | None = None,
+        count: ConnectionCount | None = None,
+    ) -> None:
+        """`count` is that of all workers' connections, where there are several."""
         self._generation = Generation(teams, settings or Settings())
         self._old: set[Generation] = set()  # followed by another, and not stopped yet
+        self._prepared: set[Generation] = set()  # not swapped or discarded yet
         self._collecting: asyncio.TimerHandle | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self.shared = teams.shared
@@ -94,10 +130,12 @@ class Server:
         self.upstream = upstream or Upstream(self.settings.timeouts)
         self.draining = False
         self.ready = False
+        self._count = count or ConnectionCount()
         self._http: _Connections | None = None
         self._servers: list[asyncio.Server] = []
         self._listener: Listener | None = None
         self._running: set[asyncio.Task[Any]] = set()
+        self.watchdog = Watchdog(self._running)
         self._stopped = False
         self.counts: Counter[str] = Counter()
         """What stages counted since the start, such as repairs; told when the server stops."""
@@ -133,7 +171,8 @@ class Server:
             await self.upstream.close()
             raise
         self.shared.health.use(self.settings.health, self.teams.deployments)
-        self._http = _Connections(self._handle, limits, timeouts)
+        BUDGETS.use(limits.memory, limits.form)
+        self._http = _Connections(self._handle, limits, timeouts, self._count)
         try:
             await self._listen_to_operator()
             await self._listen(listener)
@@ -230,12 +269,20 @@ class Server:
 
         Raises StartError where one cannot start: those that did are stopped then.
         """
-        await teams.start(self.upstream)
-        return Generation(teams, settings)
+        generation = Generation(teams, settings)
+        self._prepared.add(generation)
+        try:
+            await teams.start(self.upstream)
+        except BaseException:
+            self._prepared.discard(generation)
+            raise
+        return generation
 
     async def discard(self, generation: Generation) -> None:
         """Stop what was prepared and is not wanted."""
+        self._prepared.discard(generation)
         await generation.teams.stop()
+        self._let_go()
 
     def swap(self, generation: Generation) -> None:
         """Give new exchanges to another generation; those that run end in theirs, whose stages then stop.
@@ -244,11 +291,13 @@ class Server:
         """
         if self._stopped or self._http is None:
             return
+        self._prepared.discard(generation)
         old, self._generation = self._generation, generation
         settings = generation.settings
         self._http.use(settings.limits, settings.timeouts)
         self.upstream.use(settings.timeouts)
         self.shared.health.use(settings.health, generation.teams.deployments)
+        BUDGETS.use(settings.limits.memory, settings.limits.form)
         self._prober.follow()
         self._old.add(old)
         if not old.running:
@@ -265,14 +314,26 @@ class Server:
 
     async def _stop_old(self, old: Generation) -> None:
         await old.teams.stop()
+        self._let_go()
         # With our thresholds the collector would leave cycles of the old set, such as a stage with a table of its own
         # methods, for hours. What was there at the start is frozen, so there is little to look through.
         if self._collecting is None:
             self._collecting = asyncio.get_running_loop().call_later(_COLLECT_AFTER, self._collect)
 
+    def _let_go(self) -> None:
+        """Forget what only configurations have named that are gone."""
+        if self._stopped:
+            return
+        named = [each.teams for each in (self._generation, *self._old, *self._prepared)]
+        self.upstream.keep(resource for teams in named for resource in teams.resources)
+        self.shared.keep(set().union(*(each.spaces for each in named)), set().union(*(each.fetched for each in named)))
+
     def _collect(self) -> None:
         self._collecting = None
         gc.collect()
+        task = asyncio.get_running_loop().create_task(self.shared.close_unused())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     # -- one request -----------------------------------------------------------------------------------
 
@@ -281,6 +342,8 @@ class Server:
         task = arrived.connection.task
         assert task is not None, "a request is handled outside its task"  # noqa: S101 -- a bug of ours
         self._running.add(task)
+        if self.watchdog.asleep:
+            self.watchdog.wake()
         exchange = Exchange()
         generation = self._generation
         generation.running += 1
@@ -319,7 +382,7 @@ class Server:
         head, headers, connection = arrived.head, arrived.headers, arrived.connection
         request_id = request_id_of(head.given_id)
         try:
-            if head.path in ("/healthz", "/readyz"):
+            if head.path in PROBES:
                 response = self._probe(head.method, head.path)
             else:
                 issuers = generation.teams.issuers
@@ -341,6 +404,9 @@ class Server:
                     address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
                     judgement=judgement,
                 )
+                if arrived.body.arriving:
+                    arrived.body.account = exchange
+                    exchange.request, exchange.before_body = request, team.before_body
                 if team.metered:
                     exchange.meter = Meter()
                 exchange.run_in(task)
@@ -371,7 +437,9 @@ class Server:
             return Response.json({"status": "alive"})
         if self.ready:
             return Response.json({"status": "ready"})
-        return Response.json({"status": "draining"}, 503)
+        draining = Response.json({"status": "draining"}, 503)
+        draining.headers.set("retry-after", "1")
+        return draining
 
     def _team(self, teams: Teams, path: str, headers: Headers, judgement: Judgement | None) -> tuple[Team, Place]:
         """Return the team of a path, and what the path says."""
@@ -416,6 +484,19 @@ def _obey_signals(stop: asyncio.Event, now: asyncio.Event) -> None:
     loop.add_signal_handler(signal.SIGUSR2, restart)
 
 
+def _warn_of_descriptors(connections: int) -> None:
+    """Say where a process may have too few descriptors for `limits.connections`."""
+    enough_for = clients_allowed(descriptors_allowed())
+    if enough_for < connections:
+        get_logger().warning(
+            "there are too few file descriptors for limits.connections",
+            connections=connections,
+            descriptors=descriptors_allowed(),
+            enough_for=enough_for,
+            advice="raise the limit (ulimit -n, LimitNOFILE=), or lower limits.connections",
+        )
+
+
 async def serve(
     server: Server,
     ready: Callable[[], None] | None = None,
@@ -445,9 +526,11 @@ async def serve(
             await asyncio.wait((starting,), timeout=5)
             return
         await starting
+        server.watchdog.start()
         _spare_the_collector()
         admin = {"admin": str(server.admin.address)} if server.admin is not None else {}
         log.info("listening", address=str(server.address), teams=len(server.teams.all), **admin)
+        _warn_of_descriptors(server.settings.limits.connections)
         if ready is not None:
             ready()
         if beside is not None:
@@ -462,4 +545,5 @@ async def serve(
             helper.cancel()
             await asyncio.wait((helper,), timeout=5)
         await server.stop(now=now)
+        server.watchdog.stop()
     log.info("stopped")

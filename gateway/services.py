@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import aiohttp
 
@@ -15,6 +16,7 @@ from gateway.counters import Counters, MemoryCounters, Turns
 from gateway.health import Health
 from gateway.logs import get_logger
 from gateway.prices import Prices
+from gateway.resolver import Resolver
 from gateway.tokens import load_encodings
 
 if TYPE_CHECKING:
@@ -35,15 +37,21 @@ class Shared:
         """Where limits are counted that no store is named for."""
         self.health = Health()
         """How the deployments of pools are."""
-        self._elsewhere: dict[Hashable, Turns] = {}
+        self._elsewhere: WeakValueDictionary[Hashable, Turns] = WeakValueDictionary()
+        self._open: dict[
+            int, tuple[Counters, ReferenceType[Turns]]
+        ] = {}  # those of `_elsewhere`, until they are closed
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
 
     def session(self) -> aiohttp.ClientSession:
         """Return the session, made when first asked for. Redirects and cookies are off by its users' care."""
         if self._session is None or self._session.closed:
+            resolver = Resolver.of(asyncio.get_running_loop())
             self._session = aiohttp.ClientSession(
-                timeout=aiohttp.ClientTimeout(total=30), cookie_jar=aiohttp.DummyCookieJar()
+                connector=aiohttp.TCPConnector(use_dns_cache=False, resolver=resolver),
+                timeout=aiohttp.ClientTimeout(total=30),
+                cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
 
@@ -52,14 +60,36 @@ class Shared:
         return self._spaces.setdefault((team, stage), {})
 
     def counters_at(self, place: Hashable, make: Callable[[], Counters]) -> Turns:
-        """Return the counters of a store, made when it is first named; they outlive the configuration that names it."""
-        if place not in self._elsewhere:
-            self._elsewhere[place] = Turns(make())
-        return self._elsewhere[place]
+        """Return the counters of a store; they are the same as long as one configuration after the other names it."""
+        found = self._elsewhere.get(place)
+        if found is None:
+            counters = make()
+            found = self._elsewhere[place] = Turns(counters)
+            self._open[id(counters)] = counters, ref(found)
+        return found
+
+    def keep(self, spaces: Collection[tuple[str, str]], fetched: Collection[str]) -> None:
+        """Forget the state of all stages but these, and all tokens and keys but those of these names."""
+        for space, state in list(self._spaces.items()):
+            if space[0]:
+                if space not in spaces:
+                    del self._spaces[space]
+                continue
+            for name in [each for each in state if each not in fetched]:
+                del state[name]
+
+    async def close_unused(self) -> None:
+        """Close the counters of stores that no configuration names any more."""
+        for key, (counters, turns) in list(self._open.items()):
+            if turns() is None:
+                del self._open[key]
+                await counters.close()
 
     async def close(self) -> None:
         """Close the session, and the counters."""
-        await asyncio.gather(*(counters.close() for counters in (*self._elsewhere.values(), self.counters)))
+        elsewhere = [turns() or counters for counters, turns in self._open.values()]
+        self._open.clear()
+        await asyncio.gather(*(each.close() for each in (*elsewhere, self.counters)))
         if self._session is not None:
             await self._session.close()
             self._session = None

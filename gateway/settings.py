@@ -9,6 +9,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from gateway.body import MOST_LOOKED_AT
+from gateway.memory_budget import DEFAULT_MEMORY
 
 __all__ = ("HealthSettings", "Limits", "Listen", "Network", "Settings", "Timeouts")
 
@@ -70,21 +71,41 @@ class Limits:
     form: Annotated[
         int, Meta(gt=0, description="the most bytes of a form that are kept on disk until its `model` has come")
     ] = MOST_LOOKED_AT
+    body_rate: Annotated[
+        int,
+        Meta(
+            gt=0,
+            description="the least bytes a second of a body, on average, after its first `timeouts.client` seconds",
+        ),
+    ] = 500
     connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000
+    memory: Annotated[
+        int,
+        Meta(
+            ge=1024 * 1024,
+            description="the most bytes that all requests together may hold in memory; one caller's share is a quarter",
+        ),
+    ] = DEFAULT_MEMORY
 
 
 @dataclass(frozen=True)
 class Listen:
-    """Where to listen: a TCP host and port, or a unix socket."""
+    """Where to listen: a TCP host and port, or a unix socket and its file's permissions."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     unix: str | None = None
+    mode: int = 0o660
 
     def __str__(self) -> str:
         if self.unix is not None:
             return f"unix:{self.unix}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def described(self) -> str:
+        """The address, with the permissions of a unix socket."""
+        return f"{self}, mode {self.mode:04o}" if self.unix is not None else str(self)
 
     @classmethod
     def parse(cls, text: str) -> Listen:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, ClassVar
+from typing import IO, Protocol
 
-__all__ = ("DISK", "Spool")
+__all__ = ("DISK", "Account", "Spool")
 
 # What is kept in memory, and read back at once, in bytes.
 _IN_MEMORY = 1024 * 1024
@@ -17,14 +18,28 @@ PIECE = 256 * 1024
 DISK = ThreadPoolExecutor(4, "spool")
 
 
+class Account(Protocol):
+    """Who answers for the bytes that are kept: the exchange. `hold` and `hold_on_disk` raise ApiError."""
+
+    def hold(self, size: int) -> None:
+        """Count bytes in memory, before they are kept."""
+
+    def let_go(self, size: int) -> None:
+        """Count bytes in memory less."""
+
+    def hold_on_disk(self, size: int) -> None:
+        """Count bytes on disk, before they are written."""
+
+    def let_go_of_disk(self, size: int) -> None:
+        """Count bytes on disk less."""
+
+
 class Spool:
     """Keeps what is written to it, and gives any of it back. `close` lets go of the file."""
 
-    total: ClassVar[int] = 0
-    """The bytes on disk, of all together."""
-
-    def __init__(self, in_memory: int = _IN_MEMORY) -> None:
+    def __init__(self, in_memory: int = _IN_MEMORY, account: Account | None = None) -> None:
         self.size = 0
+        self._account = account
         self._in_memory = in_memory
         self._data = bytearray()
         self._file: IO[bytes] | None = None
@@ -34,13 +49,18 @@ class Spool:
         """Held by the thread that works with the file."""
 
     async def write(self, data: bytes) -> None:
-        """Keep more. Raises OSError where the disk does not take it."""
+        """Keep more. Raises OSError where the disk does not take it, and ApiError where there is no room for it."""
+        if self._account is not None:
+            self._account.hold(len(data))
         self.size += len(data)
         self._data += data
-        if len(self._data) > (PIECE if self._file is not None else self._in_memory):
+        if (size := len(self._data)) > (PIECE if self._file is not None else self._in_memory):
+            if self._account is not None:
+                self._account.hold_on_disk(size)
+            self._on_disk += size
             await asyncio.get_running_loop().run_in_executor(DISK, self._to_file)
-            Spool.total += self.size - self._on_disk
-            self._on_disk = self.size
+            if self._account is not None:
+                self._account.let_go(size)
 
     def _to_file(self) -> None:
         with self.lock:
@@ -57,21 +77,29 @@ class Spool:
         self._data = bytearray()
 
     async def read(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` to `end`, or as many of them as are read at once."""
-        end = min(end, start + PIECE)
+        """Return the bytes from `start` to `end`, or as many of them as are read at once; never none, if there are any.
+
+        Raises OSError if it was closed.
+        """
+        end = min(end, start + PIECE, self.size)
         if self._file is None:
+            if self._closed:
+                raise _closed()
             return bytes(self._data[start:end])
         return await asyncio.get_running_loop().run_in_executor(DISK, self._from_file, start, end)
 
     def _from_file(self, start: int, end: int) -> bytes:
         with self.lock:
             if self._closed:
-                return b""  # nobody waits for it
+                raise _closed()
             if self._data or self._file is None:
                 self._write_out()
             assert self._file is not None  # noqa: S101 -- just made
             self._file.seek(start)
-            return self._file.read(end - start)
+            found = self._file.read(end - start)
+            if not found and start < end:
+                raise OSError(errno.EIO, "a temporary file is shorter than what was written to it")
+            return found
 
     def file(self) -> IO[bytes]:
         """Return a file with all that was written, at its beginning; for a thread that holds the lock.
@@ -79,7 +107,7 @@ class Spool:
         Raises OSError where it was closed.
         """
         if self._closed:
-            raise OSError("closed: nobody waits for it any more")
+            raise _closed()
         self._write_out()
         assert self._file is not None  # noqa: S101 -- just made
         self._file.seek(0)
@@ -87,8 +115,9 @@ class Spool:
 
     def close(self) -> None:
         """Let go of what is kept; the file goes when no thread works with it any more."""
-        Spool.total -= self._on_disk
-        self._on_disk = 0
+        if self._account is not None and not self._closed:
+            self._account.let_go(self.size - self._on_disk)
+            self._account.let_go_of_disk(self._on_disk)
         self._closed = True
         if self._file is None and not self.lock.locked():
             self._data = bytearray()
@@ -101,3 +130,7 @@ class Spool:
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+def _closed() -> OSError:
+    return OSError(errno.EBADF, "the exchange that kept these bytes is over")

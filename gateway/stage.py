@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
+from gateway.descriptors import none_left, overloaded
 from gateway.errors import ApiError, UpstreamTimeout
 from gateway.exchange import failure
 from gateway.keys import secrets
@@ -20,9 +21,10 @@ from gateway.messages import Request, Response
 from gateway.services import Services
 from gateway.targets import Target
 
-__all__ = ("Next", "Stage", "compile_pipeline")
+__all__ = ("BeforeBody", "Next", "Stage", "compile_pipeline")
 
 Next: TypeAlias = Callable[[Request], Awaitable[Response]]
+BeforeBody: TypeAlias = Callable[[Request], Awaitable[None]]
 
 # A mistake that a stage finds in its own settings: the path to the setting, and what is wrong with it.
 Finding: TypeAlias = tuple[Sequence[str | int], str]
@@ -75,6 +77,15 @@ class Stage:
 
     async def stop(self) -> None:
         """Let go of what `start` took; called in reverse order, also when `start` failed half-way."""
+
+    async def before_body(self, request: Request) -> None:
+        """Take what this request needs, before the first byte of a body that has not arrived is read by any stage.
+
+        Called once at most, of all stages in order, also of those that the request has not come to yet, and not at all
+        for a body that arrives with its head. Raise `ApiError` to refuse: its client is answered, and the body is never
+        read. What is taken here is given back in `request.defer`, and noted in `request.taken`, so that `__call__` does
+        not take it again. The caller is known if the stage that reads the body is below the one that authenticates.
+        """
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         """Handle one request. `await call_next(request)` is the rest of the pipeline."""
@@ -133,6 +144,8 @@ def _broken(name: str, exc: Exception, request: Request) -> Response:
         request_id=request.id,
         **masked(failure(exc), hidden),
     )
+    if none_left(exc):
+        return Response.from_error(overloaded())
     answer = ApiError(500, f"the gateway failed on this request; its operator finds it as {request.id}")
     response = Response.from_error(answer)
     response.error = exc.with_traceback(None)

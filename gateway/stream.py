@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 
+from gateway.content_coding import BadCoding, Inflater, is_identity
 from gateway.errors import ApiError, StreamBroken
 from gateway.jsonbody import decoded_json, encoded_json
 
@@ -315,29 +315,29 @@ class _Events(Filter):
 
 
 class _Decoded(Filter):
-    """Undoes gzip or deflate, so that filters see the text."""
+    """Undoes the compression of a stage's own response, so that filters see the text; Azure's comes plain."""
 
-    def __init__(self) -> None:
-        self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-        self._begun = False
+    def __init__(self, coding: str) -> None:
+        try:
+            self._inflater = Inflater(coding.encode("latin-1"))
+        except BadCoding as exc:
+            raise StreamBroken(str(exc)) from None
 
     def feed(self, data: bytes) -> bytes:
-        out = b""
+        self._inflater.feed(data)
         try:
-            while data:
-                if self._inflate.eof:
-                    # gzip may have several members (RFC 1952, 2.2).
-                    self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-                self._begun = True
-                out += self._inflate.decompress(data)
-                data = self._inflate.unused_data
-        except zlib.error as exc:
-            raise StreamBroken("the answer's content-encoding is broken") from exc
+            out = self._inflater.read(MAX_EVENT)
+        except BadCoding as exc:
+            raise StreamBroken(str(exc)) from None
+        if self._inflater.pending:
+            raise StreamBroken(f"some bytes of the answer inflate to more than {MAX_EVENT}")
         return out
 
     def close(self) -> bytes:
-        if self._begun and not self._inflate.eof:
-            raise StreamBroken("the answer's content-encoding ends too early")
+        try:
+            self._inflater.check_end()
+        except BadCoding as exc:
+            raise StreamBroken(str(exc)) from None
         return b""
 
 
@@ -398,11 +398,8 @@ def link(filters: Sequence[Filter | EventFilter], content_encoding: str | None =
     Raises StreamBroken where filters are to read an encoding that nobody here can undo.
     """
     linked: list[Filter] = []
-    encoding = (content_encoding or "identity").strip().lower()
-    if filters and encoding in ("gzip", "x-gzip", "deflate"):
-        linked.append(_Decoded())
-    elif filters and encoding != "identity":
-        raise StreamBroken(f"the answer's content-encoding is {encoding!r}, which no filter can read")
+    if filters and content_encoding and not is_identity(content_encoding.encode("latin-1")):
+        linked.append(_Decoded(content_encoding))
     together: list[EventFilter] = []
     for each in filters:
         if isinstance(each, EventFilter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,8 +14,8 @@ from gateway.identity import Claims, Issuers, Judgement, unavailable
 from gateway.keys import ListedKey, presented_key
 from gateway.logs import get_logger, masked
 from gateway.services import Services, Shared
-from gateway.stage import Next, Stage, compile_pipeline
-from gateway.targets import Pool, Target
+from gateway.stage import BeforeBody, Next, Stage, compile_pipeline
+from gateway.targets import Pool, Resource, Target
 
 __all__ = ("Background", "Match", "Team", "Teams")
 
@@ -48,6 +48,8 @@ class Team:
     pipeline: Next | None = None
     metered: bool = False
     """Whether one of its stages wants to know what exchanges use."""
+    before_body: tuple[BeforeBody, ...] = ()
+    """What its stages do before a body that has not arrived is read."""
 
     async def start(self, end: Next) -> None:
         """Start the stages and compile the pipeline; those already started are stopped if one fails."""
@@ -68,6 +70,9 @@ class Team:
             raise
         active = [(stage.id, stage) for stage in self.stages if not stage.idle]
         self.metered = any(stage.needs_usage for _, stage in active)
+        self.before_body = tuple(
+            stage.before_body for _, stage in active if type(stage).before_body is not Stage.before_body
+        )
         self.pipeline = compile_pipeline(active, end)
 
     async def stop(self) -> None:
@@ -126,6 +131,10 @@ def _described(exc: BaseException, stage: Stage) -> str:
 class Background(Protocol):
     """What a configuration has done beside requests, such as fetching tokens, from its start to its stop."""
 
+    @property
+    def fetched(self) -> Collection[str]:
+        """The names under which it keeps what the next configuration need not fetch again."""
+
     def start(self) -> None:
         """Begin, without waiting for anything."""
 
@@ -144,6 +153,7 @@ class Teams:
         issuers: Issuers | None = None,
         background: Sequence[Background] = (),
         pools: Iterable[Pool] = (),
+        resources: Iterable[Resource] = (),
     ) -> None:
         self.all = (default, *others)
         self.default = default
@@ -151,11 +161,23 @@ class Teams:
         self.issuers = issuers
         self.deployments = [deployment for pool in pools for deployment in pool.deployments]
         """Those of all pools."""
+        self.resources = tuple(resources)
+        """Those that the configuration names."""
         self._background: Sequence[Background] = (*background, *((issuers,) if issuers is not None else ()))
         self._prefixes = {prefix: team for team in others for prefix in team.match.path_prefix}
         self._hosts = {host: team for team in others for host in team.match.host}
         self._keys = {key.digest: (key, team) for team in others for key in team.match.keys}
         self._members = [(team.match.claims, team) for team in others if team.match.claims]
+
+    @property
+    def spaces(self) -> set[tuple[str, str]]:
+        """The places of its stages' state: (team, stage id)."""
+        return {(team.name, stage.id) for team in self.all for stage in team.stages}
+
+    @property
+    def fetched(self) -> set[str]:
+        """The names under which tokens and keys are kept for the configuration that follows."""
+        return {name for each in self._background for name in each.fetched}
 
     async def start(self, end: Next) -> None:
         """Start every team; those already started are stopped if one fails."""

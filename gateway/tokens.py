@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from gateway.errors import ApiError
-from gateway.jsonbody import decoded_json
+from gateway.jsonbody import decoded_json, encoded_json
 
 try:
     import toktok
@@ -121,7 +121,10 @@ def prompt_tokens(body: bytes, model: str | None, most: int = _MOST_COUNTED) -> 
         fields = None
     if not isinstance(fields, dict):
         return _estimated(body), "estimated"
-    texts = [msgspec.json.encode(fields[name]).decode("utf-8", "replace") for name in _SCHEMAS if fields.get(name)]
+    try:
+        texts = [encoded_json(fields[name]).decode("utf-8", "replace") for name in _SCHEMAS if fields.get(name)]
+    except ApiError:  # nested too deeply
+        return _estimated(body), "estimated"
     more = 0
     for name in _PROMPT:
         for part in _parts(fields.get(name)):
@@ -188,15 +191,20 @@ def _length(part: dict[str, Any], name: str) -> int:
     return 0
 
 
+_NULL = msgspec.Raw(b"null")
+# The JSON of a number, in bytes; what is longer is none that counts.
+_MOST_DIGITS = 1024
+
+
 class _Asked(msgspec.Struct):
     """The fields by which a request bounds its answer."""
 
-    max_completion_tokens: Any = None
-    max_tokens: Any = None
-    max_output_tokens: Any = None
-    n: Any = None
-    best_of: Any = None
-    prompt: Any = None
+    max_completion_tokens: msgspec.Raw = _NULL
+    max_tokens: msgspec.Raw = _NULL
+    max_output_tokens: msgspec.Raw = _NULL
+    n: msgspec.Raw = _NULL
+    best_of: msgspec.Raw = _NULL
+    prompt: msgspec.Raw = _NULL
 
 
 _asked = msgspec.json.Decoder(_Asked)
@@ -205,21 +213,39 @@ _asked = msgspec.json.Decoder(_Asked)
 def most_output(body: bytes) -> int | None:
     """Return how many tokens an answer may have at most, all choices together; None where the request does not say."""
     try:
-        asked = decoded_json(body, _asked.decode)
+        asked = decoded_json(body, _asked.decode, skips=True)
     except ApiError:
         return None
     if not isinstance(asked, _Asked):
-        asked = _Asked(**{name: asked.get(name) for name in _Asked.__struct_fields__})
+        asked = _Asked(**{name: msgspec.Raw(encoded_json(asked.get(name))) for name in _Asked.__struct_fields__})
     given = [
         min(int(number), _MOST)
-        for number in (asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens)
-        if type(number) in (int, float) and number >= 1
+        for number in (_number(raw) for raw in (asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens))
+        if number >= 1
     ]
     if not given:
         return None
-    choices = max(
-        [int(each) for each in (asked.n, asked.best_of, 1) if type(each) in (int, float) and 1 <= each <= _MOST_CHOICES]
-    )
-    # Each of several prompts has answers of its own; a list of numbers is one prompt.
-    prompts = asked.prompt if isinstance(asked.prompt, list) and asked.prompt else [""]
-    return max(given) * choices * (1 if type(prompts[0]) is int else len(prompts))
+    choices = max([int(each) for each in (_number(asked.n), _number(asked.best_of), 1) if 1 <= each <= _MOST_CHOICES])
+    return max(given) * choices * _prompts(bytes(asked.prompt))
+
+
+def _number(raw: msgspec.Raw) -> float:
+    """Return a number; 0 where it is none."""
+    if raw is _NULL or len(raw) > _MOST_DIGITS:
+        return 0
+    try:
+        value = decoded_json(bytes(raw), msgspec.json.decode)
+    except ApiError:
+        return 0
+    return value if type(value) in (int, float) else 0
+
+
+def _prompts(raw: bytes) -> int:
+    """Return how many prompts a completion has, each with answers of its own; a list of numbers is one prompt."""
+    if not raw.startswith(b"["):
+        return 1
+    try:
+        prompts = decoded_json(raw, msgspec.json.decode)
+    except ApiError:  # too many to decode, and so at most as many as this
+        return raw.count(b",") + 1
+    return 1 if not prompts or type(prompts[0]) is int else len(prompts)

@@ -10,16 +10,13 @@ import socket
 from base64 import b64encode
 from typing import Any
 
-import aiohappyeyeballs
-
 from gateway.errors import UpstreamError
 from gateway.http1 import HEAD_END, MAX_HEAD, Malformed, parse_response
 from gateway.proxy import Proxy
+from gateway.resolver import LookUpFailed, connected_socket
 
 __all__ = ("open_tunnel",)
 
-# As aiohttp's connector does it without a proxy (RFC 8305, 8): the next address is tried after so many seconds.
-_NEXT_ADDRESS = 0.25
 # The time limit is the caller's; python-socks insists on one of its own, in seconds.
 _NEVER = 86_400.0
 
@@ -27,7 +24,7 @@ _NEVER = 86_400.0
 async def open_tunnel(proxy: Proxy, host: str, port: int, resource: str) -> socket.socket:
     """Return a socket whose other end is `host` and `port`, behind the proxy; `resource` is for messages.
 
-    Raises UpstreamError. There is no time limit of its own.
+    Raises UpstreamError, and LookUpFailed if the proxy's own name has no address. There is no time limit of its own.
     """
     of = f"the proxy of the Azure resource {resource!r}"
     sock = await _connect(proxy, of)
@@ -46,17 +43,12 @@ async def open_tunnel(proxy: Proxy, host: str, port: int, resource: str) -> sock
 
 
 async def _connect(proxy: Proxy, of: str) -> socket.socket:
-    loop = asyncio.get_running_loop()
     try:
-        addresses = await loop.getaddrinfo(proxy.host, proxy.port, type=socket.SOCK_STREAM)
+        return await connected_socket(proxy.host, proxy.port)
+    except LookUpFailed:
+        raise
     except OSError:
-        raise UpstreamError(f"the host name of {of} was not found") from None
-    try:
-        sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS, interleave=1)
-    except (OSError, RuntimeError):  # uvloop raises RuntimeError, too
         raise UpstreamError(f"could not connect to {of}") from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
 
 
 async def _http_connect(sock: socket.socket, proxy: Proxy, host: str, port: int, of: str) -> None:

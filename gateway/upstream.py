@@ -13,6 +13,7 @@ import math
 import os
 import ssl
 import time
+from collections.abc import Iterable
 from functools import lru_cache
 
 from gateway.azure import BY_NAME, unknown_operation
@@ -56,6 +57,10 @@ class Upstream:
     def use(self, timeouts: Timeouts) -> None:
         """Have other timeouts from the next request on; the connections stay."""
         self._timeouts = timeouts
+
+    def keep(self, resources: Iterable[Resource]) -> None:
+        """Forget the connections to every resource but these."""
+        self._connector.keep(resources)
 
     async def start(self) -> None:
         """Get ready to connect, on the running loop."""
@@ -120,6 +125,9 @@ class Upstream:
         )
         answer = await self._ask(request, resource, destination, head, body, watch)
         response = _response(answer)
+        if answer.whole is None:
+            response._exchange = exchange
+            exchange.request = exchange.request or request
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response
@@ -172,6 +180,7 @@ class Upstream:
             return _response(answer)
         socket = WebSocket(answer.switched())
         exchange.own(socket)
+        exchange.request = exchange.request or request
         socket.protocol = taken(answer.fields, key)
         if exchange.meter is not None and request.operation in METERED:
             socket.watch = exchange.meter.watch(request.operation, None, request._model).feed
@@ -264,7 +273,11 @@ def _response(answer: Answer) -> Response:
 
 
 def _down(answer: Answer) -> Headers:
-    return Headers.of([each for each in answer.fields if each[3] & DOWN])
+    headers = Headers.of([each for each in answer.fields if each[3] & DOWN])
+    if answer.inflated:
+        headers.remove("content-encoding")
+        headers.remove("content-length")
+    return headers
 
 
 def _complete(target: Target) -> tuple[Resource, Credential | None]:

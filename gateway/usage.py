@@ -64,6 +64,9 @@ _MOST_USAGE = 4096
 _KEPT = 4 * 1024
 _KEPT_WHOLE = 64 * 1024
 _KEPT_LINE = 1024 * 1024
+# How much text is kept before its tokens are counted. A token that lies across the end of such a piece is counted as
+# two or a few: some in 8,000. (Some texts take half a second for a megabyte, and so 16 ms for a piece.)
+_KEPT_TEXT = 32 * 1024
 # What a response in the background is taken for that bounds its answer by nothing.
 _BACKGROUND = 4096
 # How much tells a stream from another answer, and what a stream begins with.
@@ -172,7 +175,7 @@ _NO_TEXT = StringIO()
 class Watch:
     """Sees one answer's bytes pass, and finds the usage in them. Of several in one answer the last one counts.
 
-    Of a stream the text is kept, so that its tokens can be counted if it breaks off.
+    Of a stream the tokens of its text are counted as it comes, piece by piece, in case it breaks off.
     """
 
     # One is made for each request, and most of these are never set: defaults of the class cost nothing.
@@ -184,8 +187,11 @@ class Watch:
     _rest = b""  # what may be the beginning of a usage
     _events: bool | None = None  # whether it is a stream of events; None as long as nothing has come
     _size = 0  # of what came, and in a stream was not looked at yet
+    _tokens = 0  # of the text that was counted already
+    _source: Source = "reported"  # and how they are known
 
-    def __init__(self, *, each: bool = False) -> None:
+    def __init__(self, model: str | None = None, *, each: bool = False) -> None:
+        self._model = model
         self._each = each  # of a WebSocket, which has many answers, all count
         self._came: list[bytes] = []  # and is to be looked at, together: at a fraction of the cost
         self._came_size = 0
@@ -265,7 +271,7 @@ class Watch:
             rest = data[data.index(b"\n") :]
             self._kept, self._size = [rest], len(rest)
 
-    def output(self, model: str | None) -> tuple[int, Source]:
+    def output(self) -> tuple[int, Source]:
         """Return how many tokens of an answer have come, and how that is known."""
         if self._came:
             self._look()
@@ -276,8 +282,9 @@ class Watch:
         elif self._size > _KEPT_WHOLE:
             return -(-self._size // 4), "estimated"
         else:
-            return count_tokens("".join(texts_of_json(b"".join(self._kept))), model)
-        return count_tokens(self._text.getvalue(), model)
+            return count_tokens("".join(texts_of_json(b"".join(self._kept))), self._model)
+        self._count_text()
+        return self._tokens, self._source
 
     def _take_text(self, *, last: bool) -> None:
         """Take the text out of the events that are kept whole."""
@@ -285,6 +292,15 @@ class Watch:
         end = len(data) if last else data.rfind(b"\n") + 1
         self._kept, self._size = [data[end:]] if data[end:] else [], len(data) - end
         self._text.write(text_of_events(data[:end]))
+        if self._text.tell() > _KEPT_TEXT:
+            self._count_text()
+
+    def _count_text(self) -> None:
+        """Count the tokens of the text that is kept, and keep it no longer."""
+        tokens, source = count_tokens(self._text.getvalue(), self._model)
+        self._tokens += tokens
+        self._source = max(self._source, source, key=_SOURCES.index)
+        self._text = StringIO()
 
 
 def _in_background(body: bytes) -> bool:
@@ -304,7 +320,7 @@ class Meter:
 
     def watch(self, operation: str, body: bytes | None, model: str | None) -> Watch:
         """Return what is to see the answer that Azure is now asked for, with this body."""
-        watch = Watch(each=operation in ("realtime.connect", "responses.connect"))
+        watch = Watch(model, each=operation in ("realtime.connect", "responses.connect"))
         self._asked.append((watch, operation, body, model))
         return watch
 
@@ -344,5 +360,5 @@ class Meter:
         if operation == "responses" and body is not None and _in_background(body):
             # It is answered before it is worked on, and what it uses is never told here.
             return Usage(taken, most_output(body) or _BACKGROUND, source="estimated")
-        given, how = watch.output(model)
+        given, how = watch.output()
         return Usage(taken, given, source=max(source, how, key=_SOURCES.index))

@@ -27,6 +27,7 @@ _REGIONAL = re.compile(r"https?://[a-z0-9]+\.api\.cognitive\.microsoft\.")
 TOO_OLD = "api-version too old"
 _WHY = {
     "dns": "its host name is not found: the endpoint is misspelt, or the resource is gone",
+    "dns_timeout": "its host name could not be looked up in time: the name servers do not answer",
     "connect": "it takes no connection: a firewall on the way, or the wrong port",
     "connect_timeout": "it takes no connection in time: a firewall on the way, or a private endpoint out of reach",
     "tls": "TLS fails: its certificate is not for this name, or of a CA that is not known (`tls: {ca: ...}`)",

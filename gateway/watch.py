@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from gateway.config.sources import Sources
+from gateway.logs import get_logger
 
 __all__ = ("until_changed",)
 
@@ -22,11 +23,20 @@ async def until_changed(sources: Sources) -> None:
     """
     known: object = None  # a look at files that are as they were read
     before: object = None
+    away = False  # they cannot be looked at
     while True:
         await asyncio.sleep(_EVERY)
-        seen = await asyncio.to_thread(sources.stats)
-        if seen != known and seen == before:
-            if await asyncio.to_thread(sources.now) != sources:
-                return
-            known = seen
+        try:
+            seen = await asyncio.to_thread(sources.stats)
+            if seen != known and seen == before:
+                if await asyncio.to_thread(sources.now) != sources:
+                    return
+                known = seen
+        except (OSError, RuntimeError) as exc:  # no descriptor is left, or no thread can be had: that passes
+            if not away:
+                away = True
+                get_logger().warning("the configuration's files cannot be looked at; they are again", reason=str(exc))
+            before = None
+            continue
+        away = False
         before = seen

@@ -1,25 +1,34 @@
 """One connection to Azure: what is asked on it, the answer as it comes, and whether it may be used again.
 
-It may where the answer ended exactly where its bytes ended, and neither side wants it closed. On any byte that
-arrives while nothing was asked it is closed: such bytes would be the next caller's answer.
+It may where the answer ended exactly where its bytes ended, neither side wants it closed, and `Wire.clean` holds: the
+next request then finds it as if it were new. On any byte that arrives while nothing was asked it is closed: such
+bytes would be the next caller's answer.
 
 An answer of known and moderate length is handed over whole: a break then becomes a clean 502, and the
 connection is free again sooner. Of a longer one, or a stream, the pieces are either asked for one by one, or
 handed to a sink (`Answer.pump`) the moment they arrive, with no task between: that is the way of every stream
 that the server writes.
+
+A large read is not handled at once: reading pauses, the bytes wait in a backlog, and the fair scheduler has them
+handled in bounded steps, between those of other connections. Backpressure comes first: while the reader of a
+response wants no more, no step is taken.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+import ssl
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, Self
 
 from aiohttp.base_protocol import BaseProtocol
 
 from gateway.body import Body
+from gateway.content_coding import BadCoding, Inflater, is_identity
 from gateway.deadline import Deadline
 from gateway.errors import GatewayError, UpstreamError, UpstreamTimeout
+from gateway.fair_scheduler import MOST_UNITS, SMALL, STEP, FairScheduler
 from gateway.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, parse_response
 
 if TYPE_CHECKING:
@@ -38,6 +47,13 @@ _WAITING = 64 * 1024
 # Above this size, a head and a body are not joined to be written.
 _JOINED = 16 * 1024
 _MAX_INTERIM = 16
+# The most ends of lines that one step handles: an event has at least two, and a chunk's framing four.
+_MOST_LINES = 4 * MOST_UNITS
+_READ = re.compile(rb"json|event-stream", re.IGNORECASE)
+# A compressed response that is handed over whole may have this many bytes.
+_MOST_INFLATED = 16 * 1024 * 1024
+# A step is cut down to no fewer bytes.
+_LEAST_STEP = 256
 
 
 class Home(Protocol):
@@ -63,7 +79,11 @@ class Answer:
     upload: asyncio.Task[None] | None = None
     upgrade = False  # a WebSocket was asked for
     watch: Callable[[bytes], None] | None = None  # sees the body's bytes as they come
+    inflated = False  # its body was compressed, and is plain here
     _chunks: Chunks | None = None
+    _inflater: Inflater | None = None
+    _ended = False  # all of a compressed body has come,
+    _extra = b""  # and this follows it
     _left = 0  # bytes still to come, where that is known; -1 for all until the connection closes
     _size = 0  # of the parts
     _held = False
@@ -93,8 +113,8 @@ class Answer:
     # -- the wire's side -------------------------------------------------------------------------------
 
     def begin(self, head: ResponseHead) -> None:
-        """Take the head."""
-        self.status, self.fields, length, chunked, self.close = head
+        """Take the head. Raises BadCoding where the body is compressed in an unknown way."""
+        self.status, self.fields, length, chunked, self.close, coding = head
         if chunked:
             self._chunks = Chunks()
         elif length is None:
@@ -103,8 +123,15 @@ class Answer:
             self._left = length
             if length <= _WHOLE:
                 self.whole = b""
+        if coding and length != 0 and not is_identity(coding) and self._is_read():
+            self._inflater, self.inflated = Inflater(coding), True
         if self.whole is None:
             self._wake()
+
+    def _is_read(self) -> bool:
+        """Whether the gateway reads what is in the body: errors, JSON and events; other content passes as it is."""
+        kinds = [value for name, value, _, _ in self.fields if name == b"content-type"]
+        return self.status >= 400 or any(_READ.search(kind) for kind in kinds)
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes of the body; returns what follows its end. Raises Malformed."""
@@ -121,6 +148,32 @@ class Answer:
                 data, extra = data[:left], data[left:]
             self._left = left - len(data)
             done = not self._left
+        if self._inflater is not None:
+            self._inflater.feed(data)
+            self._ended, self._extra = done, extra
+            return self.inflate()
+        self._hand_on(data, done)
+        return extra
+
+    @property
+    def pending(self) -> bool:
+        """Whether bytes that have come wait to be inflated."""
+        return self._inflater is not None and self._inflater.pending
+
+    def inflate(self) -> bytes:
+        """Hand on a bounded piece of a compressed body; returns what follows its end. Raises BadCoding."""
+        inflater = self._inflater
+        assert inflater is not None, "the body is not compressed"  # noqa: S101 -- a bug of ours
+        data = inflater.read(STEP)
+        ended = self._ended and not inflater.pending
+        if ended:
+            inflater.check_end()
+        elif self.whole is not None and self._size > _MOST_INFLATED:
+            raise BadCoding(f"the response inflates to more than {_MOST_INFLATED} bytes")
+        self._hand_on(data, ended)
+        return self._extra
+
+    def _hand_on(self, data: bytes, done: bool) -> None:
         if self.watch is not None and data:
             self.watch(data)
         if self._sink is not None:
@@ -134,7 +187,6 @@ class Answer:
                 if self._size > _WAITING and not done:
                     self.hold()
         self.done = done
-        return extra
 
     def end(self, whole: bytes | None = None) -> None:
         """Note that it has ended well, and let go of its connection; `whole` is a body that is handed over so."""
@@ -251,15 +303,20 @@ class Wire(BaseProtocol):
 
     __slots__ = (
         "_answer",
+        "_backlog",
         "_buffer",
         "_deadline",
         "_early",
+        "_ended",
         "_first_byte",
+        "_held",
         "_home",
         "_idle",
         "_interim",
         "_outbox",
+        "_reading_paused",
         "_relay",
+        "_scheduler",
         "_unsent",
         "closed",
         "connection",
@@ -289,7 +346,12 @@ class Wire(BaseProtocol):
         self._relay: Relay | None = None
         self._early = b""  # what came behind a 101
         self._answer: Answer | None = None
-        self._buffer = b""
+        self._buffer = b""  # a head that has not ended
+        self._backlog: list[bytes] = []  # received bytes of a body that no step has handled yet
+        self._held = False  # the response's reader wants no more for now
+        self._reading_paused = False
+        self._ended = False  # the other end has said that it sends no more
+        self._scheduler = FairScheduler.of(loop)
         self._interim = 0
         self._first_byte = self._idle = 0.0
         self._deadline = Deadline(loop)
@@ -341,6 +403,8 @@ class Wire(BaseProtocol):
         sent = 0
         self._write(head)
         async for chunk in body.stream():
+            if not chunk:
+                continue  # as a chunk it would be the last one (RFC 9112, 7.1)
             sent += len(chunk)
             self._write(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             if self._paused:
@@ -374,6 +438,9 @@ class Wire(BaseProtocol):
             self.abort()
             return
         self.received = True
+        if self._held or self._more:
+            self._backlog.append(data)  # some transports still deliver what they had read before the pause
+            return
         try:
             if not answer.status:
                 rest = self._take_head(answer, data)
@@ -383,25 +450,92 @@ class Wire(BaseProtocol):
                 if answer.switching:
                     self._switch(answer, data)
                     return
-                if answer.whole is not None and len(data) == answer._left:
+                if answer.whole is not None and len(data) == answer._left and not answer.inflated:
                     # Nearly every plain answer: it came in one piece, head and all.
-                    self._end(answer, b"")
                     if answer.watch is not None:
                         answer.watch(data)
+                    self._end(answer, b"")
                     answer.end(data)
                     return
+            if len(data) > SMALL and answer.whole is None and not self._scheduler.may_handle(len(data)):
+                self._put_off(data)
+                return
             extra = answer.feed(data)
-        except Malformed as exc:
-            self._give_up(UpstreamError(f"what Azure answered is not valid HTTP: {exc}"))
-            return
         except Exception as exc:
-            self._give_up(exc)
+            self._give_up(_explained(exc))
             return
+        self._fed(answer, extra)
+
+    def _fed(self, answer: Answer, extra: bytes) -> None:
+        """Go on after some of the body: `extra` follows its end."""
         if answer.done:
             self._end(answer, extra)
             answer.end(b"".join(answer._parts) if answer.whole is not None else None)
-        elif not answer._held:
+        elif not self._held:
             self._expire_in(self._idle)
+            if answer.pending:
+                self._pause_reading()
+                self._scheduler.add(self)
+
+    # -- large reads -----------------------------------------------------------------------------------
+
+    def _put_off(self, data: bytes) -> None:
+        """Keep a large read, read no more, and handle it in steps."""
+        self._backlog.append(data)
+        self._pause_reading()
+        if not self._held:
+            self._expire_in(self._idle)
+            self._scheduler.add(self)
+
+    def step(self) -> bool:
+        """Handle a bounded piece of the backlog; return whether there is more, and the reader wants it."""
+        self._handle_piece()
+        if self._more:
+            return not self._held
+        if not self._held:
+            self._resume_reading()
+        return False
+
+    @property
+    def _more(self) -> bool:
+        """Whether bytes that have come wait for a step."""
+        return bool(self._backlog) or (self._answer is not None and self._answer.pending)
+
+    def _handle_piece(self) -> None:
+        answer = self._answer
+        if answer is None:
+            self._backlog.clear()
+            return
+        try:
+            extra = answer.inflate() if answer.pending else answer.feed(self._next_piece())
+        except Exception as exc:
+            self._give_up(_explained(exc))
+        else:
+            self._fed(answer, extra)
+
+    def _next_piece(self) -> bytes:
+        """Take a piece from the backlog: bounded in bytes and in lines, and whole events if it can be."""
+        data = self._backlog[0] if len(self._backlog) == 1 else b"".join(self._backlog)
+        self._backlog.clear()
+        size = STEP
+        while size > _LEAST_STEP and data.count(b"\n", 0, size) + data.count(b"\r", 0, size) > _MOST_LINES:
+            size //= 2
+        if len(data) <= size:
+            return data
+        size = data.rfind(b"\n\n", 0, size) + 2 if data.find(b"\n\n", 0, size) >= 0 else size
+        self._backlog.append(data[size:])
+        return data[:size]
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused and self.is_connected():
+            self._reading_paused = True
+            self.transport.pause_reading()  # type: ignore[union-attr] # it is connected
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused:
+            self._reading_paused = False
+            if self.is_connected():
+                self.transport.resume_reading()  # type: ignore[union-attr] # it is connected
 
     def _take_head(self, answer: Answer, data: bytes) -> bytes | None:
         """Read the head; returns what follows it, or None where it is not whole yet. Raises Malformed."""
@@ -443,7 +577,7 @@ class Wire(BaseProtocol):
             relay.from_azure(early)
         if self.lost:
             relay.azure_lost()
-        else:
+        elif not relay.azure_held:
             self.release_relay()
 
     def end_relay(self, seconds: float) -> None:
@@ -476,15 +610,39 @@ class Wire(BaseProtocol):
             self._relay.azure_flow(False)
 
     def _end(self, answer: Answer, extra: bytes) -> None:
-        """Send the connection home after an answer, or close it."""
+        """Send the connection home after an answer, or close it.
+
+        The last bytes have been handed on by now: what raises on them must not find the connection in the pool.
+        """
         self._answer = None
         self._deadline.clear()
         home = self._home
-        if extra or answer.close or answer.uploading or home is None or self.transport is None:
+        if extra or self._backlog or answer.close or answer.uploading or home is None or self.transport is None:
             self.abort()
-        else:
-            self.used = True
-            home.put(self)
+            return
+        self._held = False  # nothing is left that its reader could be spared
+        self._resume_reading()
+        self.used = True
+        home.put(self)
+
+    @property
+    def clean(self) -> bool:
+        """Whether the next request finds the connection as if it were new.
+
+        It is open and reading; nobody is waiting for a response or is told of bytes; none is unread, unsent or half
+        parsed, and no timer runs.
+        """
+        transport = self.transport
+        return (
+            transport is not None
+            and not transport.is_closing()
+            and self._answer is None
+            and self._relay is None
+            and not (self._reading_paused or self._held or self._ended or self.lost)
+            and not (self._backlog or self._buffer or self._early or self._unsent)
+            and not self._deadline.runs
+            and not transport.get_write_buffer_size()
+        )
 
     def _give_up(self, error: Exception) -> None:
         answer, self._answer = self._answer, None
@@ -493,11 +651,17 @@ class Wire(BaseProtocol):
         self.abort()
 
     def eof_received(self) -> None:
-        """Take the other end's leave; the connection is closed next."""
+        """Note that the other end sends no more; the connection is closed next.
+
+        Over TLS this is its closure alert: a connection that is cut is closed without it.
+        """
+        self._ended = not _cut_off(self.transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End or fail the answer at hand."""
         self.lost = True
+        while self._more:
+            self._handle_piece()  # these bytes came before the end
         super().connection_lost(exc)
         self._forget()
         answer, self._answer = self._answer, None
@@ -505,7 +669,8 @@ class Wire(BaseProtocol):
             if self._relay is not None:
                 self._relay.azure_lost()
             return
-        if answer.status and answer._left < 0 and answer._chunks is None and exc is None:
+        if answer.status and answer._left < 0 and answer._chunks is None and exc is None and self._ended:
+            # RFC 9112, 9.8: without a length, a response over TLS is complete only after a closure alert.
             answer.end()
         elif answer.status or self._buffer:
             answer.fail(UpstreamError("Azure's answer broke off before its end"))
@@ -525,6 +690,8 @@ class Wire(BaseProtocol):
 
     def abort(self) -> None:
         """Close at once, without waiting for what is still to be written."""
+        self._backlog.clear()
+        self._scheduler.remove(self)
         if self.transport is not None:
             self.transport.abort()
         self._forget()
@@ -552,12 +719,38 @@ class Wire(BaseProtocol):
 
     def hold(self) -> None:
         """Take nothing more for now; it is not Azure that is slow then."""
-        if self.transport is not None:
-            self.transport.pause_reading()
-            self._deadline.clear()
+        self._held = True
+        self._scheduler.remove(self)
+        self._pause_reading()
+        self._deadline.clear()
 
     def release(self) -> None:
-        """Go on taking."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
-            self._expire_in(self._idle)
+        """Go on taking: first what has come already."""
+        self._held = False
+        if self._more:
+            self._scheduler.add(self)
+        else:
+            self._resume_reading()
+        self._expire_in(self._idle)
+
+
+def _explained(exc: Exception) -> Exception:
+    """Return the error of a response that cannot be read; a filter's own stays as it is."""
+    if isinstance(exc, Malformed):
+        return UpstreamError(f"what Azure answered is not valid HTTP: {exc}")
+    return UpstreamError(str(exc)) if isinstance(exc, BadCoding) else exc
+
+
+def _cut_off(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether a TLS connection ended without a closure alert.
+
+    uvloop and aiofastnet do not call `eof_received` then. asyncio does; but its TLS object reads as ended only after
+    an alert, and else waits for more.
+    """
+    tls = transport.get_extra_info("ssl_object") if transport is not None else None
+    if not isinstance(tls, ssl.SSLObject):
+        return False
+    try:
+        return bool(tls.read(1))
+    except ssl.SSLError:
+        return True

@@ -20,10 +20,10 @@ import msgspec
 
 from gateway import logs
 from gateway.admin import Admin, merged
-from gateway.config.sources import Sources
+from gateway.connection_count import Places
 from gateway.control import Report
 from gateway.counters.shared import make_table
-from gateway.errors import StartError
+from gateway.errors import ApiError, StartError
 from gateway.handover import (
     ABORT,
     AT_ONCE,
@@ -54,6 +54,8 @@ __all__ = ("Supervisor", "worker_command")
 _FIRST_DELAY, _LAST_DELAY, _LONG_LIFE = 0.5, 30.0, 60.0
 # How long, in seconds, a worker that was told to end at once may still take.
 _LAST_WORDS = 10.0
+# How long, in seconds, the operator waits for a worker to tell how deployments are.
+_REPORT_IN = 3.0
 # The longest line that a worker may say, in bytes: it names every file of its configuration.
 _LONGEST = 1 << 26
 
@@ -77,6 +79,8 @@ class _Worker:
         self.process = process
         self.state: State | None = None
         """Its configuration's, once it serves."""
+        self.report: list[dict[str, Any]] | None = None
+        """What it told last of deployments."""
         self._heard = heard
         self._line = line
         self.on_news: Callable[[News], None] | None = None
@@ -85,12 +89,13 @@ class _Worker:
         self._asked: dict[tuple[str, int], asyncio.Future[Said | None]] = {}
 
     @classmethod
-    async def start(cls, command: Sequence[str], listener: Listener, table: int) -> _Worker:
-        """Start a process. Raises OSError where the system has none."""
+    async def start(cls, command: Sequence[str], listener: Listener, table: int, counts: int, place: int) -> _Worker:
+        """Start a process. Raises OSError or RuntimeError where the system has none, or no thread to wait for it."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                handover = Handover(tuple(sock.fileno() for sock in listener.sockets), table, theirs.fileno())
+                sockets = tuple(sock.fileno() for sock in listener.sockets)
+                handover = Handover(sockets, table, counts, place, theirs.fileno())
                 process = await asyncio.create_subprocess_exec(
                     *command,
                     "--handover",
@@ -185,8 +190,9 @@ class _Place:
     `ready` is called whenever one has become ready.
     """
 
-    def __init__(self, ready: Callable[[_Worker], None]) -> None:
+    def __init__(self, ready: Callable[[_Worker], None], counts: Places) -> None:
         self._ready = ready
+        self._counts = counts
         self.retired = asyncio.Event()
         self.settled = asyncio.Event()
         """The first worker is ready, or `failure` says why not."""
@@ -213,10 +219,14 @@ class _Place:
 
     async def _run(self, command: Sequence[str], listener: Listener, table: int, patience: float) -> dict[str, Any]:
         """Run one worker from its start to its end, and return what the log should say of that."""
+        place: int | None = None
         try:
-            worker = self.worker = await _Worker.start(command, listener, table)
-        except OSError as exc:
-            reason = f"cannot start a worker: {exc.strerror or exc}"
+            place = self._counts.take()
+            worker = self.worker = await _Worker.start(command, listener, table, self._counts.descriptor, place)
+        except (OSError, RuntimeError) as exc:
+            reason = f"cannot start a worker: {(isinstance(exc, OSError) and exc.strerror) or exc}"
+            if place is not None:
+                self._counts.give_back(place)
             self._settle(reason)
             return {"reason": reason}
         pid = worker.process.pid
@@ -232,6 +242,7 @@ class _Place:
             await worker.process.wait()
         finally:
             worker.close()
+            self._counts.give_back(place)
         facts = {"pid": pid, "fate": _fate(worker.process)}
         return facts if failure is None else {**facts, "reason": failure}
 
@@ -280,6 +291,7 @@ class Supervisor:
         self._notify = notify
         self._patience = patience
         self._table = make_table()  # what limits count, for all workers that there will be
+        self._counts = Places()  # of clients' connections
         self._current: list[_Place] = []
         self._tasks: dict[asyncio.Task[None], _Place] = {}
         self._stopping = False
@@ -344,7 +356,7 @@ class Supervisor:
         return places
 
     def _open(self) -> _Place:
-        place = _Place(self._serves)
+        place = _Place(self._serves, self._counts)
         task = self._group.create_task(place.keep(self._command, self._listener, self._table, self._patience))
         self._tasks[task] = place
         task.add_done_callback(self._tasks.pop)
@@ -392,12 +404,21 @@ class Supervisor:
                 _tell(worker, news)
 
     async def _report(self) -> list[dict[str, Any]]:
-        """Return how deployments are, by all workers that serve."""
+        """Return how deployments are, by all workers that serve. Raises ApiError 503 where none has told."""
         self._number += 1
-        number = self._number
-        asked = [worker.ask(REPORT, number, REPORTED, _LAST_WORDS) for worker in self._serving()]
-        said = await asyncio.gather(*asked, return_exceptions=True)
-        return merged([each.report for each in said if isinstance(each, Said) and each.report is not None])
+        number, workers = self._number, self._serving()
+        await asyncio.gather(*(self._ask_report(worker, number) for worker in workers))
+        reports = [worker.report for worker in workers if worker.report is not None]
+        if not reports:
+            why = "the workers do not answer" if workers else "no worker serves now"
+            raise ApiError(503, f"{why}; try again", code="no_report", headers={"retry-after": "1"})
+        return merged(reports)
+
+    async def _ask_report(self, worker: _Worker, number: int) -> None:
+        """Have a worker tell how deployments are; one that does not answer in time counts as it did last."""
+        with contextlib.suppress(TimeoutError):
+            said = await worker.ask(REPORT, number, REPORTED, _REPORT_IN)
+            worker.report = said.report if said is not None else None
 
     # -- reload ----------------------------------------------------------------------------------------
 
@@ -424,10 +445,9 @@ class Supervisor:
             return prepared
         state = self._reloads.state or State()
         # What was read is as good as unread, so that the watcher has it tried again.
-        sources = Sources(dict.fromkeys(state.sources.files, "unread"), state.sources.patterns)
         return Prepared(
             Report(mistakes=["the files changed while they were read; they are read again"]),
-            State(sources, state.watch, state.log),
+            State(state.sources.unread(), state.watch, state.log),
         )
 
     async def _try(self) -> Prepared | None:
@@ -474,7 +494,10 @@ class Supervisor:
     async def _failed(self, reason: str) -> Prepared:
         """Return a failure that no worker tells of; the files as they are now are not tried again."""
         state = self._reloads.state or State()
-        sources = await asyncio.to_thread(state.sources.now)
+        try:
+            sources = await asyncio.to_thread(state.sources.now)
+        except (OSError, RuntimeError):  # no descriptor is left, or no thread can be had
+            sources = state.sources.unread()
         return Prepared(Report(mistakes=[reason]), State(sources, state.watch, state.log))
 
     # -- what others are told --------------------------------------------------------------------------

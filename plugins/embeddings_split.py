@@ -139,6 +139,7 @@ class EmbeddingsSplit(Stage):
                 raise UpstreamError(
                     f"Azure's answer to part {number} of {len(parts)} of `input` is none to put together: {exc}"
                 ) from None
+        request.hold(MOST - left)  # the answers are kept until all are put together
         first["data"] = msgspec.Raw(msgspec.json.encode(data))
         first["usage"] = msgspec.Raw(msgspec.json.encode(usage))
         response.body = msgspec.json.encode(first)

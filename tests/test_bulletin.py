@@ -83,8 +83,8 @@ async def test_it_is_harmless_when_redis_is_away(server: RedisServer) -> None:
             assert one.left() > 35
             assert other.left() <= 4
             await server.start()
-            await until(lambda: other.left() > 30, 10)
-            await until(lambda: sum("shared again" in event["event"] for event in events) == 2, 10)
+            await until(lambda: other.left() > 30)
+            await until(lambda: sum("shared again" in event["event"] for event in events) == 2)
 
 
 async def test_what_others_wrote_there_is_nothing(server: RedisServer) -> None:

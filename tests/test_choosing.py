@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from contextlib import ExitStack
 from random import Random
 
 import pytest
@@ -177,3 +178,31 @@ def test_keys_are_shared_by_weight() -> None:
     chooser = Chooser(pool(1, 3), Health(), 1)
     homes = Counter(choice.name for number in range(4000) if (choice := chooser.pick(NOW, (), b"%d" % number)))
     assert 0.7 < homes["b/x"] / 4000 < 0.8
+
+
+def test_those_that_wait_wake_apart() -> None:
+    """The more there are the further apart, under one seed always the same; never later than they can wait."""
+    one, other = (Chooser(pool(1.0), Health(), 7) for _ in range(2))
+    assert [one.jitter(5), other.jitter(5)] == [0, 0], "nobody waits"
+    with ExitStack() as waiting:
+        for chooser in (one, other):
+            for _ in range(100):
+                waiting.enter_context(chooser.waiting())
+        drawn = [one.jitter(5) for _ in range(1000)]
+        assert drawn == [other.jitter(5) for _ in range(1000)]
+        assert max(Counter(int(each / 0.05) for each in drawn).values()) < 150, "of 1000 in tenths of half a second"
+        assert all(each <= 0.05 for each in (one.jitter(0.1) for _ in range(100)))
+    assert one.jitter(5) == 0
+
+
+def test_one_that_is_held_back_is_found_for_those_that_cannot_wait() -> None:
+    """One that rests is not."""
+    chooser = Chooser(pool(1.0, 1.0), Health(), 1)
+    one, other = chooser.all
+    for each in (one, other):
+        each.health.cool_down(NOW, 1, "rate_limited")
+    other.health.cool_down(NOW, 10, "rate_limited")
+    one.health.begin(NOW + 1)
+    assert chooser.pick(NOW + 1) is None
+    assert chooser.pick_held_back(NOW + 1, ()) is one
+    assert chooser.pick_held_back(NOW + 1, (one,)) is None

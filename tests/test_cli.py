@@ -40,7 +40,7 @@ async def serving(*arguments: str, **env: str) -> AsyncIterator[tuple[asyncio.su
     )
     try:
         assert process.stderr is not None
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             line = await process.stderr.readline()
         assert line.startswith(b"{"), line + await process.stderr.read()
         yield process, json.loads(line)
@@ -149,7 +149,7 @@ async def until_it_listens(process: asyncio.subprocess.Process) -> list[dict[str
     """Return the log's events up to `listening`."""
     events: list[dict[str, Any]] = []
     assert process.stderr is not None
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(30):
         while not events or events[-1]["event"] != "listening":
             line = await process.stderr.readline()
             assert line, events
@@ -258,7 +258,7 @@ async def test_sigterm_finishes_streams_and_exits_0(azure: FakeAzure) -> None:
             process.send_signal(signal.SIGTERM)
             rest = await answer.content.read()
         assert rest.endswith(b"data: [DONE]\n\n")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await process.wait() == 0
 
 
@@ -276,7 +276,7 @@ async def test_second_signal_ends_it_at_once(azure: FakeAzure) -> None:
         await asyncio.sleep(0.3)
         assert process.returncode is None
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await process.wait() == 0
         answer.close()
 
@@ -355,7 +355,7 @@ async def test_a_stage_that_hangs_while_it_starts_can_be_stopped(tmp_path: Path)
     assert process.stdout is not None
     assert await process.stdout.readline() == b"starting\n"
     process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await process.wait() == 0
 
 
@@ -368,7 +368,7 @@ async def test_demo_says_that_azure_is_fake_and_its_curl_line_works(unused_tcp_p
     try:
         assert process.stdout is not None
         assert process.stderr is not None
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(30):
             assert b"listening" in await process.stderr.readline()
             text = b""
             while b"curl" not in text or b"}'" not in text:
@@ -412,7 +412,7 @@ async def test_running_out_of_descriptors_passes(azure: FakeAzure, unused_tcp_po
                 client[1].close()
         url = f"http://127.0.0.1:{unused_tcp_port}/v1/chat/completions"
         status = 0
-        async with asyncio.timeout(10), aiohttp.ClientSession() as session:
+        async with asyncio.timeout(30), aiohttp.ClientSession() as session:
             while status != 200:
                 # The first may still be turned away, while the gateway learns that descriptors are free again.
                 try:

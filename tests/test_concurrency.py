@@ -12,6 +12,8 @@ import pytest
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, StartGateway, until
 
+pytestmark = pytest.mark.both_loops
+
 COUNTING = """
 from dataclasses import dataclass
 from gateway import Next, Outcome, Request, Response, Stage

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.counters import Charge, CountersUnavailable, MemoryCounters, Rule, Turns, Verdict
@@ -114,7 +114,6 @@ async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool
         assert close_to(verdict.records[0][0], exact), charge
 
 
-@settings(deadline=None, max_examples=300)
 @given(EVENTS)
 def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
     """What is settled in the order in which it was taken is counted exactly."""
@@ -122,7 +121,6 @@ def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=True))
 
 
-@settings(deadline=None, max_examples=300)
 @given(EVENTS)
 def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
     """What is settled in any other order may give back less than it could, and never more."""
@@ -130,7 +128,6 @@ def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=False))
 
 
-@settings(deadline=None, max_examples=100)
 @given(EVENTS, st.booleans())
 def test_as_the_exact_model_says_among_workers(events: list[Any], in_order: bool) -> None:
     """The table that workers share counts the same."""
@@ -363,12 +360,12 @@ async def test_one_that_can_never_pass_keeps_nobody() -> None:
     await turns.take([Charge("a", rule, 500.0)])
     waiting = asyncio.create_task(turns.take([Charge("a", rule, 600.0)], wait=0.3, who="x"))
     await asyncio.sleep(0.01)
-    async with asyncio.timeout(0.2):
-        assert (await turns.take([Charge("a", rule, 5000.0)], wait=30, who="y")).refused
-        assert not (await turns.take([Charge("a", rule, 0.0)], wait=30, who="y")).refused
+    async with asyncio.timeout(30):
+        assert (await turns.take([Charge("a", rule, 5000.0)], wait=3600, who="y")).refused
+        assert not (await turns.take([Charge("a", rule, 0.0)], wait=3600, who="y")).refused
     assert (await waiting).refused
-    async with asyncio.timeout(0.2):
-        assert not (await turns.take([Charge("a", rule, 1.0)], wait=30, who="y")).refused
+    async with asyncio.timeout(30):
+        assert not (await turns.take([Charge("a", rule, 1.0)], wait=3600, who="y")).refused
 
 
 async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
@@ -376,12 +373,12 @@ async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
     turns = Turns(MemoryCounters())
     rule = Rule(10, "day")
     await turns.take([Charge("a", rule, 5.0)])
-    large = asyncio.create_task(turns.take([Charge("a", rule, 6.0)], wait=30, who="x"))
+    large = asyncio.create_task(turns.take([Charge("a", rule, 6.0)], wait=3600, who="x"))
     await asyncio.sleep(0.01)
-    small = asyncio.create_task(turns.take([Charge("a", rule, 1.0)], wait=30, who="y"))
+    small = asyncio.create_task(turns.take([Charge("a", rule, 1.0)], wait=3600, who="y"))
     await asyncio.sleep(0.01)
     large.cancel()
-    async with asyncio.timeout(0.2):
+    async with asyncio.timeout(30):
         assert not (await small).refused
 
 
@@ -498,7 +495,7 @@ async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
     )
     try:
         assert hear(holder) == "holds it"
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             for _ in range(20):
                 with pytest.raises(CountersUnavailable):
                     await counters.take(charge)
@@ -550,11 +547,11 @@ async def test_one_who_waits_gets_what_is_given_back() -> None:
     turns = Turns(MemoryCounters())
     charge = [Charge("a", Rule(1, "at_once"))]
     first = await turns.take(charge)
-    waiting = asyncio.create_task(turns.take(charge, wait=30, who="x"))
+    waiting = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
     await asyncio.sleep(0.01)
     assert not waiting.done()
     turns.settle(first, [0.0])
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         assert not (await waiting).refused
     assert not turns._queues
 
@@ -564,7 +561,7 @@ async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
     turns = Turns(MemoryCounters())
     charge = [Charge("a", Rule(600, "minute", 1))]
     assert not (await turns.take(charge)).refused
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert not (await turns.take(charge, wait=4)).refused
 
 
@@ -581,8 +578,8 @@ async def test_who_waits_in_vain_is_refused() -> None:
 async def test_what_never_fits_does_not_wait() -> None:
     """No time gives room for more than the limit."""
     turns = Turns(MemoryCounters())
-    async with asyncio.timeout(1):
-        assert (await turns.take([Charge("a", Rule(10, "minute"), 11.0)], wait=30)).refused
+    async with asyncio.timeout(30):
+        assert (await turns.take([Charge("a", Rule(10, "minute"), 11.0)], wait=3600)).refused
 
 
 async def test_callers_take_turns() -> None:
@@ -593,7 +590,7 @@ async def test_callers_take_turns() -> None:
     order: list[str] = []
 
     async def wait(name: str) -> Verdict:
-        taken = await turns.take(charge, wait=30, who=name[0])
+        taken = await turns.take(charge, wait=3600, who=name[0])
         order.append(name)
         return taken
 
@@ -618,13 +615,13 @@ async def test_nobody_who_waits_is_overtaken(newer: Rule) -> None:
     """Who comes while others wait is behind them, though there may be room; of teams that share a counter, too."""
     turns = Turns(MemoryCounters())
     verdict = await turns.take([Charge("a", RULE_OF_TEN, 8.0)])
-    large = asyncio.create_task(turns.take([Charge("a", RULE_OF_TEN, 5.0)], wait=30, who="x"))
+    large = asyncio.create_task(turns.take([Charge("a", RULE_OF_TEN, 5.0)], wait=3600, who="x"))
     await asyncio.sleep(0.01)
-    small = asyncio.create_task(turns.take([Charge("a", newer, 1.0)], wait=30, who="y"))
+    small = asyncio.create_task(turns.take([Charge("a", newer, 1.0)], wait=3600, who="y"))
     await asyncio.sleep(0.05)
     assert not small.done()
     turns.settle(verdict, [0.0])
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(30):
         assert not (await large).refused
         assert not (await small).refused
 
@@ -635,14 +632,14 @@ async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
     shared, own = Rule(1, "at_once"), Rule(1, "day")
     await turns.take([Charge("own of x", own)])
     verdict = await turns.take([Charge("shared", shared)])
-    one = asyncio.create_task(turns.take([Charge("shared", shared)], wait=30, who="w"))
+    one = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="w"))
     await asyncio.sleep(0.01)
-    blocked = asyncio.create_task(turns.take([Charge("shared", shared), Charge("own of x", own)], wait=30, who="x"))
-    other = asyncio.create_task(turns.take([Charge("shared", shared)], wait=30, who="y"))
+    blocked = asyncio.create_task(turns.take([Charge("shared", shared), Charge("own of x", own)], wait=3600, who="x"))
+    other = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="y"))
     await asyncio.sleep(0.01)
     for task in (one, other):
         turns.settle(verdict, [0.0])
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(30):
             verdict = await task
     assert not blocked.done()
     blocked.cancel()
@@ -656,11 +653,11 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
     team, key = Rule(1, "at_once"), Rule(600, "minute", 1)
     verdict = await turns.take([Charge("team", team)])
     await turns.take([Charge("key", key)])
-    both = asyncio.create_task(turns.take([Charge("team", team), Charge("key", key)], wait=30, who="k"))
+    both = asyncio.create_task(turns.take([Charge("team", team), Charge("key", key)], wait=3600, who="k"))
     others = 0
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not both.done():
-            waiting = [asyncio.create_task(turns.take([Charge("team", team)], wait=30, who=who)) for who in "ab"]
+            waiting = [asyncio.create_task(turns.take([Charge("team", team)], wait=3600, who=who)) for who in "ab"]
             await asyncio.sleep(0.02)
             turns.settle(verdict, [0.0])
             done, _ = await asyncio.wait([*waiting, both], return_when=asyncio.FIRST_COMPLETED)
@@ -678,8 +675,8 @@ async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
     await turns.take([Charge("a", Rule(1, "at_once"))])
     old = asyncio.create_task(turns.take([Charge("a", Rule(1, "at_once"))], wait=0.3, who="x"))
     await asyncio.sleep(0.01)
-    async with asyncio.timeout(0.2):
-        assert not (await turns.take([Charge("a", Rule(100, "at_once"))], wait=30, who="y")).refused
+    async with asyncio.timeout(30):
+        assert not (await turns.take([Charge("a", Rule(100, "at_once"))], wait=3600, who="y")).refused
     assert (await old).refused
 
 
@@ -689,8 +686,8 @@ async def test_whoever_leaves_takes_nothing() -> None:
         turns = Turns(MemoryCounters())
         charge = [Charge("a", Rule(1, "at_once"))]
         verdict = await turns.take(charge)
-        leaving = asyncio.create_task(turns.take(charge, wait=30, who="x"))
-        staying = asyncio.create_task(turns.take(charge, wait=30, who="y"))
+        leaving = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
+        staying = asyncio.create_task(turns.take(charge, wait=3600, who="y"))
         await asyncio.sleep(0.01)
         turns.settle(verdict, [0.0])
         for _ in range(moment):
@@ -698,7 +695,7 @@ async def test_whoever_leaves_takes_nothing() -> None:
         leaving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             turns.settle(await leaving, [0.0])
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             assert not (await staying).refused
 
 
@@ -717,7 +714,7 @@ async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
     turns = Turns(store)
     charge = [Charge("a", Rule(1, "at_once"))]
     verdict = await turns.take(charge)
-    waiting = asyncio.create_task(turns.take(charge, wait=30))
+    waiting = asyncio.create_task(turns.take(charge, wait=3600))
     await asyncio.sleep(0.01)
     store.fails = True
     turns.settle(verdict, [0.0])
@@ -730,7 +727,7 @@ async def test_closing_lets_nobody_wait() -> None:
     turns = Turns(MemoryCounters())
     charge = [Charge("a", Rule(1, "at_once"))]
     await turns.take(charge)
-    waiting = asyncio.create_task(turns.take(charge, wait=30))
+    waiting = asyncio.create_task(turns.take(charge, wait=3600))
     await asyncio.sleep(0.01)
     await turns.close()
     with pytest.raises(asyncio.CancelledError):

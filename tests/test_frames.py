@@ -17,6 +17,7 @@ from gateway.frames import (
     TEXT,
     Control,
     Frames,
+    FrameWriter,
     Message,
     Passed,
     close_frame,
@@ -40,6 +41,14 @@ def raw(opcode: int, payload: bytes, *, final: bool = True, masked: bool = True,
         head = bytes([first, bit | 127]) + size.to_bytes(8)
     key = b"\x01\x92\xfe\x00" if masked else b""
     return head + key + bytes(byte ^ key[place % 4] if masked else byte for place, byte in enumerate(payload))
+
+
+def read(frames: Frames, data: bytes) -> list[Passed | Control | Message]:
+    """Read all of it, in as many calls as that takes."""
+    found = frames.feed(data)
+    while frames.unread:
+        found += frames.feed()
+    return found
 
 
 MIX = (
@@ -96,7 +105,7 @@ def test_whole_messages_are_joined_and_unmasked_at_every_split(masked: bool) -> 
 def test_what_is_written_is_read_again(payload: bytes, masked: bool) -> None:
     """Of every length, with a mask and without."""
     written = made(BINARY, payload, masked=masked)
-    assert Frames(masked=masked, most=MOST, whole=True).feed(written) == [Message(BINARY, payload)]
+    assert Frames(masked=masked, most=MOST, whole=True).feed(written, size=100_000) == [Message(BINARY, payload)]
     if not masked:
         assert written == raw(BINARY, payload, masked=False)
 
@@ -141,7 +150,8 @@ def test_what_the_rfc_forbids_is_refused(data: bytes, code: int) -> None:
         for size in (len(data), 1) if len(data) < 1000 else (len(data),):
             frames = Frames(masked=True, most=MOST, whole=whole)
             pieces = [data[place : place + size] for place in range(0, len(data), size)]
-            list(map(frames.feed, pieces))
+            for piece in pieces:
+                read(frames, piece)
             assert frames.error is not None
             assert (frames.error.code, frames.closed) == (code, True)
 
@@ -163,12 +173,129 @@ def test_what_came_before_it_is_not_lost(whole: bool) -> None:
                             if not isinstance(each, Message)) == sound  # fmt: skip
 
 
-def test_fragments_are_kept_as_what_they_carry() -> None:
-    """Empty ones weigh nothing, however many they are."""
-    frames = Frames(masked=True, most=1000, whole=True)
-    assert frames.feed(raw(TEXT, b"a", final=False) + raw(0, b"", final=False) * 50_000) == []
-    assert len(frames._message) == 1
-    assert frames.feed(raw(0, b"b")) == [Message(TEXT, b"ab")]
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("payload", "most"), [(b"", 682), (b"a", 2048), (b"ab", 50_000)])
+def test_a_message_that_is_nearly_all_framing_is_refused(whole: bool, payload: bytes, most: int) -> None:
+    """After an allowance, which each message has; one whose fragments carry something never is."""
+    for first in (raw(TEXT, b"whole"), raw(TEXT, b"", final=False) + raw(0, b"")):
+        frames = Frames(masked=True, most=MOST, whole=whole)
+        read(frames, first)
+        begun = raw(TEXT, payload, final=False)
+        read(frames, begun + raw(0, payload, final=False) * (most - 1))
+        assert (frames.error, frames.kept) == (None, len(payload) * most if whole else 0)
+        read(frames, raw(0, payload, final=False))
+        refused = "a message is nearly all framing; send it in fewer fragments" if payload != b"ab" else None
+        assert (frames.error and (frames.error.code, frames.error.reason)) == (refused and (1008, refused))
+
+
+FRAMES = {
+    "pings": raw(PING, b""),
+    "messages of one byte": raw(TEXT, b"a"),
+    "empty messages": raw(BINARY, b""),
+    "empty continuations": raw(0, b"", final=False),
+}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("kind", FRAMES)
+def test_one_call_reads_a_bounded_number_of_frames(kind: str, whole: bool) -> None:
+    """Exactly as many as it may, and the next call goes on where it ended; nothing waits for more bytes to arrive."""
+    frames = Frames(masked=True, most=MOST, whole=whole)
+    if kind == "empty continuations":
+        frames.feed(raw(TEXT, b"", final=False))
+    one, calls, passed = FRAMES[kind], 0, 0
+    found = frames.feed(one * 640, 64)
+    while True:
+        calls += 1
+        passed += sum(len(each.data) if isinstance(each, Passed) else len(one) for each in found)
+        if kind != "empty continuations" or not whole:
+            assert passed == calls * 64 * len(one)
+        if not frames.unread:
+            break
+        found = frames.feed(frames=64)
+    assert calls == 10
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_one_call_reads_a_bounded_number_of_bytes(whole: bool) -> None:
+    """Of a large payload, or of many small frames; whatever comes in one read."""
+    frames = Frames(masked=True, most=MOST, whole=whole)
+    large = made(BINARY, bytes(100_000), masked=True)
+    found, handled = frames.feed(large + raw(TEXT, b"next"), 64, 10_000), []
+    while True:
+        handled.append(frames.kept if whole else sum(len(each.data) for each in found if isinstance(each, Passed)))
+        if not frames.unread:
+            break
+        found = frames.feed(frames=64, size=10_000)
+    if whole:
+        steps = [after - before for before, after in itertools.pairwise([0, *handled[:10]])]
+        assert steps == [10_000 - (len(large) - 100_000), *[10_000] * 9]
+        assert found == [Message(BINARY, bytes(100_000)), Message(TEXT, b"next")]
+    else:
+        assert handled[:10] == [10_000] * 10
+
+
+def test_a_length_that_is_announced_reserves_nothing() -> None:
+    """Memory is taken as the payload arrives; none above the largest message."""
+    frames = Frames(masked=True, most=60_000_000, whole=True)
+    frames.feed(b"\x01\xff" + (60_000_000).to_bytes(8) + b"\x00\x00\x00\x00" + b"a" * 1000)
+    assert frames.kept == 1000
+    assert frames._message.__sizeof__() < 3000
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(range(len(MIX))), st.binary(max_size=300)), max_size=12),
+    st.lists(st.integers(1, 200), max_size=30),
+    st.integers(1, 5),
+    st.integers(1, 64),
+    st.booleans(),
+    st.booleans(),
+)
+def test_bounds_change_nothing_of_what_is_read(
+    frames_sent: list[tuple[int, bytes]], cuts: list[int], most: int, size: int, masked: bool, whole: bool
+) -> None:
+    """Whatever is sent, however it is cut, whatever one call may handle: the same in the same order."""
+    data = b"".join(
+        raw(MIX[kind][0], payload[:125] if MIX[kind][0] == PING else payload, final=MIX[kind][2], masked=masked)
+        for kind, payload in frames_sent
+        if MIX[kind][0] != CLOSE
+    )
+
+    def told(found: list[Passed | Control | Message]) -> list[object]:
+        out: list[object] = []
+        for each in found:
+            if isinstance(each, Passed) and out and isinstance(out[-1], Passed):
+                each = Passed(out[-1].data + each.data, out.pop().messages + each.messages)  # type: ignore[attr-defined] # noqa: PLW2901
+            out.append(each)
+        return out
+
+    at_once, in_steps = (Frames(masked=masked, most=MOST, whole=whole) for _ in range(2))
+    wanted = told(at_once.feed(data, 1000, 1_000_000))
+    found: list[Passed | Control | Message] = []
+    place = 0
+    for cut in [*cuts, len(data)]:
+        piece = data[place : place + cut]
+        place += cut
+        if len(piece) % 2 and in_steps.unread:
+            in_steps.keep(piece)  # more arrives before its turn has come
+        else:
+            found += in_steps.feed(piece, most, size)
+    while in_steps.unread:
+        found += in_steps.feed(b"", most, size)
+    assert told(found) == wanted
+    assert str(in_steps.error) == str(at_once.error)
+    assert (in_steps.kept, in_steps.between) == (at_once.kept, at_once.between)
+
+
+@given(st.binary(max_size=300), st.integers(1, 20), st.booleans())
+def test_a_frame_written_in_pieces_is_a_frame(payload: bytes, quarter: int, masked: bool) -> None:
+    """Masked right across its pieces; each has as many bytes of payload as were asked for."""
+    writer = FrameWriter(TEXT, payload, masked=masked)
+    pieces = [writer.piece(4 * quarter)]
+    while not writer.done:
+        pieces.append(writer.piece(4 * quarter))
+    assert Frames(masked=masked, most=MOST, whole=True).feed(b"".join(pieces)) == [Message(TEXT, payload)]
+    assert all(len(piece) <= 4 * quarter for piece in pieces[1:])
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1003, 1008, 1011, 1013, 3000, 4999])
@@ -190,7 +317,7 @@ def test_a_large_message_in_many_reads_is_linear() -> None:
     """What is kept is joined once, not with each read."""
     frames = Frames(masked=False, most=100_000_000, whole=True)
     data = made(BINARY, bytes(50_000_000), masked=False)
-    found = [each for place in range(0, len(data), 1000) for each in frames.feed(data[place : place + 1000])]
+    found = [each for place in range(0, len(data), 1000) for each in read(frames, data[place : place + 1000])]
     assert [len(each.payload) for each in found if isinstance(each, Message)] == [50_000_000]
 
 

@@ -80,7 +80,8 @@ def test_one_request_tries_it_and_its_success_closes_it() -> None:
     east.succeeded(clock.now, east._try)
     east.end()
     assert (east.failing, east.is_available(clock.now)) == (False, True)
-    assert not east.begin(clock.now)
+    east.begin(clock.now)
+    assert not east.trying
     east.failed(clock.now, "connect")
     assert east.available_in(clock.now) == 1  # as at first
 
@@ -103,14 +104,15 @@ def test_what_is_certain_is_enough_once() -> None:
 
 
 def test_a_429_is_no_failure() -> None:
-    """It rests for as long as Azure asks, an hour at most, and all may ask it again then."""
+    """It rests for as long as Azure asks, an hour at most, and is no circuit that opens."""
     east, clock, _ = made(failures=1)
     east.cool_down(clock.now, 7, "rate_limited")
     east.cool_down(clock.now, 2, "rate_limited")
     assert east.available_in(clock.now) == 7
     clock.now += 7
-    assert not east.begin(clock.now)
     assert east.is_available(clock.now)
+    east.begin(clock.now)
+    assert not east.trying
     east.cool_down(clock.now, 86_400, "rate_limited")
     assert east.available_in(clock.now) == 3600
 
@@ -168,7 +170,7 @@ def test_what_azure_asked_for_outlasts_all_else() -> None:
     east, clock, health = made(failures=1, rest=1)
 
     def failing() -> int:
-        east.rests_until, east.failing = clock.now, True
+        east.rests_until, east.failing, east.cautious = clock.now, True, True
         tried = east.begin(clock.now)
         assert tried
         return tried
@@ -353,3 +355,106 @@ def test_the_report() -> None:
     east.succeeded(clock.now, east._try)
     east.cool_down(clock.now, 3, "rate_limited")
     assert (health.report()[0]["state"], health.report()[0]["reason"]) == ("cooling_down", "rate_limited")
+
+
+def sent(east: DeploymentHealth, now: float) -> int:
+    """Send as many requests as it allows now; returns how many."""
+    count = 0
+    while east.is_available(now):
+        assert count < 1000, "nothing holds them back"
+        east.begin(now)
+        count += 1
+    return count
+
+
+def test_after_a_rest_few_go_first_and_more_with_each_that_is_accepted() -> None:
+    """A slow start: one, two, four, eight. Those that are held back are not told that it rests."""
+    east, clock, health = made()
+    east.cool_down(clock.now, 1, "rate_limited")
+    clock.now += 1
+    for count in (1, 2, 4, 8):
+        assert sent(east, clock.now) == count
+        assert east.holds_back(clock.now)
+        assert (east.report(clock.now)["state"], east.report(clock.now)["cool_down"]) == ("available", 0)
+        assert health.news() == []
+        for _ in range(count):
+            east.began(clock.now, -1)
+
+
+def test_what_is_not_refused_soon_was_accepted() -> None:
+    """An answer may take a minute; a refusal takes milliseconds: the others do not wait for answers."""
+    east, clock, _ = made()
+    east.cool_down(clock.now, 1, "rate_limited")
+    clock.now += 1
+    for count in (1, 2, 4, 8):
+        assert sent(east, clock.now) == count
+        clock.now += east.available_in(clock.now)
+
+
+def test_a_refusal_halves_where_the_window_grows_slowly() -> None:
+    """Of many that come together the first refusal counts; the next slow start overshoots by little."""
+    east, clock, _ = made()
+    east.cool_down(clock.now, 1, "rate_limited")
+    clock.now += 1
+    for count in (1, 2, 4, 8):
+        assert sent(east, clock.now) == count
+        if count < 8:
+            for _ in range(count):
+                east.began(clock.now, -1)
+    for _ in range(8):
+        east.cool_down(clock.now, 1, "rate_limited", tried=-1)
+    assert east.available_in(clock.now) == 1
+    clock.now += 1
+    counts = []
+    for _ in range(6):
+        counts.append(sent(east, clock.now))
+        for _ in range(counts[-1]):
+            east.began(clock.now, -1)
+    assert counts == [1, 2, 4, 5, 6, 7]
+
+
+def test_a_slow_start_ends_when_nothing_is_refused() -> None:
+    """After ten seconds all may go, and nothing is asked of a request any more."""
+    east, clock, _ = made()
+    east.cool_down(clock.now, 1, "rate_limited")
+    clock.now += 11
+    east.begin(clock.now)
+    assert not east.cautious
+    assert east.is_available(clock.now)
+
+
+def test_a_deployment_that_was_tried_and_is_back_is_not_overrun() -> None:
+    """What waited for a circuit to close follows in a slow start, also where another process has closed it."""
+    for heard in (False, True):
+        east, clock, health = made(failures=1, rest=1)
+        east.failed(clock.now, "connect")
+        clock.now += 1
+        if heard:
+            health.hear(News(east.key))
+        else:
+            east.succeeded(clock.now, east.begin(clock.now))
+        assert not east.failing
+        assert [sent(east, clock.now), east.holds_back(clock.now)] == [1, True]
+
+
+def test_a_rest_that_another_process_told_of_ends_in_a_slow_start_too() -> None:
+    """All of them would begin at once."""
+    east, clock, health = made()
+    health.hear(News(east.key, 2, reason="rate_limited"))
+    clock.now += 2
+    assert sent(east, clock.now) == 1
+
+
+def test_being_held_back_leaves_what_is_known_of_its_room() -> None:
+    """One that is full stays the last that is taken, while it is held back and after."""
+    east, clock, _ = made()
+    east.cool_down(clock.now, 1, "rate_limited")
+    clock.now += 1
+    full = Headers({"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "10"})
+    east.observe(clock.now, full.fields)
+    until = east.away_until
+    assert until > clock.now + 1
+    assert sent(east, clock.now) == 1
+    assert east.away_until == until
+    east.began(clock.now, -1)
+    assert (east.away_until, east.is_available(clock.now)) == (until, True)

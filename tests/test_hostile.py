@@ -5,6 +5,7 @@ The rows of `data/*.jsonl` each name a rule; rows too large for a file are made 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from gateway.testing import FakeAzure
 from tests.conftest import KEY, StartGateway, raw_request
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.both_loops]
 
 DATA = Path(__file__).parent / "data"
 KEY_B = "another-team-key"
@@ -52,6 +53,10 @@ LARGE = [
 ]
 
 
+# So short that the gateway itself ends each connection on which nothing more comes.
+SOON = {"head": 0.5, "client": 0.5, "keep_alive": 0.5}
+
+
 def status_of(received: bytes) -> int:
     found = re.match(rb"HTTP/1\.1 (\d{3}) ", received)
     return int(found.group(1)) if found else 0
@@ -60,10 +65,10 @@ def status_of(received: bytes) -> int:
 @pytest.mark.parametrize("row", [*rows("hostile_requests.jsonl"), *LARGE], ids=lambda row: row["id"])
 async def test_raw_request(row: dict[str, Any], start_gateway: StartGateway, azure: FakeAzure) -> None:
     """A malformed request is refused with a 4xx, or closed on; a good one is answered; none is ever a 5xx."""
-    gateway = await start_gateway(azure.endpoint)
+    gateway = await start_gateway(azure.endpoint, timeouts=SOON)
     raw = row["raw"].encode("latin-1")
 
-    received = await raw_request(gateway.port, raw, timeout=0.4, eof=False)
+    received = await raw_request(gateway.port, raw)
 
     status = status_of(received)
     assert status < 500
@@ -78,11 +83,11 @@ async def test_raw_request(row: dict[str, Any], start_gateway: StartGateway, azu
 
 async def test_raw_requests_of_lower_level(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Of the rows that are a recommendation or a policy, at least 95 of 100 are as they say."""
-    gateway = await start_gateway(azure.endpoint)
+    gateway = await start_gateway(azure.endpoint, timeouts=SOON)
     wrong = []
     checked = [row for row in [*rows("hostile_requests.jsonl"), *LARGE] if row.get("level", "must") != "must"]
-    for row in checked:
-        received = await raw_request(gateway.port, row["raw"].encode("latin-1"), timeout=0.3)
+    answers = await asyncio.gather(*(raw_request(gateway.port, row["raw"].encode("latin-1")) for row in checked))
+    for row, received in zip(checked, answers, strict=True):
         rejected = status_of(received) in (0, 400, 408, 413, 414, 415, 417, 431, 501)
         if ("reject" if rejected else "accept") not in {row["expect"], row.get("also_ok")}:
             wrong.append(row["id"])
@@ -107,10 +112,10 @@ def big_rows() -> list[dict[str, Any]]:
 async def test_gateway_input(row: dict[str, Any], start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Nothing in a request steers where it goes or which key goes along, and none makes the gateway fail."""
     azure.deployments = ("gpt-4",)
-    gateway = await start_gateway(azure.endpoint)
+    gateway = await start_gateway(azure.endpoint, timeouts=SOON)
     raw = row["raw"].replace("{KEYB}", KEY_B).replace("{KEY}", KEY).encode("latin-1")
 
-    received = await raw_request(gateway.port, raw, timeout=0.4)
+    received = await raw_request(gateway.port, raw)
 
     status = status_of(received)
     assert 200 <= status < 500 or (status == 0 and not received)
@@ -154,7 +159,7 @@ async def test_keys_of_malformed_requests_are_neither_logged_nor_echoed(
         f"POST http://[{secret}/ HTTP/1.1\r\nHost: a\r\n\r\n",
         f"POST /v1/{secret}\x01 HTTP/1.1\r\nHost: a\r\n\r\n",
     ):
-        received = await raw_request(gateway.port, raw.encode("latin-1"), timeout=1)
+        received = await raw_request(gateway.port, raw.encode("latin-1"))
         assert status_of(received) == 400
         assert secret.encode() not in received
     shown = capfd.readouterr()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import http1
 from gateway.errors import ApiError
-from gateway.http1 import FRAMING_OF_REQUESTS, Chunks, HeadReader, Malformed, parse_request, parse_response
+from gateway.headers import Field
+from gateway.http1 import FRAMING_OF_REQUESTS, Chunks, HeadCheck, HeadReader, Malformed, parse_request, parse_response
 
 MIB = 1024 * 1024
 LINE = b"POST /v1/chat/completions HTTP/1.1\r\n"
@@ -77,7 +80,8 @@ def test_what_connection_names_ends_here() -> None:
         (LINE + b"Host: a\r\nHost: a", 400),
         (LINE + b"Host: a\nX: b", 400),
         (LINE + b"Host: a\r\n folded", 400),
-        (LINE + b"Host: a\r\nX: " + b"a" * 17_000, 400),
+        (LINE + b"Host: a\r\nX: " + b"a" * 17_000, 431),
+        (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: a", 414),
         (LINE + b"Host: a" + b"\r\nX: b" * 128, 431),
         (LINE + b"Host: a\r\nTransfer-Encoding: chunked \t", 400),
         (b"CONNECT / HTTP/1.1\r\nHost: a\r\nContent-Length: 5", 400),
@@ -94,6 +98,114 @@ def test_heads_that_no_gateway_may_pass_on(head: bytes, status: int) -> None:
     assert caught.value.status == status
     with pytest.raises(ApiError):
         HeadReader().read(head, MIB)
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        (LINE + b"Host: a\r\nX: " + b"a" * 17_000, "16384"),
+        (LINE + b"Host: a" + b"\r\nX: b" * 128, "128"),
+        (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: a", "16384"),
+    ],
+)
+def test_a_head_above_a_limit_is_told_which(head: bytes, names: str) -> None:
+    """Whole, or while it comes."""
+    with pytest.raises(ApiError, match=names) as whole:
+        parse_request(head, MIB)
+    with pytest.raises(ApiError, match=names) as begun:
+        HeadCheck().check(head + b"\r\n")
+    assert whole.value.status == begun.value.status
+
+
+NEVER_HEADS = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(400),  # TLS
+    b"PRI * HTTP/2.0\r\n",
+    b"GET / HTTP/1.1\n",
+    b"GET / HTTP/1.1\r\nHost: x\n",
+    b"GET / HTTP/1.1\rHost",
+    b"GET /\r\n",
+    b"GET /\x00",
+    b"GET / HTTP/1.1\r\nX: \x00",
+    b"GET / HTTP/1.1\r\nX: \x7f",
+    b"GET / HTTP/1.1\r\nHost: x\r\nA b: c\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nA b",
+    b"GET / HTTP/1.1\r\nHost: x\r\nA : c",
+    b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\nnocolon\r\n",
+    b"GET / HTTP/1.1\r\nHost: x\r\n folded",
+    b"GET / HTTP/1.1\r\nHost: x\r\n: c",
+    b"GET / HTTP/1.1\r\nHost: x y\r\n",
+    b"GET / HTTP/1.1\r\nContent-Length: x\r\n",
+    b"GET / HTTX",
+    b"GET / FTP",
+    b"GET  /",
+    b"GET / HTTP/1.1 \r\n",
+    b"GET http://x/ HTTP/1.1\r\n",
+    b"hello, how are you",
+    b'{"model": "gpt-4o"}',
+    b"\r\n\x01",
+    b"\rX",
+]
+
+
+@pytest.mark.parametrize("begun", NEVER_HEADS)
+def test_a_head_that_can_never_become_one_is_refused_at_once(begun: bytes) -> None:
+    """With the byte that makes it one, however it is cut; no byte later, and nothing before it is refused."""
+    with pytest.raises(ApiError) as caught:
+        HeadCheck().check(begun)
+    assert caught.value.status == 400
+    check, refused_at = HeadCheck(), 0
+    for place in range(1, len(begun) + 1):
+        try:
+            check.check(begun[:place])
+        except ApiError:
+            refused_at = place
+            break
+    assert refused_at, "byte by byte it is refused, too"
+    with pytest.raises(ApiError):
+        HeadCheck().check(begun[:refused_at])
+
+
+@given(
+    st.sampled_from([b"GET", b"POST", b"M-SEARCH"]),
+    st.text(alphabet="abc/%20?=&", max_size=300),
+    st.lists(st.tuples(st.sampled_from([b"X-A", b"Accept"]), st.binary(max_size=300)), max_size=10),
+    st.lists(st.integers(1, 60), min_size=1, max_size=5),
+)
+def test_a_head_that_is_taken_whole_is_taken_in_parts(
+    method: bytes, target: str, fields: list[tuple[bytes, bytes]], sizes: list[int]
+) -> None:
+    """The check refuses nothing that the reader takes."""
+    lines = [b"%b /%b HTTP/1.1" % (method, target.encode()), b"Host: a"]
+    lines += [b"%b: %b" % field for field in fields]
+    head = b"\r\n".join(lines)
+    try:
+        parse_request(head, MIB)
+    except ApiError:
+        return
+    check, whole, place = HeadCheck(), head + b"\r\n\r", 0
+    for size in itertools.cycle(sizes):
+        place += size
+        check.check(whole[:place])
+        if place >= len(whole):
+            return
+
+
+def test_a_head_in_many_parts_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is read when it ends, and never again."""
+    read: list[bytes] = []
+    take = http1._request_fields
+
+    def counted(lines: list[bytes]) -> list[Field]:
+        read.extend(lines)
+        return take(lines)
+
+    monkeypatch.setattr(http1, "_request_fields", counted)
+    head = b"GET / HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % number for number in range(100))
+    check = HeadCheck()
+    for place in range(1, len(head) + 1):
+        check.check(head[:place])
+    assert len(read) == 100
 
 
 def test_the_same_head_again_is_the_same_request_but_for_its_length() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from gateway import ApiError
-from gateway.jsonbody import of_fields, raw_fields, with_field
+from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields, with_field
 
 BODY = b'{"x":1.0e2,"model":"a","n":123456789012345678901234567890,"o":{"b":1,"a":[1.50]},"model":"b"}'
 
@@ -75,3 +76,61 @@ def test_fields_of_what_is_no_object_are_a_400(body: bytes, names: tuple[str, ..
     """Whatever it is."""
     with pytest.raises(ApiError, match="not a JSON object"):
         raw_fields(body, names)
+
+
+MANY = 1_000_001
+
+
+@pytest.mark.parametrize(
+    "values",
+    [b"[" + b"[]," * 600_000 + b"[]]", b'{"a":[' + b"{}," * 600_000 + b"{}]}", b"[" + b"1," * MANY + b"1]"],
+    ids=["lists", "objects", "numbers"],
+)
+def test_small_values_are_not_decoded_without_bound(values: bytes) -> None:
+    """Each would take many times its bytes: above so many signs that begin one it is a 413 that says so."""
+    asked: list[bytes] = []
+    with pytest.raises(ApiError) as refused:
+        decoded_json(values, asked.append)
+    assert (refused.value.status, refused.value.code) == (413, "body_too_large")
+    assert not asked
+
+
+def test_long_text_is_decoded_however_long_it_is() -> None:
+    """It takes what its bytes take; neither is a value counted that a decoder skips."""
+    text = b'{"a":"' + b"x" * 20_000_000 + b'"}'
+    assert len(decoded_json(text, msgspec.json.decode)["a"]) == 20_000_000
+    tokens = b'{"model":"m","input":[' + b"1," * MANY + b"1]}"
+    assert raw_fields(tokens, ("model",)) == {"model": b'"m"'}
+    assert with_field(tokens, "model", "d").startswith(b'{"model":"d","input":[1,1')
+
+
+def test_the_slow_way_has_the_same_bound() -> None:
+    """Half a surrogate pair must not be the way round it, with a decoder that skips."""
+    body = b'{"model":"\\ud83d","x":[' + b"[]," * 600_000 + b"[]]}"
+    with pytest.raises(ApiError) as refused:
+        decoded_json(body, msgspec.json.Decoder(dict[str, str]).decode, skips=True)
+    assert refused.value.status == 413
+
+
+def test_fields_are_bounded_too() -> None:
+    """A million names of fields take more than their bytes."""
+    body = b"{" + b",".join(b'"%x":0' % number for number in range(MANY)) + b"}"
+    for work in (lambda: raw_fields(body), lambda: with_field(body, "model", "d")):
+        with pytest.raises(ApiError) as refused:
+            work()
+        assert refused.value.status == 413
+
+
+@pytest.mark.parametrize("depth", [200, 400, 600, 800, 900, 950, 990, 1000, 100_000])
+def test_depth_is_a_client_s_mistake(depth: int) -> None:
+    """However deep: what can be decoded can be written again, or it is a 400, and never a failure of the gateway."""
+    refused: ApiError | None = None
+    try:
+        content = decoded_json(b"[" * depth + b"]" * depth, msgspec.json.decode)
+        for _ in range(20):
+            content = [content]
+        assert encoded_json(content).startswith(b"[" * depth)
+    except ApiError as exc:
+        refused = exc
+    assert refused is None or (refused.status == 400 and "nested too deeply" in refused.message)
+    assert refused is not None or depth < 1000

@@ -50,14 +50,42 @@ def test_an_address_that_cannot_be_had_is_named(tmp_path: Path) -> None:
         listener.remove()
 
 
-def test_a_unix_socket_is_for_every_user_and_its_file_goes_with_its_owner(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
+@pytest.mark.parametrize("mode", [0o660, 0o666, 0o600])
+def test_a_unix_socket_is_never_more_open_than_its_mode(
+    mode: int, umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when its file is made, and not when it listens; in the end it has exactly this mode."""
+    path = tmp_path / "s"
+    seen: list[int] = []
+    chmod, before = os.chmod, os.umask(umask)
+
+    def watched(name: str, to: int) -> None:
+        seen.append(stat.S_IMODE(path.stat().st_mode))
+        chmod(name, to)
+        with socket.socket(socket.AF_UNIX) as early, pytest.raises(ConnectionRefusedError):
+            early.connect(name)
+
+    monkeypatch.setattr(os, "chmod", watched)
+    try:
+        listener = Listener.open(Listen(unix=str(path), mode=mode))
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+        assert [each & ~mode for each in seen] == [0]
+        connect(listener)
+        listener.close()
+        listener.remove()
+    finally:
+        os.umask(before)
+
+
+def test_a_unix_socket_is_for_user_and_group_and_its_file_goes_with_its_owner(tmp_path: Path) -> None:
     """One left behind is replaced; closing alone leaves it, and another's file of the same name is not removed."""
     path = tmp_path / "s"
     left = Listener.open(Listen(unix=str(path)))
     left.close()
     assert stat.S_ISSOCK(path.stat().st_mode)
     listener = Listener.open(Listen(unix=str(path)))
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
     left.remove()
     connect(listener)
     listener.close()

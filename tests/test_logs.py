@@ -60,7 +60,7 @@ async def test_lines_leave_together() -> None:
         logger.info("exchange", number=number)
     assert stream.count == 1
     assert len(stream.getvalue().splitlines()) == 1
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while stream.count < 2:
             await asyncio.sleep(0.01)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]

@@ -5,20 +5,59 @@ from __future__ import annotations
 import pytest
 
 from gateway.errors import ApiError
-from gateway.memory_budget import Hold, MemoryBudget
+from gateway.memory_budget import Budgets, Hold, MemoryBudget
 
 
 def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
     """Above it there is a 503 that says when to come back, and what was held before still is."""
     budget = MemoryBudget(1000)
+    hold, another = Hold(budget, "ann"), Hold(budget, "ann")
+    hold.grow(200)
+    another.grow(50)
+    with pytest.raises(ApiError) as refused:
+        another.grow(1)
+    assert (refused.value.status, refused.value.code) == (503, "overloaded")
+    assert refused.value.headers["retry-after"]
+    assert (hold.size, another.size) == (200, 50)
+    assert budget.held == budget.held_by("ann") == 250
+    Hold(budget, "bob").grow(250)
+
+
+def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
+    """A single request above the share is a 413, however empty the budget is: to send it again would not help."""
+    budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
     hold.grow(250)
     with pytest.raises(ApiError) as refused:
         hold.grow(1)
-    assert (refused.value.status, refused.value.code) == (503, "overloaded")
-    assert refused.value.headers["retry-after"]
-    assert hold.size == budget.held == budget.held_by("ann") == 250
-    Hold(budget, "bob").grow(250)
+    assert (refused.value.status, refused.value.code) == (413, "body_too_large")
+    assert "retry-after" not in refused.value.headers
+    assert hold.size == budget.held == 250
+
+
+def test_the_most_that_was_held_is_remembered() -> None:
+    """It tells an operator how large the budget should be."""
+    budget = MemoryBudget(1000)
+    hold = Hold(budget, "ann")
+    for size in (100, 150):
+        hold.grow(size)
+    hold.release()
+    hold.grow(30)
+    assert (budget.held, budget.most_held) == (30, 250)
+
+
+def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
+    """A reload lowers it: nothing more is taken until enough was given back."""
+    budgets = Budgets(memory=1000, form=100)
+    one, other = Hold(budgets.memory, "ann"), Hold(budgets.memory, "bob")
+    one.grow(250)
+    budgets.use(memory=400, form=10)
+    assert budgets.disk.limit == 80
+    other.grow(100)
+    with pytest.raises(ApiError):
+        Hold(budgets.memory, "eve").grow(60)
+    one.release()
+    Hold(budgets.memory, "eve").grow(60)
 
 
 def test_all_callers_together_have_the_limit() -> None:

@@ -7,11 +7,18 @@ import io
 import json
 import os
 import re
+import tracemalloc
 from typing import Any
 
 import pytest
 
-from gateway.testing import FakeAzure
+from gateway.azure import BY_NAME
+from gateway.errors import ApiError
+from gateway.models import FrameModels, model_in
+from gateway.stream import Event
+from gateway.targets import Resource, Target
+from gateway.testing import FakeAzure, send
+from plugins.model_map import ModelMap
 from tests.conftest import KEY, RawUpstream, StartGateway, raw_request
 
 YAML = """
@@ -355,3 +362,121 @@ def peak(pid: int) -> int:
         found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
     assert found is not None
     return int(found[1]) * 1024
+
+
+# -- messages of a WebSocket ---------------------------------------------------------------------------------------
+
+
+class Mapping:
+    """A request whose WebSocket is open to one resource, and its model map."""
+
+    def __init__(self) -> None:
+        self.notes: dict[str, object] = {}
+        self.sent_to = Target(resource=Resource("azure", "https://azure.test"))
+
+    def find(self, model: str) -> Target:
+        if model != "mine":
+            raise ApiError(404, f"no model {model}", code="model_not_found")
+        return self.sent_to.replace(deployment="prod-4o")
+
+
+def mapped(message: bytes) -> bytes:
+    request: Any = Mapping()
+    return FrameModels(request, request.find).event(Event(message)).raw
+
+
+MANY = b'"many":{%b"last":0}' % (b'"k":0,' * 200_000)
+
+
+@pytest.mark.parametrize("more", [b'"input":"a, \\u00e9: 1.50"', MANY], ids=["few fields", "many fields"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"type":"response.create","model":"mine",MORE}',
+        b'{MORE,"type":"response.create","model":  "mine"}',
+        b'{"response":{"model":"mine","n":1e2},MORE}',
+        b'{MORE,"response":{"n":1e2,"model":"mine"}}',
+    ],
+)
+def test_the_model_of_a_message_is_mapped_and_the_rest_keeps_its_bytes(message: bytes, more: bytes) -> None:
+    """At the top or in `response`, before or after whatever else there is, however many fields that has."""
+    sent = message.replace(b"MORE", more)
+    assert mapped(sent).replace(b"  ", b"") == sent.replace(b"mine", b"prod-4o").replace(b"  ", b"")
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        (b'{"model":"forbidden","model":"mine"}', b'{"model":"prod-4o"}'),
+        (b'{"response":{"model":"forbidden"},"response":{}}', b'{"response":{}}'),
+        (b'{"response":{"model":"forbidden"},"r\\u0065sponse":{"model":"mine"}}', b'{"response":{"model":"prod-4o"}}'),
+        (b'{"response":{"model":"forbidden","mod\\u0065l":"mine"}}', b'{"response":{"model":"prod-4o"}}'),
+        (b'{"x":{"model":"theirs"}}', b'{"x":{"model":"theirs"}}'),
+        (b'{"response":["model"]}', b'{"response":["model"]}'),
+    ],
+)
+def test_a_key_that_is_there_twice_is_sent_once(message: bytes, wanted: bytes) -> None:
+    """Of two, Azure might take the one that was not looked at. With very many fields it is refused instead."""
+    assert mapped(message) == wanted
+    with_many = message[:-1] + b"," + MANY + b"}"
+    if wanted == message:
+        assert mapped(with_many) == with_many
+    else:
+        with pytest.raises(ApiError) as caught:
+            mapped(with_many)
+        assert caught.value.status == 400
+
+
+def test_half_of_a_surrogate_pair_in_a_message_is_sent_as_it_came() -> None:
+    """In a value, and in a key; JavaScript sends them where a text was cut."""
+    sent = rb'{"x":"\ud83d","\ud83d":1,"model":"mine"}'
+    assert mapped(sent) == sent.replace(b"mine", b"prod-4o")
+
+
+@pytest.mark.parametrize("model", [b"5", b"null", b'["mine"]', b'"%b"' % (b"m" * 3000), b'"other"'])
+def test_a_model_that_is_none_is_refused_in_any_message(model: bytes) -> None:
+    """By an ApiError, which the client is told."""
+    for more in (b'"x":1', MANY):
+        for message in (b'{"model":%b,%b}', b'{"response":{"model":%b},%b}'):
+            with pytest.raises(ApiError):
+                mapped(message % (model, more))
+
+
+def test_a_large_message_is_not_decoded() -> None:
+    """A million empty lists beside a model become no objects: memory stays that of a few copies of the bytes."""
+    message = b'{"type":"response.create","model":"mine","x":[' + b"[]," * 1_000_000 + b"[]]}"
+    tracemalloc.start()
+    try:
+        assert len(mapped(message)) == len(message) + 3
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(message)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b'"' + b"a" * 2047 + b'"',
+        b"[" + b"[]," * 100_000 + b"[]]",
+        b"[" + b"[]," * 700_000 + b"[]]",
+        b'{"a":' * 100 + b"1" + b"}" * 100,
+        b"[1]",
+        b"17",
+    ],
+    ids=["long", "lists", "more lists", "deep", "short list", "number"],
+)
+@pytest.mark.parametrize("body", [b'{"model":%b}', b'{"x":"\\ud83d","model":%b}'], ids=["plain", "half a pair"])
+async def test_a_model_is_read_as_bytes_and_never_decoded_into_objects(value: bytes, body: bytes) -> None:
+    """Of any value the first 2 KB at most are looked at; what is no short text is refused."""
+    sent = await send([ModelMap(unmapped="own_name")], body=body % value)
+    assert sent.status in ({400} if len(value) < 1_000_000 else {400, 413})
+    assert sent.reached is None
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "\u00e9" * 256, 'a"b'])
+async def test_an_escaped_name_is_the_name(name: str) -> None:
+    """However it is written: six bytes for each character are the most that 256 take."""
+    for ensure_ascii in (True, False):
+        body = json.dumps({"model": name}, ensure_ascii=ensure_ascii).encode()
+        assert model_in(body, BY_NAME["chat.completions"]) == name

@@ -18,9 +18,30 @@ import websockets
 from aiohttp import WSMsgType, web
 from websockets.asyncio.client import ClientConnection, connect
 
-from gateway.frames import BINARY, CLOSE, PING, TEXT, Control, Frames, close_frame, frame
+from gateway.connection import Connection
+from gateway.errors import ApiError
+from gateway.fair_scheduler import MOST_UNITS, STEP, FairScheduler
+from gateway.frames import (
+    BINARY,
+    CLOSE,
+    PING,
+    PONG,
+    TEXT,
+    BadFrame,
+    Control,
+    Frames,
+    FrameWriter,
+    Message,
+    Passed,
+    close_frame,
+    frame,
+)
+from gateway.memory_budget import MemoryBudget
+from gateway.relay import ControlBucket, Relay, error_event
 from gateway.testing import FakeAzure, Seen
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
+
+pytestmark = pytest.mark.both_loops
 
 REALTIME = YAML.replace("2024-10-21", "v1")
 URL = "/v1/realtime?model=gpt-4o"
@@ -313,7 +334,7 @@ async def test_fragments_pings_and_pongs_go_through(start_gateway: StartGateway,
     async with opened(gateway) as client:
         for payload in (b"", b"are you there", b"x" * 125):
             pong = await client.ping(payload)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await pong
         await client.send(["in ", "three ", "pieces"])
         assert await client.recv() == "in three pieces"
@@ -341,7 +362,7 @@ async def test_azure_s_fragments_and_pings_reach_the_client(
         gateway = await start_gateway(upstream.endpoint, REALTIME)
         async with opened(gateway) as client:
             assert await client.recv() == "one two"
-            await asyncio.wait_for(ponged.wait(), 5)
+            await asyncio.wait_for(ponged.wait(), 30)
 
 
 async def test_what_came_with_the_handshake_is_not_lost(start_gateway: StartGateway, echoing: FakeAzure) -> None:
@@ -921,7 +942,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + whole[:cut])
-        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.wait_for(asked.wait(), 30)
         await asyncio.sleep(0.05)
         writer.write(whole[cut:])
         await told.wait()
@@ -942,7 +963,7 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + b"\x01\x02ab")
-        await asyncio.wait_for(asked.wait(), 5)
+        await asyncio.wait_for(asked.wait(), 30)
         await asyncio.sleep(0.05)
         writer.write(b"\x80\x02cd" + close_frame(1000, "bye", masked=False))
         await reader.read()
@@ -983,13 +1004,13 @@ async def test_a_client_that_does_not_read_what_it_is_told_is_not_read_from(
         block = frame(TEXT, b'"model"', masked=True) * 5000
         most = 0
         with contextlib.suppress(TimeoutError, ConnectionError):
-            async with asyncio.timeout(0.7):
-                while True:
+            async with asyncio.timeout(20):
+                while not gateway.exchanges():
                     await loop.sock_sendall(raw, block)
                     assert connection.transport is not None
                     most = max(most, connection.transport.get_write_buffer_size())
-        assert most < 4_000_000
         await until(lambda: gateway.exchanges())
+        assert most < 200_000
     assert gateway.exchanges()[0]["error"] == "client_not_reading"
 
 
@@ -1049,7 +1070,7 @@ async def test_a_client_that_never_takes_the_end_is_let_go_of(
             loop = asyncio.get_running_loop()
             await loop.sock_connect(raw, ("127.0.0.1", gateway.port))
             await loop.sock_sendall(raw, HANDSHAKE)
-            await until(lambda: gateway.exchanges(), 10)
+            await until(lambda: gateway.exchanges())
             await until(lambda: not gateway.server._http.connections, 10)  # type: ignore[union-attr]
 
 
@@ -1067,7 +1088,7 @@ async def test_a_ping_that_looks_like_ours_is_answered(start_gateway: StartGatew
         gateway = await start_gateway(azure.endpoint, REALTIME)
         async with opened(gateway) as client:
             reading = asyncio.create_task(client.recv())
-            await asyncio.wait_for(ponged.wait(), 5)
+            await asyncio.wait_for(ponged.wait(), 30)
             reading.cancel()
 
 
@@ -1158,3 +1179,497 @@ async def test_the_tokens_of_a_websocket_are_those_of_all_its_responses(
     assert (event["input_tokens"], event["output_tokens"], event["usage_source"]) == (27, 9, "reported")
     async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer:
         assert 10000 - 36 - 20 < int(answer.headers["x-ratelimit-remaining-tokens"]) < 10000 - 36
+
+
+# -- fair turns, bounded memory --------------------------------------------------------------------------------
+
+RESPONSES = HANDSHAKE.replace(b"/v1/realtime?model=gpt-4o", b"/v1/responses")
+BOTH_WAYS = pytest.mark.parametrize("handshake", [HANDSHAKE, RESPONSES], ids=["passed on", "kept for a filter"])
+
+
+class Steps:
+    """What each call that reads frames, and each step, has handled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.frames: list[int] = []
+        self.written: list[int] = []  # bytes of large messages, in each step
+        self.turns = 0
+        feed, run, piece = Frames.feed, FairScheduler._run, FrameWriter.piece
+
+        def counted_feed(frames: Frames, data: bytes = b"", most: int = MOST_UNITS, size: int = STEP) -> list[Any]:
+            found = feed(frames, data, most, size)
+            if most == MOST_UNITS:  # else it is the test that reads
+                self.frames.append(sum(each.messages if isinstance(each, Passed) else 1 for each in found))
+            return found
+
+        def counted_run(scheduler: FairScheduler) -> None:
+            self.turns += 1
+            run(scheduler)
+
+        def counted_piece(writer: FrameWriter, size: int) -> bytes:
+            made = piece(writer, size)
+            self.written.append(len(made))
+            return made
+
+        monkeypatch.setattr(Frames, "feed", counted_feed)
+        monkeypatch.setattr(FairScheduler, "_run", counted_run)
+        monkeypatch.setattr(FrameWriter, "piece", counted_piece)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("from_client", [True, False])
+async def test_others_are_served_while_one_side_floods(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, handshake: bytes, from_client: bool
+) -> None:
+    """No call handles more frames than it may; another WebSocket and a plain request come in between; none is lost."""
+    count, others = 30_000, asyncio.Event()
+    flood = frame(TEXT, b"1", masked=from_client) * count
+    received = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal received
+        head = await upstream.request(reader)
+        if b"/chat/completions" in head:
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+            await reader.read()
+            return
+        writer.write(switching(head))
+        frames = Frames(masked=True, most=1000, whole=True)
+        while data := await reader.read(65536):
+            for each in read_all(frames, data):
+                if each == Message(TEXT, b"1"):
+                    received += 1
+                elif isinstance(each, Message):
+                    writer.write(flood if each.payload == b"flood" else frame(TEXT, each.payload, masked=False))
+                    others.set()
+
+    def read_all(frames: Frames, data: bytes) -> list[Any]:
+        found = frames.feed(data, 1_000_000, 1_000_000)
+        assert not frames.unread
+        return found
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+        async with opened(gateway, "/v1/responses") as other:
+            reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+            writer.write(handshake)
+            await reader.readuntil(b"\r\n\r\n")
+            steps = Steps(monkeypatch)
+            writer.write(flood if from_client else frame(TEXT, b"flood", masked=True))
+            if not from_client:
+                await others.wait()
+            await other.send("hello")
+            assert await other.recv() == "hello"
+            async with gateway.post() as answer:
+                assert answer.status == 200
+            handled_meanwhile = sum(steps.frames)
+            frames = Frames(masked=False, most=1000, whole=True)
+            while not from_client and received < count:
+                received += len(read_all(frames, await reader.read(65536)))
+            await until(lambda: received == count, 20)
+            writer.close()
+        await gateway.idle()
+    assert max(steps.frames) <= MOST_UNITS + 1  # the end of a frame that the last call began, too
+    assert handled_meanwhile < count
+    assert steps.turns * 2 * MOST_UNITS >= count - 4096
+    up, down = ("messages_up", "messages_down") if from_client else ("messages_down", "messages_up")
+    event = next(each for each in gateway.exchanges() if each.get("counts", {}).get(up, 0) >= count)
+    assert event["counts"][up] == count
+    assert event["counts"][down] <= 1
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("size", [1, 400, 400_000])
+@pytest.mark.parametrize("goodbye", [True, False])
+async def test_frames_of_a_client_that_leaves_are_not_lost(
+    start_gateway: StartGateway, handshake: bytes, size: int, goodbye: bool
+) -> None:
+    """It sends more than one turn handles, says goodbye or not, and closes: Azure gets all of it in order."""
+    got: list[bytes] = []
+    code: list[int | None] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        frames = Frames(masked=True, most=1_000_000, whole=True)
+        while data := await reader.read(65536):
+            for each in frames.feed(data, 1_000_000, 1_000_000):
+                if isinstance(each, Message):
+                    got.append(each.payload)
+                elif isinstance(each, Control):
+                    code.append(each.code)
+
+    sent = [b'{"model":"gpt-4o","x":"%d%b"}' % (number, b"x" * size) for number in range(3 if size > 1000 else 1000)]
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(handshake)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"".join(frame(TEXT, each, masked=True) for each in sent))
+        if goodbye:
+            writer.write(close_frame(4001, "", masked=True))
+        writer.close()
+        await until(lambda: code, 15)
+        await gateway.idle()
+    assert (len(got), got == sent) == (len(sent), True)
+    assert code == [4001 if goodbye else 1001]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("size", [1, 400, 400_000])
+@pytest.mark.parametrize("end", ["goodbye", "loss", "bad frame"])
+async def test_frames_of_azure_that_leaves_are_not_lost(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, handshake: bytes, size: int, end: str
+) -> None:
+    """It sends more than one turn handles, and says goodbye, or closes, or sends a bad frame: the client gets all."""
+    sent = [b"%d%b" % (number, b"x" * size) for number in range(3 if size > 1000 else 1000)]
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await upstream.request(reader)
+        last = {"goodbye": close_frame(4001, "", masked=False), "loss": b"", "bad frame": b"\xff\xff"}[end]
+        writer.write(switching(head) + b"".join(frame(TEXT, each, masked=False) for each in sent) + last)
+        await writer.drain()
+
+    yaml = TWO if handshake is HANDSHAKE else FILTERED_DOWN
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(
+            upstream.endpoint, yaml.replace("models: {", "models: {gpt-4o: gpt-4o, "), {"mine/same.py": SAME}
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(handshake)
+        await reader.readuntil(b"\r\n\r\n")
+        frames = Frames(masked=False, most=1_000_000, whole=True)
+        found: list[Any] = []
+        while not frames.closed:
+            found += frames.feed(await reader.read(65536), 1_000_000, 1_000_000)
+        if end == "goodbye":
+            writer.write(close_frame(4001, "", masked=True))
+        await reader.read()
+        writer.close()
+        await gateway.idle()
+    assert [each.payload for each in found[:-1]] == sent
+    assert found[-1].code == (4001 if end == "goodbye" else 1011)
+
+
+SAME = """
+from gateway import EventFilter, Stage
+
+class Reading(EventFilter):
+    def event(self, event):
+        return event
+
+class Decoding(EventFilter):
+    def event(self, event):
+        event.json()
+        return event
+
+class Same(Stage):
+    async def __call__(self, request, call_next):
+        response = await call_next(request)
+        if response.status == 101:
+            response.pipe(Reading())
+            response.pipe(Decoding() if self.id == "decoding" else Reading(), direction="up")
+        return response
+"""
+FILTERED_DOWN = "plugins_path: mine\n" + TWO + "  - same\n"
+
+
+async def test_a_large_message_is_written_in_pieces(
+    start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty megabytes that filters read, both ways: the same bytes, and no step makes more than it may."""
+    gateway = await start_gateway(echoing.endpoint, FILTERED_DOWN, {"mine/same.py": SAME})
+    data = os.urandom(20_000_000)
+    steps = Steps(monkeypatch)
+    async with opened(gateway, "/v1/responses", ping_interval=None) as client:
+        await client.send(data)
+        await client.send("after it")
+        assert await client.recv() == data
+        assert await client.recv() == "after it"
+    assert max(steps.written) <= STEP + 14
+    assert sum(steps.written) == 2 * len(data) + 24
+
+
+MEMORY = """
+from gateway import Stage
+from gateway.memory_budget import Hold, MemoryBudget
+
+BUDGET = MemoryBudget(400_000)
+
+class Memory(Stage):
+    async def __call__(self, request, call_next):
+        request._exchange._memory = Hold(BUDGET, "a caller")
+        return await call_next(request)
+"""
+
+
+async def test_messages_that_are_kept_are_held(
+    start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unfinished messages of all WebSockets of a caller count; above its share 1013, and nothing stays held."""
+    most = 0
+    budgets: set[MemoryBudget] = set()
+    take = MemoryBudget.take
+
+    def counted(budget: MemoryBudget, caller: str, size: int) -> None:
+        nonlocal most
+        budgets.add(budget)
+        take(budget, caller, size)
+        most = max(most, budget.held)
+
+    monkeypatch.setattr(MemoryBudget, "take", counted)
+    gateway = await start_gateway(
+        echoing.endpoint,
+        "plugins_path: mine\n" + TWO.replace("  - model_map", "  - memory\n  - model_map"),
+        {"mine/memory.py": MEMORY},
+    )
+    clients = []
+    for size in (60_000, 60_000, 30_000):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(RESPONSES)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\x02" + frame(BINARY, b"x" * size, masked=True)[1:])
+        clients.append((reader, writer))
+        if len(clients) != 2:
+            await until(lambda: sum(budget.held for budget in budgets) in (60_000, 90_000))
+            continue
+        (control,) = Frames(masked=False, most=1000).feed(await reader.read())
+        assert isinstance(control, Control)
+        assert control.code == 1013
+        assert control.payload[2:].startswith(b"your requests hold as much of the gateway's memory as one caller may")
+        await until(lambda: gateway.exchanges())
+        assert gateway.exchanges()[0]["error"] == "overloaded"
+    for reader, writer in (clients[0], clients[2]):
+        writer.write(b"\x80\x80aaaa")  # the last fragment, an empty one
+        assert set((await reader.readexactly(30_004))[4:]) == {ord("x")}
+    for _, writer in clients:
+        writer.close()
+    await gateway.idle()
+    assert 90_000 <= most <= 100_000
+    assert [budget.held for budget in budgets] == [0]
+
+
+async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: StartGateway) -> None:
+    """What waits in the transport is bounded; the rest is counted as held until the last piece is written."""
+    go_on = asyncio.Event()
+    data = os.urandom(20_000_000)
+    got = b""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal got
+        writer.write(switching(await upstream.request(reader)))
+        await go_on.wait()
+        frames = Frames(masked=True, most=len(data), whole=True)
+        while not got:
+            for each in frames.feed(await reader.read(1_000_000), 1000, 1_000_000):
+                assert isinstance(each, Message)
+                got = each.payload
+        writer.write(close_frame(1000, "", masked=False))
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO)
+        async with opened(gateway, "/v1/responses", ping_interval=None) as client:
+            (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
+            relay = connection._relay.__self__  # type: ignore[union-attr]
+            await client.send(data)
+            await until(lambda: not relay._azure.taking, 20)
+            assert relay._client.held == len(data)
+            assert relay._wire.transport.get_write_buffer_size() <= 64 * 1024 + STEP + 14
+            go_on.set()
+            with pytest.raises(websockets.ConnectionClosedOK):
+                await client.recv()
+            assert relay._client.held == 0
+        await gateway.idle()
+    assert got == data
+
+
+async def test_a_message_that_is_kept_has_a_limit_of_its_own(
+    start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that only passes may be as large as a body; one that filters read may not, and its length alone ends it."""
+    monkeypatch.setattr("gateway.relay.MOST_KEPT", 5000)
+    gateway = await start_gateway(echoing.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+    async with opened(gateway) as client:
+        await client.send(b"x" * 5001)
+        assert await client.recv() == b"x" * 5001
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(RESPONSES)
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(frame(BINARY, b"x" * 5000, masked=True))
+    assert len(await reader.readexactly(5004)) == 5004
+    writer.write(frame(BINARY, b"x" * 5001, masked=True)[:8])
+    (control,) = Frames(masked=False, most=1000).feed(await reader.read())
+    writer.close()
+    assert isinstance(control, Control)
+    assert (control.code, control.payload[2:]) == (1009, b"a message is larger than 5000 bytes")
+
+
+async def test_a_stage_that_decodes_gets_no_large_message(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """The client is told by an error event, and the WebSocket goes on."""
+    gateway = await start_gateway(
+        echoing.endpoint, FILTERED_DOWN.replace("- same", "- same as decoding"), {"mine/same.py": SAME}
+    )
+    async with opened(gateway, "/v1/responses") as client:
+        await client.send(json.dumps({"event_id": "e1", "x": "a" * 5_000_000}))
+        told = json.loads(await client.recv())
+        assert (told["status"], told["error"]["code"], told["error"]["event_id"]) == (413, "message_too_large", "e1")
+        await client.send('"more"')
+        assert await client.recv() == '"more"'
+
+
+@pytest.mark.parametrize("opcode", [PING, PONG])
+@pytest.mark.parametrize("from_client", [True, False])
+async def test_too_many_pings_end_it(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, opcode: int, from_client: bool
+) -> None:
+    """A hundred at once go through; the next ends the WebSocket, and the client and the log are told why."""
+    monkeypatch.setattr("gateway.relay._CONTROLS_PER_SECOND", 0)
+    flood = frame(opcode, b"p", masked=from_client) * 101
+    heard: list[Any] = []
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + (b"" if from_client else flood))
+        frames = Frames(masked=True, most=1000)
+        while data := await reader.read(65536):
+            heard.extend(frames.feed(data, 1000))
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, REALTIME)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(HANDSHAKE)
+        await reader.readuntil(b"\r\n\r\n")
+        if from_client:
+            writer.write(flood)
+        found: list[Any] = []
+        found += Frames(masked=False, most=1000).feed(await reader.read(), 1000)
+        writer.close()
+        await until(lambda: upstream.open == 0)
+    passed, ended = (heard, found) if from_client else (found, heard)
+    assert [each.opcode for each in passed] == [opcode] * 100 + [CLOSE]
+    assert [each.opcode for each in ended] == [CLOSE]
+    assert found[-1].code == (1008 if from_client else 1011)
+    assert b"more pings and pongs than 100 at once" in found[-1].payload
+    (event,) = gateway.exchanges()
+    assert event["error"] == ("policy_violation" if from_client else "upstream_error")
+    assert "more pings and pongs than 100 at once" in event["reason"]
+
+
+def test_pings_are_counted_by_a_token_bucket() -> None:
+    """A hundred at once, then twenty a second, and never more than a hundred saved up."""
+    bucket = ControlBucket()
+    for now, allowed in ((1000.0, 100), (1001.0, 20), (1001.5, 10), (2000.0, 100)):
+        for _ in range(allowed):
+            bucket.take(now)
+        with pytest.raises(BadFrame) as caught:
+            bucket.take(now)
+        assert caught.value.code == 1008
+        bucket._left += 1  # the one that was refused
+
+
+def relay_of(gateway: Gateway) -> tuple[Connection, Relay]:
+    """Return the only WebSocket that is open, and its client's connection."""
+    connections: list[Any] = gateway.server._http.connections  # type: ignore[union-attr]
+    (connection,) = (each for each in connections if each._relay is not None)
+    return connection, connection._relay.__self__
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("from_client", [True, False])
+async def test_a_loss_is_seen_after_the_frames_before_it(
+    start_gateway: StartGateway, handshake: bytes, from_client: bool
+) -> None:
+    """The side is gone while most of its frames wait for their turns: the other gets them, and then a close frame."""
+    count = 5000
+    heard: list[Any] = []
+
+    async def read(reader: asyncio.StreamReader, masked: bool) -> None:
+        frames = Frames(masked=masked, most=1000, whole=True)
+        while not frames.closed:
+            heard.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        if from_client:
+            await read(reader, True)
+        await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(handshake)
+        await reader.readuntil(b"\r\n\r\n")
+        connection, relay = relay_of(gateway)
+        flood = frame(TEXT, b"1", masked=from_client) * count
+        (relay.from_client if from_client else relay.from_azure)(flood)
+        lost = connection.transport if from_client else relay._wire.transport
+        assert lost is not None
+        lost.abort()
+        if not from_client:
+            await read(reader, False)
+        await until(lambda: heard and isinstance(heard[-1], Control), 20)
+        writer.close()
+        await gateway.idle()
+    assert heard[:-1] == [Message(TEXT, b"1")] * count
+    assert heard[-1].code == (1001 if from_client else 1011)
+    (event,) = gateway.exchanges()
+    assert event["ended_by"] == ("client" if from_client else "upstream")
+
+
+async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """Bytes that arrive all the same are kept until the other side takes more."""
+    gateway = await start_gateway(echoing.endpoint, REALTIME)
+    async with opened(gateway) as client:
+        connection, relay = relay_of(gateway)
+        looked_at = []
+        relay.azure_flow(True)
+        looked_at.append(connection._leave_timer is not None)  # whether the client is still there
+        relay.from_client(frame(TEXT, b"held", masked=True))
+        assert relay._client.frames.unread
+        assert relay._client.messages == 0
+        relay.azure_flow(False)
+        looked_at.append(connection._leave_timer is not None)  # a client that leaves now loses no frame
+        assert looked_at == [True, False]
+        assert await client.recv() == "held"
+        assert not connection._held
+
+
+async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) -> None:
+    """Azure has said goodbye first: the client's last message and its own goodbye still reach Azure whole."""
+    heard: list[Any] = []
+    large = b'{"model":"gpt-4o","x":"%b"}' % (b"a" * 3_000_000)
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)) + close_frame(4002, "", masked=False))
+        frames = Frames(masked=True, most=10_000_000, whole=True)
+        while data := await reader.read(65536):
+            heard.extend(frames.feed(data, 1_000_000, 1_000_000))
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(RESPONSES)
+        await reader.readuntil(b"\r\n\r\n\x88\x02\x0f\xa2")
+        writer.write(frame(TEXT, large, masked=True) + close_frame(4002, "", masked=True))
+        await until(lambda: gateway.exchanges(), 20)
+        await until(lambda: upstream.open == 0)
+        writer.close()
+    assert heard[:-1] == [Message(TEXT, large)]
+    assert heard[-1].code == 4002
+    assert gateway.exchanges()[0]["ended_by"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("message", "event_id"),
+    [
+        (b'{"event_id":"e1","type":"x"}', "e1"),
+        (b'{"event_id":"e1","x":[' + b"[]," * 1_000_000 + b"[]]}", "e1"),
+        (b'{"event_id":[1]}', None),
+        (b'{"event_id":"' + b"a" * 5000 + b'"}', None),
+        (b"[1]", None),
+        (b"no JSON", None),
+    ],
+)
+def test_an_error_event_repeats_the_message_s_id_and_decodes_nothing_else(message: bytes, event_id: str | None) -> None:
+    """A message may be large, and be refused for just that."""
+    told = json.loads(error_event(ApiError(413, "too much"), message))
+    assert told["error"].get("event_id") == event_id

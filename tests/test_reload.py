@@ -34,6 +34,8 @@ from tests.conftest import CHAT, KEY, Gateway, StartGateway, until, write_files
 from tests.test_cli import CLEAN, run
 from tests.test_systemd import Manager
 
+pytestmark = pytest.mark.both_loops
+
 MARK = """
 import asyncio, os
 from dataclasses import dataclass
@@ -542,7 +544,7 @@ class Served:
 
     async def until(self, event: str, count: int = 1) -> dict[str, Any]:
         """Wait for the `count`-th event of a name."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while len(found := self.named(event)) < count:
                 assert not self._reader.done(), self.text
                 await asyncio.sleep(0.01)
@@ -578,7 +580,7 @@ class Served:
         return f"http://{self.named('listening')[0]['address']}/v1/chat/completions"
 
     async def ended(self) -> int:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await self._reader
             return await self.process.wait()
 
@@ -770,7 +772,7 @@ async def test_a_worker_that_replaced_another_is_followed(azure: FakeAzure, tmp_
         await running.until("worker ready", 3)
         await running.until("configuration reloaded")
         answers: set[tuple[str, str]] = set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while len(answers) < 2:  # which worker takes a connection is the system's to say
                 answers |= await running.answers(4)
         assert {name for _, name in answers} == {"second"}
@@ -816,7 +818,7 @@ def test_what_another_process_says_does_not_steer_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Any user of the machine may have taken the name before the gateway did."""
-    monkeypatch.setattr(control, "ask", lambda path: Report(changes=["\x1b[2J"], notes=["listen: \r"]))
+    monkeypatch.setattr(control, "ask", lambda path, user: Report(changes=["\x1b[2J"], notes=["listen: \r"]))
     assert main(["reload", "--config", str(tmp_path / "gateway.yaml")]) == 0
     printed = capsys.readouterr()
     assert printed.out == "'\\x1b[2J'\n"
@@ -903,7 +905,7 @@ async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
     assert {each["team"] for each in failed} == {"default", "b"}
     now = asyncio.Event()
     now.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         await running.gateway.server.stop(now=now)
     assert len([each for each in events if each["event"] == "mark stopped"]) == 4
 
@@ -978,3 +980,62 @@ async def test_many_who_ask_at_once_take_no_more_than_their_places(tmp_path: Pat
                 closed += sock.recv(1) == b""
             sock.close()
     assert closed == 40 - 16
+
+
+async def test_a_reload_that_fails_by_a_bug_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked is told, and the next one is tried: an error that passes must not end reloading for ever."""
+    monkeypatch.setattr("gateway.reload._PAUSE", 0.01)
+    tried = 0
+
+    async def reload() -> Prepared:
+        nonlocal tried
+        tried += 1
+        if tried == 1:
+            raise RuntimeError("can't start new thread")
+        return Prepared(Report(changes=["x"]), State())
+
+    async with going(running := reloads(tmp_path, reload)):
+        assert (await running.ask()).mistakes == ["RuntimeError; the log has more"]
+        assert (await running.ask()).changes == ["x"]
+
+
+async def test_the_watch_outlives_a_reload_that_read_nothing(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It failed before it read a file: all files are still watched, and count as another than what was read."""
+    running = await start()
+    before = running.renewal.state.sources
+
+    def fails(*args: object) -> Loaded:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(running.renewal, "_load", fails)
+    prepared = await running.renewal.prepare()
+    assert prepared.report.mistakes == ["RuntimeError; the log has more"]
+    assert prepared.state.sources.files.keys() == before.files.keys()
+    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    async with asyncio.timeout(20):
+        await watch.until_changed(prepared.state.sources)
+
+
+async def test_a_watch_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that cannot be had is a passing error."""
+    (tmp_path / "f").write_text("1")
+    sources = Sources()
+    sources.read(tmp_path / "f")
+    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    to_thread, left = asyncio.to_thread, 3
+
+    async def without(work: Callable[..., Any], *args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RuntimeError("can't start new thread")
+        if left == -1:
+            (tmp_path / "f").write_text("2")
+        return await to_thread(work, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", without)
+    async with asyncio.timeout(20):
+        await watch.until_changed(sources)
+    assert left < -1

@@ -12,9 +12,14 @@ from typing import Any
 import aiohttp
 import pytest
 
+from gateway import connection
+from gateway.answer import closing_answer
+from gateway.errors import ApiError
 from gateway.settings import Listen
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, raw_upstream, until
+
+pytestmark = pytest.mark.both_loops
 
 
 async def test_chat_completion_reaches_the_deployment(start_gateway: StartGateway, azure: FakeAzure) -> None:
@@ -125,6 +130,7 @@ async def test_healthz_and_readyz(start_gateway: StartGateway, azure: FakeAzure)
     gateway.server.ready = False
     async with gateway.get("/readyz", key=None) as answer:
         assert answer.status == 503
+        assert answer.headers["retry-after"] == "1"
     async with gateway.get("/healthz", key=None) as answer:
         assert answer.status == 200
     async with gateway.post("/healthz", key=None) as answer:
@@ -139,7 +145,7 @@ async def test_client_that_leaves_closes_the_upstream(start_gateway: StartGatewa
         await answer.content.readany()
         assert azure.streaming == 1
         answer.close()
-        await until(lambda: azure.streaming == 0, 1)
+        await until(lambda: azure.streaming == 0)
         await gateway.idle()
         await until(lambda: azure.connections == 0)
     [event] = gateway.exchanges()
@@ -165,7 +171,7 @@ async def test_client_that_leaves_before_the_answer(start_gateway: StartGateway)
         task = asyncio.create_task(gateway.post().__aenter__())
         await waiting.wait()
         task.cancel()
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             await gone.wait()
         await gateway.idle()
     [event] = gateway.exchanges()
@@ -244,10 +250,10 @@ async def test_expect_100_continue(start_gateway: StartGateway, azure: FakeAzure
     writer.close()
 
     refused = head.replace(b"Bearer azure-key", b"Basic azure-key") + b"\r\n\r\n"
-    received = await raw_request(gateway.port, refused, timeout=2)
+    received = await raw_request(gateway.port, refused)
     assert received.startswith(b"HTTP/1.1 401")
     assert b"connection: close" in received
-    received = await raw_request(gateway.port, head.replace(b"100-continue", b"200-maybe") + b"\r\n\r\n", timeout=2)
+    received = await raw_request(gateway.port, head.replace(b"100-continue", b"200-maybe") + b"\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 417")
 
 
@@ -255,7 +261,7 @@ async def test_keep_alive_and_pipelining(start_gateway: StartGateway, azure: Fak
     """A hundred requests sent at once on one connection are answered in order on it."""
     gateway = await start_gateway(azure.endpoint)
     one = chat_request().replace(b"Connection: close\r\n", b"")
-    received = await raw_request(gateway.port, one * 99 + chat_request(), timeout=20)
+    received = await raw_request(gateway.port, one * 99 + chat_request())
     assert received.count(b"HTTP/1.1 200 OK") == 100
     assert len(azure.requests) == 100
 
@@ -264,10 +270,10 @@ async def test_body_above_the_limit_is_refused_unread(start_gateway: StartGatewa
     """A Content-Length above the limit is a 413 at once; a chunked body is one when it passes the limit."""
     gateway = await start_gateway(azure.endpoint, limits={"body": 1000})
     head = chat_request().partition(b"Content-Length")[0]
-    received = await raw_request(gateway.port, head + b"Content-Length: 1001\r\n\r\n", timeout=1)
+    received = await raw_request(gateway.port, head + b"Content-Length: 1001\r\n\r\n")
     assert received.startswith(b"HTTP/1.1 413")
     chunk = b"1f4\r\n" + b"x" * 500 + b"\r\n"
-    received = await raw_request(gateway.port, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3, timeout=1)
+    received = await raw_request(gateway.port, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3)
     assert received.startswith(b"HTTP/1.1 413")
     assert not azure.requests
 
@@ -280,11 +286,11 @@ async def test_slow_clients_are_closed_on(start_gateway: StartGateway, azure: Fa
         (b"POST /v1/chat", b"HTTP/1.1 408"),
         (chat_request()[:-10], b"HTTP/1.1 408"),
     ):
-        received = await raw_request(gateway.port, sent, timeout=3)
+        received = await raw_request(gateway.port, sent)
         assert received.startswith(status), received
         assert b'"error"' in received
     alive = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-    received = await raw_request(gateway.port, alive, timeout=3)
+    received = await raw_request(gateway.port, alive)
     assert received.count(b"HTTP/1.1") == 1, "an idle connection is closed without a word"
     await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr]
 
@@ -298,7 +304,7 @@ async def test_one_client_dribbling_a_head_is_closed_on_after_a_first_request(
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     await reader.readuntil(b"}")
     writer.write(b"GET /heal")
-    async with asyncio.timeout(3):
+    async with asyncio.timeout(30):
         assert (await reader.read()).startswith(b"HTTP/1.1 408")
     writer.close()
 
@@ -308,13 +314,75 @@ async def test_connections_are_bounded(start_gateway: StartGateway, azure: FakeA
     gateway = await start_gateway(azure.endpoint, limits={"connections": 2})
     held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
     await until(lambda: len(gateway.server._http.connections) == 2)  # type: ignore[union-attr]
-    received = await raw_request(gateway.port, b"", timeout=2)
-    assert received.startswith(b"HTTP/1.1 503")
+    for sent in (chat_request(), b"", b"POST /v1/chat"):
+        received = await raw_request(gateway.port, sent)
+        assert received.startswith(b"HTTP/1.1 503"), sent
+        assert b"\r\nretry-after: 1\r\n" in received
+        assert b"\r\nconnection: close\r\n" in received
+    assert not azure.requests
+    for path in (b"/healthz", b"/readyz"):
+        received = await raw_request(gateway.port, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+        assert received.startswith(b"HTTP/1.1 200"), "an orchestrator is answered whatever the load"
+        assert b"\r\nconnection: close\r\n" in received
     for _, writer in held:
         writer.close()
     await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr]
     async with gateway.post() as answer:
         assert answer.status == 200
+
+
+async def test_connections_above_the_limit_are_bounded_too(
+    start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are taken for the sake of probes; one more is told 503 and closed on at once, whatever it asks."""
+    monkeypatch.setattr(connection, "_SPARE", 2)
+    monkeypatch.setattr(connection, "_SPARE_HEAD", 30.0)
+    gateway = await start_gateway(azure.endpoint, limits={"connections": 1}, timeouts={"head": 30})
+    held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(3)]
+    await until(lambda: len(gateway.server._http.connections) == 3)  # type: ignore[union-attr]
+    received = await raw_request(gateway.port, b"", timeout=2)
+    assert received.startswith(b"HTTP/1.1 503")
+    assert b"\r\nretry-after: 1\r\n" in received
+    await until(lambda: len(gateway.server._http.connections) == 3)  # type: ignore[union-attr]
+    for _, writer in held:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"GET /v1/models HTTP/1.1\nHost: x\n\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA b: c\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        bytes.fromhex("1603010200010001fc0303") + bytes(400),
+        b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 17_000,
+    ],
+)
+async def test_a_head_that_can_never_become_one_is_not_waited_for(
+    begun: bytes, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """It is refused when it comes, and not after `timeouts.head`; one too long says which limit it is above."""
+    gateway = await start_gateway(azure.endpoint, timeouts={"head": 60})
+    for pieces in ([begun], [begun[: len(begun) // 2], begun[len(begun) // 2 :]]):
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.02)
+        async with asyncio.timeout(5):
+            received = await reader.readuntil(b"}")
+        assert received.startswith(b"HTTP/1.1 431" if len(begun) > 16_384 else b"HTTP/1.1 400"), received
+        assert (b"16384" in received) is (len(begun) > 16_384)
+        writer.close()
+
+
+def test_an_error_that_ends_its_connection_has_its_headers() -> None:
+    """Every 503 says when to try again, and one that knows better says so itself."""
+    plain = closing_answer(ApiError(503, "busy"))
+    assert b"\r\nretry-after: 1\r\n" in plain
+    told = closing_answer(ApiError(503, "busy", headers={"retry-after": "30", "x-other": "a"}))
+    assert b"\r\nretry-after: 30\r\n" in told
+    assert b"\r\nx-other: a\r\n" in told
+    assert b"retry-after" not in closing_answer(ApiError(400, "no"))
 
 
 async def test_request_id_is_echoed_or_made(start_gateway: StartGateway, azure: FakeAzure) -> None:
@@ -468,7 +536,7 @@ async def test_grace_is_bounded(start_gateway: StartGateway) -> None:
         gateway = await start_gateway(azure.endpoint, timeouts={"grace": 0.2})
         answer = await gateway.post(json={**CHAT, "stream": True})
         await answer.content.readany()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await gateway.server.stop()
         cut = False
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -15,7 +17,9 @@ from gateway.errors import StartError
 from gateway.targets import Target
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure, Seen, post, running, send
-from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, raw_request, until
+from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, chat_request, raw_request, until
+
+pytestmark = pytest.mark.both_loops
 
 
 @dataclass
@@ -198,6 +202,8 @@ pipeline: [access_log, auth_passthrough, twice: {{buffer: {str(buffer).lower()}}
 
 HANG = """
 import asyncio
+import json
+import sys
 from dataclasses import dataclass
 from gateway import Next, Request, Response, Stage
 
@@ -652,3 +658,77 @@ async def test_a_stage_with_nothing_to_do_is_left_out() -> None:
         sent = await post(Perhaps(idle=idle))
         assert sent.reached is not None
         assert ("seen" in sent.reached.notes) is not idle
+
+
+ASKED_FIRST = """
+from gateway import ApiError, Next, Request, Response, Stage
+
+TRACE = []
+
+
+class AskedFirst(Stage):
+    async def before_body(self, request: Request) -> None:
+        TRACE.append(f"{self.id} {request.caller is not None}")
+        if request.headers.get("x-refuse") == self.id:
+            raise ApiError(429, "not now")
+        request.taken[self.id] = len(TRACE)
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        request.notes[self.id] = request.taken.get(self.id)
+        return await call_next(request)
+"""
+ASKED_FIRST_YAML = """
+plugins_path: [mine]
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline:
+  - access_log
+  - asked_first as one
+  - auth_passthrough
+  - model_map: {unmapped: own_name_without_dots}
+  - asked_first as two
+  - api_version: 2024-10-21
+"""
+
+
+async def late_body(port: int, body: bytes, head: str = "") -> bytes:
+    """Send a request whose body follows its head after a while; only its first byte where it is refused."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer azure-key\r\nConnection: close\r\n"
+        f"{head}Content-Length: {len(body)}\r\n\r\n".encode()
+    )
+    await asyncio.sleep(0.05)
+    writer.write(body[:1] if head else body)
+    answer = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    return answer
+
+
+async def test_stages_are_asked_once_before_a_body_is_read(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """All of them, in their order, when the first reader wants a body that has not arrived; never for one that has."""
+    gateway = await start_gateway(azure.endpoint, ASKED_FIRST_YAML, {"mine/asked_first.py": ASKED_FIRST})
+    trace = trace_of(gateway)
+    assert (await raw_request(gateway.port, chat_request())).startswith(b"HTTP/1.1 200")
+    assert trace == []
+    assert (await late_body(gateway.port, json.dumps(CHAT).encode())).startswith(b"HTTP/1.1 200")
+    assert trace == ["one True", "two True"]
+    # The reader was model_map: what a stage below it took is there when the request comes to it.
+    assert (gateway.exchanges()[-1].get("one"), gateway.exchanges()[-1]["two"]) == (None, 2)
+
+
+async def test_a_stage_refuses_a_body_before_it_is_read(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Its client is answered though it has sent one byte, and the stages after it are not asked."""
+    gateway = await start_gateway(azure.endpoint, ASKED_FIRST_YAML, {"mine/asked_first.py": ASKED_FIRST})
+    trace = trace_of(gateway)
+    answer = await late_body(gateway.port, json.dumps(CHAT).encode(), "x-refuse: one\r\n")
+    assert answer.startswith(b"HTTP/1.1 429")
+    assert trace == ["one True"]
+    assert azure.requests == []
+
+
+def trace_of(gateway: Gateway) -> list[str]:
+    """Return what the stages of `ASKED_FIRST` write down."""
+    stage = next(stage for stage in gateway.server.teams.default.stages if stage.id == "one")
+    trace: list[str] = sys.modules[type(stage).__module__].TRACE
+    trace.clear()
+    return trace

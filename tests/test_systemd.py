@@ -41,7 +41,7 @@ class Manager:
         self.name = name
 
     async def hear(self) -> str:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             return (await asyncio.get_running_loop().sock_recv(self._socket, 4096)).decode()
 
     def close(self) -> None:
@@ -127,11 +127,11 @@ async def test_socket_activation_and_readiness(
             )
             try:
                 assert await manager.hear() == "READY=1"
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(30):
                     assert (await early).status == 200
                 process.send_signal(signal.SIGTERM)
                 assert await manager.hear() == "STOPPING=1"
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(30):
                     assert await process.wait() == 0
             finally:
                 if process.returncode is None:
@@ -174,12 +174,12 @@ async def test_a_rolling_restart_is_a_reload(workers: str, azure: FakeAzure, tmp
             heard += [await manager.hear() for _ in range(2)]
         else:
             assert process.stderr is not None
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 while b"rolling restart needs --workers 2" not in await process.stderr.readline():
                     pass
         process.send_signal(signal.SIGTERM)
         heard.append(await manager.hear())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             await process.communicate()
         assert process.returncode == 0
     finally:

@@ -8,6 +8,8 @@ from gateway.keys import key_digest
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, StartGateway
 
+pytestmark = pytest.mark.both_loops
+
 YAML = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
 teams: teams/*.yaml

@@ -194,3 +194,11 @@ async def test_a_long_prompt_is_counted_aside() -> None:
 def test_a_body_full_of_pictures_is_not_searched_for_ever() -> None:
     """What is behind the thousandth counts as text."""
     assert prompt_tokens(b',"data:x;base64,A"' * 100_000, None)[0] > 400_000
+
+
+def test_a_bomb_of_prompts_is_not_decoded() -> None:
+    """So many prompts have at most as many answers as there are commas; other fields are numbers or nothing."""
+    bomb = b"[" + b"[]," * 1_000_000 + b"[]]"
+    assert most_output(b'{"max_tokens":3,"prompt":%b}' % bomb) == 3 * 1_000_001
+    assert most_output(b'{"max_tokens":%b}' % bomb) is None
+    assert most_output(b'{"max_tokens":3,"n":%b}' % bomb) == 3

@@ -16,6 +16,8 @@ from gateway.testing import FakeAzure
 from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, hard_close, until
 from tests.proxies import ConnectProxy, SocksProxy
 
+pytestmark = pytest.mark.both_loops
+
 YAML = """
 resources: {azure: {endpoint: "${ENDPOINT}", proxy: "${WAY}"}}
 pipeline: [access_log, auth_passthrough, model_map, api_version, sse_newline]
@@ -115,16 +117,23 @@ pipeline:
 
 
 @KINDS
-@pytest.mark.parametrize("issued_for", ["other.test", None], ids=["other-name", "other-authority"])
+@pytest.mark.parametrize(
+    ("issued_for", "why"),
+    [("other.test", "it is for another host"), (None, "its issuer is not known")],
+    ids=["other-name", "other-authority"],
+)
 async def test_azure_s_certificate_is_verified_behind_a_proxy(
-    kind: Kind, issued_for: str | None, start_gateway: StartGateway, azure: FakeAzure, authority: trustme.CA
+    kind: Kind, issued_for: str | None, why: str, start_gateway: StartGateway, azure: FakeAzure, authority: trustme.CA
 ) -> None:
-    """The proxy, or who sits behind it, cannot be Azure: a 502 that blames the certificate."""
+    """The proxy, or who sits behind it, cannot be Azure: a 502 that blames the certificate, and says why."""
     issuer = authority if issued_for else trustme.CA()
     async with kind() as proxy, over_tls(azure, issuer, issued_for or "azure.test") as endpoint:
         gateway = await start_gateway(endpoint, YAML, env={"WAY": proxy.url()})
         status, message = await refusal(gateway)
-        assert (status, message) == (502, "the certificate of the Azure resource 'azure' is not valid")
+        assert status == 502
+        assert message.startswith(
+            f"the certificate of the Azure resource 'azure', which 'azure.test' shows, is not valid: {why}"
+        )
         await until(lambda: proxy.open == 0)
     assert not azure.requests
 
@@ -165,7 +174,7 @@ async def test_a_proxy_that_is_not_there(scheme: str, start_gateway: StartGatewa
         port = sock.getsockname()[1]
     for host, words in (
         (f"127.0.0.1:{port}", "could not connect to the proxy of"),
-        ("no-such-host.invalid:1", "the host name of the proxy of"),
+        ("no-such-host.invalid:1", "the host name 'no-such-host.invalid' of the proxy of"),
     ):
         gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": f"{scheme}://user:sesame@{host}"})
         status, message = await refusal(gateway)
@@ -342,16 +351,16 @@ async def test_a_proxy_with_two_addresses_of_which_one_is_dead(
 ) -> None:
     """The other one is used: what a name resolves to is tried one after the other."""
     async with ConnectProxy() as proxy:
-        loop = asyncio.get_running_loop()
-        ask = loop.getaddrinfo
+        ask = socket.getaddrinfo
 
-        async def both(host: Any, port: Any, **more: Any) -> Any:
+        def both(host: Any, port: Any, **more: Any) -> Any:
             if host != "proxy.test":
-                return await ask(host, port, **more)
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", each)) for each in (1, port)]
+                return ask(host, port, **more)
+            # (Nobody listens at the first: the whole of 127.0.0.0/8 is this machine.)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in ("127.9.9.9", "127.0.0.1")]
 
         gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": f"http://proxy.test:{proxy.port}"})
         # No name of this machine has two addresses for certain.
-        monkeypatch.setattr(loop, "getaddrinfo", both, raising=False)
+        monkeypatch.setattr(socket, "getaddrinfo", both)
         async with gateway.post() as answer:
             assert answer.status == 200, await answer.text()

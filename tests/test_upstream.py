@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from gateway.connector import Connector, Destination
 from gateway.targets import Resource
 from gateway.testing import FakeAzure
 from gateway.wire import Wire
-from tests.conftest import CHAT, RawUpstream, StartGateway, hard_close, raw_upstream, until
+from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, hard_close, raw_request, raw_upstream, until
+
+pytestmark = pytest.mark.both_loops
 
 DATA = Path(__file__).parent / "data"
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -401,7 +404,7 @@ async def test_answer_before_the_upload_ends(start_gateway: StartGateway) -> Non
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n"
         writer.write(head + b"Content-Length: 9000000\r\n\r\n" + b"x" * 100_000)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(30):
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 413")
             assert b"too big" in await reader.readuntil(b"}}")
@@ -461,6 +464,29 @@ async def test_answers_without_a_body(start_gateway: StartGateway) -> None:
                 assert (answer.status, await answer.read()) == (int(raw[9:12]), b"")
 
 
+@pytest.mark.parametrize(
+    ("raw", "length"),
+    [
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", []),
+        (b"HTTP/1.1 205 Reset Content\r\nContent-Length: 2\r\n\r\nhi", [b"0"]),
+        (b"HTTP/1.1 205 Reset Content\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n", [b"0"]),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", [b"5"]),
+        (b"HTTP/1.1 103 Early\r\nContent-Length: 9\r\n\r\nHTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\n", []),
+    ],
+)
+async def test_what_has_no_body_has_no_length_of_one(
+    raw: bytes, length: list[bytes], start_gateway: StartGateway
+) -> None:
+    """204 carries none at all, 205 that of nothing (RFC 9110, 8.6, 15.3.6); the next response is found where it is."""
+    async with raw_upstream(raw) as upstream:
+        gateway = await start_gateway(upstream.endpoint)
+        answer = await raw_request(gateway.port, chat_request())
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert body == b""
+    assert [line[15:].strip() for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")] == length
+    assert b"transfer-encoding" not in head.lower()
+
+
 async def test_v1_names_the_deployment_in_the_body(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """On `/openai/v1` the body's model becomes the deployment; every other value keeps its bytes."""
     yaml = """
@@ -482,19 +508,22 @@ pipeline: [auth_passthrough, model_map: {models: {gpt-4: gpt-4o}}, api_version: 
 
 
 async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A certificate of an unknown authority, or for another name, is a 502; a good one is used."""
+    """One of an unknown authority, for another name, or out of date is a 502 that says which; a good one is used."""
     authority = trustme.CA()
     context = ssl.create_default_context()
     authority.configure_trust(context)
     monkeypatch.setattr("gateway.upstream.ssl.create_default_context", lambda: context)
     stranger = trustme.CA()
-    for issuer, name, status in (
-        (authority, "localhost", 200),
-        (authority, "other.test", 502),
-        (stranger, "localhost", 502),
+    yesterday, tomorrow = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 1))
+    for issuer, name, begins, ends, why in (
+        (authority, "localhost", None, None, None),
+        (authority, "other.test", None, None, "it is for another host"),
+        (stranger, "localhost", None, None, "its issuer is not known"),
+        (authority, "localhost", None, yesterday, "it has expired"),
+        (authority, "localhost", tomorrow, None, "its time has not begun"),
     ):
         server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        issuer.issue_cert(name).configure_cert(server_context)
+        issuer.issue_cert(name, not_before=begins, not_after=ends).configure_cert(server_context)
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
@@ -506,7 +535,10 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
         port = server.sockets[0].getsockname()[1]
         gateway = await start_gateway(f"https://localhost:{port}")
         async with gateway.post() as answer:
-            assert status == answer.status, await answer.text()
+            assert answer.status == (200 if why is None else 502), await answer.text()
+            if why is not None:
+                said = "the certificate of the Azure resource 'azure', which 'localhost' shows, is not valid: "
+                assert (await answer.json())["error"]["message"].startswith(said + why)
         server.close()
 
 
@@ -576,7 +608,7 @@ async def test_junk_inside_a_stream_ends_it_at_once(junk: bytes, start_gateway: 
         gateway = await start_gateway(upstream.endpoint)
         received = b""
         cut = False
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(30):
             async with gateway.post(json=STREAM) as answer:
                 try:
                     while data := await answer.content.readany():

@@ -15,12 +15,12 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway import Next, Outcome, Request, Response, Stage, UpstreamError
+from gateway import Next, Outcome, Request, Response, Stage, UpstreamError, tokens
 from gateway.answer_text import text_of_events
 from gateway.azure import BY_NAME
 from gateway.testing import FakeAzure, post, send
 from gateway.tokens import count_tokens, load_encodings, prompt_tokens
-from gateway.usage import METERED, PROMPTED, UNTOLD, Meter, Usage, Watch
+from gateway.usage import _KEPT_TEXT, METERED, PROMPTED, UNTOLD, Meter, Usage, Watch
 from tests.chunks import event as sse
 from tests.conftest import CHAT, RawUpstream, StartGateway, until
 
@@ -121,7 +121,7 @@ def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
     watch = Watch()
     watch.feed(data[:first])
     watch.feed(data[first:])
-    assert watch.output("gpt-4o")[0] == count_tokens(" word" * 3, "gpt-4o")[0]
+    assert watch.output()[0] == count_tokens(" word" * 3, "gpt-4o")[0]
 
 
 def test_a_picture_in_a_stream_is_not_kept() -> None:
@@ -132,7 +132,7 @@ def test_a_picture_in_a_stream_is_not_kept() -> None:
         watch.feed(b"A" * 16_384)
     assert sum(map(len, watch._kept)) < 1_100_000
     watch.feed(b'"}\n\n' + WORD)
-    assert watch.output("gpt-4o")[0] == count_tokens(" word", "gpt-4o")[0]
+    assert watch.output()[0] == count_tokens(" word", "gpt-4o")[0]
 
 
 @pytest.mark.parametrize(
@@ -157,13 +157,23 @@ def test_the_text_of_a_stream_is_all_that_its_events_add(deltas: list[dict[str, 
     assert text_of_events("".join(events).encode()) == text
 
 
-def test_a_long_stream_is_not_kept() -> None:
-    """Its text is, which is what has to be counted if it breaks off."""
-    watch = Watch()
-    for _ in range(2000):
-        watch.feed(sse({"choices": [{"delta": {"content": "four"}}], "padding": "x" * 300}))
-    assert sum(map(len, watch._kept)) < 70_000
-    assert watch.output("gpt-4o")[0] == count_tokens("four" * 2000, "gpt-4o")[0]
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its events nor its text, whose tokens are counted, or estimated, in pieces as it comes."""
+    if not counted:
+        monkeypatch.setattr(tokens, "toktok", None)
+    watch, most, text = Watch("gpt-4o"), 0, ""
+    for number in range(20_000):
+        word = f" word {number % 700}"
+        text += word
+        watch.feed(sse({"choices": [{"delta": {"content": word}}], "padding": "x" * 300}))
+        most = max(most, watch._text.tell() + sum(map(len, watch._kept)))
+    assert most < _KEPT_TEXT + 10_000
+    assert len(text) > 5 * _KEPT_TEXT
+    whole, source = count_tokens(text, "gpt-4o")
+    found, how = watch.output()
+    assert how == source
+    assert whole <= found <= whole + 3 * len(text) // _KEPT_TEXT
 
 
 def test_a_long_answer_is_estimated_by_its_length() -> None:
@@ -172,7 +182,7 @@ def test_a_long_answer_is_estimated_by_its_length() -> None:
     for _ in range(100):
         watch.feed(b'{"data": "' + b"x" * 4000)
     assert sum(map(len, watch._kept)) < 70_000
-    assert watch.output(None) == (100_250, "estimated")
+    assert watch.output() == (100_250, "estimated")
 
 
 @dataclass

@@ -252,7 +252,7 @@ async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) ->
             else:
                 running.process.send_signal(signal.SIGTERM)
             await running.until("draining")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while True:
                     try:
                         await ask(url)
@@ -483,6 +483,19 @@ async def test_a_system_without_processes_is_a_clear_error() -> None:
             await running.run()
 
 
+async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread waits for each worker; where none can be had, there is no worker, and the supervisor says so."""
+
+    async def without(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", without)
+    running = supervisor(SILENT, 2)
+    async with asyncio.timeout(30):
+        with pytest.raises(StartError, match="cannot start a worker: can't start new thread"):
+            await running.run()
+
+
 async def test_a_worker_that_dies_without_a_word_is_told_of_by_its_status() -> None:
     """A traceback, which it has printed itself, is no reason to repeat."""
     running = supervisor("raise SystemExit(7)", 2)
@@ -552,6 +565,67 @@ async def test_all_workers_take_the_same_files_over_or_none(
     assert running._reloads.state is not None
     if "read again" in str(report):
         assert running._reloads.state.sources.files == {"f": "unread"}
+
+
+# A worker that serves, and tells how its deployments are as often as it is said.
+REPORTS = """
+import json, os, socket, sys
+line = socket.socket(fileno=int(sys.argv[2].split(",")[-1]))
+left = TIMES
+row = {"resource": "east", "region": None, "deployment": "gpt-4o", "state": "available", "reason": "", "cool_down": 0,
+       "in_flight": 1, "error_share": 0.0, "requests": 0, "failures_in_a_row": 0, "headroom": None,
+       "counts": {"answered": 1}}
+if READY:
+    line.sendall(b'{"word": "ready"}\\n')
+for order in line.makefile("r"):
+    word, _, number = order.strip().partition(" ")
+    if word in ("drain", "end"):
+        break
+    if word == "report" and left == "dies":
+        os._exit(3)
+    if word == "report" and left:
+        left -= 1
+        line.sendall(json.dumps({"word": "reported", "number": int(number), "report": [row]}).encode() + b"\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ready", "times", "expected"),
+    [
+        (True, "9", [(200, 2), (200, 2)]),
+        (True, "1", [(200, 2), (200, 2)]),
+        (True, "0", [(503, "the workers do not answer; try again")] * 2),
+        (True, "'dies'", [(503, "the workers do not answer; try again"), (503, "no worker serves now; try again")]),
+        (False, "9", [(503, "no worker serves now; try again")] * 2),
+    ],
+    ids=["well", "known from before", "silent", "dead", "starting"],
+)
+async def test_the_operator_is_never_told_of_nothing(
+    ready: bool, times: str, expected: list[tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While workers start, do not answer, or have died, it is what is known, or 503 with Retry-After."""
+    monkeypatch.setattr(workers, "_REPORT_IN", 0.3)
+    monkeypatch.setattr(workers, "_FIRST_DELAY", 30.0)
+    code = REPORTS.replace("TIMES", times).replace("READY", str(ready))
+    running = supervisor(code, 2, admin=Listen(unix=str(tmp_path / "admin")))
+    task = asyncio.create_task(running.run())
+    async with asyncio.timeout(30):
+        while running._admin.address is None or (ready and len(running._serving()) < 2):
+            await asyncio.sleep(0.01)
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(tmp_path / "admin"))) as session:
+            for status, told in expected:
+                async with session.get("http://x/admin/resources") as answer:
+                    assert answer.status == status
+                    body = await answer.json()
+                    if status == 200:
+                        assert body["resources"][0]["deployments"][0]["in_flight"] == told
+                    else:
+                        assert body["error"]["message"] == told
+                        assert int(answer.headers["retry-after"]) > 0
+        running._stop()
+        running._stop()
+        with contextlib.suppress(StartError):
+            await task
 
 
 async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,9 +111,9 @@ def _of_team(old: Team, new: Team) -> Iterator[str]:
 
 def _settings(loaded: Loaded) -> Iterator[tuple[str, _Value]]:
     settings = loaded.settings
-    yield "listen", (str(settings.listen), settings.listen)
+    yield "listen", (settings.listen.described, settings.listen)
     if settings.admin is not None:
-        yield "admin", (str(settings.admin), settings.admin)
+        yield "admin", (settings.admin.described, settings.admin)
     kinds = ("timeouts", settings.timeouts), ("limits", settings.limits), ("health", settings.health)
     for name, each in (*kinds, ("log", loaded.log)):
         yield from _fields(name, each)

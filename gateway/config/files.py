@@ -232,10 +232,28 @@ class TeamFile:
 
 
 @dataclass(frozen=True)
+class ListenFile:
+    """An address to listen on; it may stand alone."""
+
+    address: Annotated[str, Meta(description="HOST:PORT, or unix:PATH")]
+    mode: Annotated[
+        str | None,
+        Meta(
+            pattern=r"^0?[0-7]{3}$",
+            examples=["0660"],
+            description="permissions of a unix socket, in octal: 0660 if left out, for the gateway's user and group",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class GatewayFile:
     """`gateway.yaml`: the server, the resources, and the default team."""
 
-    listen: Annotated[str, Meta(description="HOST:PORT, or unix:PATH")] = "127.0.0.1:8080"
+    listen: Annotated[
+        ListenFile,
+        Meta(description="where clients find the gateway: HOST:PORT, or unix:PATH, or {address: ..., mode: ...}"),
+    ] = field(default_factory=lambda: ListenFile("127.0.0.1:8080"))
     teams: Annotated[str | list[str], Meta(description="the teams' files, as patterns from this file's folder")] = (
         field(default_factory=list)
     )
@@ -259,10 +277,8 @@ class GatewayFile:
     resource: Annotated[str | None, Meta(description="the resource of deployments that name none")] = None
     auth: Auth = "required"
     admin: Annotated[
-        str | None,
-        Meta(
-            description="where the gateway tells its operator how it is: HOST:PORT, or unix:PATH; nowhere if left out"
-        ),
+        ListenFile | None,
+        Meta(description="where the gateway tells its operator how it is, as with `listen`; nowhere if left out"),
     ] = None
     trusted_proxies: Annotated[
         str | list[str], Meta(description="addresses or networks whose X-Forwarded-For is believed")

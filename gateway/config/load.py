@@ -13,7 +13,7 @@ from typing import Any
 
 from gateway.bulletin import Bulletin
 from gateway.config.convert import did_you_mean, fill
-from gateway.config.files import GatewayFile, KeyFile, LogFile, MatchFile, TeamFile
+from gateway.config.files import GatewayFile, KeyFile, ListenFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
 from gateway.config.identity import has_issuers, read_claims, read_issuers
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, SequenceNode, value_of
@@ -151,7 +151,7 @@ class _Loader:
         self.prices = Prices(main.prices or ({} if value_of(root, "prices") is root else {"*": Price(0)}))
         folders = [self._plugins(folder, root) for folder in _listed(main.plugins_path)]
         for folder in folders:
-            reader.sources.find(folder / "*.py")  # a stage that was missing may come; its code is not looked at
+            self._find(folder / "*.py", "plugins_path", root)  # a stage that was missing may come; its code is not read
         registry = Registry(folders)
         self.resources = read_resources(reader, main.resources, self.shared)
         self.pools = read_pools(reader, main.pools, self.resources)
@@ -192,6 +192,7 @@ class _Loader:
                 self._issuers(issuers),
                 self._background(store),
                 self.pools.values(),
+                self.resources.values(),
             ),
             resources=self.resources,
             pools=self.pools,
@@ -204,12 +205,26 @@ class _Loader:
 
     # -- the parts of gateway.yaml ---------------------------------------------------------------------
 
-    def _listen(self, text: str, name: str, root: MappingNode) -> Listen:
+    def _listen(self, given: ListenFile, name: str, root: MappingNode) -> Listen:
+        node = value_of(root, name)
+        where = node if isinstance(node, MappingNode) else root
         try:
-            return Listen.parse(text)
+            listen = Listen.parse(given.address)
         except ValueError as exc:
-            self.reader.mistake(value_of(root, name), f"{name}: {exc}")
+            self.reader.mistake(node if where is root else value_of(where, "address"), f"{name}: {exc}")
             return Listen()
+        if given.mode is None:
+            return listen
+        if listen.unix is None:
+            self.reader.mistake(value_of(where, "mode"), f"{name}: only a unix socket has a mode")
+        return replace(listen, mode=int(given.mode, 8))
+
+    def _find(self, pattern: Path, name: str, root: MappingNode) -> list[Path]:
+        try:
+            return self.reader.sources.find(pattern)
+        except OSError as exc:
+            self.reader.mistake(value_of(root, name), f"{name}: cannot look for {pattern}: {exc.strerror}")
+            return []
 
     def _plugins(self, folder: str, root: MappingNode) -> Path:
         path = _folder(self.folder, folder)
@@ -247,7 +262,7 @@ class _Loader:
         files: list[Path] = []
         for pattern in _listed(patterns):
             path = self.folder / pattern
-            found = self.reader.sources.find(path)
+            found = self._find(path, "teams", root)
             files += found
             if not found and not any(sign in pattern for sign in "*?["):
                 self.reader.mistake(value_of(root, "teams"), f"teams: there is no file {pattern}")

@@ -23,7 +23,7 @@ __all__ = ("kind_of", "show", "show_stage", "show_stages", "shown")
 
 def show(loaded: Loaded) -> str:
     """Return what `gateway check` prints of a sound configuration."""
-    lines = [f"listen {loaded.settings.listen}"]
+    lines = [f"listen {loaded.settings.listen.described}"]
     for resource in loaded.resources.values():
         stored = " with a stored key" if resource.credential is not None else ""
         if resource.tokens is not None:
@@ -37,7 +37,7 @@ def show(loaded: Loaded) -> str:
         )
     lines += [f"pool {each.name}: {', '.join(map(_pooled, each.deployments))}" for each in loaded.pools.values()]
     if loaded.settings.admin is not None:
-        lines.append(f"the operator may look at {loaded.settings.admin}")
+        lines.append(f"the operator may look at {loaded.settings.admin.described}")
     if loaded.store is not None:
         lines.append(f"limits are counted in {loaded.store}")
     if loaded.teams.issuers is not None:

@@ -6,14 +6,17 @@ seen afterwards.
 
 from __future__ import annotations
 
-import contextlib
+import fnmatch
 import glob
 import hashlib
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from gateway.descriptors import none_left
 
 __all__ = ("Sources",)
 
@@ -34,14 +37,22 @@ class Sources:
         return data
 
     def find(self, pattern: Path) -> list[Path]:
-        """Return the files that a pattern has, sorted."""
+        """Return the files that a pattern has, sorted.
+
+        Raises OSError where no descriptor is left: that is not the same as no file.
+        """
+        self.patterns[os.path.abspath(pattern)] = ["unread"]
         try:
             # (A name that is no UTF-8 is none that a configuration could give.)
-            found = sorted(name for name in glob.glob(str(pattern)) if _is_text(name))
-        except (OSError, ValueError, re.error):
+            found = sorted(name for name in _expanded(str(pattern)) if _is_text(name))
+        except (ValueError, re.error):
             found = []
         self.patterns[os.path.abspath(pattern)] = [os.path.abspath(each) for each in found]
         return list(map(Path, found))
+
+    def unread(self) -> Sources:
+        """Return these files and patterns as if none could be read, so that they are tried again."""
+        return Sources(dict.fromkeys(self.files, "unread"), {each: ["unread"] for each in self.patterns})
 
     @property
     def digest(self) -> str:
@@ -65,7 +76,7 @@ class Sources:
         return found
 
     def now(self) -> Sources:
-        """Return the same files and patterns as they are now."""
+        """Return the same files and patterns as they are now. Raises OSError where no descriptor is left."""
         again = Sources()
         for pattern in self.patterns:
             again.find(Path(pattern))
@@ -74,10 +85,41 @@ class Sources:
             if status is not None and not stat.S_ISREG(status.st_mode):
                 again.files[name] = self.files[name]  # a pipe can be read once
                 continue
-            with contextlib.suppress(OSError, ValueError):
-                again.files[name] = ""
+            again.files[name] = ""
+            try:
                 again.read(Path(name))
+            except OSError as exc:
+                if none_left(exc):
+                    raise
+            except ValueError:
+                pass
         return again
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """Yield the names that a pattern has, as `glob.iglob` does, which takes a folder that cannot be read for empty."""
+    folder, last = os.path.split(pattern)
+    if not glob.has_magic(pattern):
+        if os.path.lexists(pattern):
+            yield pattern
+        return
+    folders = _expanded(folder) if folder != pattern and glob.has_magic(folder) else [folder]
+    for each in folders:
+        for name in _names(each, last) if glob.has_magic(last) else [last]:
+            path = os.path.join(each, name)
+            if os.path.lexists(path):
+                yield path
+
+
+def _names(folder: str, pattern: str) -> list[str]:
+    try:
+        names = os.listdir(folder or os.curdir)
+    except OSError as exc:
+        if none_left(exc):
+            raise
+        return []
+    hidden = pattern.startswith(".")
+    return fnmatch.filter((name for name in names if hidden or not name.startswith(".")), pattern)
 
 
 def _is_text(name: str) -> bool:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from gateway.counters.place import RedisPlace
+from gateway.resolver import connected_socket
 
 __all__ = ("SCRIPT", "Script")
 
@@ -81,6 +83,8 @@ class Script:
         else:
             host, port = self._node
             self._client = Redis(host=host, port=port, db=place.database, **common)
+            pool = self._client.connection_pool
+            pool.connection_class = _looked_up_here(pool.connection_class)
         if place.cluster:
             await self._learn_nodes(self._client)
         return self._client
@@ -113,3 +117,22 @@ class Script:
             self._node = self._nodes[(self._nodes.index(self._node) + 1) % len(self._nodes)]
         else:
             self._node = self._nodes[0]
+
+
+@cache
+def _looked_up_here(connection: Any) -> Any:
+    """Return a connection class of the library whose host names are looked up by our resolver."""
+
+    class LookedUpHere(connection):  # type: ignore[misc] # redis.asyncio.Connection, or the one with TLS
+        async def _connect(self) -> None:
+            self._connected = await connected_socket(self.host, self.port)
+            await super()._connect()
+
+        def _connection_arguments(self) -> dict[str, Any]:
+            given = dict(super()._connection_arguments())
+            host, _ = given.pop("host"), given.pop("port")
+            if given.get("ssl") is not None:
+                given["server_hostname"] = host
+            return {**given, "sock": self._connected}
+
+    return LookedUpHere

@@ -147,6 +147,7 @@ class Running:
             address=lambda: client,
             judgement=Judgement(reason=identity) if isinstance(identity, str) else Judgement(identity),
         )
+        exchange.request = request
         self._reached = None
         try:
             response = await self._pipeline(request)

@@ -178,7 +178,7 @@ async def start_nginx(tmp_path: Path, unused_tcp_port_factory: Any) -> AsyncIter
         )
         processes.append(process)
         async with aiohttp.ClientSession() as session:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while True:
                     try:
                         async with session.get(f"http://127.0.0.1:{port}/healthz") as answer:
@@ -218,7 +218,7 @@ async def test_nginx_streams_unbuffered(site: str, start_gateway: StartGateway, 
         ) as answer:
             assert answer.status == 200
             number = 0
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 while chunk := await answer.content.readany():
                     received += chunk
                     if received.endswith(b"data: %d\n\n" % number):

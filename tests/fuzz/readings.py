@@ -22,6 +22,7 @@ from gateway.http1 import (
     HEAD_END,
     MAX_HEAD,
     Chunks,
+    HeadCheck,
     HeadReader,
     Malformed,
     parse_response,
@@ -76,6 +77,7 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
     """Read requests as a client's connection does, with the reads cut at the pieces."""
     reading = Reading()
     heads = HeadReader()
+    check: HeadCheck | None = None
     data, offset, came = b"", 0, 0  # not read yet, where it begins, and where it ends
     body: Chunks | int | None = None
     for piece in pieces:
@@ -101,9 +103,15 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
                     data, offset = data[2:], offset + 2
                 end = data.find(HEAD_END)
                 if end < 0 or end > MAX_HEAD:
+                    check = check or HeadCheck()
+                    try:
+                        check.check(data)
+                    except ApiError as exc:
+                        return _refused(reading, exc.message)
                     if len(data) > MAX_HEAD:
-                        return _refused(reading, "no head")
+                        return _refused(reading, "the head is too large")
                     break
+                check = None
                 try:
                     head = heads.read(data[:end], _BODY)
                 except ApiError as exc:

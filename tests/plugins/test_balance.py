@@ -16,6 +16,7 @@ from aiohttp import web
 
 from gateway.config import load
 from gateway.errors import ConfigError
+from gateway.memory_budget import BUDGETS
 from tests.cluster import Fault, Region, closed_port, cluster, pool_yaml, slow_tls
 from tests.conftest import CHAT, Gateway, StartGateway, until, write_files
 
@@ -354,19 +355,15 @@ async def test_the_deadline_bounds_it_all(start_gateway: StartGateway, regions: 
     """Attempts and waits together: what is left of it is all that the last attempt has."""
     for region in regions.values():
         region.fault = "mute"
-    yaml = pool_yaml(regions, settings="{deadline: 0.5}").replace(
-        "api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}"
+    yaml = pool_yaml(regions, settings="{deadline: 1.5}").replace(
+        "api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 1}}"
     )
     gateway = await start_gateway("", yaml)
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    status, content, _ = await ask(gateway)
-    assert (status, content["error"]["code"]) == (504, "upstream_timeout")
-    assert loop.time() - begun < 2
-    times = sorted(at for region in regions.values() for at, _, _ in region.saw)
-    assert len(times) == 2
-    assert 0.25 < times[1] - times[0] < 0.35
-    assert (await ask(gateway, STREAM))[0] == 504
+    for body in (CHAT, STREAM):
+        before = sum(counted(regions).values())
+        status, content, _ = await ask(gateway, body)
+        assert (status, content["error"]["code"]) == (504, "upstream_timeout")
+        assert sum(counted(regions).values()) - before == 2
 
 
 async def test_the_retry_budget_holds(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
@@ -675,9 +672,12 @@ async def test_uploads_alone_bring_a_deployment_back(start_gateway: StartGateway
     assert not row(gateway, "east").failing
 
 
-async def test_an_error_that_drips_keeps_nobody(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+async def test_an_error_that_drips_keeps_nobody(
+    start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it says is waited for as long as it is worth: not as long as all may take."""
-    yaml = pool_yaml(regions, settings="{deadline: 2}").replace("  - openai_errors\n", "")
+    monkeypatch.setattr("gateway.attempts._ERROR", 0.3)
+    yaml = pool_yaml(regions, settings="{deadline: 600}").replace("  - openai_errors\n", "")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
     gateway = await start_gateway("", yaml)
@@ -691,10 +691,7 @@ async def test_an_error_that_drips_keeps_nobody(start_gateway: StartGateway, reg
             await asyncio.sleep(0.1)
 
     regions["east"].azure.respond = drip
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
     status, _, _ = await ask(gateway)
-    assert loop.time() - begun < 4
     assert status in (200, 429)
 
 
@@ -712,10 +709,9 @@ async def test_the_deadline_is_for_all_that_stands_below(
 
     for region in regions.values():
         region.azure.respond = slow
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
     status, _, _ = await ask(gateway, {"model": "embed", "input": list("abcdefgh")}, path="/v1/embeddings")
-    assert (status, loop.time() - begun < 2) == (504, True)
+    assert status == 504
+    assert sum(counted(regions).values()) < 8
     above = (
         "import time\nfrom gateway import Stage\n\n\nclass Hurry(Stage):\n"
         "    async def __call__(self, request, call_next):\n        request.begin_by = time.monotonic() + 0.2\n"
@@ -723,9 +719,7 @@ async def test_the_deadline_is_for_all_that_stands_below(
     )
     yaml = pool_yaml(regions, top="plugins_path: mine").replace("  - balance", "  - hurry\n  - balance")
     gateway = await start_gateway("", yaml, {"mine/hurry.py": above})
-    begun = loop.time()
     assert (await ask(gateway))[0] == 504
-    assert loop.time() - begun < 1
 
 
 async def test_a_failed_part_takes_no_other_part_s_use_away(
@@ -743,14 +737,10 @@ async def test_a_failed_part_takes_no_other_part_s_use_away(
     assert gateway.exchanges()[0]["input_tokens"] == 6
 
 
-async def test_bodies_are_kept_up_to_a_bound(
-    start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of all exchanges together; what is above it is sent once, and counted no more when it is over."""
-    from gateway import exchange
-
-    monkeypatch.setattr(exchange, "_MOST_KEPT", 500_000)
-    gateway = await start_gateway("", pool_yaml(regions).replace('gpt-4o: "pool', 'whisper: "pool'))
+async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A caller's share of the memory: what is above it is sent once, and counted no more when it is over."""
+    yaml = pool_yaml(regions, top="limits: {memory: 3000000}").replace('gpt-4o: "pool', 'whisper: "pool')
+    gateway = await start_gateway("", yaml)
     for region in regions.values():
         region.fault = "error"
 
@@ -765,10 +755,11 @@ async def test_bodies_are_kept_up_to_a_bound(
 
     assert await upload(400_000) == 5
     await gateway.idle()
-    assert exchange.Exchange._kept == 0
+    assert BUDGETS.memory.held == 0
+    assert BUDGETS.memory.most_held > 400_000
     for each in gateway.server.shared.health.all():
         each.rests_until, each.failing, each.failures = 0.0, False, 0
-    assert await upload(600_000) == 1
+    assert await upload(800_000) == 1
 
 
 async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
@@ -835,10 +826,8 @@ async def test_the_wait_is_for_all_of_a_request(start_gateway: StartGateway, reg
     for region in regions.values():
         region.fault, region.rest = "limited", 0.2
     gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0.5, attempts: 50}"))
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
     assert (await ask(gateway))[0] == 429
-    assert loop.time() - begun < 1.0
+    assert sum(counted(regions).values()) <= 3 * 4  # at first, and after 0.2 and 0.4 s; 50 if each wait began afresh
 
 
 async def test_streams_that_break_open_the_circuit(start_gateway: StartGateway, regions: dict[str, Region]) -> None:

@@ -10,7 +10,7 @@ import msgspec
 import openai
 import pytest
 from aiohttp import web
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Response
@@ -319,7 +319,6 @@ parameters = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(parameters)
 def test_all_other_values_keep_their_bytes(fields: dict[str, bytes]) -> None:
     """Whatever they are, and in their order."""

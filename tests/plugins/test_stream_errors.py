@@ -238,7 +238,7 @@ async def test_the_end_is_completed_at_once_where_it_stands_above_sse_newline(st
         async with gateway.post(json={**CHAT, "stream": True}) as answer:
             received = b""
             while not received.endswith(b"data: [DONE]\n\n"):
-                received += await asyncio.wait_for(answer.content.readany(), 5)
+                received += await asyncio.wait_for(answer.content.readany(), 30)
             seen.set()
     for wrong in ("stream_errors", "missing_fields", "missing_delta", "prompt_filter_chunk"):
         with pytest.raises(ConfigError, match=f"'{wrong}' must stand above 'sse_newline', which provides 'events'"):

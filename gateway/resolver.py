@@ -1,0 +1,265 @@
+"""Host names and their addresses, looked up in threads of their own.
+
+`getaddrinfo` blocks and cannot be cancelled, and what others use for it is small: a pool of four threads in uvloop, the
+event loop's own pool in asyncio. Two names whose look-up hangs would keep every other name waiting there. Here:
+
+- All who ask for a name at the same time share one look-up. While it hangs, a second one is begun after `_STUCK`
+  seconds; a name never has more than `_MOST_PER_NAME` threads, and all names together never more than `_MOST_THREADS`.
+- Who waits has a time limit. The threads are daemons: one that hangs does not keep the process from ending.
+- Addresses are fresh for `_FRESH` seconds. After that a look-up is waited for; but where it fails, or takes longer than
+  `_PATIENCE` seconds, the last addresses are used, up to `_STALE` seconds old (RFC 8767, serving stale data: its timers
+  are these). A name that no longer exists is an answer, not a failure: its addresses are dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import aiohappyeyeballs
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+__all__ = ("AddressInfo", "LookUpFailed", "LookUpTimeout", "Resolver", "connected_socket")
+
+AddressInfo: TypeAlias = tuple[int, int, int, str, Any]
+"""As `socket.getaddrinfo` returns it: family, type, protocol, canonical name, socket address."""
+
+# In seconds: how long addresses are fresh (getaddrinfo does not tell the TTL), and how long they may be used if no
+# look-up succeeds; how long a look-up is waited for if there are old addresses; the pause after one that failed.
+_FRESH, _STALE = 60.0, 24 * 3600.0
+_PATIENCE, _RECHECK = 1.8, 30.0
+# A look-up that takes longer, in seconds, may never return: the C library gives up after 30 s or so by itself.
+_STUCK = 35.0
+_MOST_PER_NAME = 2
+_MOST_THREADS = 32
+# How many names are remembered.
+_MOST_NAMES = 1024
+# The time limit of those who have named none, in seconds.
+_WITHIN = 10.0
+# As RFC 8305, 8 has it: the next address is tried after so many seconds.
+_NEXT_ADDRESS = 0.25
+
+# An answer of the DNS, and no failure of it: the name does not exist, or has no address.
+_NO_SUCH_NAME = frozenset(
+    number
+    for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY")
+    if (number := getattr(socket, name, None)) is not None
+)
+
+
+class LookUpFailed(OSError):
+    """A host name has no address, or its look-up failed."""
+
+    def __init__(self, host: str, reason: str) -> None:
+        super().__init__(f"the host name {host!r} {reason}")
+        self.host = host
+        self.reason = reason
+
+    def of(self, owner: str) -> str:
+        """Return what happened, in words that name the owner of the host name."""
+        return f"the host name {self.host!r} of {owner} {self.reason}"
+
+
+class LookUpTimeout(LookUpFailed):
+    """The look-up of a host name took too long."""
+
+
+class _Name:
+    """What is known of one host name."""
+
+    __slots__ = ("addresses", "asked", "failure", "fresh_until", "known_until", "look_up", "newest", "running")
+
+    def __init__(self) -> None:
+        self.addresses: list[AddressInfo] = []
+        self.fresh_until = self.known_until = 0.0
+        self.failure: LookUpFailed | None = None
+        # The look-up under way: a future that all who wait share, and since when it is.
+        self.look_up: asyncio.Future[None] | None = None
+        self.asked = 0.0
+        self.running: list[int] = []  # the numbers of those that hold a thread
+        self.newest = 0  # the number of the look-up that the addresses are of
+
+
+class Resolver(AbstractResolver):
+    """Looks up host names, for one event loop. It is aiohttp's resolver as well."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._names: OrderedDict[str, _Name] = OrderedDict()  # the one asked for last at the end
+        self._threads = 0
+        self._number = 0
+        self._queue: deque[tuple[str, _Name]] = deque()  # those that wait for a thread
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> Resolver:
+        """Return the resolver of a loop: one for each, so that its bounds are those of the process."""
+        found = _resolvers.get(loop)
+        if found is None:
+            found = _resolvers[loop] = cls()
+        return found
+
+    @property
+    def threads(self) -> int:
+        """How many look-ups are under way in threads."""
+        return self._threads
+
+    async def look_up(self, host: str, within: float = _WITHIN) -> list[AddressInfo]:
+        """Return the addresses of a host, with port 0, in `within` seconds. Raises LookUpFailed."""
+        with contextlib.suppress(ValueError):
+            return [_numeric(host)]
+        name = self._name(host)
+        now = self._clock()
+        if name.addresses and now < name.fresh_until:
+            return _in_turn(name)
+        look_up = self._begin(host, name, now)
+        patience = within
+        if name.addresses and now < name.known_until:
+            patience = min(within, max(0.0, name.asked + _PATIENCE - now))
+        await asyncio.wait((look_up,), timeout=patience)
+        if name.addresses and self._clock() < name.known_until:
+            return _in_turn(name)
+        if look_up.done() and name.failure is not None:
+            raise name.failure
+        raise LookUpTimeout(host, f"could not be looked up within {within:g} s")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """Return the addresses of a host as aiohttp wants them. Raises LookUpFailed, which is an OSError."""
+        found = [each for each in await self.look_up(host) if family in (socket.AF_UNSPEC, each[0])]
+        if not found:
+            raise LookUpFailed(host, "has no address of the wanted family")
+        return [_for_aiohttp(each, host, port) for each in found]
+
+    async def close(self) -> None:
+        """Do nothing: it is its loop's, and not the connector's."""
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _name(self, host: str) -> _Name:
+        host = host.lower()
+        name = self._names.get(host)
+        if name is None:
+            while len(self._names) >= _MOST_NAMES:
+                idle = next((key for key, each in self._names.items() if each.look_up is None), None)
+                if idle is None:
+                    break
+                del self._names[idle]
+            name = self._names[host] = _Name()
+        else:
+            self._names.move_to_end(host)
+        return name
+
+    def _begin(self, host: str, name: _Name, now: float) -> asyncio.Future[None]:
+        """Return the look-up of a name that is under way; begins one where there is none, or it hangs."""
+        if name.look_up is not None and now < name.asked + _STUCK:
+            return name.look_up
+        if name.look_up is None:
+            name.look_up = asyncio.get_running_loop().create_future()
+        if len(name.running) < _MOST_PER_NAME and (host, name) not in self._queue:
+            name.asked = now
+            self._queue.append((host, name))
+            self._start_threads()
+        return name.look_up
+
+    def _start_threads(self) -> None:
+        while self._queue and self._threads < _MOST_THREADS:
+            host, name = self._queue.popleft()
+            self._number += 1
+            self._threads += 1
+            name.running.append(self._number)
+            loop = asyncio.get_running_loop()
+            thread = threading.Thread(
+                target=self._run, args=(loop, host, name, self._number), name=f"look-up of {host}", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError as exc:  # the system has no more threads
+                loop.call_soon(self._done, host, name, self._number, exc)
+
+    def _run(self, loop: asyncio.AbstractEventLoop, host: str, name: _Name, number: int) -> None:
+        """Look a name up. This runs in a thread."""
+        found: list[AddressInfo] | Exception
+        try:
+            found = list(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG))
+        except Exception as exc:  # whatever it is, those who wait are told
+            found = exc
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(self._done, host, name, number, found)
+
+    def _done(self, host: str, name: _Name, number: int, found: list[AddressInfo] | Exception) -> None:
+        """Take what a look-up found, on the loop again."""
+        self._threads -= 1
+        name.running.remove(number)
+        if number > name.newest:  # else a later one was faster
+            now = self._clock()
+            name.newest = number
+            if isinstance(found, list) and found:
+                name.addresses, name.failure = found, None
+                name.fresh_until, name.known_until = now + _FRESH, now + _STALE
+            else:
+                name.fresh_until = now + _RECHECK
+                name.failure = _failure(host, found)
+                if not isinstance(found, Exception) or getattr(found, "errno", None) in _NO_SUCH_NAME:
+                    name.addresses = []
+            look_up, name.look_up = name.look_up, None
+            if look_up is not None and not look_up.done():
+                look_up.set_result(None)
+        self._start_threads()
+
+
+_resolvers: WeakKeyDictionary[asyncio.AbstractEventLoop, Resolver] = WeakKeyDictionary()
+
+
+async def connected_socket(host: str, port: int, within: float = _WITHIN) -> socket.socket:
+    """Return a TCP socket that is connected to a host; `within` seconds are for the look-up of its name.
+
+    Raises LookUpFailed, and OSError where it cannot be connected to.
+    """
+    found = await Resolver.of(asyncio.get_running_loop()).look_up(host, within)
+    addresses = [(*each[:4], (each[4][0], port, *each[4][2:])) for each in found]
+    try:
+        sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS, interleave=1)
+    except RuntimeError as exc:  # uvloop raises that, too
+        raise OSError(str(exc)) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def _numeric(host: str) -> AddressInfo:
+    """Return the address that a text is. Raises ValueError where it is a name."""
+    address = ipaddress.ip_address(host)
+    if address.version == 4:
+        return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, 0))
+    # (Of one with a scope, the C library makes the number; it looks up no name.)
+    flags = socket.AI_NUMERICHOST
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)[0]
+
+
+def _in_turn(name: _Name) -> list[AddressInfo]:
+    """Return the addresses, each time with another one first: so all of them are used."""
+    found = name.addresses
+    name.addresses = [*found[1:], found[0]]
+    return found
+
+
+def _failure(host: str, found: list[AddressInfo] | Exception) -> LookUpFailed:
+    if not isinstance(found, Exception) or getattr(found, "errno", None) in _NO_SUCH_NAME:
+        return LookUpFailed(host, "was not found")
+    return LookUpFailed(host, f"could not be looked up: {getattr(found, 'strerror', None) or found}")
+
+
+def _for_aiohttp(info: AddressInfo, host: str, port: int) -> ResolveResult:
+    numeric = info[4][0]
+    if info[0] == socket.AF_INET6 and len(info[4]) > 3 and info[4][3] and "%" not in numeric:
+        numeric = f"{numeric}%{info[4][3]}"
+    flags = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    return ResolveResult(hostname=host, host=numeric, port=port, family=info[0], proto=info[2], flags=flags)

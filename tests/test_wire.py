@@ -1,0 +1,358 @@
+"""A connection to Azure without sockets: what is clean, whose turn it is, and what the last bytes may do."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.connector import Connector, Destination
+from gateway.errors import UpstreamError
+from gateway.fair_scheduler import _STEPS, STEP
+from gateway.outbox import Outbox
+from gateway.wire import _MOST_INFLATED, _MOST_LINES, Answer, Wire
+from tests.test_costs import Pipe
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
+SSE = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENT = b"data: " + b"x" * 100 + b"\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Home(Connector):
+    """The pool of connections, to one place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there = cast(Destination, SimpleNamespace(kept=[]))
+
+    def connection(self) -> tuple[Wire, Pipe]:
+        loop = asyncio.get_running_loop()
+        wire, pipe = Wire(loop), Pipe()
+        wire.connection_made(pipe)
+        wire.settle(None, self, self.there, Outbox(loop))
+        return wire, pipe
+
+    async def close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+
+async def turns_until(condition: Callable[[], object], most: int = 20_000) -> int:
+    """Count the turns of the loop until something is true."""
+    for count in range(most):
+        if condition():
+            return count
+        await asyncio.sleep(0)
+    raise AssertionError("it never is")
+
+
+async def test_a_connection_is_pooled_only_if_it_is_as_new() -> None:
+    """Each way not to be: being read no more, waited for, told of bytes, half parsed, timed, closed or behind."""
+    home = Home()
+
+    def put(spoil: Callable[[Wire, Pipe], object]) -> bool:
+        wire, pipe = home.connection()
+        spoil(wire, pipe)
+        home.put(wire)
+        return home.there.kept[-1:] == [wire]
+
+    async def nothing() -> None: ...
+
+    assert put(lambda wire, pipe: None)
+    ways: list[Callable[[Wire, Pipe], object]] = [
+        lambda wire, _: wire.hold(),
+        lambda wire, _: wire._pause_reading(),
+        lambda wire, _: wire.ask(10, 10),
+        lambda wire, _: wire._deadline.set(10, wire.abort),
+        lambda wire, _: wire._backlog.append(b"x"),
+        lambda wire, _: setattr(wire, "_buffer", b"HTTP/1.1 2"),
+        lambda wire, _: setattr(wire, "_relay", object()),
+        lambda wire, _: setattr(wire, "_early", b"x"),
+        lambda wire, _: setattr(wire, "_unsent", b"x"),
+        lambda wire, _: wire.eof_received(),
+        lambda wire, pipe: setattr(pipe, "closing", True),
+        lambda wire, pipe: setattr(pipe, "get_write_buffer_size", lambda: 1),
+    ]
+    for number, spoil in enumerate(ways):
+        assert not put(spoil), number
+    await home.close()
+
+
+@pytest.mark.parametrize("split", [None, 20, len(OK) - 1])
+async def test_a_watch_that_fails_on_the_last_bytes_leaves_nobody_waiting(split: int | None) -> None:
+    """The request is told, and the connection is not in the pool: neither before nor after."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+
+    def watch(data: bytes) -> None:
+        assert not home.there.kept
+        if data.endswith(b"}"):
+            raise ValueError("a bug")
+
+    answer.watch = watch
+    waiting = asyncio.ensure_future(answer.begun())
+    await asyncio.sleep(0)
+    wire.data_received(OK[:split] if split else OK)
+    if split:
+        wire.data_received(OK[split:])
+    with pytest.raises(ValueError, match="a bug"):
+        await asyncio.wait_for(waiting, 5)
+    assert not home.there.kept
+    assert pipe.is_closing()
+    await home.close()
+
+
+async def test_a_response_that_ends_while_its_reader_is_behind_leaves_the_connection_reading() -> None:
+    """The sink asks for a pause on the very last bytes; the next request on the connection finds it reading."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    pumped = asyncio.ensure_future(answer.pump(lambda data: answer.hold()))
+    await asyncio.sleep(0)
+    wire.data_received(chunk(EVENT) + b"0\r\n\r\n")
+    await asyncio.wait_for(pumped, 5)
+    assert home.there.kept == [wire]
+    assert wire.clean
+    assert pipe.reading
+    await home.close()
+
+
+def fed(answer: Answer) -> list[bytes]:
+    """Pump an answer into a list."""
+    out: list[bytes] = []
+    answer._sink = out.append
+    return out
+
+
+@pytest.mark.parametrize("event", [EVENT, b":\n\n", b"\n", b"\r\r", b"data: " + b"x" * 3000 + b"\n\n"])
+async def test_a_large_read_is_handled_in_bounded_steps(event: bytes) -> None:
+    """So many bytes and ends of lines at most, in so many steps a turn, and reading pauses until it is done."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    count = 250_000 // len(event)
+    body = event * count
+    wire.data_received(chunk(body))
+    assert [pipe.reading] == [False]
+    seen = 0
+    while b"".join(out) != body:
+        await asyncio.sleep(0)
+        now = out[seen:]
+        seen = len(out)
+        assert len(now) <= _STEPS
+        assert all(len(each) <= STEP for each in now)
+        assert all(each.count(b"\n") + each.count(b"\r") <= _MOST_LINES for each in now)
+    wire.data_received(b"0\r\n\r\n")
+    await turns_until(lambda: answer.done)
+    assert pipe.reading
+    assert home.there.kept == [wire]
+    await home.close()
+
+
+async def test_small_reads_are_handled_at_once() -> None:
+    """An event of a stream waits for no turn."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    wire.data_received(chunk(EVENT))
+    assert out == [EVENT]
+    wire.abort()
+
+
+async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
+    """Backpressure comes first; afterwards it goes on where it was, before anything newer."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out: list[bytes] = []
+
+    def sink(data: bytes) -> None:
+        out.append(data)
+        if len(out) == 1:
+            answer.hold()
+
+    answer._sink = sink
+    body = b"".join(b"data: %d\n\n" % number for number in range(20_000))
+    wire.data_received(chunk(body))
+    wire.data_received(b"0\r\n\r\n")  # from a transport that had read it already
+    await turns_until(lambda: out)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(out) == 1
+    assert not pipe.reading
+    answer.release()
+    await turns_until(lambda: answer.done)
+    assert b"".join(out) == body
+    assert home.there.kept == [wire]
+    assert wire.clean
+    await home.close()
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+async def test_what_came_before_the_connection_was_lost_is_handed_on(held: bool, whole: bool) -> None:
+    """Also what no step had handled yet; the answer is whole only if its end had come."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    body = b"".join(b"data: %d\n\n" % number for number in range(20_000))
+    waiting = asyncio.ensure_future(answer._wait())
+    await asyncio.sleep(0)
+    wire.data_received(chunk(body) + (b"0\r\n\r\n" if whole else b""))
+    if held:
+        answer.hold()
+    wire.connection_lost(None)
+    assert b"".join(out) == body
+    assert answer.done is whole
+    if whole:
+        await waiting
+    else:
+        with pytest.raises(UpstreamError):
+            await waiting
+    assert not home.there.kept
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.binary(min_size=1, max_size=9000), max_size=12),
+    st.lists(st.integers(1, 40_000), max_size=30),
+    st.lists(st.booleans(), max_size=40),
+    st.booleans(),
+)
+def test_any_response_arrives_byte_for_byte(
+    chunks: list[bytes], cuts: list[int], holds: list[bool], packed: bool
+) -> None:
+    """However it is chunked and cut, compressed or not, and however often its reader asks for a pause."""
+
+    async def scenario() -> None:
+        home = Home()
+        wire, _ = home.connection()
+        answer = wire.ask(10, 10)
+        body = b"".join(chunks)
+        coded = gzip.compress(body) if packed else body
+        head = SSE.replace(b"Transfer", b"Content-Encoding: gzip\r\nTransfer") if packed else SSE
+        step = max(1, len(coded) // 5)
+        message = head + b"".join(chunk(coded[at : at + step]) for at in range(0, len(coded), step)) + b"0\r\n\r\n"
+        out: list[bytes] = []
+        waits = list(holds)
+        held: list[None] = []
+
+        def sink(data: bytes) -> None:
+            out.append(data)
+            if waits and waits.pop():
+                answer.hold()
+                held.append(None)
+
+        answer._sink = sink
+        for size in [*cuts, len(message)]:
+            wire.data_received(message[:size])
+            message = message[size:]
+            if not message:
+                break
+            await asyncio.sleep(0)
+        for _ in range(5000):
+            if answer.done:
+                break
+            await asyncio.sleep(0)
+            if held:
+                held.clear()
+                answer.release()
+        assert b"".join(out) == body
+        assert home.there.kept == [wire]
+        assert wire.clean
+        await home.close()
+
+    asyncio.run(scenario())
+
+
+async def test_compressed_json_is_plain_before_anything_reads_it() -> None:
+    """Also where it is short and handed over whole; its watch sees plain bytes, too."""
+    home = Home()
+    wire, _ = home.connection()
+    body = json.dumps({"usage": {"total_tokens": 3}, "text": "x" * 50_000}).encode()
+    packed = gzip.compress(body)
+    answer = wire.ask(10, 10)
+    watched: list[bytes] = []
+    answer.watch = watched.append
+    begun = asyncio.ensure_future(answer.begun())
+    await asyncio.sleep(0)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    wire.data_received(head + b"Content-Length: %d\r\n\r\n" % len(packed) + packed)
+    await asyncio.wait_for(begun, 5)
+    assert answer.whole == b"".join(watched) == body
+    assert answer.inflated
+    assert max(map(len, watched)) <= STEP
+    assert home.there.kept == [wire]
+    await home.close()
+
+
+async def test_a_bomb_of_json_is_refused_before_it_fills_the_memory() -> None:
+    """Above a bound the answer is an error, and the rest is never inflated."""
+    home = Home()
+    wire, _ = home.connection()
+    packed = gzip.compress(bytes(200 * 1024 * 1024), 1)
+    answer = wire.ask(10, 10)
+    begun = asyncio.ensure_future(answer.begun())
+    await asyncio.sleep(0)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    wire.data_received(head + b"Content-Length: %d\r\n\r\n" % len(packed) + packed)
+    with pytest.raises(UpstreamError, match="inflates"):
+        await asyncio.wait_for(begun, 20)
+    assert answer._size <= _MOST_INFLATED + STEP
+    assert not home.there.kept
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_response_without_length_needs_a_clean_end(ended: bool) -> None:
+    """Over TLS that is a closure alert (RFC 9112, 9.8): what only breaks off may have been cut by anybody."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{")
+    if ended:
+        wire.eof_received()
+    wire.connection_lost(None)
+    if ended:
+        assert [piece async for piece in answer] == [b"{"]
+    else:
+        with pytest.raises(UpstreamError):
+            [piece async for piece in answer]
+
+
+def test_other_content_passes_as_it_came() -> None:
+    """The gateway reads errors, JSON and events; a download that is compressed stays so, whatever its coding."""
+
+    async def scenario(head: bytes) -> Any:
+        home = Home()
+        wire, _ = home.connection()
+        answer = wire.ask(10, 10)
+        wire.data_received(b"HTTP/1.1 %b\r\nContent-Encoding: br\r\nContent-Length: 3\r\n\r\nabc" % head)
+        await home.close()
+        if answer._error is not None:
+            raise answer._error
+        return answer.whole
+
+    assert asyncio.run(scenario(b"200 OK\r\nContent-Type: audio/mpeg")) == b"abc"
+    for read in (b"200 OK\r\nContent-Type: application/json", b"500 No\r\nContent-Type: text/html"):
+        with pytest.raises(UpstreamError, match="'br'"):
+            asyncio.run(scenario(read))
