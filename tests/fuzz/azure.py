@@ -10,6 +10,7 @@ import json
 import socket
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp.base_protocol import BaseProtocol
@@ -22,6 +23,8 @@ __all__ = ("Azure",)
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # How long, in seconds, after an answer its late bytes come.
 _HELD = 0.01
+# How long, in seconds, the gateway has to close a connection on which something came that nobody asked for.
+_NOTICED = 0.5
 
 
 class Azure:
@@ -30,7 +33,9 @@ class Azure:
     `faults` is told of what the gateway sent that is no HTTP.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Callable[[], None]) -> None:
+        self.moved = moved
+        """Called for each write: there is progress."""
         self.mutants: dict[str, Mutant] = {}
         self.played = asyncio.Event()
         """Set when a mutant has been written, its late bytes too."""
@@ -64,6 +69,7 @@ class _Connection(asyncio.Protocol):
         self._message: Any = None
         self._payload: Any = None
         self._switched = False
+        self._lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: asyncio.Transport = transport  # type: ignore[assignment] # of a TCP connection
@@ -71,6 +77,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._azure.connections.discard(self)
+        self._lost.set()
 
     def data_received(self, data: bytes) -> None:
         if self._switched:
@@ -111,13 +118,20 @@ class _Connection(asyncio.Protocol):
             if self.transport.is_closing():
                 return
             self.transport.write(piece)
+            self._azure.moved()
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         if mutant.late:
             await asyncio.sleep(_HELD)
         if self.transport.is_closing():
             return
-        self.transport.write(mutant.late)
+        if mutant.late:
+            self.transport.write(mutant.late)
+            # The gateway must close on it. Only then may the next request come: later ones could not be told apart.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._lost.wait(), _NOTICED)
+        if self.transport.is_closing():
+            return
         if mutant.ending == "close":
             self.transport.close()
         elif mutant.ending == "reset":

@@ -80,7 +80,7 @@ def _cuts(rng: random.Random, data: bytes) -> tuple[int, ...]:
     size = len(data)
     if size < 2 or rng.random() < 0.5:
         return ()
-    if rng.random() < 0.15 and size <= 1200:
+    if rng.random() < 0.15 and size <= 600:
         return tuple(range(1, size))
     places = [rng.randrange(1, size) for _ in range(rng.randrange(1, 6))]
     # Reads that end within a line's end, or behind the framing of a chunk, are where readers go wrong.
