@@ -22,6 +22,7 @@ from gateway.headers import Field, Headers
 from gateway.identity import Identity, Judgement, unavailable
 from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
+from gateway.masking import MASK
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
 from gateway.peek import Peekable, Peeked
@@ -374,7 +375,7 @@ class Response:
     of a stream that come together: seconds that each may be kept for it, None for not at all.
     """
 
-    __slots__ = ("_filters", "_looked_at", "_media_type", "body", "error", "headers", "pace", "status")
+    __slots__ = ("_filters", "_looked_at", "_media_type", "_shown", "body", "error", "headers", "pace", "status")
 
     def __init__(
         self,
@@ -393,6 +394,7 @@ class Response:
         # The fields of which the media type is known.
         self._looked_at: list[Field] | None = None
         self._media_type: str
+        self._shown: Credential | None = None  # the gateway's own credential, which Azure was shown for it
         self._filters: list[Filter | EventFilter] = []
 
     @classmethod
@@ -458,7 +460,10 @@ class Response:
         if (self.headers.get("content-encoding") or "identity").strip().lower() != "identity":
             return None
         beginning = Beginning(responses=responses)
-        return beginning.error_in(await self.peek(beginning.is_enough, seconds))
+        begun = await self.peek(beginning.is_enough, seconds)
+        if self._shown is not None:
+            begun = begun.replace(self._shown.value.encode(), MASK)
+        return beginning.error_in(begun)
 
     def told_as_error(self, error: StreamError) -> Response:
         """Return the answer that an error in this stream would have been."""

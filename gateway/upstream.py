@@ -126,6 +126,8 @@ class Upstream:
             response = _unusual(answer, resource, credential if target.credential is None else None, watch)
         else:
             response = Response(answer.status, answer if answer.whole is None else answer.whole, _down(answer))
+        if target.credential is None:
+            response._shown = credential
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response
