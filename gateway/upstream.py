@@ -132,6 +132,8 @@ class Upstream:
         if answer.whole is None:
             response._exchange = exchange
             exchange.request = exchange.request or request
+        if target.credential is None:
+            response._shown = credential
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response

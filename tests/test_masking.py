@@ -94,3 +94,32 @@ async def test_a_refused_websocket_that_quotes_it(start_gateway: StartGateway) -
     assert answer.status == 401
     assert "***" in text
     assert SECRET not in text
+
+
+STREAMS = """
+resources: {azure: {endpoint: "${ENDPOINT}", api_key: SECRET}}
+auth: none
+pools: {p: [azure/m]}
+pipeline:
+  - access_log
+  - stream_errors
+  - model_map: {models: {gpt-4o: "MODEL"}, unmapped: refuse}
+  BALANCE
+  - api_version: 2024-10-21
+""".replace("SECRET", SECRET)
+
+
+@pytest.mark.parametrize(("model", "balance"), [("azure/m", ""), ("pool:p", "- balance: {wait: 0}")])
+async def test_an_error_with_which_a_stream_begins(model: str, balance: str, start_gateway: StartGateway) -> None:
+    """It becomes an answer of its own, by a stage or in a pool, and is masked as that would be; so is the log."""
+    error = {"error": {"message": f"the key {SECRET} has no quota", "code": "429", "type": "requests"}}
+    event = b"data: " + json.dumps(error).encode() + b"\n\n"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(event)
+    async with raw_upstream(head + event) as upstream:
+        yaml = STREAMS.replace("MODEL", model).replace("BALANCE", balance)
+        gateway = await start_gateway(upstream.endpoint, yaml)
+        async with gateway.post(json={**CHAT, "stream": True}, key=None) as answer:
+            text = await answer.text()
+    assert answer.status == 429
+    assert "the key *** has no quota" in text
+    assert SECRET not in text + json.dumps(gateway.events, default=str)
