@@ -554,8 +554,9 @@ async def test_2000_slow_clients_are_closed_on_while_others_are_served(
         assert received.startswith(b"HTTP/1.1 200 "), received
         served += 1
         await asyncio.sleep(0.05)
-    answers = [task.result() for task in slow]
-    assert sum(answer.startswith(b"HTTP/1.1 408 ") for answer in answers) == 2000
+    # (A client that writes once more before it reads may see the connection's end alone.)
+    assert all(task.result().startswith(b"HTTP/1.1 408 ") or not task.result() for task in slow)
     assert served > 10
     await gateway.idle()
+    assert sum(event.get("status") == 408 for event in gateway.events) == 2000
     await until(lambda: not gateway.server._http.connections, 20)  # type: ignore[union-attr]
