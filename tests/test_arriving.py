@@ -542,7 +542,7 @@ async def test_2000_slow_clients_are_closed_on_while_others_are_served(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
     """Heads, bodies and chunks at a byte a second: each is told 408, and who asks meanwhile is answered."""
-    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"head": 4, "client": 4, "first_byte": 2})
+    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"head": 4, "client": 4})
     kinds = [
         (b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX: ", b"a"),
         *[SLOW[kind] for kind in ("json", "chunked json", "a form on its way to Azure")],
