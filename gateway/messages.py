@@ -568,8 +568,10 @@ class Response:
             return self.body
         if isinstance(self.body, WebSocket):
             raise TypeError("a WebSocket cannot be read whole")
-        linked = link(self._filters, self.headers.get("content-encoding"))
-        if self._filters:
+        # Filters keep what they have seen: where the read fails, they are of no use to the body that takes its place.
+        filters, self._filters = self._filters, []
+        linked = link(filters, self.headers.get("content-encoding"))
+        if filters:
             self.headers.remove("content-encoding")
         exchange: Exchange | None = getattr(self, "_exchange", None)
         chunks: list[bytes] = []
@@ -587,7 +589,6 @@ class Response:
             chunks.append(linked.close())
         except CutShort as exc:
             raise exc.cause from None
-        self._filters.clear()
         self.body = b"".join(chunks)
         return self.body
 

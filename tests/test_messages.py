@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 
-from gateway import ApiError, Headers, Request, Response
+from gateway import ApiError, Headers, Request, Response, UpstreamError
 from gateway.azure import BY_NAME
 from gateway.body import Body
 from gateway.exchange import Exchange
 from gateway.keys import key_digest
 from gateway.targets import Target
+from plugins.sse_newline import CompleteEvents
 
 
 def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request:
@@ -103,6 +106,22 @@ def test_event_stream_is_told_by_the_media_type() -> None:
 def test_digests_are_sha256() -> None:
     """As `match: {keys: ...}` has them."""
     assert key_digest("test") == "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
+
+async def test_an_answer_that_cannot_be_read_leaves_no_filter_behind() -> None:
+    """What takes its place is told as it is: a filter that has seen half of a stream would garble it."""
+
+    async def breaks_off() -> AsyncIterator[bytes]:
+        yield b"data: [DONE]"
+        raise UpstreamError("Azure's answer broke off before its end")
+
+    response = Response(503, breaks_off(), {"content-type": "text/event-stream"})
+    response.pipe(CompleteEvents())
+    with pytest.raises(UpstreamError):
+        await response.read()
+    response.body = b'{"error": {}}'
+    assert response.filters == ()
+    assert await response.read() == b'{"error": {}}'
 
 
 async def test_reading_an_answer_is_bounded() -> None:
