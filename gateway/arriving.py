@@ -3,8 +3,8 @@
 The end of a body is a state of its own, `done`: bytes of the connection that hold only framing give no bytes of the
 body and say nothing about its end.
 
-A client is waited for only while somebody reads and nothing is there, so a body that is held because its reader is
-slow costs its client no time.
+Only the time counts in which a reader waits for the client: a client is not slow while its body is held because the
+reader is.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ArrivingBody:
         self._timer: asyncio.TimerHandle | None = None
         self._waited = 0.0  # seconds, in all waits before this one
         self._begun = 0.0  # when this wait began
-        self._came = 0.0  # when the last byte came of which the time counts
+        self._came = 0.0  # when the last byte of this wait came, or the wait began
 
     # -- the connection's side -------------------------------------------------------------------------
 

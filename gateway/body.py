@@ -23,8 +23,8 @@ __all__ = (
 )
 
 MOST_LOOKED_AT = 256 * 1024 * 1024
-# What a watcher is given in one turn of the loop: reading a form's heads costs much more for each byte than its file.
-_SHOWN = 64 * 1024
+# What a watcher is given in one turn of the loop, in bytes: more than one read, so that only kept bodies are cut.
+_SHOWN = 512 * 1024
 
 
 class Incoming(Protocol):

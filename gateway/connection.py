@@ -55,11 +55,11 @@ _SOON = 64 * 1024
 # Lingering close: how long, in seconds, and for how many bytes input is still read and discarded before a connection
 # is closed. An immediate close may send a reset that destroys the response at a client which is still sending. The
 # time is nginx's lingering_timeout; it is for all of it, so that no client can draw it out. The bytes are those of the
-# largest audio file that OpenAI takes (25 MB) and some more, so that who uploads one with a wrong key reads the 401.
+# largest audio file that OpenAI takes (25 MB) and some more: a client that uploads one with a wrong key reads the 401.
 _LINGER = 5.0
 _MOST_LINGERED = 32 * 1024 * 1024
-# The rest of a body that nobody wants is skipped, and the connection kept, if it is no longer than this; it is counted
-# and not parsed. A chunked one cannot be skipped without parsing it.
+# Unwanted bytes of a body, at most this many, are skipped and the connection is kept; they are counted, not parsed.
+# A chunked body cannot be skipped without parsing it.
 _SKIPPED = 256 * 1024
 # Connections above the limit that are taken all the same, to answer the probes of an orchestrator, and how long, in
 # seconds, each has to send its head.

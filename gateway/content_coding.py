@@ -11,13 +11,17 @@ import zlib
 
 from gateway.errors import GatewayError
 
-__all__ = ("BadCoding", "Inflater", "is_identity")
+__all__ = ("BadCoding", "Inflater", "UnknownCoding", "is_identity")
 
 _INFLATED = (b"gzip", b"x-gzip", b"deflate")
 
 
 class BadCoding(GatewayError):
     """A body is compressed in an unknown way, or is broken."""
+
+
+class UnknownCoding(BadCoding):
+    """A body is compressed in a way that is not undone here."""
 
 
 def is_identity(coding: bytes) -> bool:
@@ -31,11 +35,11 @@ class Inflater:
     __slots__ = ("_begun", "_inflate", "_input", "pending")
 
     def __init__(self, coding: bytes) -> None:
-        """Begin. Raises BadCoding for another coding than gzip or deflate."""
+        """Begin. Raises UnknownCoding for another than gzip or deflate."""
         name = coding.strip().lower()
         if name not in _INFLATED:
             told = name.decode("latin-1") if name.isascii() and len(name) < 40 else "another"
-            raise BadCoding(f"the response has the content coding {told!r}, which the gateway cannot undo")
+            raise UnknownCoding(f"the response has the content coding {told!r}, which the gateway cannot undo")
         self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
         self._input = b""
         self._begun = False

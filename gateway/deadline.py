@@ -27,7 +27,6 @@ class Deadline:
     def set(self, seconds: float, expire: Callable[[], None]) -> None:
         """Call `expire` in `seconds`, instead of what was to be called."""
         self._expire = expire
-        self._left = math.inf
         self._due = due = self._loop.time() + seconds
         if self._timer is None:
             self._timer = self._loop.call_at(due, self._look)
@@ -51,8 +50,9 @@ class Deadline:
 
     def resume(self) -> None:
         """Let the clock of a deadline that was paused go on."""
-        if self._left < math.inf and self._expire is not None:
+        if self._due == math.inf and self._left < math.inf and self._expire is not None:
             self.set(self._left, self._expire)
+        self._left = math.inf
 
     def stop(self) -> None:
         """Have none any more, and no timer."""

@@ -63,6 +63,11 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
 _PATH = re.compile(r"/[!$&-;=@-Z_a-z~%]*")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%(0[0-9A-F]|1[0-9A-F]|2E|2F|5C|7F)", re.IGNORECASE)
 _QUERY = re.compile(r"[!-\"$-~]*")
+# The content codings that are registered (IANA). Some servers write other words (`utf-8`), which say nothing of a body.
+_COMPRESSED = re.compile(
+    rb"(?:^|[\s,])(?:(?:x-)?gzip|deflate|br|zstd|(?:x-)?compress|dcb|dcz|exi|pack200-gzip|aes128gcm)(?:$|[\s,;])",
+    re.IGNORECASE,
+)
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(:[0-9]{1,5})?")
 _Line = TypeVar("_Line", bound=tuple[object, ...])
 
@@ -391,7 +396,7 @@ def parse_response(head: bytes) -> ResponseHead:
             if chunked or old or value.lower() != b"chunked":
                 raise Malformed("the transfer coding is another one than chunked")
             chunked = True
-        elif name == b"content-encoding":
+        elif name == b"content-encoding" and _COMPRESSED.search(value):
             coding = coding + b", " + value if coding else value
     if chunked and length is not None:
         raise Malformed("there is a Content-Length beside a transfer coding")

@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from gateway.azure import Operation
+from gateway.azure import Operation, plain_path
 from gateway.body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
@@ -23,6 +23,7 @@ from gateway.heads import network_of
 from gateway.identity import Identity, Judgement, unavailable
 from gateway.jsonbody import decoded_json, encoded_json, of_fields, raw_fields
 from gateway.keys import Credential, presented_key
+from gateway.masking import MASK
 from gateway.memory_budget import UNCOUNTED, BudgetSpent
 from gateway.models import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.multipart import FormReader
@@ -97,6 +98,9 @@ class Request:
         self.id = id
         self.operation = operation.name if operation is not None else None
         self.method = method
+        # (An id that is written with escapes is decoded once, so that all decide on what Azure will be sent.)
+        if operation is not None and "%" in path and operation.has_ids:
+            path = plain_path(operation, path) or path
         self.path = path
         self.query = query
         self.headers = headers
@@ -411,7 +415,18 @@ class Response:
 
     # (`_exchange` is set by the upstream where the body is still to come, and else is not there.)
     _exchange: Exchange
-    __slots__ = ("_exchange", "_filters", "_looked_at", "_media_type", "body", "error", "headers", "pace", "status")
+    __slots__ = (
+        "_exchange",
+        "_filters",
+        "_looked_at",
+        "_media_type",
+        "_shown",
+        "body",
+        "error",
+        "headers",
+        "pace",
+        "status",
+    )
 
     def __init__(
         self,
@@ -430,6 +445,7 @@ class Response:
         # The fields of which the media type is known.
         self._looked_at: list[Field] | None = None
         self._media_type: str
+        self._shown: Credential | None = None  # the gateway's own credential, which Azure was shown for it
         self._filters: list[Filter | EventFilter] = []
 
     @classmethod
@@ -495,7 +511,10 @@ class Response:
         if (self.headers.get("content-encoding") or "identity").strip().lower() != "identity":
             return None
         beginning = Beginning(responses=responses)
-        return beginning.error_in(await self.peek(beginning.is_enough, seconds))
+        begun = await self.peek(beginning.is_enough, seconds)
+        if self._shown is not None:
+            begun = begun.replace(self._shown.value.encode(), MASK)
+        return beginning.error_in(begun)
 
     def told_as_error(self, error: StreamError) -> Response:
         """Return the answer that an error in this stream would have been."""

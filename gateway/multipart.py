@@ -20,9 +20,9 @@ __all__ = ("Field", "FormReader", "boundary_of")
 # What one field of interest may hold, and the head of any part, in bytes.
 _MAX_VALUE = 64 * 1024
 _MAX_HEAD = 16 * 1024
-# Parts of a form, and lines of a part's head. No operation has a hundred of one or five of the other; reading so many
-# takes 10 ms, which no other request may wait for more than once.
-_MAX_PARTS = 1_000
+# Parts of a form, and lines of a part's head. No operation has fifty of one or five of the other. Reading so many
+# takes less than 5 ms in all, so a form cannot keep the event loop.
+_MAX_PARTS = 256
 _MAX_LINES = 16
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # A parameter's value in quotes: a quote is never escaped in it, since readers differ in what a backslash means there.

@@ -85,7 +85,7 @@ class Renewal:
         changes = await _aside(lambda: diff(old, new))
         notes = []
         if new.settings.listen not in (old.settings.listen, self._listen):
-            notes.append(f"listen: the gateway listens on {self._server.address}, as before, until it is restarted")
+            notes.append(f"listen: the gateway listens on {self._server.address} until it is restarted")
         if new.settings.admin != old.settings.admin:
             notes.append("admin: where the operator may look stays as it is until the gateway is restarted")
         _use(new.log, old.log)  # before the stages start: they keep their loggers

@@ -118,23 +118,31 @@ class Resolver(AbstractResolver):
         name = self._name(host)
         now = self._clock()
         if name.addresses and now < name.fresh_until:
-            return _in_turn(name)
+            return name.addresses
         look_up = self._begin(host, name, now)
         patience = within
         if name.addresses and now < name.known_until:
             patience = min(within, max(0.0, name.asked + _PATIENCE - now))
         await asyncio.wait((look_up,), timeout=patience)
         if name.addresses and self._clock() < name.known_until:
-            return _in_turn(name)
+            return name.addresses
         if look_up.done() and name.failure is not None:
             raise name.failure
         raise LookUpTimeout(host, f"could not be looked up within {within:g} s")
+
+    async def in_turn(self, host: str, within: float = _WITHIN) -> list[AddressInfo]:
+        """Return what `look_up` does, each time with another address first, so that all of them are connected to."""
+        found = await self.look_up(host, within)
+        name = self._names.get(host.lower())
+        if name is not None and name.addresses is found:
+            name.addresses = [*found[1:], found[0]]
+        return found
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         """Return the addresses of a host as aiohttp wants them. Raises LookUpFailed, which is an OSError."""
-        found = [each for each in await self.look_up(host) if family in (socket.AF_UNSPEC, each[0])]
+        found = [each for each in await self.in_turn(host) if family in (socket.AF_UNSPEC, each[0])]
         if not found:
             raise LookUpFailed(host, "has no address of the wanted family")
         return [_for_aiohttp(each, host, port) for each in found]
@@ -224,7 +232,7 @@ async def connected_socket(host: str, port: int, within: float = _WITHIN) -> soc
 
     Raises LookUpFailed, and OSError where it cannot be connected to.
     """
-    found = await Resolver.of(asyncio.get_running_loop()).look_up(host, within)
+    found = await Resolver.of(asyncio.get_running_loop()).in_turn(host, within)
     addresses = [(*each[:4], (each[4][0], port, *each[4][2:])) for each in found]
     try:
         sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS, interleave=1)
@@ -242,13 +250,6 @@ def _numeric(host: str) -> AddressInfo:
     # (Of one with a scope, the C library makes the number; it looks up no name.)
     flags = socket.AI_NUMERICHOST
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)[0]
-
-
-def _in_turn(name: _Name) -> list[AddressInfo]:
-    """Return the addresses, each time with another one first: so all of them are used."""
-    found = name.addresses
-    name.addresses = [*found[1:], found[0]]
-    return found
 
 
 def _failure(host: str, found: list[AddressInfo] | Exception) -> LookUpFailed:

@@ -531,10 +531,11 @@ async def serve(
         admin = {"admin": str(server.admin.address)} if server.admin is not None else {}
         log.info("listening", address=str(server.address), teams=len(server.teams.all), **admin)
         _warn_of_descriptors(server.settings.limits.connections)
-        if ready is not None:
-            ready()
         if beside is not None:
             helper = asyncio.create_task(unharmed(beside()))
+            await asyncio.sleep(0)  # it has begun when others hear of it: they may ask for a reload at once
+        if ready is not None:
+            ready()
         await asked
         log.info("stopping")
         if stopping is not None:

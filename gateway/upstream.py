@@ -1,7 +1,7 @@
 """One exchange with Azure: the end of every pipeline.
 
 The head is written as bytes, its lines mostly as they came from the client; bodies that nobody read stream
-through. Interim answers (1xx) are skipped, an unasked 101 is an error, redirects are passed on and never
+through. Interim answers (1xx) are skipped, an unasked 101 is an error, and so is a redirect, which is never
 followed. A kept connection that Azure had already closed is replaced, if not one byte of an answer came. An
 answer that comes while the upload still runs stops the upload.
 """
@@ -13,7 +13,7 @@ import math
 import os
 import ssl
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from functools import lru_cache
 
 from gateway.azure import BY_NAME, unknown_operation
@@ -26,6 +26,7 @@ from gateway.headers import Headers
 from gateway.hops import DOWN
 from gateway.include_usage import STREAMED, HiddenUsage, with_usage_asked
 from gateway.keys import Credential
+from gateway.masking import MASK, mask_headers, masked_pieces
 from gateway.messages import Request, Response
 from gateway.models import FrameModels, placed, placed_query
 from gateway.repeatable import seems_repeatable
@@ -124,10 +125,15 @@ class Upstream:
             b"transfer-encoding: chunked" if length is None else b"content-length: %d" % length,
         )
         answer = await self._ask(request, resource, destination, head, body, watch)
-        response = _response(answer)
+        if answer.status < 300:
+            response = Response(answer.status, answer if answer.whole is None else answer.whole, _down(answer))
+        else:
+            response = _unusual(answer, resource, credential if target.credential is None else None)
         if answer.whole is None:
             response._exchange = exchange
             exchange.request = exchange.request or request
+        if target.credential is None:
+            response._shown = credential
         if hides and response.event_stream:
             response.pipe(HiddenUsage())
         return response
@@ -159,9 +165,11 @@ class Upstream:
         try:
             async with asyncio.timeout(seconds):
                 _, shown = _complete(target)
+                shown = shown or await _token(resource)
                 destination = self._connector.destination(resource)
-                head = _head(request, destination, path, shown or await _token(resource), b"content-length: 0")
-                response = _response(await self._ask(request, resource, destination, head, b"", None))
+                head = _head(request, destination, path, shown, b"content-length: 0")
+                answer = await self._ask(request, resource, destination, head, b"", None)
+                response = _unusual(answer, resource, shown if credential is None else None)
                 await response.read()
                 return response
         except TimeoutError:
@@ -177,7 +185,7 @@ class Upstream:
         head = _head(request, destination, path, credential, opening(key, offered_protocols(request.headers)))
         answer = await self._ask(request, resource, destination, head, b"", None, upgrade=True)
         if answer.status != 101:
-            return _response(answer)
+            return _unusual(answer, resource, credential if request.target.credential is None else None)
         socket = WebSocket(answer.switched())
         exchange.own(socket)
         exchange.request = exchange.request or request
@@ -267,9 +275,30 @@ class Upstream:
                 upload.cancel()
 
 
-def _response(answer: Answer) -> Response:
-    """Return Azure's answer as stages see it."""
-    return Response(answer.status, answer if answer.whole is None else answer.whole, _down(answer))
+def _unusual(answer: Answer, resource: Resource, stored: Credential | None) -> Response:
+    """Return Azure's answer as stages see it, where it may be an error.
+
+    `stored` is the credential that Azure was shown, if it is the gateway's own. Raises UpstreamError for a redirect.
+    """
+    if 300 <= answer.status < 400 and answer.status != 304:  # that one leads nowhere
+        answer.abort()
+        raise UpstreamError(
+            f"the Azure resource {resource.name!r} answered with a redirect (status {answer.status}), and the gateway "
+            "follows none: the credential would go along; its operator looks at the resource's `endpoint`",
+            code="upstream_redirect",
+            fault="redirect",
+        )
+    body: bytes | AsyncIterator[bytes] = answer if answer.whole is None else answer.whole
+    headers = _down(answer)
+    if answer.status >= 400 and stored is not None:
+        secret = stored.value.encode()
+        mask_headers(headers, secret)
+        if isinstance(body, bytes):
+            body = body.replace(secret, MASK)
+        else:
+            headers.remove("content-length")
+            body = masked_pieces(body, secret)
+    return Response(answer.status, body, headers)
 
 
 def _down(answer: Answer) -> Headers:

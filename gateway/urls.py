@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote, unquote_plus
 
-from gateway.azure import Operation
+from gateway.azure import Operation, bad_id, plain_path
 from gateway.errors import ApiError
 from gateway.targets import Target
 
@@ -68,17 +68,24 @@ def upstream_path(operation: Operation, target: Target, path: str, query: str = 
 
     `path` is the client's, after `/v1`. `target` must have an api-version, and a deployment where the path
     needs one. Raises ApiError 404 where the deployment's name cannot be one, or where this api-version does
-    not have the operation.
+    not have the operation, and 400 where an id in the path cannot be one.
     """
     key = (operation.name, target.api_version, target.deployment)
     before, own_path, version = _ways.get(key) or _find_way(key, operation, target)
-    found = f"{before}{own_path or path}{version}"
+    found = f"{before}{own_path or _with_ids(operation, path)}{version}"
     if query and (kept := other_query(query)):
         return f"{found}{'&' if version else '?'}{kept}"
     return found
 
 
-# What stands before and behind a path, and what stands in its place, once it was found to be right.
+def _with_ids(operation: Operation, path: str) -> str:
+    plain = plain_path(operation, path)
+    if plain is None:
+        raise bad_id(operation, path)
+    return plain
+
+
+# What stands before and behind a path, and what stands in its place if it has no ids, once it was found to be right.
 _ways: dict[tuple[str, str | None, str | None], tuple[str, str, str]] = {}
 _MOST_WAYS = 1024
 
@@ -95,9 +102,9 @@ def _find_way(key: tuple[str, str | None, str | None], operation: Operation, tar
             code="operation_not_supported",
         )
     if target.is_v1:
-        way = ("/openai/v1", "", "")
+        way = ("/openai/v1", "" if operation.has_ids else operation.path, "")
     else:
-        own_path = operation.classic_path if operation.classic_path != operation.path else ""
+        own_path = "" if operation.has_ids else operation.classic_path
         deployment = f"/deployments/{target.deployment}" if operation.classic == "deployment" else ""
         way = (f"/openai{deployment}", own_path, f"?api-version={version}")
     if len(_ways) >= _MOST_WAYS:

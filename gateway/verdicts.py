@@ -30,9 +30,10 @@ _WHY = {
     "dns_timeout": "its host name could not be looked up in time: the name servers do not answer",
     "connect": "it takes no connection: a firewall on the way, or the wrong port",
     "connect_timeout": "it takes no connection in time: a firewall on the way, or a private endpoint out of reach",
-    "tls": "TLS fails: its certificate is not for this name, or of a CA that is not known (`tls: {ca: ...}`)",
     "timeout": "it did not answer in time",
     "stalled": "it stopped in the middle of its answer",
+    "redirect": "it answers with a redirect: the endpoint is another one, or begins with http where it is https",
+    "encoding": "its answers are compressed in a way that the gateway does not read",
     "broken_off": "it broke the connection off, or what it answered is no HTTP",
 }
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 from aiohttp.base_protocol import BaseProtocol
 
 from gateway.body import Body
-from gateway.content_coding import BadCoding, Inflater, is_identity
+from gateway.content_coding import BadCoding, Inflater, UnknownCoding
 from gateway.deadline import Deadline
 from gateway.errors import GatewayError, UpstreamError, UpstreamTimeout
 from gateway.fair_scheduler import MOST_UNITS, SMALL, STEP, FairScheduler
@@ -123,7 +123,7 @@ class Answer:
             self._left = length
             if length <= _WHOLE:
                 self.whole = b""
-        if coding and length != 0 and not is_identity(coding) and self._is_read():
+        if coding and length != 0 and self._is_read():
             self._inflater, self.inflated = Inflater(coding), True
         if self.whole is None:
             self._wake()
@@ -738,7 +738,9 @@ def _explained(exc: Exception) -> Exception:
     """Return the error of a response that cannot be read; a filter's own stays as it is."""
     if isinstance(exc, Malformed):
         return UpstreamError(f"what Azure answered is not valid HTTP: {exc}")
-    return UpstreamError(str(exc)) if isinstance(exc, BadCoding) else exc
+    if isinstance(exc, UnknownCoding):
+        return UpstreamError(str(exc), code="unsupported_encoding", fault="encoding")
+    return UpstreamError(str(exc), fault="encoding") if isinstance(exc, BadCoding) else exc
 
 
 def _cut_off(transport: asyncio.BaseTransport | None) -> bool:

@@ -53,15 +53,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("usual")
 
 
-def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+def pytest_asyncio_loop_factories(item: pytest.Function) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Run a test marked `both_loops` on asyncio's loop and on the gateway's own, which must be right with and without.
 
-    Other tests run on asyncio's. `GATEWAY_TEST_LOOP=asyncio` or `=speed` runs all tests on that one alone.
+    Other tests run on asyncio's, and so does a slow one whose gateway is another process, which has the gateway's own.
+    `GATEWAY_TEST_LOOP=asyncio` or `=speed` runs all tests on that one alone.
     """
     factories = {"asyncio": asyncio.new_event_loop, "speed": loop_factory()}
     if only := os.environ.get("GATEWAY_TEST_LOOP"):
         return {only: factories[only]}
-    if item.get_closest_marker("both_loops") is None:
+    here = item.get_closest_marker("slow") is None or "start_gateway" in item.fixturenames
+    if item.get_closest_marker("both_loops") is None or not here:
         del factories["speed"]
     return factories
 

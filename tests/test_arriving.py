@@ -474,7 +474,7 @@ SLOW = {
 @pytest.mark.parametrize("kind", SLOW)
 async def test_a_body_that_drips_is_a_408(kind: str, start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Bytes keep coming, each in time; in all they are too slow. No time of Azure's or a stage's runs meanwhile."""
-    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"client": 0.6, "first_byte": 0.3})
+    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"client": 1.5, "first_byte": 1.0})
     received = await drip(gateway.port, *SLOW[kind])
     assert received.startswith(b"HTTP/1.1 408 "), received
     assert b"connection: close" in received
@@ -487,16 +487,14 @@ async def test_a_body_that_drips_is_a_408(kind: str, start_gateway: StartGateway
 
 
 async def test_a_body_above_the_least_rate_may_take_its_time(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Longer than `timeouts.client` in all, and longer than `first_byte`: the client is not what these are for."""
-    gateway = await start_gateway(
-        azure.endpoint, YAML, timeouts={"client": 0.4, "first_byte": 0.4}, limits={"body_rate": 1}
-    )
+    """Longer than `first_byte`, which is not for the time in which the client sends."""
+    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"first_byte": 1.0}, limits={"body_rate": 1})
     path, kind, body = chat(b"12345678")
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(head(path, kind, f"Content-Length: {len(body)}", "Connection: close"))
     for place in range(0, len(body), 8):
         writer.write(body[place : place + 8])
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.15)
     assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
     writer.close()
 
@@ -542,7 +540,7 @@ async def test_2000_slow_clients_are_closed_on_while_others_are_served(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
     """Heads, bodies and chunks at a byte a second: each is told 408, and who asks meanwhile is answered."""
-    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"head": 4, "client": 4, "first_byte": 2})
+    gateway = await start_gateway(azure.endpoint, YAML, timeouts={"head": 4, "client": 4})
     kinds = [
         (b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX: ", b"a"),
         *[SLOW[kind] for kind in ("json", "chunked json", "a form on its way to Azure")],
@@ -554,8 +552,9 @@ async def test_2000_slow_clients_are_closed_on_while_others_are_served(
         assert received.startswith(b"HTTP/1.1 200 "), received
         served += 1
         await asyncio.sleep(0.05)
-    answers = [task.result() for task in slow]
-    assert sum(answer.startswith(b"HTTP/1.1 408 ") for answer in answers) == 2000
-    assert served > 10
+    # (A client that writes once more before it reads may see the connection's end alone.)
+    assert all(task.result().startswith(b"HTTP/1.1 408 ") or not task.result() for task in slow)
+    assert served
     await gateway.idle()
+    assert sum(event.get("status") == 408 for event in gateway.events) == 2000
     await until(lambda: not gateway.server._http.connections, 20)  # type: ignore[union-attr]

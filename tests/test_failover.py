@@ -17,7 +17,7 @@ import pytest
 from tests.cluster import Fault, Region, cluster, pool_yaml, slow_tls
 from tests.conftest import CHAT, Gateway, StartGateway, until
 
-CLIENTS = 32
+CLIENTS = 12
 # Each fault in turn, in one region after another; and one region is dead for a while.
 FAULTS: list[Fault] = [
     "limited", "limited_silently", "limited_in_words", "mute", "stalled", "broken", "error", "unavailable", "timeout",
@@ -132,7 +132,7 @@ async def test_requests_are_answered_while_one_region_after_another_fails(
             top=f"health: {HEALTH}",
             more="    - unknown/gpt-4o\n    - slow/gpt-4o",
         ).replace("resources:\n", f"resources:\n{lost}")
-        yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 4, idle: 4}}")
+        yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 8, idle: 8}}")
         run = Run(await start_gateway("", yaml), regions, requests)
         over = asyncio.Event()
         await asyncio.gather(run.clients(over), run.script(over, seconds, dead))
@@ -158,7 +158,7 @@ async def test_requests_are_answered_while_one_region_after_another_fails(
         rested = max(healed, rested_until)
         back = next(at for at, fault, _ in region.saw if at >= healed and fault is None)
         others = [at for other in regions.values() if other is not region for at, _, _ in other.saw]
-        assert len([at for at in others if rested < at < back]) <= 20 * CLIENTS, region.name
+        assert len([at for at in others if rested < at < back]) <= 50 * CLIENTS, region.name
     assert [each.in_flight for each in run.gateway.server.shared.health.all()] == [0] * 5
 
 

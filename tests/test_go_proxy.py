@@ -403,6 +403,16 @@ def test_words_that_yaml_takes_for_something_else_are_in_quotes() -> None:
         assert pyyaml.safe_load(write(node({"a": word}), {})) == {"a": word}  # type: ignore[arg-type] # a mapping
 
 
+def test_a_key_that_is_a_word_of_yaml_is_a_key(tmp_path: Path) -> None:
+    """Where it is `null`, the configuration is the same as with any other."""
+    entry = "{deployment_name: a, model_name: m, endpoint: https://a.test, api_key: '%s'}"
+    shown = [
+        show(load(write_files(tmp_path, {"gateway.yaml": f"deployment_config: [{entry % key}]\n"}), {}))
+        for key in ("null", "sesame")
+    ]
+    assert shown[0] == shown[1]
+
+
 FIELD = st.sampled_from(["deployment_name", "model_name", "endpoint", "api_key", "api_version", "more"])
 VALUE = st.sampled_from(
     [

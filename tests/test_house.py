@@ -124,6 +124,95 @@ def test_tests_state_the_behaviour() -> None:
                 assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 
+# How a test reads a clock that runs by itself, and two ways to ask for one that is kept.
+CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "thread_time", "time", "now"}
+
+
+def reads_a_clock(node: ast.AST) -> bool:
+    """Whether an expression calls `time.monotonic()`, `loop.time()`, `asyncio.get_running_loop().time()` or the like.
+
+    A test's own clock, which stands still, is called `clock`, and may be read.
+    """
+    for each in ast.walk(node):
+        if not isinstance(each, ast.Call):
+            continue
+        name = each.func
+        if isinstance(name, ast.Name) and name.id in CLOCKS - {"time", "now"}:
+            return True
+        if isinstance(name, ast.Attribute) and name.attr in CLOCKS and "clock" not in ast.unparse(name.value).lower():
+            return True
+    return False
+
+
+def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
+    """Return the lines on which a function compares times that have passed: differences of a clock's readings."""
+    readings = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and reads_a_clock(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+    def passed(node: ast.AST) -> bool:
+        return any(
+            isinstance(each, ast.BinOp)
+            and isinstance(each.op, ast.Sub)
+            and not isinstance(each.right, ast.Constant)  # a moment before another
+            and any(
+                reads_a_clock(side) or (isinstance(side, ast.Name) and side.id in readings)
+                for side in (each.left, each.right)
+            )
+            for each in ast.walk(node)
+        )
+
+    durations = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and passed(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    return [
+        node.lineno
+        for node in ast.walk(function)
+        if isinstance(node, ast.Compare)
+        and (passed(node) or any(isinstance(each, ast.Name) and each.id in durations for each in ast.walk(node)))
+    ]
+
+
+def test_no_test_measures_time() -> None:
+    """A busy machine is slower, and nothing is wrong: what is bounded is counted, what must happen is waited for."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.is_relative_to(ROOT / "tests" / "bench"):
+            continue  # which measures and is no test
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert not measured(node), f"{path.name}:{measured(node)} compares a measured time"
+
+
+def test_a_measured_time_is_found() -> None:
+    """In each way that it was written; a comparison with a moment, and a clock that a test turns, are none."""
+    for line in (
+        "begun = loop.time()\n    work()\n    assert loop.time() - begun < 2",
+        "begun = time.monotonic()\n    assert (status, time.monotonic() - begun < 5) == (504, True)",
+        "begun = perf_counter()\n    took = perf_counter() - begun\n    assert took < 1",
+        "at = asyncio.get_running_loop().time()\n    if end() - at > 1:\n        raise AssertionError",
+    ):
+        (function,) = ast.parse(f"def test():\n    {line}\n").body
+        assert isinstance(function, ast.FunctionDef)
+        assert measured(function), line
+    for line in (
+        "clock.now += 5\n    assert clock.time() - 5 == 0",
+        "before = time.monotonic()\n    assert before <= at <= time.monotonic()",
+        "assert row.available_in(time.monotonic()) <= 1",
+        "assert seconds_until(time.time() - 30) == 0",
+    ):
+        (function,) = ast.parse(f"def test():\n    {line}\n").body
+        assert isinstance(function, ast.FunctionDef)
+        assert not measured(function), line
+
+
 def test_no_file_speaks_of_another_place() -> None:
     """Nothing names a machine's paths, and only the captures test looks outside the checkout."""
     for path in [*CORE, *BUILT_IN.glob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:

@@ -649,10 +649,10 @@ async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
     """What it holds counts for as long as it runs."""
-    quiet, here = open_counters(server, patience=0.4), open_counters(server, patience=0.4)
+    quiet, here = open_counters(server, patience=1.5), open_counters(server, patience=1.5)
     await quiet.take(SLOTS)
     for _ in range(10):
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.3)
         assert await level(here, "slots", SLOTS[0].rule) == 1
 
 

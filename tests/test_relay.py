@@ -677,9 +677,9 @@ async def test_silence_is_asked_about_and_the_answer_goes_no_further(start_gatew
                 await opened.pong(message.data)
 
     async with FakeAzure(speak=speak) as azure:
-        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"ping": 0.05})
+        gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"ping": 0.5})
         async with opened(gateway, ping_interval=None) as client:
-            await asyncio.sleep(0.5)
+            await until(lambda: len(seen) >= 3)
             assert client.close_code is None
     await gateway.idle()
     assert set(seen) == {WSMsgType.PING}
@@ -1631,6 +1631,9 @@ async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, ec
         assert looked_at == [True, False]
         assert await client.recv() == "held"
         assert not connection._held
+        relay.from_client(frame(TEXT, b"turn", masked=True) * 1000)
+        assert (connection._held, connection._leave_timer) == (True, None)
+        assert [await client.recv() for _ in range(1000)] == ["turn"] * 1000
 
 
 async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import ssl
 from collections import Counter
@@ -113,9 +114,11 @@ async def test_memory_after_many_reloads_is_as_after_one(
         assert report.changes, report
         use(running)
         await running.name(json=CHAT)
-        await until(settled)
+        await until(settled, 20)
         after.append(living())
-    assert after[-1] == after[0]
+    with contextlib.suppress(TimeoutError):  # what a thread or a callback holds for a moment is no leak
+        await until(lambda: living() == after[0], 20)
+    assert living() == after[0]
     assert after[0]["Teams"] == 1
     assert len(gateway.server.shared._spaces) <= 12
 

@@ -81,9 +81,34 @@ async def test_all_who_ask_for_a_name_share_one_look_up(names: Names) -> None:
     resolver = Resolver()
     found = await asyncio.gather(*(resolver.look_up("east.test") for _ in range(100)))
     assert names.asked == ["east.test"]
-    assert {addresses(each)[0] for each in found} == {"192.0.2.1", "192.0.2.2"}, "all addresses are used in turn"
+    assert {tuple(addresses(each)) for each in found} == {("192.0.2.1", "192.0.2.2")}
     await resolver.look_up("EAST.test")
     assert names.asked == ["east.test"]
+
+
+async def test_all_addresses_of_a_name_are_connected_to_in_turn(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One connection after another, also through a proxy: each begins with the next address."""
+    names.found["east.test"] = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    tried: list[str] = []
+
+    async def start_connection(addr_infos: list[Any], **_: Any) -> Any:
+        tried.append(addr_infos[0][4][0])
+        raise OSError("nobody is there")
+
+    monkeypatch.setattr("aiohappyeyeballs.start_connection", start_connection)
+    connector = Connector()
+    await connector.start()
+    resource = Resource("east", "http://east.test:1")
+    through = Resource("east", "http://elsewhere.test", proxy=Proxy("east.test", 3128))
+    for each in (resource, through):
+        first = []
+        for _ in range(3):
+            tried.clear()
+            with pytest.raises(UpstreamError):
+                await connector.connect(connector.destination(each), 5)
+            first.append(tried[0])
+        assert sorted(first) == ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+    await connector.close()
 
 
 @pytest.mark.parametrize("literal", ["192.0.2.7", "2001:db8::7"])

@@ -740,7 +740,7 @@ async def test_a_client_that_reads_slowly_but_steadily_gets_all(
     """`timeouts.client` is for a client that takes nothing, however long the whole takes, and behind the answer too."""
     yaml = "plugins_path: mine\nresources: {azure: {endpoint: http://azure.invalid}}\nauth: none\n"
     yaml += f"pipeline: [access_log, slow as {how}, auth_passthrough, model_map, api_version]\n"
-    gateway = await start_gateway("", yaml, {"mine/slow.py": SLOW}, timeouts={"client": 0.4})
+    gateway = await start_gateway("", yaml, {"mine/slow.py": SLOW}, timeouts={"client": 1})
     loop = asyncio.get_running_loop()
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)

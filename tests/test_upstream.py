@@ -331,14 +331,24 @@ async def test_fresh_connection_that_fails_is_not_tried_again(start_gateway: Sta
         assert upstream.connections == 1
 
 
-async def test_redirects_are_passed_on_and_not_followed(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A redirect would take the key along: the gateway never goes there."""
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308, 399])
+async def test_redirects_are_neither_followed_nor_passed_on(
+    status: int, start_gateway: StartGateway, azure: FakeAzure
+) -> None:
+    """A redirect would take the key along: the gateway never goes there, and a client is not sent there either."""
     location = f"{azure.endpoint}/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
-    raw = f"HTTP/1.1 307 T\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
-    async with raw_upstream(raw.encode()) as upstream:
-        gateway = await start_gateway(upstream.endpoint)
-        async with gateway.post(allow_redirects=False) as answer:
-            assert answer.status == 307
+    for more in ("Content-Length: 0\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"):
+        raw = f"HTTP/1.1 {status} T\r\nLocation: {location}\r\n{more}"
+        async with raw_upstream(raw.encode()) as upstream:
+            gateway = await start_gateway(upstream.endpoint)
+            async with gateway.post(allow_redirects=False) as answer:
+                error = (await answer.json())["error"]
+            assert (answer.status, error["code"]) == (502, "upstream_redirect")
+            assert "'azure'" in error["message"]
+            assert str(status) in error["message"]
+            assert "location" not in answer.headers
+            assert azure.endpoint not in error["message"]
+            await until(lambda: upstream.open == 0)
     assert not azure.requests
 
 

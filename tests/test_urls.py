@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+from urllib.parse import unquote, urlsplit
 
-from gateway import ApiError, Target
-from gateway.azure import BY_NAME
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from yarl import URL
+
+from gateway import ApiError, Headers, Request, Target
+from gateway.azure import BY_NAME, OPERATIONS, Operation
+from gateway.body import Body
+from gateway.exchange import Exchange
 from gateway.urls import place_of, upstream_path
 
 CHAT = BY_NAME["chat.completions"]
@@ -105,3 +113,110 @@ def test_the_first_api_version_of_an_operation_has_it() -> None:
     """And so have those after it, previews or not."""
     for version in ("2025-03-01-preview", "2025-04-01-preview"):
         assert upstream_path(BY_NAME["responses"], Target(api_version=version), "/responses")
+
+
+FILES = BY_NAME["files.retrieve"]
+WITH_IDS = [row for row in OPERATIONS if row.on_azure and row.has_ids]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "file-abc123",
+        "resp_68a1b2c3d4e5f60718293a4b5c6d7e8f",
+        "ftjob-0e208cf33a6a466994aff31a08aba678",
+        "ft:gpt-4o-mini-2024-07-18:org:suffix:9abcDEF",
+        "gpt-35-turbo-0125.ft-0e208cf33a6a466994aff31a08aba678",
+        "file-abc.rabc234",
+        "resp_bGl0ZWxsbTpjdXN0b20=",
+        "_x~1",
+        "1",
+    ],
+)
+def test_ids_as_they_are_in_use(name: str) -> None:
+    """Letters, digits and a few more characters, as they are or escaped; Azure is sent them plain."""
+    target = Target(api_version="v1")
+    escaped = "".join(f"%{ord(each):02x}" if each in ":~=" else each for each in name)
+    for written in (name, escaped):
+        assert upstream_path(FILES, target, f"/files/{written}") == f"/openai/v1/files/{name}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..;",
+        "..",
+        "%2e%2e",
+        "%252e%252e",
+        "%252e",
+        "file-1%3F",
+        "file-1%3Fapi-version=1",
+        "%c0%ae%c0%ae",
+        "%C0%AE",
+        "file-1;a=b",
+        "file-1%23",
+        "a%2fb",
+        "a%252fb",
+        "a%5cb",
+        "-1",
+        ".x",
+        "a b",
+        "a%20b",
+        "a%00",
+        "a%0d%0a",
+        "é",
+        "%C3%A9",
+        "a*b",
+        "a@b",
+        "a,b",
+        "a+b",
+        "x" * 513,
+    ],
+)
+def test_nothing_else_is_an_id(name: str) -> None:
+    """A 400 that names it: what servers might decode, resolve or cut off never reaches Azure."""
+    with pytest.raises(ApiError) as caught:
+        upstream_path(FILES, Target(api_version="v1"), f"/files/{name}")
+    assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_id", "file_id")
+    assert "files.retrieve" in caught.value.message
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(WITH_IDS),
+    st.lists(st.text(st.sampled_from("aZ09._:~=-%;/?#@&+*\\ \x00é23fFeEcC"), max_size=12), min_size=6, max_size=6),
+)
+def test_whatever_comes_the_path_has_the_segments_of_its_operation(row: Operation, ids: list[str]) -> None:
+    """By two parsers that are not ours: as many segments, the fixed ones as they are, the others plain names."""
+    parts = iter(ids)
+    path = "/".join(next(parts) if segment.startswith("{") else segment for segment in row.path.split("/"))
+    target = Target(deployment="d", api_version="v1" if row.v1 else "2099-01-01-preview")
+    try:
+        sent = upstream_path(row, target, path)
+    except ApiError:
+        return
+    segments = row.path.split("/")[1:]
+    url = f"https://azure.invalid{sent}"
+    for parsed in (unquote(urlsplit(url).path), URL(url).path, URL(url, encoded=True).path):
+        found = parsed.split("/")[-len(segments) :]
+        assert len(parsed.split("/")) == len(segments) + (3 if row.v1 else 2)
+        for segment, name in zip(segments, found, strict=True):
+            assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._:~=-]*", name) if segment.startswith("{") else segment == name
+    assert urlsplit(url).query == ("" if row.v1 else "api-version=2099-01-01-preview")
+
+
+def test_a_path_of_another_operation_is_refused() -> None:
+    """A stage that changes the path cannot leave the operation's."""
+    for path in ("/files", "/files/a/content", "/batches/a", "/files/a/"):
+        with pytest.raises(ApiError):
+            upstream_path(FILES, Target(api_version="v1"), path)
+
+
+def test_stages_see_the_ids_that_azure_is_sent() -> None:
+    """An id that is written with escapes is decoded before any stage decides on it; what is no id stays as it came."""
+    for written, seen in (("file%2D1%3a2", "file-1:2"), ("file%252D1", "file%252D1"), ("a%3Fb", "a%3Fb")):
+        request = Request(
+            id="r", operation=FILES, method="GET", path=f"/files/{written}", headers=Headers(), body=Body(b""),
+            team="t", target=Target(), exchange=Exchange(),
+        )  # fmt: skip
+        assert request.path == f"/files/{seen}"

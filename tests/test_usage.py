@@ -362,10 +362,9 @@ async def test_a_client_that_leaves_before_the_answer_has_used_its_prompt(start_
 
     async with RawUpstream(never) as upstream:
         gateway = await start_gateway(f"http://127.0.0.1:{upstream.port}")
-        with pytest.raises(asyncio.TimeoutError):
-            async with gateway.post(timeout=aiohttp.ClientTimeout(total=0.5)):
-                pass
-        assert arrived.is_set()
+        asking = asyncio.create_task(gateway.post().__aenter__())
+        await arrived.wait()
+        asking.cancel()
         await until(lambda: gateway.exchanges())
     (event,) = gateway.exchanges()
     assert event["output_tokens"] == 0

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from gateway import watch
 from gateway.config import load
 from gateway.config.sources import Sources
 from gateway.errors import ConfigError
-from tests.conftest import write_files
+from tests.conftest import until, write_files
 
 YAML = """
 teams: [teams/*.yaml, other.yaml]
@@ -46,14 +47,24 @@ def sources_of(path: Path) -> Sources:
 
 async def noticed(sources: Sources, change: Callable[[], object]) -> bool:
     """Tell whether a change is noticed; one that is not has had ten looks."""
+    looks, look = 0, sources.stats
+
+    def stats() -> Any:
+        nonlocal looks
+        looks += 1
+        return look()
+
+    sources.stats = stats  # type: ignore[method-assign] # it counts
     waiting = asyncio.create_task(watch.until_changed(sources))
-    await asyncio.sleep(0.1)
+    await until(lambda: looks >= 3)
     assert not waiting.done()
     change()
-    done, _ = await asyncio.wait((waiting,), timeout=0.4)
+    changed_at = looks
+    await until(lambda: waiting.done() or looks >= changed_at + 10)
+    done = waiting.done()
     waiting.cancel()
     await asyncio.wait((waiting,))
-    return bool(done)
+    return done
 
 
 def renamed_over(folder: Path) -> None:

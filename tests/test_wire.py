@@ -34,7 +34,7 @@ class Home(Connector):
 
     def __init__(self) -> None:
         super().__init__()
-        self.there = cast(Destination, SimpleNamespace(kept=[]))
+        self.there = cast(Destination, SimpleNamespace(kept=[], forgotten=False))
 
     def connection(self) -> tuple[Wire, Pipe]:
         loop = asyncio.get_running_loop()

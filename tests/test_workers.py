@@ -165,16 +165,22 @@ async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAz
 async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> None:
     """Three of them: kept connections, new ones and a stream that outlives the first; every worker is another then."""
     async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
-        done, failed, enough = 0, [], asyncio.Event()
+        done, whole, failed, enough = 0, 0, [], asyncio.Event()
+        body = {**CHAT, "user": "load"}
 
         async def load(kept: bool) -> None:
-            nonlocal done
+            nonlocal done, whole
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=not kept)) as session:
                 while not enough.is_set():
                     try:
-                        async with session.post(running.url, json=CHAT, headers={"api-key": KEY}) as answer:
+                        async with session.post(running.url, json=body, headers={"api-key": KEY}) as answer:
                             assert answer.status == 200
                             await answer.read()
+                            whole += 1
+                    except aiohttp.ServerDisconnectedError:
+                        # A kept connection may be closed when its client says nothing for a second, as this one
+                        # does on a busy machine. The request is none then: Azure has not seen it.
+                        assert kept
                     except (aiohttp.ClientError, AssertionError) as exc:
                         failed.append(repr(exc))
                     done += 1
@@ -205,6 +211,7 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
         enough.set()
         await asyncio.gather(*clients)
         assert failed == []
+        assert len([seen for seen in azure.requests if b'"load"' in seen.body]) == whole
         await running.until("stopped", 6)  # the old ones, and nobody died
         assert not running.named("worker died")
         running.process.send_signal(signal.SIGTERM)

@@ -312,7 +312,8 @@ def _plain(text: str) -> str:
 
 
 def _scalar(text: str, at: Node) -> ScalarNode:
-    return ScalarNode("tag:yaml.org,2002:str", text, at.start_mark)
+    """Make a text; as one in quotes, or a key that is the word `null` would be none."""
+    return ScalarNode("tag:yaml.org,2002:str", text, at.start_mark, style='"')
 
 
 def _copy(node: Node) -> Node:

@@ -46,6 +46,19 @@ def counted(regions: dict[str, Region]) -> dict[str, int]:
     return {name: len(region.saw) for name, region in regions.items()}
 
 
+def row(gateway: Gateway, name: str) -> Any:
+    """Return how a region's deployment is."""
+    rows = gateway.server.shared.health.all()
+    return next(each for each in rows if each.deployment.resource.name == name)
+
+
+def end_rest(gateway: Gateway, name: str) -> None:
+    """Let a deployment's rest be over now, so that no test needs to be done before a short one ends."""
+    resting = row(gateway, name)
+    assert resting.rests_until > asyncio.get_running_loop().time()
+    resting.rests_until = resting._cools_until = asyncio.get_running_loop().time()
+
+
 # -- choosing ------------------------------------------------------------------------------------------
 
 
@@ -82,12 +95,12 @@ async def test_the_first_priority_is_asked_as_long_as_it_can_be(
     for _ in range(3):
         await ask(gateway)
     assert counted(regions) == {"east": 3, "west": 0, "north": 0}
-    regions["east"].fault = "limited"
+    regions["east"].fault, regions["east"].rest = "limited", 60
     for _ in range(4):
         assert (await ask(gateway))[0] == 200
     assert counted(regions) == {"east": 4, "west": 2, "north": 2}
     regions["east"].fault = None
-    await asyncio.sleep(0.35)
+    end_rest(gateway, "east")
     await ask(gateway)
     assert counted(regions) == {"east": 5, "west": 2, "north": 2}
 
@@ -140,14 +153,14 @@ async def test_requests_alike_go_to_one_deployment(
         await ask(gateway, {**CHAT, name: "alike"})
     home = next(name for name, count in counted(regions).items() if count)
     assert counted(regions)[home] == 6
-    regions[home].fault = "limited"
+    regions[home].fault, regions[home].rest = "limited", 60
     for _ in range(3):
         assert (await ask(gateway, {**CHAT, name: "alike"}))[0] == 200
     elsewhere = [len(region.saw) for each, region in regions.items() if each != home]
     assert sorted(elsewhere) == [0, 3]
     used = set()
     regions[home].fault = None
-    await asyncio.sleep(0.35)
+    end_rest(gateway, home)
     for number in range(24):
         await ask(gateway, {**CHAT, name: f"other {number}"})
         used = {each for each, region in regions.items() if len(region.saw) > 3}
@@ -468,13 +481,13 @@ async def test_one_that_fails_rests_and_is_tried_by_one_request(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
     """A circuit breaker: open after failures in a row, half-open after its rest, closed once that one has answered."""
-    gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 3, rest: 0.4}"))
+    gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 3, rest: 60}"))
     regions["east"].fault = "error"
     for _ in range(30):
         assert (await ask(gateway))[0] == 200
     assert len(regions["east"].saw) == 3
     regions["east"].fault = "mute"
-    await asyncio.sleep(0.45)
+    end_rest(gateway, "east")
     waiting = [asyncio.create_task(ask(gateway)) for _ in range(12)]
     await until(lambda: len(regions["east"].saw) == 4)
     await asyncio.sleep(0.1)
@@ -494,11 +507,11 @@ async def test_the_client_that_leaves_while_it_tries_one_does_not_close_it_for_e
 ) -> None:
     """The next request tries it then."""
     only = {"east": regions["east"]}
-    gateway = await start_gateway("", pool_yaml(only, settings="{wait: 0}", top="health: {failures: 1, rest: 0.1}"))
+    gateway = await start_gateway("", pool_yaml(only, settings="{wait: 0}", top="health: {failures: 1, rest: 60}"))
     regions["east"].fault = "error"
     assert (await ask(gateway))[0] == 500
     regions["east"].fault = "mute"
-    await asyncio.sleep(0.15)
+    end_rest(gateway, "east")
     asked = asyncio.create_task(ask(gateway))
     await until(lambda: len(regions["east"].saw) == 2)
     asked.cancel()
@@ -506,12 +519,6 @@ async def test_the_client_that_leaves_while_it_tries_one_does_not_close_it_for_e
     await gateway.idle()
     regions["east"].fault = None
     assert (await ask(gateway))[0] == 200
-
-
-def row(gateway: Gateway, name: str) -> Any:
-    """Return how a region's deployment is."""
-    rows = gateway.server.shared.health.all()
-    return next(each for each in rows if each.deployment.resource.name == name)
 
 
 def respond(region: Region, status: int, code: str = "x", message: str = "m", **headers: str) -> None:
@@ -616,7 +623,7 @@ async def test_a_slow_client_is_not_a_deployment_s_fault(
 ) -> None:
     """The time to the first byte begins when the request has been sent; nor does it keep the others from a try."""
     only = {"east": regions["east"]}
-    yaml = pool_yaml(only, settings="{wait: 0, keep: 10}", top="health: {failures: 1, rest: 0.1}")
+    yaml = pool_yaml(only, settings="{wait: 0, keep: 10}", top="health: {failures: 1, rest: 60}")
     yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
     yaml = yaml.replace('gpt-4o: "pool', 'whisper: "pool:chat", gpt-4o: "pool')
     gateway = await start_gateway("", yaml)
@@ -642,7 +649,7 @@ async def test_a_slow_client_is_not_a_deployment_s_fault(
     regions["east"].fault = "error"
     assert (await ask(gateway))[0] == 500
     regions["east"].fault = None
-    await asyncio.sleep(0.15)
+    end_rest(gateway, "east")
     sent.clear()
     slow = asyncio.create_task(upload())
     await sent.wait()
@@ -653,7 +660,7 @@ async def test_a_slow_client_is_not_a_deployment_s_fault(
 async def test_uploads_alone_bring_a_deployment_back(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
     """Bodies that are not kept try it as well, each for itself."""
     two = {name: regions[name] for name in ("east", "west")}
-    yaml = pool_yaml(two, settings="{keep: 10}", top="health: {failures: 2, rest: 0.1}")
+    yaml = pool_yaml(two, settings="{keep: 10}", top="health: {failures: 2, rest: 60}")
     yaml = yaml.replace("- west/gpt-4o", "- {deployment: west/gpt-4o, priority: 2}")
     gateway = await start_gateway("", yaml.replace('gpt-4o: "pool', 'whisper: "pool'))
 
@@ -667,7 +674,7 @@ async def test_uploads_alone_bring_a_deployment_back(start_gateway: StartGateway
     regions["east"].fault = "error"
     assert [await upload() for _ in range(3)] == [500, 500, 200]
     regions["east"].fault = None
-    await asyncio.sleep(0.15)
+    end_rest(gateway, "east")
     assert await upload() == 200
     assert not row(gateway, "east").failing
 
@@ -765,7 +772,7 @@ async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, region
 async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
     """A refusal by the gateway, or of a client's own key, neither closes a circuit nor ends a row of failures."""
     only = {"east": regions["east"]}
-    yaml = pool_yaml(only, settings="{wait: 0}", top="health: {failures: 2, rest: 0.1}")
+    yaml = pool_yaml(only, settings="{wait: 0}", top="health: {failures: 2, rest: 60}")
     yaml = yaml.replace("  - model_map:", "  - auth_passthrough\n  - model_map:")
     gateway = await start_gateway("", yaml.replace('gpt-4o: "pool', 'sora: "pool:chat", gpt-4o: "pool'))
     regions["east"].fault = "error"
@@ -774,7 +781,7 @@ async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, r
         async with gateway.post(key=key) as answer:
             assert answer.status == status
     assert row(gateway, "east").failing
-    await asyncio.sleep(0.15)
+    end_rest(gateway, "east")
     seen = len(regions["east"].saw)
     async with gateway.post("/v1/videos", {"model": "sora", "prompt": "x"}, key="azure-key") as answer:
         assert answer.status == 404  # not in this api-version
@@ -807,16 +814,15 @@ async def test_a_request_that_can_go_nowhere_else_leaves_a_rest_as_it_is(
 async def test_a_request_waits_for_the_one_that_tries(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
     """Though another deployment rests for longer than it would wait."""
     two = {name: regions[name] for name in ("east", "west")}
-    gateway = await start_gateway("", pool_yaml(two, settings="{wait: 3}", top="health: {failures: 1, rest: 0.1}"))
+    gateway = await start_gateway("", pool_yaml(two, settings="{wait: 30}", top="health: {failures: 1, rest: 50}"))
     regions["east"].fault, regions["west"].fault, regions["west"].rest = "error", "limited", 60
     await ask(gateway)
-    await asyncio.sleep(0.15)
 
     async def slow(seen: Any, request: web.BaseRequest) -> None:
         await asyncio.sleep(0.4)
 
     regions["east"].azure.respond = slow
-    await asyncio.sleep(row(gateway, "east").available_in(asyncio.get_running_loop().time()) + 0.01)
+    end_rest(gateway, "east")
     answers = await asyncio.gather(*(ask(gateway) for _ in range(3)))
     assert [status for status, _, _ in answers] == [200, 200, 200]
 

@@ -466,7 +466,7 @@ async def test_a_request_may_wait_for_room() -> None:
         await release.wait()
         return Response()
 
-    async with running(RateLimit(in_flight=1, per="team", wait=0.2), answer=slow) as run:
+    async with running(RateLimit(in_flight=1, per="team", wait=1), answer=slow) as run:
         first = asyncio.create_task(run.post())
         await asyncio.sleep(0)
         assert (await run.post()).status == 429
