@@ -350,6 +350,8 @@ class Lane:
             return failures
         if 300 <= answer.status < 400 and answer.status != 304:
             failures.append(Failure("a redirect of Azure's reached a client", str(answer.status)))
+        if answer.status == 205 and not answer.body:
+            return failures  # it has no content (RFC 9110, 15.3.6), whatever Azure sends with it
         if answer.whole and message.end is None and judged.end != "refused" and b'"error"' not in answer.body[-2000:]:
             failures.append(Failure("an answer that broke off was handed on as whole", repr(answer.body[-200:])))
         if plain and answer.whole and message.end is not None and not _same(answer, message):
