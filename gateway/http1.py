@@ -31,6 +31,7 @@ __all__ = (
     "Malformed",
     "RequestHead",
     "ResponseHead",
+    "is_never_head",
     "malformed_request",
     "parse_response",
     "too_large",
@@ -176,6 +177,11 @@ def _field_too_long() -> ApiError:
 
 def _too_many_fields() -> ApiError:
     return ApiError(431, f"the request has more than {MAX_FIELDS} header fields", code="head_too_large")
+
+
+def is_never_head(data: bytes) -> bool:
+    """Whether bytes hold what no head of a message can have: a control character, or half a line break."""
+    return _NEVER_IN_HEAD.search(data) is not None
 
 
 class HeadCheck:

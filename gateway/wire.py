@@ -29,7 +29,7 @@ from gateway.content_coding import BadCoding, Inflater, UnknownCoding
 from gateway.deadline import Deadline
 from gateway.errors import GatewayError, UpstreamError, UpstreamTimeout
 from gateway.fair_scheduler import MOST_UNITS, SMALL, STEP, FairScheduler
-from gateway.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, parse_response
+from gateway.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, is_never_head, parse_response
 
 if TYPE_CHECKING:
     import aiohttp
@@ -548,6 +548,8 @@ class Wire(BaseProtocol):
                     raise Malformed("there is no status line")
                 if len(data) > MAX_HEAD:
                     raise Malformed("the head is too large")
+                if is_never_head(data):
+                    raise Malformed("the head has a control character, or half a line break")
                 self._buffer = data
                 return None
             head = parse_response(data[:end])

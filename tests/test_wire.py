@@ -356,3 +356,20 @@ def test_other_content_passes_as_it_came() -> None:
     for read in (b"200 OK\r\nContent-Type: application/json", b"500 No\r\nContent-Type: text/html"):
         with pytest.raises(UpstreamError, match="'br'"):
             asyncio.run(scenario(read))
+
+
+@pytest.mark.parametrize(
+    "head", [b"HTTP/1.1 200 OK\nContent-Length: 0\n\n", b"HTTP/1.1 200 OK\r\nA: b\x00", b"HTTP/1.1 200\rX"]
+)
+async def test_a_head_that_can_never_be_one_is_refused_at_once(head: bytes) -> None:
+    """Not after the time that Azure has to answer; a line break that is cut in two is none of that."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(600, 600)
+    wire.data_received(b"HTTP/1.1 200 OK\r")
+    assert answer._error is None
+    wire.abort()
+    wire, _ = home.connection()
+    answer = wire.ask(600, 600)
+    wire.data_received(head)
+    assert isinstance(answer._error, UpstreamError)
