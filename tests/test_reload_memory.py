@@ -116,11 +116,17 @@ async def test_memory_after_many_reloads_is_as_after_one(
         await running.name(json=CHAT)
         await until(settled, 20)
         after.append(living())
-    with contextlib.suppress(TimeoutError):  # what a thread or a callback holds for a moment is no leak
-        await until(lambda: living() == after[0], 20)
-    assert living() == after[0]
+    # One more of a kind may be another test's, in a thread that still runs: a leak is one for each reload.
+    with contextlib.suppress(TimeoutError):
+        await until(lambda: not grown(after[0]), 20)
+    assert not grown(after[0])
     assert after[0]["Teams"] == 1
     assert len(gateway.server.shared._spaces) <= 12
+
+
+def grown(before: Counter[str]) -> Counter[str]:
+    """Return the kinds of which there are now two more than before, or more."""
+    return Counter({kind: count for kind, count in (living() - before).items() if count > 1})
 
 
 async def test_state_is_kept_while_a_configuration_has_its_stage(start: Start) -> None:
