@@ -157,8 +157,8 @@ class Answer:
 
     @property
     def pending(self) -> bool:
-        """Whether bytes that have come wait to be inflated."""
-        return self._inflater is not None and self._inflater.pending
+        """Whether bytes that have come wait to be inflated; nobody waits for those of one that was aborted."""
+        return self._inflater is not None and self._inflater.pending and self._wire is not None
 
     def inflate(self) -> bytes:
         """Hand on a bounded piece of a compressed body; returns what follows its end. Raises BadCoding."""
@@ -187,6 +187,16 @@ class Answer:
                 if self._size > _WAITING and not done:
                     self.hold()
         self.done = done
+
+    def end_with_connection(self) -> None:
+        """Note that a body without length has ended, unless what it is compressed with says that more should come."""
+        if self._inflater is not None:
+            try:
+                self._inflater.check_end()
+            except BadCoding as exc:
+                self.fail(_explained(exc))
+                return
+        self.end()
 
     def end(self, whole: bytes | None = None) -> None:
         """Note that it has ended well, and let go of its connection; `whole` is a body that is handed over so."""
@@ -671,7 +681,7 @@ class Wire(BaseProtocol):
             return
         if answer.status and answer._left < 0 and answer._chunks is None and exc is None and self._ended:
             # RFC 9112, 9.8: without a length, a response over TLS is complete only after a closure alert.
-            answer.end()
+            answer.end_with_connection()
         elif answer.status or self._buffer:
             answer.fail(UpstreamError("Azure's answer broke off before its end"))
         else:
