@@ -49,6 +49,8 @@ _JOINED = 16 * 1024
 _MAX_INTERIM = 16
 # The most ends of lines that one step handles: an event has at least two, and a chunk's framing four.
 _MOST_LINES = 4 * MOST_UNITS
+# The most that a read of several KB may have to be handled at once: some 160 events in chunks of their own.
+_LINES_AT_ONCE = 4 * _MOST_LINES
 _READ = re.compile(rb"json|event-stream", re.IGNORECASE)
 # A compressed response that is handed over whole may have this many bytes.
 _MOST_INFLATED = 16 * 1024 * 1024
@@ -467,9 +469,11 @@ class Wire(BaseProtocol):
                     self._end(answer, b"")
                     answer.end(data)
                     return
-            if len(data) > SMALL and answer.whole is None and not self._scheduler.may_handle(len(data)):
-                self._put_off(data)
-                return
+            if len(data) > SMALL and answer.whole is None:
+                few = data.count(b"\n") + data.count(b"\r") <= _LINES_AT_ONCE
+                if not (self._scheduler.may_handle(len(data)) and few):
+                    self._put_off(data)
+                    return
             extra = answer.feed(data)
         except Exception as exc:
             self._give_up(_explained(exc))

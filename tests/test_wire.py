@@ -164,6 +164,22 @@ async def test_a_large_read_is_handled_in_bounded_steps(event: bytes) -> None:
     await home.close()
 
 
+@pytest.mark.parametrize("event", [b":\n\n", b"\n", b"\r\r"])
+async def test_a_read_of_thousands_of_lines_is_handled_in_steps(event: bytes) -> None:
+    """Also one that is small enough to be handled at once: filters look at each event."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    wire.data_received(chunk(event * (STEP * 3 // 4 // len(event))))
+    assert not out
+    assert not pipe.reading
+    await turns_until(lambda: pipe.reading)
+    assert max(each.count(b"\n") + each.count(b"\r") for each in out) <= _MOST_LINES
+    wire.abort()
+
+
 async def test_small_reads_are_handled_at_once() -> None:
     """An event of a stream waits for no turn."""
     home = Home()
