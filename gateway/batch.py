@@ -12,6 +12,7 @@ import io
 import json
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -39,10 +40,12 @@ _PURPOSE = re.compile(r"[A-Za-z_-]{1,64}")
 _SHOWN = 20  # names in the log
 _fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
-# Threads of their own, and a bound on who waits for them: a file takes seconds.
+# Threads of their own, and a bound on who waits for them: a file takes seconds. One caller has half of the places at
+# most, so that nobody's files alone make those of others be refused.
 _threads = ThreadPoolExecutor(2, "batch")
 _MAX_WAITING = 16
-_waiting = 0
+_MAX_OF_ONE = 8
+_waiting: Counter[str] = Counter()  # files of each caller
 
 
 async def map_batch(request: Request, find: Callable[[str], Target]) -> None:
@@ -111,19 +114,23 @@ async def _read_upload(request: Request, lines: _Lines) -> IO[bytes] | None:
     came = body.looked_at()
     # The new lines are about as long as those that came.
     request._exchange.hold_on_disk(_size(came))
-    return await _in_thread(came, file.start, file.end, lines)
+    return await _in_thread(came, file.start, file.end, lines, request.holder)
 
 
 def _size(form: Spool | bytes) -> int:
     return len(form) if isinstance(form, bytes) else form.size
 
 
-async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:
-    """Write the lines anew in a thread; it stops soon, and leaves nothing, where nobody waits for it any more."""
-    global _waiting  # noqa: PLW0603 -- one for the process, as the threads are
-    if _waiting >= _MAX_WAITING:
+async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines, holder: str) -> IO[bytes]:
+    """Write the lines anew in a thread; it stops soon, and leaves nothing, where nobody waits for it any more.
+
+    Raises ApiError 503 where too many files are at work, of all callers together or of this one.
+    """
+    if _waiting.total() >= _MAX_WAITING:
         raise ApiError(503, "too many batch files are being read; try again", code="overloaded")
-    _waiting += 1
+    if _waiting[holder] >= _MAX_OF_ONE:
+        raise ApiError(503, "too many of your batch files are being read; try again", code="overloaded")
+    _waiting[holder] += 1
     work = _threads.submit(_rewritten, form, start, end, lines)
     try:
         return await asyncio.wrap_future(work)
@@ -132,7 +139,9 @@ async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines) -
         work.add_done_callback(lambda done: None if done.cancelled() or done.exception() else done.result().close())
         raise
     finally:
-        _waiting -= 1
+        _waiting[holder] -= 1
+        if not _waiting[holder]:
+            del _waiting[holder]
 
 
 class _Made:

@@ -14,6 +14,8 @@ from gateway.errors import GatewayError
 __all__ = ("BadCoding", "Inflater", "UnknownCoding", "is_identity")
 
 _INFLATED = (b"gzip", b"x-gzip", b"deflate")
+# What a member counts for, besides its bytes: thousands of empty ones would else be read in one call.
+_MEMBER = 256
 
 
 class BadCoding(GatewayError):
@@ -65,7 +67,7 @@ class Inflater:
                 self._input = self._inflate.unused_data if ended else self._inflate.unconsumed_tail
                 # A decoder that was stopped by `most` may have more, even where it has taken all of its input.
                 self.pending = bool(self._input) or (len(piece) == most and not ended)
-                most -= len(piece)
+                most -= len(piece) + (_MEMBER if ended else 0)
                 out.append(piece)
         except zlib.error:
             raise BadCoding("the response's content coding is broken") from None

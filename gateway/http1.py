@@ -283,7 +283,7 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
     host = chunked = close = expects = upgrade = False
     length: int | None = None
     given_id: bytes | None = None
-    named: list[bytes] = []
+    named: set[bytes] = set()
     for name, value, _, bits in fields:
         if not bits & OURS:
             continue
@@ -297,7 +297,7 @@ def parse_request(head: bytes, limit: int) -> RequestHead:
             length = int(value)
         elif name == b"connection":
             if value != b"keep-alive":
-                named += _tokens(value)
+                named.update(_tokens(value))
         elif name == b"transfer-encoding":
             if chunked or old or value.lower() != b"chunked":
                 raise ApiError(400, "the only Transfer-Encoding is chunked, and it needs HTTP/1.1")
@@ -388,7 +388,7 @@ def parse_response(head: bytes) -> ResponseHead:
     fields = _read_fields(lines)
     length: int | None = None
     chunked, close, coding = False, old, b""
-    named: list[bytes] = []
+    named: set[bytes] = set()
     for name, value, _, bits in fields:
         if not bits & FRAMING:
             continue
@@ -397,7 +397,7 @@ def parse_response(head: bytes) -> ResponseHead:
                 raise Malformed("there are several lengths")
             length = int(value)
         elif name == b"connection":
-            named += _tokens(value)
+            named.update(_tokens(value))
         elif name == b"transfer-encoding":
             if chunked or old or value.lower() != b"chunked":
                 raise Malformed("the transfer coding is another one than chunked")

@@ -149,14 +149,14 @@ class FormReader:
     def _take_value(self) -> bool:
         """Go on to the next delimiter; whether there was one."""
         data, start = self._data, self._place
-        place = start
-        while (found := data.find(self._dashes, place)) >= 0:
-            before = data[max(0, found - 2) : found]
-            if before == b"\r\n" and found - 2 >= start:
-                break
-            if before[-1:] in (b"\r", b"\n"):
-                raise _malformed("a boundary does not follow a line break of its own")
-            place = found + 1
+        # Only a delimiter that follows a line break counts. A value may be full of others: they cost no step each.
+        behind = max(0, start - 1)
+        feed = data.find(b"\n" + self._dashes, behind)
+        found = feed + 1 if feed >= 0 else -1
+        if feed >= 0 and (feed <= start or data[feed - 1 : feed] != b"\r"):
+            raise _malformed("a boundary does not follow a line break of its own")
+        if data.find(b"\r" + self._dashes, behind, feed if feed >= 0 else len(data)) >= 0:
+            raise _malformed("a boundary does not follow a line break of its own")
         if found < 0:
             # Half a delimiter, with the line break before it, may be there already.
             self._collect(max(start, len(data) - len(self._dashes) - 1))

@@ -49,6 +49,8 @@ _JOINED = 16 * 1024
 _MAX_INTERIM = 16
 # The most ends of lines that one step handles: an event has at least two, and a chunk's framing four.
 _MOST_LINES = 4 * MOST_UNITS
+# The most that a read of several KB may have to be handled at once: some 160 events in chunks of their own.
+_LINES_AT_ONCE = 4 * _MOST_LINES
 _READ = re.compile(rb"json|event-stream", re.IGNORECASE)
 # A compressed response that is handed over whole may have this many bytes.
 _MOST_INFLATED = 16 * 1024 * 1024
@@ -157,8 +159,8 @@ class Answer:
 
     @property
     def pending(self) -> bool:
-        """Whether bytes that have come wait to be inflated."""
-        return self._inflater is not None and self._inflater.pending
+        """Whether bytes that have come wait to be inflated; nobody waits for those of one that was aborted."""
+        return self._inflater is not None and self._inflater.pending and self._wire is not None
 
     def inflate(self) -> bytes:
         """Hand on a bounded piece of a compressed body; returns what follows its end. Raises BadCoding."""
@@ -187,6 +189,16 @@ class Answer:
                 if self._size > _WAITING and not done:
                     self.hold()
         self.done = done
+
+    def end_with_connection(self) -> None:
+        """Note that a body without length has ended, unless what it is compressed with says that more should come."""
+        if self._inflater is not None:
+            try:
+                self._inflater.check_end()
+            except BadCoding as exc:
+                self.fail(_explained(exc))
+                return
+        self.end()
 
     def end(self, whole: bytes | None = None) -> None:
         """Note that it has ended well, and let go of its connection; `whole` is a body that is handed over so."""
@@ -457,9 +469,11 @@ class Wire(BaseProtocol):
                     self._end(answer, b"")
                     answer.end(data)
                     return
-            if len(data) > SMALL and answer.whole is None and not self._scheduler.may_handle(len(data)):
-                self._put_off(data)
-                return
+            if len(data) > SMALL and answer.whole is None:
+                few = data.count(b"\n") + data.count(b"\r") <= _LINES_AT_ONCE
+                if not (self._scheduler.may_handle(len(data)) and few):
+                    self._put_off(data)
+                    return
             extra = answer.feed(data)
         except Exception as exc:
             self._give_up(_explained(exc))
@@ -673,7 +687,7 @@ class Wire(BaseProtocol):
             return
         if answer.status and answer._left < 0 and answer._chunks is None and exc is None and self._ended:
             # RFC 9112, 9.8: without a length, a response over TLS is complete only after a closure alert.
-            answer.end()
+            answer.end_with_connection()
         elif answer.status or self._buffer:
             answer.fail(UpstreamError("Azure's answer broke off before its end"))
         else:

@@ -6,12 +6,14 @@ import asyncio
 import io
 import json
 import os
-from typing import Any
+import threading
+from typing import IO, Any, cast
 
 import pytest
 
-from gateway import batch
-from gateway.batch import _Made, _pieces
+from gateway import ApiError, batch
+from gateway.batch import _Lines, _Made, _pieces
+from gateway.targets import Target
 from gateway.testing import FakeAzure
 from tests.conftest import StartGateway, until
 from tests.test_models import HEADERS, form
@@ -150,6 +152,34 @@ async def test_a_client_that_leaves_while_its_file_is_read_leaves_nothing(start_
         await gateway.idle()
         await until(lambda: not batch._waiting and open_files() == before)
         assert not east.requests
+
+
+async def test_one_caller_never_takes_all_places() -> None:
+    """Above its half a caller is told to come back, and the files of others are read."""
+    go_on = threading.Event()
+
+    def find(name: str) -> Target:
+        go_on.wait(30)
+        raise ApiError(404, "there is no such model")
+
+    def read(holder: str) -> asyncio.Task[IO[bytes]]:
+        body = line(1).encode()
+        return asyncio.create_task(batch._in_thread(body, 0, len(body), _Lines(find), holder))
+
+    greedy = [read("one") for _ in range(20)]
+    await asyncio.sleep(0)
+    try:
+        refused = [each for each in greedy if each.done()]
+        other = read("another")
+        await asyncio.sleep(0)
+        assert not other.done()
+    finally:
+        go_on.set()
+        await asyncio.wait((*greedy, other))
+    statuses = [cast(ApiError, each.exception()).status for each in (*greedy, other)]
+    assert statuses == [404] * 8 + [503] * 12 + [404]
+    assert len(refused) == 12
+    assert not batch._waiting
 
 
 async def test_line_ends_blank_lines_and_a_byte_order_mark_do_no_harm(start_gateway: StartGateway) -> None:

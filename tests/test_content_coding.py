@@ -79,6 +79,19 @@ def test_identity_is_no_coding() -> None:
     assert not is_identity(b"gzip")
 
 
+def test_empty_members_are_read_in_bounded_pieces() -> None:
+    """A member has a cost of its own, whatever it holds: one call never reads thousands of them."""
+    inflater, calls = Inflater(b"gzip"), 0
+    inflater.feed(gzip.compress(b"") * 10_000 + gzip.compress(b"end"))
+    out = b""
+    while inflater.pending:
+        out += inflater.read(16_384)
+        calls += 1
+    inflater.check_end()
+    assert out == b"end"
+    assert calls > 100
+
+
 # -- through a gateway ---------------------------------------------------------------------------------
 
 

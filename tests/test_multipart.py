@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -218,3 +221,36 @@ def test_a_boundary_that_cannot_be_told_for_sure_is_refused(given: list[str]) ->
     """Who reads another one reads another form."""
     with pytest.raises(ApiError, match="malformed"):
         boundary_of(given)
+
+
+def steps_of(call: Callable[[], object]) -> int:
+    """Return how many functions a call calls, those of C included."""
+    steps = 0
+
+    def count(_frame: object, event: str, _of: object) -> None:
+        nonlocal steps
+        steps += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("boundary", "value"),
+    [(b"-", b"-" * 65536), (b"a", b"--a" * 20_000), (b"-" * 70, b"-" * 65536)],
+    ids=["dashes", "boundaries", "long"],
+)
+def test_a_value_full_of_boundaries_costs_no_more_steps_than_another(boundary: bytes, value: bytes) -> None:
+    """One that is in no line of its own is no delimiter, and none of them is a step: clients choose both."""
+    head = b'--%b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' % boundary
+
+    def steps(value: bytes) -> int:
+        reader = FormReader(boundary, {"file": False})
+        reader.feed(head)
+        return steps_of(lambda: reader.feed(value))
+
+    assert steps(value) == steps(b"x" * len(value))

@@ -164,6 +164,22 @@ async def test_a_large_read_is_handled_in_bounded_steps(event: bytes) -> None:
     await home.close()
 
 
+@pytest.mark.parametrize("event", [b":\n\n", b"\n", b"\r\r"])
+async def test_a_read_of_thousands_of_lines_is_handled_in_steps(event: bytes) -> None:
+    """Also one that is small enough to be handled at once: filters look at each event."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    wire.data_received(chunk(event * (STEP * 3 // 4 // len(event))))
+    assert not out
+    assert not pipe.reading
+    await turns_until(lambda: pipe.reading)
+    assert max(each.count(b"\n") + each.count(b"\r") for each in out) <= _MOST_LINES
+    wire.abort()
+
+
 async def test_small_reads_are_handled_at_once() -> None:
     """An event of a stream waits for no turn."""
     home = Home()
@@ -337,6 +353,43 @@ async def test_a_response_without_length_needs_a_clean_end(ended: bool) -> None:
     else:
         with pytest.raises(UpstreamError):
             [piece async for piece in answer]
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5000])
+async def test_a_compressed_response_without_length_is_whole_only_if_its_coding_says_so(cut: int) -> None:
+    """The end of the connection is the end of such a body: where it is compressed, a cut is seen all the same."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    body = json.dumps([*range(5000)]).encode()
+    packed = gzip.compress(body)
+    wire.data_received(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n\r\n")
+    wire.data_received(packed[: len(packed) - cut])
+    wire.eof_received()
+    wire.connection_lost(None)
+    if cut:
+        with pytest.raises(UpstreamError, match="ends too early"):
+            [piece async for piece in answer]
+    else:
+        assert b"".join([piece async for piece in answer]) == body
+
+
+async def test_nothing_more_is_inflated_once_a_response_is_aborted() -> None:
+    """Its client has left: what had come, and stands for megabytes, is dropped with its connection."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    watched: list[bytes] = []
+    answer.watch = watched.append
+    answer._sink = lambda data: None
+    packed = gzip.compress(bytes(10_000_000))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Encoding: gzip\r\n\r\n"
+    wire.data_received(head + packed)
+    await turns_until(lambda: watched)
+    seen = len(watched)
+    answer.abort()
+    wire.connection_lost(None)
+    assert len(watched) == seen
 
 
 def test_other_content_passes_as_it_came() -> None:
