@@ -19,6 +19,7 @@ from gateway.exchange import failure
 from gateway.hops import WRITTEN
 from gateway.keys import secrets
 from gateway.logs import get_logger, masked
+from gateway.memory_budget import UNCOUNTED, BudgetSpent
 from gateway.messages import Response, check_body
 from gateway.pacing import Pacer
 from gateway.patience import Patience
@@ -250,6 +251,7 @@ class _Writer:
 
     __slots__ = (
         "_exchange",
+        "_held",
         "_linked",
         "_pacer",
         "_patience",
@@ -276,6 +278,7 @@ class _Writer:
         self._exchange = exchange
         self._patience = patience
         self._linked = linked
+        self._held = 0  # bytes of an event that has not ended, as far as they are counted
         self.chunked = chunked
         self._pumped: Answer | None = None
         self._waiting: Patience | None = None  # for a client that takes nothing
@@ -298,7 +301,22 @@ class _Writer:
             except CutShort as exc:
                 self._pass(exc.left)
                 raise exc.cause from None
+            if not chunk or self._held:
+                self._hold_kept(self._linked.kept)
         self._pass(chunk)
+
+    def _hold_kept(self, kept: int) -> None:
+        """Count the bytes of a large event that has not ended. Raises ApiError 503 where too many are held."""
+        kept = kept if kept > UNCOUNTED else 0
+        if kept > self._held:
+            try:
+                self._exchange.hold(kept - self._held)
+            except BudgetSpent:
+                full = "an event of this answer is larger than the memory that the gateway has left for it"
+                raise ApiError(503, f"{full}; try again in a moment", code="overloaded") from None
+        else:
+            self._exchange.let_go(self._held - kept)
+        self._held = kept
 
     def _pass(self, chunk: bytes) -> None:
         if chunk:

@@ -582,9 +582,9 @@ class Response:
                 size += len(data)
                 if size > limit:
                     raise ApiError(502, f"the answer is larger than the {limit} bytes that a stage may keep")
-                if exchange is not None and size > UNCOUNTED:
-                    exchange.hold(size - held)
-                    held = size
+                if exchange is not None and (now := size + linked.kept) > max(UNCOUNTED, held):
+                    exchange.hold(now - held)
+                    held = now
                 chunks.append(data)
             chunks.append(linked.close())
         except CutShort as exc:

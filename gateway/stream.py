@@ -231,6 +231,11 @@ class _Events(Filter):
         self._half_sent = False  # the last event ended with a CR that went on, so a LF next does too
         self._settle()
 
+    @property
+    def kept(self) -> int:
+        """The bytes of an event that has not ended."""
+        return len(self._splitter.rest)
+
     def _settle(self) -> None:
         """Put together what the filters want."""
         needles = [needle for each in self._filters for needle in each.finds]
@@ -353,6 +358,11 @@ class Linked:
         self._filters = filters
         # One filter is the common case: its own method is called, with nothing in between.
         self.feed: Callable[[bytes], bytes] = filters[0].feed if len(filters) == 1 else self._feed
+
+    @property
+    def kept(self) -> int:
+        """The bytes of events that have not ended."""
+        return sum(each.kept for each in self._filters if isinstance(each, _Events))
 
     def _feed(self, data: bytes, first: int = 0) -> bytes:
         place = first

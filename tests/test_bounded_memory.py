@@ -510,3 +510,31 @@ class ReadsAll(Stage):
         await response.read(64 * 1024 * 1024)
         return response
 """
+
+
+async def test_an_event_that_does_not_end_is_held(start_gateway: StartGateway) -> None:
+    """What the splitter keeps of it counts: above the caller's share the stream ends with an error event."""
+    released = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await upstream.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: " + b"x" * 500_000)
+        await released.wait()
+        writer.write(b"\n\ndata: " + b"y" * 2_000_000)
+        await reader.read()
+
+    yaml = OWN_KEYS.replace("]\n", ", prompt_filter_chunk: merge, sse_newline]\n").replace(
+        "pipeline: [auth_keys,", "pipeline:\n  [auth_keys,"
+    )
+    upstream = RawUpstream(script)
+    async with upstream:
+        gateway = await start_gateway(upstream.endpoint, yaml, limits=MEMORY)
+        async with gateway.post(json={**CHAT, "stream": True}, key="K-ann") as answer:
+            await until(lambda: BUDGETS.memory.held_by("caller default/ann") > 490_000)
+            released.set()
+            text = await answer.content.read(500_008)
+            while not text.endswith(b"\n\n") or b"error" not in text[-300:]:
+                text = text[-1000:] + await answer.content.readany()
+        assert b'"code":"overloaded"' in text
+        await gateway.idle()
+    assert BUDGETS.memory.most_held <= MIB
