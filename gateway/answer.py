@@ -85,7 +85,7 @@ async def write_answer(
         try:
             _check_socket(response)
         except TypeError as exc:
-            response = _unreadable(exc, _secrets(arrived, exchange))
+            response = _unreadable(exc, _secrets(arrived, exchange), request_id)
         else:
             return await _relay(arrived, response, opened, exchange, request_id, timeouts, limits)
     linked: Linked | None = None
@@ -102,7 +102,7 @@ async def write_answer(
             if isinstance(body, bytes):
                 body = linked.whole(body)
     except Exception as exc:
-        response = _unreadable(exc, _secrets(arrived, exchange))
+        response = _unreadable(exc, _secrets(arrived, exchange), request_id)
         body = cast(bytes, response.body)
     exchange.status = response.status
     no_body = request.method == "HEAD" or response.status in _WITHOUT_BODY
@@ -130,10 +130,10 @@ async def write_answer(
         if connection.transport is not None:
             # The gateway ends this, not the client: it is told.
             stopped = ApiError(503, "the gateway is stopping and cut this answer off", code="shutting_down")
-            _break_off(writer, response, stopped, exchange, [], old=old)
+            _break_off(writer, response, stopped, exchange, [], request_id, old=old)
         raise
     except Exception as exc:
-        _break_off(writer, response, exc, exchange, _secrets(arrived, exchange), old=old)
+        _break_off(writer, response, exc, exchange, _secrets(arrived, exchange), request_id, old=old)
         return False
     finally:
         if (aclose := getattr(body, "aclose", None)) is not None:
@@ -174,6 +174,7 @@ async def _relay(
         connection,
         socket.wire,
         exchange,
+        request_id,
         up=socket.up,
         down=[each for each in response.filters if isinstance(each, EventFilter)],
         most=limits.body,
@@ -412,6 +413,7 @@ def _break_off(
     exc: Exception,
     exchange: Exchange,
     hidden: list[str],
+    request_id: str,
     *,
     old: bool,
 ) -> None:
@@ -422,8 +424,8 @@ def _break_off(
     elif isinstance(exc, StreamBroken):
         error = ApiError(502, str(exc))  # Azure's fault, and no bug
     else:
-        error = ApiError(502, "the gateway failed on this stream")
-        get_logger().error("a filter or a stage's stream failed", **masked(failure(exc), hidden))
+        error = _our_fault(502, "stream", request_id)
+        get_logger().error("a filter or a stage's stream failed", request_id=request_id, **masked(failure(exc), hidden))
     connection = writer.connection
     transport = connection.transport
     if transport is None or transport.is_closing():
@@ -453,14 +455,20 @@ def _over_unix_socket(connection: Connection) -> bool:
     return sock is not None and sock.family == socket.AF_UNIX
 
 
-def _unreadable(exc: Exception, hidden: list[str]) -> Response:
+def _our_fault(status: int, what: str, request_id: str) -> ApiError:
+    return ApiError(
+        status, f"the gateway failed on this {what}. Contact its operator and quote request id {request_id}"
+    )
+
+
+def _unreadable(exc: Exception, hidden: list[str], request_id: str) -> Response:
     """Return the answer in place of a body that could not be had, or that the filters could not take."""
     if isinstance(exc, ApiError):
         return Response.from_error(exc)
     if isinstance(exc, StreamBroken):
         return Response.from_error(ApiError(502, str(exc)))
-    get_logger().error("a filter failed", **masked(failure(exc), hidden))
-    return Response.from_error(ApiError(500, "the gateway failed on this answer"))
+    get_logger().error("a filter failed", request_id=request_id, **masked(failure(exc), hidden))
+    return Response.from_error(_our_fault(500, "response", request_id))
 
 
 def _head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:

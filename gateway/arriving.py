@@ -152,7 +152,7 @@ class ArrivingBody:
 
     @property
     def full(self) -> bool:
-        """Whether its reader is behind: nothing more is to be read for now."""
+        """Whether its reader is slow: nothing more is to be read for now."""
         return not self._whole and self._size > _WAITING
 
     @property
@@ -162,7 +162,7 @@ class ArrivingBody:
 
     @property
     def left(self) -> float:
-        """How many bytes are still to come; infinite where that is not known."""
+        """How many bytes are still to come; infinite if that is not known."""
         return math.inf if self.length is None else self.length - self._total
 
     def fail(self, error: ApiError) -> None:
@@ -239,12 +239,12 @@ class ArrivingBody:
             self._timer = self._loop.call_at(due, self._look)
             return
         if now >= self._came + self._patience:
-            why = f"no more of the body came for {self._patience:g} s"
+            why = f"no more of the body arrived for {self._patience:g} s"
         else:
             waited = self._waited + now - self._begun
             why = (
-                f"the body came too slowly: {self._total} bytes in {waited:.0f} s; "
-                f"after {self._patience:g} s it must come at {self._least} bytes a second"
+                f"the body arrived too slowly: {self._total} bytes in {waited:.0f} s; "
+                f"after {self._patience:g} s at least {self._least} bytes per second are needed"
             )
         self.fail(ApiError(408, why, code="request_timeout"))
 

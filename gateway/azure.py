@@ -146,7 +146,7 @@ _find_short = lru_cache(maxsize=1024)(_find)
 
 
 def plain_path(operation: Operation, path: str) -> str | None:
-    """Return an operation's path with the ids of a client's path, decoded once; None where one of them can be no id."""
+    """Return an operation's path with the ids of a client's path, decoded once; None if one of them can be no id."""
     ids = _ids(operation, path)
     if ids is None or not all(_ID.fullmatch(each) for each in ids.values()):
         return None
@@ -170,7 +170,7 @@ def bad_id(operation: Operation, path: str) -> ApiError:
 
 
 def _ids(operation: Operation, path: str) -> dict[str, str] | None:
-    """Return what stands in a path where an operation's path has its parameters; None where it is another path."""
+    """Return what stands in a path where an operation's path has its parameters; None if it is another path."""
     segments, parts = operation.path.split("/"), path.split("/")
     if len(segments) != len(parts):
         return None

@@ -319,8 +319,8 @@ class Connection(BaseProtocol):
     def _feed(self, arriving: ArrivingBody, data: bytes, most: int) -> bytes:
         try:
             extra = arriving.feed(data, most)
-        except Malformed:
-            arriving.fail(malformed_request())
+        except Malformed as exc:
+            arriving.fail(malformed_request(str(exc)))
             extra = b""
         if arriving.error is not None:
             # What follows might be anything.
@@ -469,7 +469,7 @@ class Connection(BaseProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request that can be handled, and close."""
-        get_logger().info("refused before any team", status=error.status, error=error.code)
+        get_logger().info("refused before any team", status=error.status, error=error.code, reason=str(error))
         self.write(closing_answer(error))
         if self._spare:
             self.force_close()  # its place is for the next probe
@@ -562,7 +562,7 @@ class Connection(BaseProtocol):
 def _overloaded() -> ApiError:
     return ApiError(
         503,
-        "the gateway has as many connections as it may; try again in a moment",
+        "the gateway's connection limit is reached; try again in a moment",
         code="overloaded",
         headers={"retry-after": "1"},
     )

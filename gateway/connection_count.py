@@ -55,7 +55,7 @@ class Places:
         self._free = list(range(_MOST - 1, -1, -1))
 
     def take(self) -> int:
-        """Return a place that no worker has. Raises OSError where there are too many workers."""
+        """Return a place that no worker has. Raises OSError if there are too many workers."""
         if not self._free:
             raise OSError(f"there are more than {_MOST} workers, those included that drain")
         return self._free.pop()

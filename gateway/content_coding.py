@@ -41,7 +41,9 @@ class Inflater:
         name = coding.strip().lower()
         if name not in _INFLATED:
             told = name.decode("latin-1") if name.isascii() and len(name) < 40 else "another"
-            raise UnknownCoding(f"the response has the content coding {told!r}, which the gateway cannot undo")
+            raise UnknownCoding(
+                f"the response has the content coding {told!r}; the gateway decodes gzip and deflate alone"
+            )
         self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
         self._input = b""
         self._begun = False
@@ -55,7 +57,7 @@ class Inflater:
             self.pending = True
 
     def read(self, most: int) -> bytes:
-        """Return at most `most` plain bytes. Raises BadCoding where what was fed is broken."""
+        """Return at most `most` plain bytes. Raises BadCoding if what was fed is broken."""
         out: list[bytes] = []
         try:
             while most > 0 and self.pending:
@@ -65,7 +67,7 @@ class Inflater:
                 piece = self._inflate.decompress(self._input, most)
                 ended = self._inflate.eof
                 self._input = self._inflate.unused_data if ended else self._inflate.unconsumed_tail
-                # A decoder that was stopped by `most` may have more, even where it has taken all of its input.
+                # A decoder that was stopped by `most` may have more, even if it has taken all of its input.
                 self.pending = bool(self._input) or (len(piece) == most and not ended)
                 most -= len(piece) + (_MEMBER if ended else 0)
                 out.append(piece)
@@ -74,6 +76,6 @@ class Inflater:
         return out[0] if len(out) == 1 else b"".join(out)
 
     def check_end(self) -> None:
-        """Note that nothing more is fed. Raises BadCoding where the last member has not ended."""
+        """Note that nothing more is fed. Raises BadCoding if the last member has not ended."""
         if self._begun and not self._inflate.eof:
             raise BadCoding("the response's content coding ends too early")

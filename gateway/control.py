@@ -96,12 +96,12 @@ def _believed(config: Path) -> set[int]:
 
 
 def _check_user(sock: socket.socket, config: Path, user: str | None) -> None:
-    """Check who would answer. Raises NobodyThere where that is no user to believe."""
+    """Check who would answer. Raises NobodyThere if that is no user to believe."""
     answering, me = _user(sock), os.geteuid()
     if me != 0:
         if answering != me:
             raise NobodyThere(
-                "a gateway with this configuration runs here as another user; ask as that one, or as root"
+                "a gateway with this configuration runs here as another user; run this command as that user, or as root"
             )
         return
     if user is None:
@@ -118,7 +118,7 @@ def _check_user(sock: socket.socket, config: Path, user: str | None) -> None:
     except KeyError:
         raise NobodyThere(f"--user: there is no user {user!r} here") from None
     if answering != expected:
-        raise NobodyThere(f"a process of the user {_name_of(answering)} answers for this configuration, not of {user}")
+        raise NobodyThere(f"a process of the user {_name_of(answering)} answers for this configuration, and not {user}")
 
 
 async def listen(config: Path, reload: Callable[[], Awaitable[Report]]) -> None:
@@ -239,7 +239,7 @@ def ask(config: Path, user: str | None = None) -> Report:
 
 
 def _whole(sock: socket.socket) -> bytes:
-    """Return all that the other end says. Raises TimeoutError; NobodyThere where that is too much."""
+    """Return all that the other end says. Raises TimeoutError; NobodyThere if that is too much."""
     end = time.monotonic() + _CLIENT_PATIENCE
     answer = bytearray()
     while more := sock.recv(65536):

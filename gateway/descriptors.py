@@ -1,7 +1,7 @@
 """File descriptors: how many this process may have, and what clients are told when none is left.
 
 Each connection of a client is a descriptor, and so is each connection to Azure. A process that has none left can open
-no file and no connection: that is nobody's fault but its own, so clients get 503 `overloaded`, and no deployment counts
+no file and no connection: that is the gateway's own fault, so clients get 503 `overloaded`, and no deployment counts
 as failing.
 """
 
@@ -43,7 +43,7 @@ def limit() -> int:
 
 
 def clients_allowed(descriptors: int) -> int:
-    """Return how many clients so many descriptors are enough for."""
+    """Return how many clients these descriptors are enough for."""
     return max(1, (descriptors - _RESERVED) // _PER_CLIENT)
 
 
@@ -83,7 +83,7 @@ def overloaded() -> ApiError:
         )
     return ApiError(
         503,
-        "the gateway has as many connections and files open as it may; try again in a moment",
+        "the gateway has no file descriptor left; try again in a moment",
         code="overloaded",
         headers={"retry-after": "1"},
     )

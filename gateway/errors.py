@@ -91,7 +91,7 @@ class ApiError(GatewayError):
         self.code = code
         self.headers = dict(headers or {})
         if status == 503:
-            # Every 503 says when to come back; whoever knows better says so.
+            # Every 503 says when to come back; an error may set another time.
             self.headers.setdefault("retry-after", "1")
 
     def body(self) -> bytes:

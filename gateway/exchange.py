@@ -139,7 +139,7 @@ class Exchange:
     async def before_reading(self) -> None:
         """Let each stage take its share, once, before a body is read that has not arrived.
 
-        Raises ApiError where one refuses; the next reader asks that one again.
+        Raises ApiError if one refuses; the next reader asks that one again.
         """
         while self._asked < len(self.before_body):
             await self.before_body[self._asked](self.request)

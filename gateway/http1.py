@@ -105,7 +105,7 @@ class RequestHead(NamedTuple):
 class ResponseHead(NamedTuple):
     """A response's head, without the fields that `Connection` names.
 
-    `length` is None where the body lasts until the connection closes, unless it is `chunked`. `coding` is how its
+    `length` is None if the body lasts until the connection closes, unless it is `chunked`. `coding` is how its
     content is compressed, b"" where it has none.
     """
 
@@ -161,9 +161,10 @@ def _read_fields(lines: list[bytes]) -> list[Field]:
 # -- requests ------------------------------------------------------------------------------------------
 
 
-def malformed_request() -> ApiError:
-    """Return the error for what is no HTTP/1.1 request."""
-    return ApiError(400, "this is not a valid HTTP/1.1 request", code="malformed_request")
+def malformed_request(why: str = "") -> ApiError:
+    """Return the error for bytes that are no HTTP/1.1 request; `why` must not quote them."""
+    message = "this is not a valid HTTP/1.1 request"
+    return ApiError(400, f"{message}: {why}" if why else message, code="malformed_request")
 
 
 def too_large(limit: int) -> ApiError:
@@ -345,8 +346,8 @@ def _request_fields(lines: list[bytes]) -> list[Field]:
         return _read_fields(lines)
     except LineTooLong:
         raise _field_too_long() from None
-    except Malformed:
-        raise malformed_request() from None
+    except Malformed as exc:
+        raise malformed_request(str(exc)) from None
 
 
 def _target_too_long() -> ApiError:
@@ -519,7 +520,7 @@ class Chunks:
             elif not _FIELD.fullmatch(line):
                 raise Malformed("a trailer is no header field")
             if self._framing < 0:
-                raise Malformed("the chunks are nearly all framing")
+                raise Malformed("the chunks are nearly all framing; send larger chunks")
         self._left = left
         return out[0] if len(out) == 1 else b"".join(out)
 

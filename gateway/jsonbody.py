@@ -23,7 +23,7 @@ _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 def decoded_json(data: bytes, decode: Callable[[bytes], Any], *, skips: bool = False) -> Any:
     r"""Return what `decode` makes of JSON.
 
-    Raises ApiError 400 where it is none, and 413 where it has more values than may be decoded, unless `decode` `skips`
+    Raises ApiError 400 if it is none, and 413 where it has more values than may be decoded, unless `decode` `skips`
     what it was not asked for: values in it are decoded into nothing.
 
     msgspec refuses half of a surrogate pair (`"\ud83d"`), which JSON allows (RFC 8259, 8.2) and JavaScript

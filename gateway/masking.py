@@ -1,6 +1,6 @@
-"""Errors of Azure that quote the key they were shown: the key of the resource is masked before anybody reads them.
+"""Errors of Azure that quote the resource's key: it is masked before stages, logs and clients see them.
 
-Some proxies and API gateways say which key they refuse. What the client itself presented is its own, and stays.
+Some proxies and API gateways say which key they refuse. The key that the client itself presented is not masked.
 """
 
 from __future__ import annotations

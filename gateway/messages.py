@@ -181,7 +181,7 @@ class Request:
     def hold(self, size: int) -> None:
         """Count `size` more bytes that a stage keeps for this exchange; call it before they are kept.
 
-        They are given back at the exchange's end. Raises ApiError 503 where the gateway or the caller holds too much,
+        They are given back at the exchange's end. Raises ApiError 503 if the gateway or the caller holds too much,
         and 413 where it is more than one caller may ever hold.
         """
         exchange = self._exchange

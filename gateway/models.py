@@ -105,7 +105,7 @@ def model_in(data: bytes, row: Operation) -> str | None:
 
 
 def _model_of(data: bytes) -> object:
-    """Return the value of `model` in a JSON object. Raises ApiError 400 where it is long, or no text."""
+    """Return the value of `model` in a JSON object. Raises ApiError 400 if it is long, or no text."""
     try:  # nearly always, at the least cost
         raw = _peek.decode(data).model
         if len(raw) <= _MAX_RAW_MODEL:

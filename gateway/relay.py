@@ -84,7 +84,7 @@ class MessageEvent(Event):
         return self.raw
 
     def json(self) -> Any:
-        """Return the message as JSON, decoded once; None where it is not JSON. Raises ApiError 413 for large ones."""
+        """Return the message as JSON, decoded once; None if it is not JSON. Raises ApiError 413 for large ones."""
         if not self._parsed and len(self.raw) > _MOST_DECODED:
             raise ApiError(
                 413,
@@ -110,7 +110,7 @@ class ControlBucket:
         self._refilled = 0.0
 
     def take(self, now: float) -> None:
-        """Count one, at a time in seconds. Raises BadFrame where there are too many."""
+        """Count one, at a time in seconds. Raises BadFrame if there are too many."""
         self._left = min(_CONTROLS, self._left + (now - self._refilled) * _CONTROLS_PER_SECOND) - 1
         self._refilled = now
         if self._left < 0:
@@ -207,6 +207,7 @@ class Relay:
         connection: Connection,
         wire: Wire,
         exchange: Exchange,
+        request_id: str,
         *,
         up: Sequence[EventFilter],
         down: Sequence[EventFilter],
@@ -219,6 +220,7 @@ class Relay:
         self._connection = connection
         self._wire = wire
         self._exchange = exchange
+        self._request_id = request_id
         self._ping = ping
         self._patience = patience  # with a client, and with Azure, that takes nothing
         self._hidden = list(hidden)
@@ -366,8 +368,13 @@ class Relay:
         except ApiError as exc:
             self._fail(exc)
         except Exception as exc:
-            get_logger().error("a filter failed", **masked(failure(exc), self._hidden))
-            self._fail(ApiError(500, "the gateway failed on this message"))
+            get_logger().error("a filter failed", request_id=self._request_id, **masked(failure(exc), self._hidden))
+            self._fail(
+                ApiError(
+                    500,
+                    f"the gateway failed on this message. Contact its operator and quote request id {self._request_id}",
+                )
+            )
 
     def _settle(self, side: _Side) -> None:
         """After some frames of a side: count the bytes that are held, and wait for another turn, or end."""
@@ -389,7 +396,7 @@ class Relay:
             self._end_without_azure()
 
     def _count(self, side: _Side) -> bool:
-        """Hold the bytes of a side's messages; returns False where that is refused, and the WebSocket ends."""
+        """Hold the bytes of a side's messages; returns False if that is refused, and the WebSocket ends."""
         size = side.frames.kept
         if side.unwritten:
             size += sum(each.size for each in side.unwritten if isinstance(each, FrameWriter))

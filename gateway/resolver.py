@@ -3,10 +3,10 @@
 `getaddrinfo` blocks and cannot be cancelled, and what others use for it is small: a pool of four threads in uvloop, the
 event loop's own pool in asyncio. Two names whose look-up hangs would keep every other name waiting there. Here:
 
-- All who ask for a name at the same time share one look-up. While it hangs, a second one is begun after `_STUCK`
+- All requests for a name at the same time share one look-up. While it hangs, a second one is begun after `_STUCK`
   seconds; a name never has more than `_MOST_PER_NAME` threads, and all names together never more than `_MOST_THREADS`.
-- Who waits has a time limit. The threads are daemons: one that hangs does not keep the process from ending.
-- Addresses are fresh for `_FRESH` seconds. After that a look-up is waited for; but where it fails, or takes longer than
+- A caller waits for a limited time. The threads are daemons: one that hangs does not keep the process from ending.
+- Addresses are fresh for `_FRESH` seconds. After that a look-up is waited for; but if it fails, or takes longer than
   `_PATIENCE` seconds, the last addresses are used, up to `_STALE` seconds old (RFC 8767, serving stale data: its timers
   are these). A name that no longer exists is an answer, not a failure: its addresses are dropped.
 """
@@ -42,7 +42,7 @@ _MOST_PER_NAME = 2
 _MOST_THREADS = 32
 # How many names are remembered.
 _MOST_NAMES = 1024
-# The time limit of those who have named none, in seconds.
+# The time limit of callers that name none, in seconds.
 _WITHIN = 10.0
 # As RFC 8305, 8 has it: the next address is tried after so many seconds.
 _NEXT_ADDRESS = 0.25
@@ -112,7 +112,7 @@ class Resolver(AbstractResolver):
         return self._threads
 
     async def look_up(self, host: str, within: float = _WITHIN) -> list[AddressInfo]:
-        """Return the addresses of a host, with port 0, in `within` seconds. Raises LookUpFailed."""
+        """Return the addresses of a host, with port 0, within `within` seconds. Raises LookUpFailed."""
         with contextlib.suppress(ValueError):
             return [_numeric(host)]
         name = self._name(host)
@@ -167,7 +167,7 @@ class Resolver(AbstractResolver):
         return name
 
     def _begin(self, host: str, name: _Name, now: float) -> asyncio.Future[None]:
-        """Return the look-up of a name that is under way; begins one where there is none, or it hangs."""
+        """Return the look-up of a name that is under way; begins one if there is none, or if it hangs."""
         if name.look_up is not None and now < name.asked + _STUCK:
             return name.look_up
         if name.look_up is None:
@@ -198,7 +198,7 @@ class Resolver(AbstractResolver):
         found: list[AddressInfo] | Exception
         try:
             found = list(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG))
-        except Exception as exc:  # whatever it is, those who wait are told
+        except Exception as exc:  # whatever it is, those that wait get it
             found = exc
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(self._done, host, name, number, found)
@@ -243,7 +243,7 @@ async def connected_socket(host: str, port: int, within: float = _WITHIN) -> soc
 
 
 def _numeric(host: str) -> AddressInfo:
-    """Return the address that a text is. Raises ValueError where it is a name."""
+    """Return the address that a text is. Raises ValueError if it is a name."""
     address = ipaddress.ip_address(host)
     if address.version == 4:
         return (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (host, 0))

@@ -79,7 +79,7 @@ class _Connections(AiohttpServer):
         return max(self._count.set(self._open) - most, self._open - self._enough_for)
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Take a connection; it is closed at once where even a refusal could take the last descriptor."""
+        """Take a connection; it is closed at once if even a refusal could take the last descriptor."""
         super().connection_made(handler, transport)
         self._open += 1
         if self._open > 2 * self._enough_for:
@@ -119,7 +119,7 @@ class Server:
         upstream: Upstream | None = None,
         count: ConnectionCount | None = None,
     ) -> None:
-        """`count` is that of all workers' connections, where there are several."""
+        """`count` is that of all workers' connections, if there are several."""
         self._generation = Generation(teams, settings or Settings())
         self._old: set[Generation] = set()  # followed by another, and not stopped yet
         self._prepared: set[Generation] = set()  # not swapped or discarded yet
@@ -485,7 +485,7 @@ def _obey_signals(stop: asyncio.Event, now: asyncio.Event) -> None:
 
 
 def _warn_of_descriptors(connections: int) -> None:
-    """Say where a process may have too few descriptors for `limits.connections`."""
+    """Warn if a process may have too few descriptors for `limits.connections`."""
     enough_for = clients_allowed(descriptors_allowed())
     if enough_for < connections:
         get_logger().warning(

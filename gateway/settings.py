@@ -75,7 +75,7 @@ class Limits:
         int,
         Meta(
             gt=0,
-            description="the least bytes a second of a body, on average, after its first `timeouts.client` seconds",
+            description="the least bytes per second of a body, on average, after its first `timeouts.client` seconds",
         ),
     ] = 500
     connections: Annotated[int, Meta(gt=0, description="the most connections of clients at once")] = 20_000

@@ -49,7 +49,7 @@ class Spool:
         """Held by the thread that works with the file."""
 
     async def write(self, data: bytes) -> None:
-        """Keep more. Raises OSError where the disk does not take it, and ApiError where there is no room for it."""
+        """Keep more. Raises OSError if the disk does not take it, and ApiError where there is no room for it."""
         if self._account is not None:
             self._account.hold(len(data))
         self.size += len(data)

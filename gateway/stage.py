@@ -146,7 +146,9 @@ def _broken(name: str, exc: Exception, request: Request) -> Response:
     )
     if none_left(exc):
         return Response.from_error(overloaded())
-    answer = ApiError(500, f"the gateway failed on this request; its operator finds it as {request.id}")
+    answer = ApiError(
+        500, f"the gateway failed on this request. Contact its operator and quote request id {request.id}"
+    )
     response = Response.from_error(answer)
     response.error = exc.with_traceback(None)
     return response

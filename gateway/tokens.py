@@ -230,7 +230,7 @@ def most_output(body: bytes) -> int | None:
 
 
 def _number(raw: msgspec.Raw) -> float:
-    """Return a number; 0 where it is none."""
+    """Return a number; 0 if it is none."""
     if raw is _NULL or len(raw) > _MOST_DIGITS:
         return 0
     try:

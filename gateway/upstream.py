@@ -276,15 +276,16 @@ class Upstream:
 
 
 def _unusual(answer: Answer, resource: Resource, stored: Credential | None) -> Response:
-    """Return Azure's answer as stages see it, where it may be an error.
+    """Return Azure's answer as stages see it, if it may be an error.
 
     `stored` is the credential that Azure was shown, if it is the gateway's own. Raises UpstreamError for a redirect.
     """
     if 300 <= answer.status < 400 and answer.status != 304:  # that one leads nowhere
         answer.abort()
         raise UpstreamError(
-            f"the Azure resource {resource.name!r} answered with a redirect (status {answer.status}), and the gateway "
-            "follows none: the credential would go along; its operator looks at the resource's `endpoint`",
+            f"the Azure resource {resource.name!r} answered with a redirect (status {answer.status}), which "
+            "the gateway does not follow: that would send the credential along. Its operator should check the "
+            "resource's `endpoint`",
             code="upstream_redirect",
             fault="redirect",
         )

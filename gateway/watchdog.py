@@ -1,9 +1,9 @@
 """The watchdog: a thread that names code which blocks the event loop.
 
 The loop serves every request in turn. A stage that calls `time.sleep`, `requests.get` or a slow regular expression
-keeps all of them waiting, and nothing in the log says who did. The watchdog looks at the loop's thread eight times
-a second while exchanges run, and once a second while none does. If the thread is not idle, it asks the loop for a sign
-of life; if none comes for `LIMIT` seconds, it logs where the thread is.
+keeps all of them waiting, and nothing else in the log would name it. The watchdog looks at the loop's thread eight
+times a second while exchanges run, and once a second otherwise. If the thread is not idle, the watchdog asks the loop
+for a sign of life; if none comes within `LIMIT` seconds, it logs where the thread is.
 """
 
 from __future__ import annotations

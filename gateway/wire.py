@@ -115,7 +115,7 @@ class Answer:
     # -- the wire's side -------------------------------------------------------------------------------
 
     def begin(self, head: ResponseHead) -> None:
-        """Take the head. Raises BadCoding where the body is compressed in an unknown way."""
+        """Take the head. Raises BadCoding if the body is compressed in an unknown way."""
         self.status, self.fields, length, chunked, self.close, coding = head
         if chunked:
             self._chunks = Chunks()

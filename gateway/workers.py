@@ -404,7 +404,7 @@ class Supervisor:
                 _tell(worker, news)
 
     async def _report(self) -> list[dict[str, Any]]:
-        """Return how deployments are, by all workers that serve. Raises ApiError 503 where none has told."""
+        """Return how deployments are, by all workers that serve. Raises ApiError 503 if none has told."""
         self._number += 1
         number, workers = self._number, self._serving()
         await asyncio.gather(*(self._ask_report(worker, number) for worker in workers))

@@ -272,7 +272,7 @@ class RateLimit(Limit, Stage):
     async def _take(
         self, request: Request, entries: Sequence[Entry], charges: Sequence[Charge], who: tuple[str, str, str]
     ) -> Verdict | None:
-        """Take charges; None where they cannot be counted, and requests pass then. Raises ApiError 429 and 503."""
+        """Take charges; None if they cannot be counted, and requests pass then. Raises ApiError 429 and 503."""
         begun = self._clock() if self.wait else 0.0
         try:
             verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])

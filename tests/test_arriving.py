@@ -478,7 +478,7 @@ async def test_a_body_that_drips_is_a_408(kind: str, start_gateway: StartGateway
     received = await drip(gateway.port, *SLOW[kind])
     assert received.startswith(b"HTTP/1.1 408 "), received
     assert b"connection: close" in received
-    assert b"500 bytes a second" in received or b"no more of the body" in received
+    assert b"500 bytes per second" in received or b"no more of the body" in received
     assert b"Azure" not in received
     await gateway.idle()
     [event] = gateway.exchanges()
@@ -514,7 +514,7 @@ async def test_a_body_that_stops_is_given_up_from_its_last_byte_on(start_gateway
     assert body._due() == body._came + 50, "50 s from the byte"
     body._came -= 51.0
     body._look()
-    with pytest.raises(ApiError, match="no more of the body came for 50 s"):
+    with pytest.raises(ApiError, match="no more of the body arrived for 50 s"):
         await waiting
 
 

@@ -74,7 +74,7 @@ def path(tmp_path: Path) -> Path:
         (0, STRANGER, 0, None, str(STRANGER), None),
         (0, STRANGER, 0, None, None, rf"any local user can pose as a gateway.*gateway reload --user {STRANGER}"),
         (0, STRANGER, 0, 7, None, "any local user can pose"),
-        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} answers .*, not of 7"),
+        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} answers .*, and not 7"),
         (0, STRANGER, 0, None, "no-such-user", "there is no user 'no-such-user' here"),
         (7, 7, 0, None, None, None),
         (7, STRANGER, 0, None, None, "as another user"),

@@ -124,7 +124,7 @@ def test_every_setting_of_the_files_is_documented() -> None:
             if cls is Timeouts:
                 assert f"| `{name}` | {field.default:g} |" in CONFIGURATION
     for field in dataclasses.fields(Limits):
-        assert f"({field.default})" in CONFIGURATION
+        assert f"| `{field.name}` | {field.default} |" in CONFIGURATION
     resources = (ROOT / "docs" / "resources.md").read_text()
     for name in (*settings_of(ResourceFile), *settings_of(TlsFile), *settings_of(ResourceTimeouts)):
         assert f"`{name}`" in CONFIGURATION, name

@@ -227,7 +227,7 @@ def _out_of_bounds(value: Any, meta: Meta) -> str | None:
         )
         for bound, words, wrong in outside:
             if bound is not None and wrong(value, bound):
-                return f"{words} {bound:g}"
+                return f"{words} {bound}" if isinstance(bound, int) else f"{words} {bound:g}"
     if isinstance(value, (str, list, tuple, dict)):
         if meta.min_length is not None and len(value) < meta.min_length:
             return f"at least {meta.min_length} long"

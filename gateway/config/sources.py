@@ -39,7 +39,7 @@ class Sources:
     def find(self, pattern: Path) -> list[Path]:
         """Return the files that a pattern has, sorted.
 
-        Raises OSError where no descriptor is left: that is not the same as no file.
+        Raises OSError if no descriptor is left: that is not the same as no file.
         """
         self.patterns[os.path.abspath(pattern)] = ["unread"]
         try:
@@ -76,7 +76,7 @@ class Sources:
         return found
 
     def now(self) -> Sources:
-        """Return the same files and patterns as they are now. Raises OSError where no descriptor is left."""
+        """Return the same files and patterns as they are now. Raises OSError if no descriptor is left."""
         again = Sources()
         for pattern in self.patterns:
             again.find(Path(pattern))

@@ -8,6 +8,7 @@ least of the first half's, without the first sixth: what is kept for reuse has f
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -275,7 +276,8 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """Run it; the exit status is 1 where something is wrong."""
+    """Run it; the exit status is 1 if something is wrong."""
+    argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__).parse_args()
     seconds = float(os.environ.get("SOAK_SECONDS") or 3600)
     if not 12 <= seconds <= _MOST_SECONDS:
         _say(f"SOAK_SECONDS must be from 12 to {_MOST_SECONDS}")
