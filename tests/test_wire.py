@@ -180,6 +180,22 @@ async def test_a_read_of_thousands_of_lines_is_handled_in_steps(event: bytes) ->
     wire.abort()
 
 
+async def test_events_of_known_length_are_handled_in_steps() -> None:
+    """A megabyte of events is not handed over whole: the filters would look at all of them in one turn."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    body = EVENT * 5000
+    wire.data_received(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body))
+    out = fed(answer)
+    wire.data_received(body)
+    await turns_until(lambda: answer.done)
+    assert b"".join(out) == body
+    assert max(map(len, out)) <= STEP
+    assert home.there.kept == [wire]
+    await home.close()
+
+
 async def test_small_reads_are_handled_at_once() -> None:
     """An event of a stream waits for no turn."""
     home = Home()
