@@ -238,6 +238,28 @@ async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
     await home.close()
 
 
+async def test_a_hold_between_two_steps_stops_the_next_one() -> None:
+    """A client that falls behind while its response waits for its turn is given nothing more."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    body = EVENT * 2000
+    wire.data_received(chunk(body) + b"0\r\n\r\n")
+    await turns_until(lambda: out)
+    answer.hold()
+    seen = len(out)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(out) == seen
+    assert not pipe.reading
+    answer.release()
+    await turns_until(lambda: answer.done)
+    assert b"".join(out) == body
+    await home.close()
+
+
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
 async def test_what_came_before_the_connection_was_lost_is_handed_on(held: bool, whole: bool) -> None:
