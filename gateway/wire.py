@@ -52,6 +52,7 @@ _MOST_LINES = 4 * MOST_UNITS
 # The most that a read of several KB may have to be handled at once: some 160 events in chunks of their own.
 _LINES_AT_ONCE = 4 * _MOST_LINES
 _READ = re.compile(rb"json|event-stream", re.IGNORECASE)
+_EVENTS = re.compile(rb"event-stream", re.IGNORECASE)
 # A compressed response that is handed over whole may have this many bytes.
 _MOST_INFLATED = 16 * 1024 * 1024
 # A step is cut down to no fewer bytes.
@@ -123,7 +124,8 @@ class Answer:
             self._left = -1
         else:
             self._left = length
-            if length <= _WHOLE:
+            # (Filters look at each event: a stream of many is handled in steps, also where its length is known.)
+            if length <= SMALL or (length <= _WHOLE and not any(map(_EVENTS.search, self._kinds()))):
                 self.whole = b""
         if coding and length != 0 and self._is_read():
             self._inflater, self.inflated = Inflater(coding), True
@@ -132,8 +134,10 @@ class Answer:
 
     def _is_read(self) -> bool:
         """Whether the gateway reads what is in the body: errors, JSON and events; other content passes as it is."""
-        kinds = [value for name, value, _, _ in self.fields if name == b"content-type"]
-        return self.status >= 400 or any(_READ.search(kind) for kind in kinds)
+        return self.status >= 400 or any(map(_READ.search, self._kinds()))
+
+    def _kinds(self) -> list[bytes]:
+        return [value for name, value, _, _ in self.fields if name == b"content-type"]
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes of the body; returns what follows its end. Raises Malformed."""

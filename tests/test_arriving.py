@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,14 +14,19 @@ from hypothesis import strategies as st
 
 from gateway import connection
 from gateway.arriving import LINES_AT_ONCE, ArrivingBody
-from gateway.connection import Connection
+from gateway.connection import Arrived, Connection
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
 from gateway.http1 import MOST_LINES
+from gateway.outbox import Outbox
+from gateway.settings import Limits, Timeouts
 from gateway.testing import FakeAzure
 from tests.conftest import KEY, Gateway, StartGateway, chat_request, raw_request, until
 from tests.test_costs import Pipe, settle
 from tests.test_models import BOUNDARY, form
+
+if TYPE_CHECKING:
+    from aiohttp.web_server import Server
 
 YAML = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
@@ -289,6 +294,46 @@ async def test_a_body_whose_reader_is_behind_is_not_parsed_further() -> None:
     assert read == piece * 128
     assert (body.goes_on, sender.released) == (True, 1)
     assert len(body.unread) == len(wire) * (300 - 128)
+
+
+class Nobody:
+    """A server that only has this connection."""
+
+    def connection_made(self, *_: object) -> None: ...
+
+    def connection_lost(self, *_: object) -> None: ...
+
+    def above(self, _: int) -> int:
+        return 0
+
+
+async def test_a_body_in_chunks_goes_on_when_its_reader_does() -> None:
+    """A reader that was behind takes what waits, and so has the unread chunks parsed; then the client is read again."""
+    pieces: list[bytes] = []
+    go_on = asyncio.Event()
+
+    async def handle(arrived: Arrived) -> bool:
+        await go_on.wait()
+        async for piece in arrived.body.stream():
+            pieces.append(piece)
+            await settle()
+        return True
+
+    loop = asyncio.get_running_loop()
+    limits, timeouts = Limits(), Timeouts()
+    client = Connection(cast("Server", Nobody()), handle, loop, limits, timeouts, Outbox(loop))
+    pipe = Pipe()
+    client.connection_made(pipe)
+    client.data_received(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    client.data_received((b"3e8\r\n" + b"x" * 1000 + b"\r\n") * 400)
+    await settle()
+    assert not pipe.reading
+    go_on.set()
+    await until(lambda: pipe.reading)
+    client.data_received(b"0\r\n\r\n")
+    await until(lambda: client.idle)
+    assert b"".join(pieces) == b"x" * 400_000
+    client.connection_lost(None)
 
 
 @given(BODIES, SIZES, SIZES, st.integers(1, 20))

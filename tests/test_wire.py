@@ -180,6 +180,22 @@ async def test_a_read_of_thousands_of_lines_is_handled_in_steps(event: bytes) ->
     wire.abort()
 
 
+async def test_events_of_known_length_are_handled_in_steps() -> None:
+    """A megabyte of events is not handed over whole: the filters would look at all of them in one turn."""
+    home = Home()
+    wire, _ = home.connection()
+    answer = wire.ask(10, 10)
+    body = EVENT * 5000
+    wire.data_received(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(body))
+    out = fed(answer)
+    wire.data_received(body)
+    await turns_until(lambda: answer.done)
+    assert b"".join(out) == body
+    assert max(map(len, out)) <= STEP
+    assert home.there.kept == [wire]
+    await home.close()
+
+
 async def test_small_reads_are_handled_at_once() -> None:
     """An event of a stream waits for no turn."""
     home = Home()
@@ -219,6 +235,28 @@ async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
     assert b"".join(out) == body
     assert home.there.kept == [wire]
     assert wire.clean
+    await home.close()
+
+
+async def test_a_hold_between_two_steps_stops_the_next_one() -> None:
+    """A client that falls behind while its response waits for its turn is given nothing more."""
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    body = EVENT * 2000
+    wire.data_received(chunk(body) + b"0\r\n\r\n")
+    await turns_until(lambda: out)
+    answer.hold()
+    seen = len(out)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert len(out) == seen
+    assert not pipe.reading
+    answer.release()
+    await turns_until(lambda: answer.done)
+    assert b"".join(out) == body
     await home.close()
 
 
