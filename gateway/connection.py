@@ -410,6 +410,10 @@ class Connection(BaseProtocol):
             keep = await self._handle(arrived)
         except ConnectionError:
             pass  # the client left while it was written to
+        except asyncio.CancelledError:
+            # A task keeps the exception that cancelled it, with its frames, which hold the task: a cycle, which would
+            # keep the body and all else of the request until the collector finds it.
+            pass
         except Exception as exc:
             facts = failure(exc)
             facts.pop("message", None)

@@ -150,6 +150,11 @@ class Frames:
             self._place = 0
             self.unread = True
 
+    def drop(self) -> None:
+        """Keep nothing, and take nothing more."""
+        self._data, self._place, self._message = b"", 0, bytearray()
+        self.unread, self.closed = False, True
+
     def feed(self, data: bytes = b"", frames: int = MOST_UNITS, size: int = STEP) -> list[Passed | Control | Message]:
         """Take bytes; return the next frames in order: at most so many frames, and bytes.
 

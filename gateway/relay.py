@@ -283,6 +283,18 @@ class Relay:
             self._wire.end_relay(_CLOSING)
             if not self._over.cancel() and not self._over.cancelled():
                 self._over.exception()  # whoever was cancelled meanwhile does not ask for it
+            self._forget()
+
+    def _forget(self) -> None:
+        """Cut the cycles of references, which would keep messages until the collector finds them."""
+        self._over = self._loop.create_future()  # the other one may have an exception, whose frames hold this relay
+        self._over.cancel()
+        self._ending = None
+        for side in (self._client, self._azure):
+            side.timer = None
+            side.frames.drop()
+            side.unwritten.clear()
+            side.answers.clear()
 
     async def _finish_client(self) -> None:
         """Hand on the frames of a client that has left, unless Azure takes too long to read them."""

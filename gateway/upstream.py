@@ -273,6 +273,8 @@ class Upstream:
             if not upload.done():
                 # It answered before the upload was over: the rest is not wanted.
                 upload.cancel()
+            elif not upload.cancelled() and isinstance(failed := upload.exception(), ApiError):
+                failed.with_traceback(None)  # its frames hold the body, which holds it: a cycle
 
 
 def _unusual(answer: Answer, resource: Resource, stored: Credential | None) -> Response:

@@ -308,6 +308,9 @@ class Answer:
         self._sink = None
         if wire is not None:
             wire.abort()
+        if self._error is not None:
+            # Its frames hold this answer: a cycle, which would keep the request until the collector finds it.
+            self._error.with_traceback(None)
 
     async def aclose(self) -> None:
         """Close, as iterating asks of what it iterates over."""

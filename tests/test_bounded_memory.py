@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -11,9 +12,11 @@ from functools import partial
 import pytest
 
 from gateway import CountersUnavailable, Next, Request, Response, Stage, Verdict
+from gateway.body import Body
 from gateway.exchange import Exchange
 from gateway.keys import key_digest
 from gateway.memory_budget import BUDGETS, UNCOUNTED
+from gateway.relay import Relay
 from gateway.testing import FakeAzure, send
 from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, hard_close, raw_upstream, until
 
@@ -451,6 +454,105 @@ async def test_a_body_is_given_back_when_its_answer_ends(start_gateway: StartGat
             go_on.set()
         await until(lambda: BUDGETS.memory.held == 0)
         await gateway.idle()
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[list[object]]:
+    """Run no collector meanwhile; the list has afterwards what of the gateway's only the collector would have freed."""
+    found: list[object] = []
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield found
+        gc.collect()
+        found += [each for each in gc.garbage if isinstance(each, Body | Exchange | Request | Relay)]
+        gc.garbage.clear()
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+
+
+@pytest.mark.both_loops
+@pytest.mark.parametrize("end", ["complete", "broken", "left", "left, unanswered", "left, uploading", "reset", "late"])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_body_does_not_wait_for_the_collector(start_gateway: StartGateway, end: str, *, streamed: bool) -> None:
+    """What is given back is gone: an exchange that ends badly leaves no cycle with its body, which nobody counts."""
+    go_on = asyncio.Event()
+    asked = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if end == "left, uploading":
+            await reader.readuntil(b"\r\n\r\n")
+            asked.set()
+            await reader.read()
+            return
+        if streamed:
+            tail = b""
+            while not tail.endswith(b"\r\n0\r\n\r\n"):
+                tail = tail[-10:] + await reader.read(65536)
+        else:
+            await upstream.request(reader)
+        asked.set()
+        if end == "left, unanswered":
+            await reader.read()
+            return
+        if end == "reset":
+            hard_close(writer)
+            return
+        if end == "late":
+            await go_on.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(b"a\r\ndata: 1\n\n\n\r\n")
+        await writer.drain()
+        if end == "complete":
+            writer.write(b"0\r\n\r\n")
+        elif end == "left":
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(b"a\r\ndata: 1\n\n\n\r\n")
+                    await writer.drain()
+                    await asyncio.sleep(0.01)
+        await writer.drain()
+
+    async def exchange(gateway: Gateway) -> None:
+        asked.clear()
+        deployment = "/openai/deployments/gpt-4o" if streamed else "/v1"  # then nobody reads the body
+        length = None if streamed or end == "left, uploading" else SIZE
+        async with clients() as made:
+            client = await started(made, gateway, "K-ann", length, path=f"{deployment}/chat/completions")
+            data = body_of(SIZE, stream=True)
+            if length is not None:
+                client.send(data)
+            elif end == "left, uploading":
+                client.send_chunk(data)
+            else:
+                client.send_chunk(data)
+                client.send(b"0\r\n\r\n")
+            if streamed or end != "left, uploading":
+                await asyncio.wait_for(asked.wait(), 10)
+            else:
+                await until(lambda: holds(SIZE))
+            if end in ("complete", "broken", "left"):
+                assert await client.status() == 200
+            elif end == "reset":
+                assert await client.status() == 502
+            elif end == "late":
+                assert await client.status() == 504
+            if end in ("complete", "broken"):
+                with contextlib.suppress(asyncio.IncompleteReadError):
+                    await client.reader.readuntil(b"0\r\n\r\n")
+        await gateway.idle()
+        await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr] # it runs
+
+    upstream = RawUpstream(script)
+    async with upstream:
+        gateway = await start_gateway(upstream.endpoint, OWN_KEYS, timeouts={"first_byte": 0.5})
+        await exchange(gateway)
+        with without_collector() as found:
+            await exchange(gateway)
+        go_on.set()
+    assert found == []
 
 
 async def test_what_a_stage_holds_is_given_back_though_it_fails() -> None:

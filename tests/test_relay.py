@@ -738,7 +738,7 @@ async def test_two_hundred_at_once_leave_nothing_open(start_gateway: StartGatewa
             writer.write(close_frame(1000, "", masked=True))
             await reader.read()
         elif number % 3 == 1:
-            writer.write(b"\xff")
+            writer.write(b"\xff\xff")
             writer.write(b"\xff" * 20)
             await reader.read()
         writer.close()
@@ -1446,6 +1446,45 @@ async def test_messages_that_are_kept_are_held(
     await gateway.idle()
     assert 90_000 <= most <= 100_000
     assert [budget.held for budget in budgets] == [0]
+
+
+@pytest.mark.parametrize("end", ["the client leaves", "Azure leaves", "a bad frame", "the gateway stops"])
+async def test_nothing_is_kept_of_a_websocket_that_has_ended(start_gateway: StartGateway, end: str) -> None:
+    """Its messages are given up with it, though the collector may find its cycle of objects much later."""
+    go_on = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(switching(await upstream.request(reader)))
+        writer.write(b"\x01\x7e\xff\xff" + b"x" * 65_535)
+        if end == "Azure leaves":
+            await go_on.wait()
+            hard_close(writer)
+        else:
+            await reader.read()
+
+    async with RawUpstream(script) as upstream:
+        gateway = await start_gateway(upstream.endpoint, TWO)
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(RESPONSES)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\x02" + frame(BINARY, b"x" * 100_000, masked=True)[1:])
+        (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
+        relay = connection._relay.__self__  # type: ignore[union-attr]
+        await until(lambda: relay._client.held == 100_000)
+        if end == "the client leaves":
+            hard_close(writer)
+        elif end == "Azure leaves":
+            go_on.set()
+        elif end == "a bad frame":
+            writer.write(b"\xff\xff")
+        else:
+            next(iter(gateway.server._running)).cancel()
+        await gateway.idle()
+        writer.close()
+    assert relay.over
+    for side in (relay._client, relay._azure):
+        assert (side.held, side.frames.kept, side.frames.unread) == (0, 0, False)
+        assert not side.unwritten
 
 
 async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: StartGateway) -> None:
