@@ -80,7 +80,7 @@ async def write_answer(
     """
     connection, request = arrived.connection, arrived.head
     old = request.old
-    close = close or request.close or connection.ends_after_answer
+    close = close or request.close or connection.ends_after_answer()
     if isinstance(opened := response.body, WebSocket):
         try:
             _check_socket(response)

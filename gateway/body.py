@@ -156,8 +156,7 @@ class Body:
         self.account: Account | None = None
         """Who answers for what is kept of it, if it has not arrived."""
 
-    @property
-    def arriving(self) -> bool:
+    def is_arriving(self) -> bool:
         """Whether it is still to be read."""
         return self._source is not None
 

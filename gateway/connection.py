@@ -431,7 +431,7 @@ class Connection(BaseProtocol):
             return
         arriving = self._arriving
         if arriving is not None:
-            if keep and not self.ends_after_answer:
+            if keep and not self.ends_after_answer():
                 arriving.discard()
                 self._expect_in(_LINGER)
             else:
@@ -448,7 +448,6 @@ class Connection(BaseProtocol):
                 data, self._buffer = self._buffer, b""
                 self._next(data)
 
-    @property
     def ends_after_answer(self) -> bool:
         """Whether the connection cannot be kept after the answer, which should say so: too much is still to come."""
         arriving = self._arriving

@@ -154,11 +154,12 @@ class Connector:
 
     def put(self, wire: Wire) -> None:
         """Keep a connection for the next request, unless something of the last one is left on it."""
-        if not wire.clean or cast(Destination, wire.destination).forgotten:
+        destination: Destination = wire.destination  # type: ignore[assignment] # it was settled with one
+        if not wire.is_clean() or destination.forgotten:
             wire.abort()
             return
         wire.idle_since = wire.loop.time()
-        cast(Destination, wire.destination).kept.append(wire)
+        destination.kept.append(wire)
         if self._sweeper is None:
             self._sweeper = wire.loop.call_later(_SWEEP, self._sweep)
 

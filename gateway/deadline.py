@@ -34,8 +34,7 @@ class Deadline:
             self._timer.cancel()
             self._timer = self._loop.call_at(due, self._look)
 
-    @property
-    def runs(self) -> bool:
+    def is_set(self) -> bool:
         """Whether there is one."""
         return self._due != math.inf
 

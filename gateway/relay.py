@@ -427,7 +427,7 @@ class Relay:
     def _refuse(self, side: _Side, wrong: BadFrame) -> None:
         """End it because of a frame that may not be sent."""
         if side.client:
-            code = "policy_violation" if wrong.code == 1008 else "malformed_frame"
+            code = {1008: "policy_violation", 1009: "message_too_large"}.get(wrong.code, "malformed_frame")
             self._fail(ApiError(400, wrong.reason, code=code), code=wrong.code)
         else:
             self._fail(UpstreamError(f"Azure sent a WebSocket frame that is refused: {wrong.reason}"))

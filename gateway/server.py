@@ -404,7 +404,7 @@ class Server:
                     address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
                     judgement=judgement,
                 )
-                if arrived.body.arriving:
+                if arrived.body.is_arriving():
                     arrived.body.account = exchange
                     exchange.request, exchange.before_body = request, team.before_body
                 if team.metered:

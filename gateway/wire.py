@@ -1,8 +1,8 @@
 """One connection to Azure: what is asked on it, the answer as it comes, and whether it may be used again.
 
-It may where the answer ended exactly where its bytes ended, neither side wants it closed, and `Wire.clean` holds: the
-next request then finds it as if it were new. On any byte that arrives while nothing was asked it is closed: such
-bytes would be the next caller's answer.
+It may if the answer ended exactly where its bytes ended, neither side wants it closed, and it is clean
+(`Wire.is_clean`): the next request then finds it as if it were new. On any byte that arrives while nothing was asked
+it is closed: such bytes would be the next caller's answer.
 
 An answer of known and moderate length is handed over whole: a break then becomes a clean 502, and the
 connection is free again sooner. Of a longer one, or a stream, the pieces are either asked for one by one, or
@@ -158,7 +158,15 @@ class Answer:
             self._inflater.feed(data)
             self._ended, self._extra = done, extra
             return self.inflate()
-        self._hand_on(data, done)
+        if self._sink is None:
+            self._hand_on(data, done)
+            return extra
+        # Nearly every piece of a stream: as `_hand_on`, without the call.
+        if data:
+            if self.watch is not None:
+                self.watch(data)
+            self._sink(data)  # may raise: then it is not done, and whoever waits is told
+        self.done = done
         return extra
 
     @property
@@ -457,7 +465,7 @@ class Wire(BaseProtocol):
             self.abort()
             return
         self.received = True
-        if self._held or self._more:
+        if self._reading_paused:
             self._backlog.append(data)  # some transports still deliver what they had read before the pause
             return
         try:
@@ -485,7 +493,10 @@ class Wire(BaseProtocol):
         except Exception as exc:
             self._give_up(_explained(exc))
             return
-        self._fed(answer, extra)
+        if answer.done or answer.inflated:
+            self._fed(answer, extra)
+        elif not self._held:
+            self._expire_in(self._idle)
 
     def _fed(self, answer: Answer, extra: bytes) -> None:
         """Go on after some of the body: `extra` follows its end."""
@@ -644,12 +655,12 @@ class Wire(BaseProtocol):
             self.abort()
             return
         self._held = False  # nothing is left that its reader could be spared
-        self._resume_reading()
+        if self._reading_paused:
+            self._resume_reading()
         self.used = True
         home.put(self)
 
-    @property
-    def clean(self) -> bool:
+    def is_clean(self) -> bool:
         """Whether the next request finds the connection as if it were new.
 
         It is open and reading; nobody is waiting for a response or is told of bytes; none is unread, unsent or half
@@ -663,7 +674,7 @@ class Wire(BaseProtocol):
             and self._relay is None
             and not (self._reading_paused or self._held or self._ended or self.lost)
             and not (self._backlog or self._buffer or self._early or self._unsent)
-            and not self._deadline.runs
+            and not self._deadline.is_set()
             and not transport.get_write_buffer_size()
         )
 

@@ -233,10 +233,15 @@ class RateLimit(Limit, Stage):
         who = (request.caller or "", request.client if self._by_client else "", "")
         entries, charges = self._known.get(who) or self._make(request, who)
         charges = [charge for entry, charge in zip(entries, charges, strict=True) if entry in self._early]
-        verdict = await self._take(request, self._early, charges, who)
-        if verdict is not None:
-            request.defer(lambda outcome: self._settle(self._early, verdict, (), outcome))
-            request.taken[self.id] = True
+        begun = self._clock() if self.wait else 0.0
+        try:
+            verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
+        except CountersUnavailable:
+            self._check_open()
+            return
+        self._admit(request, self._early, verdict, begun)
+        request.defer(lambda outcome: self._settle(self._early, verdict, (), outcome))
+        request.taken[self.id] = True
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         model = (await request.model() or "").strip() if self._by_model else ""
@@ -256,42 +261,42 @@ class RateLimit(Limit, Stage):
             names = {model, request.target.deployment or model} if self._spends and model else set()
             prices = [price for name in names if (price := self._prices.of(name)) is not None]
             charges = self._with_costs(entries, charges, await request.expected_tokens(), model, prices)
-        verdict = await self._take(request, entries, charges, who)
-        if verdict is None:
+        begun = self._clock() if self.wait else 0.0
+        try:
+            verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
+        except CountersUnavailable:
+            self._check_open()
             request.count("unlimited")
             response = await call_next(request)
             for name in HEADERS:  # Azure's own are all teams' together
                 response.headers.remove(name)
             return response
+        if verdict.over or self.wait:
+            self._admit(request, entries, verdict, begun)
         if self._settles:
             request.defer(lambda outcome: self._settle(entries, verdict, prices, outcome))
         response = await call_next(request)
         response.headers.update(self._headers(request, entries, verdict))
         return response
 
-    async def _take(
-        self, request: Request, entries: Sequence[Entry], charges: Sequence[Charge], who: tuple[str, str, str]
-    ) -> Verdict | None:
-        """Take charges; None if they cannot be counted, and requests pass then. Raises ApiError 429 and 503."""
-        begun = self._clock() if self.wait else 0.0
-        try:
-            verdict = await self._counters.take(charges, wait=self.wait, who=who[0] or who[1])
-        except CountersUnavailable:
-            if self.on_error == "open":
-                return None
+    def _check_open(self) -> None:
+        """Raise ApiError 503 if requests may not pass while they cannot be counted."""
+        if self.on_error == "closed":
             raise ApiError(
                 503,
                 "limits cannot be counted now, and no request passes without; try again in a moment",
                 code="limits_unavailable",
                 headers={"retry-after": "1"},
             ) from None
+
+    def _admit(self, request: Request, entries: Sequence[Entry], verdict: Verdict, begun: float) -> None:
+        """Note how long a request waited, and what would be refused. Raises ApiError 429 above a limit."""
         if self.wait and (waited := self._clock() - begun) > 0.001:
             request.notes["waited_ms"] = round(waited * 1000, 1)
         if verdict.over:
             if verdict.refused:
                 raise self._refusal(request, entries, verdict)
             self._note_shadows(request, entries, verdict)
-        return verdict
 
     # -- before it is sent -----------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ async def test_a_response_that_ends_while_its_reader_is_behind_leaves_the_connec
     wire.data_received(chunk(EVENT) + b"0\r\n\r\n")
     await asyncio.wait_for(pumped, 5)
     assert home.there.kept == [wire]
-    assert wire.clean
+    assert wire.is_clean()
     assert pipe.reading
     await home.close()
 
@@ -234,7 +234,7 @@ async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
     await turns_until(lambda: answer.done)
     assert b"".join(out) == body
     assert home.there.kept == [wire]
-    assert wire.clean
+    assert wire.is_clean()
     await home.close()
 
 
@@ -333,7 +333,7 @@ def test_any_response_arrives_byte_for_byte(
                 answer.release()
         assert b"".join(out) == body
         assert home.there.kept == [wire]
-        assert wire.clean
+        assert wire.is_clean()
         await home.close()
 
     asyncio.run(scenario())
