@@ -344,6 +344,7 @@ class Wire(BaseProtocol):
         "_reading_paused",
         "_relay",
         "_scheduler",
+        "_transport_paused",
         "_unsent",
         "closed",
         "connection",
@@ -371,12 +372,13 @@ class Wire(BaseProtocol):
         self._outbox: Outbox | None = None
         self._unsent = b""
         self._relay: Relay | None = None
-        self._early = b""  # what came behind a 101
+        self._early: bytes | None = None  # what came behind a 101, until the relay takes it
         self._answer: Answer | None = None
         self._buffer = b""  # a head that has not ended
         self._backlog: list[bytes] = []  # received bytes of a body that no step has handled yet
         self._held = False  # the response's reader wants no more for now
-        self._reading_paused = False
+        self._reading_paused = False  # what comes waits, and soon nothing more comes
+        self._transport_paused = False
         self._ended = False  # the other end has said that it sends no more
         self._scheduler = FairScheduler.of(loop)
         self._interim = 0
@@ -460,6 +462,9 @@ class Wire(BaseProtocol):
         if answer is None:
             if self._relay is not None:
                 self._relay.from_azure(data)
+                return
+            if self._early is not None:
+                self._early += data
                 return
             # Nobody asked for these bytes, and the next caller must not get them.
             self.abort()
@@ -559,13 +564,24 @@ class Wire(BaseProtocol):
         return data[:size]
 
     def _pause_reading(self) -> None:
+        """Let what comes wait, and have nothing more read from the next turn on.
+
+        Not at once: this may be called while a TLS transport hands on what it has read. Paused in the middle of it,
+        aiofastnet would keep the rest until the socket has more to read, which may be never.
+        """
         if not self._reading_paused and self.is_connected():
             self._reading_paused = True
+            self.loop.call_soon(self._pause_transport)
+
+    def _pause_transport(self) -> None:
+        if self._reading_paused and not self._transport_paused and self.is_connected():
+            self._transport_paused = True
             self.transport.pause_reading()  # type: ignore[union-attr] # it is connected
 
     def _resume_reading(self) -> None:
-        if self._reading_paused:
-            self._reading_paused = False
+        self._reading_paused = False
+        if self._transport_paused:
+            self._transport_paused = False
             if self.is_connected():
                 self.transport.resume_reading()  # type: ignore[union-attr] # it is connected
 
@@ -606,7 +622,7 @@ class Wire(BaseProtocol):
     def start_relay(self, relay: Relay) -> None:
         """Give what comes from now on to a relay."""
         self._relay = relay
-        early, self._early = self._early, b""
+        early, self._early = self._early, None
         if early:
             relay.from_azure(early)
         if self.lost:
@@ -622,14 +638,12 @@ class Wire(BaseProtocol):
             self._deadline.set(seconds, self.abort)
 
     def hold_relay(self) -> None:
-        """Take nothing more of the WebSocket for now."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.pause_reading()
+        """Take nothing more of the WebSocket for now; what still comes in this turn is the relay's to keep."""
+        self._pause_reading()
 
     def release_relay(self) -> None:
         """Go on taking."""
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
+        self._resume_reading()
 
     def pause_writing(self) -> None:
         """Note that Azure does not read fast enough."""

@@ -196,13 +196,14 @@ async def test_an_event_that_no_filter_changes_is_not_touched(line: Line, monkey
 
 
 async def test_a_client_that_does_not_read_holds_azure(line: Line) -> None:
-    """Back-pressure reaches Azure's socket at once, and is taken back at once."""
+    """Back-pressure reaches Azure's socket in the next turn of the loop, and is taken back at once."""
     await line.ask(stream=True)
     line.wire.data_received(STREAM + event(1))
     await settle()
     seen = []
     for change in (line.connection.pause_writing, line.connection.resume_writing):
         change()
+        await settle()
         seen.append(line.azure.reading)
     assert seen == [False, True]
     line.wire.data_received(event(2))
@@ -302,6 +303,7 @@ async def test_a_stream_for_a_client_that_is_paused_already_waits(line: Line) ->
     assert not any(b"data: " in written for written in line.client.written)
     for number in range(5000):
         line.wire.data_received(event(number))
+    await settle()
     reading = [line.azure.reading]
     line.connection.resume_writing()
     await until(lambda: line.azure.reading)

@@ -148,7 +148,7 @@ async def test_a_large_read_is_handled_in_bounded_steps(event: bytes) -> None:
     count = 250_000 // len(event)
     body = event * count
     wire.data_received(chunk(body))
-    assert [pipe.reading] == [False]
+    assert wire._reading_paused
     seen = 0
     while b"".join(out) != body:
         await asyncio.sleep(0)
@@ -174,8 +174,9 @@ async def test_a_read_of_thousands_of_lines_is_handled_in_steps(event: bytes) ->
     out = fed(answer)
     wire.data_received(chunk(event * (STEP * 3 // 4 // len(event))))
     assert not out
-    assert not pipe.reading
-    await turns_until(lambda: pipe.reading)
+    assert wire._reading_paused
+    await turns_until(lambda: not wire._reading_paused)
+    assert pipe.reading
     assert max(each.count(b"\n") + each.count(b"\r") for each in out) <= _MOST_LINES
     wire.abort()
 
@@ -229,7 +230,7 @@ async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
     for _ in range(50):
         await asyncio.sleep(0)
     assert len(out) == 1
-    assert not pipe.reading
+    assert wire._reading_paused
     answer.release()
     await turns_until(lambda: answer.done)
     assert b"".join(out) == body
@@ -253,7 +254,7 @@ async def test_a_hold_between_two_steps_stops_the_next_one() -> None:
     for _ in range(50):
         await asyncio.sleep(0)
     assert len(out) == seen
-    assert not pipe.reading
+    assert wire._reading_paused
     answer.release()
     await turns_until(lambda: answer.done)
     assert b"".join(out) == body
@@ -464,3 +465,38 @@ async def test_a_head_that_can_never_be_one_is_refused_at_once(head: bytes) -> N
     answer = wire.ask(600, 600)
     wire.data_received(head)
     assert isinstance(answer._error, UpstreamError)
+
+
+async def test_reading_is_never_paused_while_bytes_are_handed_on() -> None:
+    """aiofastnet's TLS keeps what it has read and not handed on, if it is paused meanwhile, until more comes.
+
+    So a pause begins with the next turn; what is still handed on waits in the backlog.
+    """
+    home = Home()
+    wire, pipe = home.connection()
+    answer = wire.ask(10, 10)
+    wire.data_received(SSE)
+    out = fed(answer)
+    wire.data_received(chunk(EVENT * 1000))
+    assert [pipe.reading] == [True]
+    wire.data_received(chunk(EVENT))
+    assert not out
+    await asyncio.sleep(0)
+    assert [pipe.reading] == [False]
+    await turns_until(lambda: len(b"".join(out)) == 1001 * len(EVENT))
+    assert not wire._reading_paused
+    wire.abort()
+
+
+async def test_a_pause_that_is_over_before_it_begins_is_none() -> None:
+    """Hold and release within one turn leave the transport as it is."""
+    home = Home()
+    wire, pipe = home.connection()
+    wire.ask(10, 10)
+    wire.data_received(SSE)
+    wire.hold()
+    wire.release()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert pipe.reading
+    wire.abort()
