@@ -212,7 +212,7 @@ async def test_small_reads_are_handled_at_once() -> None:
 async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
     """Backpressure comes first; afterwards it goes on where it was, before anything newer."""
     home = Home()
-    wire, pipe = home.connection()
+    wire, _ = home.connection()
     answer = wire.ask(10, 10)
     wire.data_received(SSE)
     out: list[bytes] = []
@@ -242,7 +242,7 @@ async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
 async def test_a_hold_between_two_steps_stops_the_next_one() -> None:
     """A client that falls behind while its response waits for its turn is given nothing more."""
     home = Home()
-    wire, pipe = home.connection()
+    wire, _ = home.connection()
     answer = wire.ask(10, 10)
     wire.data_received(SSE)
     out = fed(answer)
@@ -468,7 +468,7 @@ async def test_a_head_that_can_never_be_one_is_refused_at_once(head: bytes) -> N
 
 
 async def test_reading_is_never_paused_while_bytes_are_handed_on() -> None:
-    """aiofastnet's TLS keeps what it has read and not handed on, if it is paused meanwhile, until more comes.
+    """Aiofastnet's TLS keeps what it has read and not handed on, if it is paused meanwhile, until more comes.
 
     So a pause begins with the next turn; what is still handed on waits in the backlog.
     """
