@@ -23,6 +23,9 @@ __all__ = (
 )
 
 MOST_LOOKED_AT = 256 * 1024 * 1024
+# A body of up to this many bytes is counted before it comes. A longer one is counted as it comes: else a few clients
+# could announce so much, and send nothing, that there is no room for anybody.
+_ANNOUNCED = 1024 * 1024
 # What a watcher is given in one turn of the loop, in bytes: more than one read, so that only kept bodies are cut.
 _SHOWN = 512 * 1024
 
@@ -194,6 +197,8 @@ class Body:
                     if limit is not None and length > limit:
                         raise too_much(limit)
                     self.account.hold(length)
+                    if length > _ANNOUNCED:
+                        self.account.let_go(length)  # there is room for it: it is counted as it comes
             self._streamed = True
             if isinstance(self._source, _Replay):
                 self._source.edit(0, 0, b"")
@@ -205,9 +210,9 @@ class Body:
         return self._data
 
     async def _rest(self, source: Incoming, limit: int | None) -> bytes:
-        """Read all that is still to come; of a body of unknown length each piece is counted before it is kept."""
+        """Read all that is still to come; each piece of a large body, or of one of unknown length, is counted first."""
         account = self.account
-        if account is None or source.length is not None:
+        if account is None or (source.length is not None and source.length <= _ANNOUNCED):
             return await source.rest(limit)
         pieces: list[bytes] = []
         size = held = 0

@@ -640,3 +640,20 @@ async def test_an_event_that_does_not_end_is_held(start_gateway: StartGateway) -
         assert b'"code":"overloaded"' in text
         await gateway.idle()
     assert BUDGETS.memory.most_held <= MIB
+
+
+async def test_what_is_only_announced_takes_no_room(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Large bodies count as they come: a caller that announces its whole share, and sends little, holds little."""
+    gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits={"memory": 16 * MIB})
+    clients = [await Client.start(gateway, "K-ann", 4 * MIB - 1000) for _ in range(5)]
+    for client in clients:
+        client.writer.write(b"{" + b" " * 99_999)
+    await until(lambda: BUDGETS.memory.held == 5 * 100_000)
+    assert BUDGETS.memory.most_held <= 4 * MIB + 4 * 100_000
+    whole = await Client.start(gateway, "K-ann", 3 * MIB)
+    whole.writer.write(body_of(3 * MIB))
+    assert (await whole.reader.readline()).startswith(b"HTTP/1.1 200 ")
+    assert BUDGETS.memory.most_held >= 3 * MIB
+    for client in (*clients, whole):
+        client.writer.close()
+    await gateway.idle()
