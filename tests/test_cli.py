@@ -184,7 +184,8 @@ async def test_the_go_proxy_s_flags_and_file_start_the_gateway(flags: str, azure
                 events.append(json.loads(await process.stderr.readline()))
         port = int(events[-1]["address"].rpartition(":")[2])
         assert events[-1]["address"].startswith("0.0.0.0:")
-        (warning,) = (event for event in events if event["level"] == "warning")
+        # (A machine with few descriptors has another warning.)
+        (warning,) = (event for event in events if event["level"] == "warning" and "differences" in event)
         assert "gateway import azure-openai-proxy" in warning["advice"]
         assert "config.yaml:2:" in warning["differences"][0]
         assert "sesame" not in str(events)
