@@ -41,18 +41,13 @@ class Told:
 
 @dataclass
 class Run:
-    """All requests, and when each region was healed, with what was left of its rest."""
+    """All requests, and when each region was healed."""
 
     gateway: Gateway
     regions: dict[str, Region]
     requests: int
     told: list[Told] = field(default_factory=list)
-    healed: list[tuple[Region, float, float]] = field(default_factory=list)
-
-    def rest_of(self, region: Region) -> float:
-        """Return until when a region rests."""
-        rows = self.gateway.server.shared.health.all()
-        return next(each.rests_until for each in rows if each.deployment.resource.name == region.name)
+    healed: list[tuple[Region, float]] = field(default_factory=list)
 
     async def one(self, session: aiohttp.ClientSession, number: int) -> None:
         """Send a request, which says its number."""
@@ -97,16 +92,17 @@ class Run:
         await asyncio.sleep(dead)
         await region.azure.start()
         self.heal(region)
+        # How soon is a matter of time: test_health and test_herd have that, by a clock of their own.
         await until(lambda: all(self.is_back(*each) for each in self.healed))
         over.set()
 
-    def is_back(self, region: Region, healed: float, _: float) -> bool:
+    def is_back(self, region: Region, healed: float) -> bool:
         """Whether a region has been asked again since it was healed."""
         return any(at >= healed and fault is None for at, fault, _ in reversed(region.saw))
 
     def heal(self, region: Region) -> None:
         region.fault = None
-        self.healed.append((region, time.monotonic(), self.rest_of(region)))
+        self.healed.append((region, time.monotonic()))
 
 
 @pytest.mark.slow
@@ -153,12 +149,6 @@ async def test_requests_are_answered_while_one_region_after_another_fails(
     more = sum(len(event.get("attempts", [None])) - 1 for event in run.gateway.exchanges())
     assert more <= RETRIES * len(run.told) + RESERVE
     assert more >= len(FAULTS)
-    for region, healed, rested_until in run.healed:
-        # Back in use soon after it has rested, in requests: some that were on their way may have made it rest again.
-        rested = max(healed, rested_until)
-        back = next(at for at, fault, _ in region.saw if at >= healed and fault is None)
-        others = [at for other in regions.values() if other is not region for at, _, _ in other.saw]
-        assert len([at for at in others if rested < at < back]) <= 50 * CLIENTS, region.name
     assert [each.in_flight for each in run.gateway.server.shared.health.all()] == [0] * 5
 
 
