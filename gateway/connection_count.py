@@ -9,24 +9,13 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 
-__all__ = ("ConnectionCount", "Places", "make_array")
+from gateway.shared_memory import make_shared_memory
+
+__all__ = ("ConnectionCount", "Places")
 
 _MOST = 512  # workers, those included that drain after a rolling restart
 _SIZE = 8 * _MOST
-
-
-def make_array() -> int:
-    """Return the descriptor of a new array, which every worker is to inherit."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("gateway-connections")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.set_inheritable(descriptor, False)
-    os.ftruncate(descriptor, _SIZE)
-    return descriptor
 
 
 class ConnectionCount:
@@ -50,7 +39,7 @@ class Places:
     """The supervisor's side: which places are taken. `descriptor` is the array's."""
 
     def __init__(self) -> None:
-        self.descriptor = make_array()
+        self.descriptor = make_shared_memory("gateway-connections", _SIZE)
         self._numbers = memoryview(mmap.mmap(self.descriptor, _SIZE)).cast("q")
         self._free = list(range(_MOST - 1, -1, -1))
 

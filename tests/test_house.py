@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
     "memory": "a part of test_counters",
     "rules": "a part of test_counters",
     "shared": "a part of test_counters",
+    "shared_memory": "a part of test_counters and test_connection_count",
     "turns": "a part of test_counters",
     "errors": "raised and seen everywhere; shapes in test_stage and test_server",
     "fields": "a part of test_config",

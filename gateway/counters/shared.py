@@ -12,7 +12,6 @@ import math
 import mmap
 import os
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fcntl import LOCK_EX, LOCK_NB, LOCK_UN, lockf
@@ -23,6 +22,7 @@ from gateway.counters import CountersUnavailable
 from gateway.counters.rules import NONE, Charge, Record, Rule, Verdict
 from gateway.errors import StartError
 from gateway.logs import get_logger
+from gateway.shared_memory import make_shared_memory
 
 __all__ = ("SharedCounters", "make_table")
 
@@ -46,14 +46,7 @@ _KNOWN = 50_000
 
 def make_table() -> int:
     """Return the descriptor of a new table, which every worker is to inherit. Its pages are only taken when used."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("gateway-counters")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.set_inheritable(descriptor, False)
-    os.ftruncate(descriptor, _SIZE)
-    return descriptor
+    return make_shared_memory("gateway-counters", _SIZE)
 
 
 class SharedCounters:
