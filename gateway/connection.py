@@ -563,12 +563,7 @@ class Connection(BaseProtocol):
 
 
 def _overloaded() -> ApiError:
-    return ApiError(
-        503,
-        "the gateway's connection limit is reached; try again in a moment",
-        code="overloaded",
-        headers={"retry-after": "1"},
-    )
+    return ApiError(503, "the gateway's connection limit is reached; try again in a moment", code="overloaded")
 
 
 def _peer_closed(sock: socket.socket | None) -> bool:

@@ -81,9 +81,4 @@ def overloaded() -> ApiError:
             limit=limit(),
             advice="raise the limit (ulimit -n, LimitNOFILE=), or lower limits.connections",
         )
-    return ApiError(
-        503,
-        "the gateway has no file descriptor left; try again in a moment",
-        code="overloaded",
-        headers={"retry-after": "1"},
-    )
+    return ApiError(503, "the gateway has no file descriptor left; try again in a moment", code="overloaded")

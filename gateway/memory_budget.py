@@ -120,4 +120,4 @@ class Hold:
 
 
 def _full(why: str) -> BudgetSpent:
-    return BudgetSpent(503, f"{why}; try again in a moment", code="overloaded", headers={"retry-after": "1"})
+    return BudgetSpent(503, f"{why}; try again in a moment", code="overloaded")

@@ -144,9 +144,8 @@ class Answer:
         extra = b""
         done = False
         if self._chunks is not None:
-            data = self._chunks.feed(data)
-            while self._chunks.unread:
-                data += self._chunks.feed(self._chunks.unread)
+            # (Steps bound the lines already; there are fewer of them than bytes, so none is left unread.)
+            data = self._chunks.feed(data, len(data))
             done, extra = self._chunks.done, self._chunks.extra
         elif self._left >= 0:
             left = self._left
