@@ -2,7 +2,7 @@
 
 The event loop handles all that arrived on one connection before it looks at the next. A connection that brings
 thousands of chunks, frames or events at once would keep it from everybody else. Such a connection stops reading,
-keeps the unparsed bytes, and does its work in steps: the scheduler runs a few steps in each turn of the loop, one
+keeps the unparsed bytes, and does its work in steps: the scheduler runs one step in each turn of the loop, one
 connection after another.
 
 Small reads, which are nearly all, are handled at once and never come here.
@@ -24,7 +24,7 @@ STEP = 16 * 1024
 MOST_UNITS = 64
 """The most chunks, frames or events that one step handles."""
 # Steps in one turn of the loop, of all connections together.
-_STEPS = 2
+_STEPS = 1
 # Bytes of larger reads that may be handled at once in one turn, of all connections together.
 _ALLOWANCE = 64 * 1024
 
@@ -92,9 +92,7 @@ class FairScheduler:
         self._scheduled = False
         self._left = _ALLOWANCE
         try:
-            for _ in range(_STEPS):
-                if not self._waiting:
-                    break
+            if self._waiting:
                 work, _ = self._waiting.popitem(last=False)
                 if work.step():
                     self._waiting[work] = None
