@@ -11,10 +11,12 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -46,9 +48,7 @@ class Registry:
             if str(folder) not in sys.path:
                 sys.path.append(str(folder))
         self._found: dict[str, type[Stage]] = {}
-        self._entry_points: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=ENTRY_POINTS):
-            self._entry_points.setdefault(point.name, []).append(point)
+        self._entry_points = _entry_points(tuple((folder, _changed(folder)) for folder in sys.path))
 
     def names(self) -> list[str]:
         """Return every bare name that has a stage, sorted."""
@@ -96,6 +96,25 @@ class Registry:
         close = difflib.get_close_matches(name, self.names(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(self.names())}"
         raise UnknownStage(f"there is no stage {name!r}{hint}")
+
+
+@lru_cache(maxsize=1)
+def _entry_points(_path: tuple[tuple[str, int], ...]) -> dict[str, list[EntryPoint]]:
+    """Return the entry points of installed packages by name; the argument is `sys.path` with each folder's mtime.
+
+    Finding them reads a file for each installed package. An installation changes its folder's mtime.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or os.curdir).st_mtime_ns
+    except OSError:
+        return 0  # not there, or a zip file that is gone
 
 
 def _import(name: str, load: Callable[[], Any]) -> Any:

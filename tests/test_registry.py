@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,19 @@ pipeline: [greeting, one_file: bye, stranger_package:Greeting as again, auth_pas
     (tmp_path / "mine" / "greeting.py").write_text(one_file)
     with pytest.raises(UnknownStage, match=r"greeting\.py and the entry point stranger_package:Greeting"):
         Registry([tmp_path / "mine"]).find("greeting")
+
+
+def test_a_package_that_is_installed_meanwhile_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points are read again when a folder of `sys.path` has changed, and no name stays that is gone."""
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "late" not in Registry().names()
+    metadata = tmp_path / "late_package-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: late-package\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[gateway.stages]\nlate = late_package:Late\n")
+    assert "late" in Registry().names()
+    shutil.rmtree(metadata)
+    assert "late" not in Registry().names()
 
 
 def test_built_in_stages_load_beside_another_plugins_folder(tmp_path: Path) -> None:
