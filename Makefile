@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PROCESSES ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+PROCESSES ?= $(shell expr $$(nproc 2>/dev/null || echo 2) \* 2)
 # More processes than cores: many tests wait. Compiled files are kept, as each process would compile everything again.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal
 # The system's own interpreter, where `make bench` can use it: it is often built with more optimisation.

@@ -54,7 +54,7 @@ LARGE = [
 
 
 # So short that the gateway itself ends each connection on which nothing more comes.
-SOON = {"head": 0.5, "client": 0.5, "keep_alive": 0.5}
+SOON = {"head": 0.5, "client": 0.5, "keep_alive": 0.1}
 
 
 def status_of(received: bytes) -> int:
