@@ -6,20 +6,22 @@ what tests of a stage need.
 
 from msgspec import Meta
 
-from gateway.attempts import AttemptLimits, Balancer, RetryBudget
-from gateway.counters import Charge, CountersUnavailable, Rule, Verdict
+from gateway.auth.credentials import Credential
+from gateway.azure.resources import Target
+from gateway.azure.stream_errors import StreamError
+from gateway.balancing.retries import AttemptLimits, Balancer, RetryBudget
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
-from gateway.headers import Headers
-from gateway.keys import Credential
-from gateway.messages import Request, Response
-from gateway.prices import Price
+from gateway.limits.counters import CountersUnavailable
+from gateway.limits.token_bucket import Charge, Rule, Verdict
+from gateway.protocol.headers import Headers
+from gateway.protocol.sse import Event, EventFilter, Filter
+from gateway.request import Request
+from gateway.response import Response
 from gateway.services import Services
 from gateway.stage import Next, Stage
-from gateway.stream import Event, EventFilter, Filter
-from gateway.stream_error import StreamError
-from gateway.targets import Target
-from gateway.usage import Usage
+from gateway.usage.accounting import Usage
+from gateway.usage.prices import Price
 from gateway.version import __version__ as __version__
 
 __all__ = (

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
-from gateway.logs import get_logger
-from gateway.memory_budget import BUDGETS, Hold, MemoryBudget
-from gateway.usage import Meter, Usage
+from gateway.limits.memory_budget import BUDGETS, Hold, MemoryBudget
+from gateway.logs import failure, get_logger
+from gateway.usage.accounting import Meter, Usage
 
 if TYPE_CHECKING:
-    from gateway.memory_budget import Hold
-    from gateway.targets import Target
+    from gateway.azure.resources import Target
+    from gateway.limits.memory_budget import Hold
 
 __all__ = ("EndedBy", "Exchange", "Outcome")
 
@@ -263,14 +263,3 @@ class Exchange:
                 name = getattr(callback, "__qualname__", type(callback).__name__)
                 with contextlib.suppress(Exception):
                     get_logger().error("a deferred callback failed", callback=name, **failure(exc))
-
-
-def failure(exc: BaseException) -> dict[str, object]:
-    """Describe an exception for the log, without values of variables that could hold a key."""
-    frames: list[str] = []
-    traceback = exc.__traceback__
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        frames.append(f"{code.co_filename}:{traceback.tb_lineno} {code.co_name}")
-        traceback = traceback.tb_next
-    return {"error": type(exc).__name__, "message": str(exc), "frames": frames[-8:]}

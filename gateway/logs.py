@@ -19,7 +19,7 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
-__all__ = ("configure", "get_logger", "masked")
+__all__ = ("configure", "failure", "get_logger", "masked")
 
 
 def get_logger() -> FilteringBoundLogger:
@@ -197,3 +197,14 @@ def masked(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]:
         return value
 
     return {key: mask(value) for key, value in facts.items()}
+
+
+def failure(exc: BaseException) -> dict[str, object]:
+    """Describe an exception for the log, without values of variables that could hold a key."""
+    frames: list[str] = []
+    traceback = exc.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        frames.append(f"{code.co_filename}:{traceback.tb_lineno} {code.co_name}")
+        traceback = traceback.tb_next
+    return {"error": type(exc).__name__, "message": str(exc), "frames": frames[-8:]}

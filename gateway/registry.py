@@ -22,14 +22,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import gateway
 from gateway.fields import check_settings
 from gateway.stage import Stage
 
 __all__ = ("ENTRY_POINTS", "Registry", "UnknownStage")
 
 ENTRY_POINTS = "gateway.stages"
-BUILT_IN = Path(gateway.__file__).resolve().parent.parent / "plugins"
+BUILT_IN = Path(__file__).resolve().parents[1] / "plugins"
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 

@@ -19,31 +19,32 @@ from typing import Any, cast
 from aiohttp.web_protocol import RequestHandler
 from aiohttp.web_server import Server as AiohttpServer
 
-from gateway.admin import Admin
-from gateway.answer import ClientGone, closing_answer, write_answer
-from gateway.azure import find_operation
-from gateway.connection import PROBES, Arrived, Connection, Handler
-from gateway.connection_count import ConnectionCount
-from gateway.descriptors import clients_allowed
-from gateway.descriptors import limit as descriptors_allowed
+from gateway.admin.listener import Admin
+from gateway.auth.client_address import client_address
+from gateway.auth.client_address import request_id as request_id_of
+from gateway.auth.oidc import Judgement
+from gateway.azure.operations import find_operation
+from gateway.azure.urls import Place, place_of
+from gateway.balancing.active_probes import Prober
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
-from gateway.headers import Headers
-from gateway.heads import client_address
-from gateway.heads import request_id as request_id_of
-from gateway.identity import Judgement
-from gateway.listener import Listener
+from gateway.limits.memory_budget import BUDGETS
 from gateway.logs import get_logger
-from gateway.memory_budget import BUDGETS
-from gateway.messages import Request, Response
-from gateway.outbox import Outbox
-from gateway.probing import Prober
-from gateway.reload import unharmed
+from gateway.protocol.headers import Headers
+from gateway.request import Request
+from gateway.response import Response
+from gateway.response_writer import ClientGone, write_answer
 from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
+from gateway.transport.client_connection import PROBES, Arrived, Connection, Handler
+from gateway.transport.connection_count import ConnectionCount
+from gateway.transport.file_descriptors import clients_allowed
+from gateway.transport.file_descriptors import limit as descriptors_allowed
+from gateway.transport.listener import Listener
+from gateway.transport.response_head import closing_answer
+from gateway.transport.write_buffer import Outbox
 from gateway.upstream import Upstream
-from gateway.urls import Place, place_of
-from gateway.usage import Meter
+from gateway.usage.accounting import Meter
 from gateway.watchdog import Watchdog
 
 __all__ = ("Generation", "Server", "serve")
@@ -532,7 +533,7 @@ async def serve(
         log.info("listening", address=str(server.address), teams=len(server.teams.all), **admin)
         _warn_of_descriptors(server.settings.limits.connections)
         if beside is not None:
-            helper = asyncio.create_task(unharmed(beside()))
+            helper = asyncio.create_task(beside())
             await asyncio.sleep(0)  # it has begun when others hear of it: they may ask for a reload at once
         if ready is not None:
             ready()

@@ -11,20 +11,22 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 
 import aiohttp
 
-from gateway.azure import BY_NAME
-from gateway.counters import Counters, MemoryCounters, Turns
-from gateway.health import Health
+from gateway.azure.operations import BY_NAME
+from gateway.balancing.circuit_breaker import Health
+from gateway.dns_resolver import Resolver
+from gateway.limits.counters import Counters
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.wait_queue import Turns
 from gateway.logs import get_logger
-from gateway.prices import Prices
-from gateway.resolver import Resolver
-from gateway.tokens import load_encodings
+from gateway.usage.prices import Prices
+from gateway.usage.tokenizer import load_encodings
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-    from gateway.identity import Claims
-    from gateway.keys import ListedKey
-    from gateway.targets import Pool, Resource
+    from gateway.auth.credentials import ListedKey
+    from gateway.auth.oidc import Claims
+    from gateway.azure.resources import Pool, Resource
 
 __all__ = ("Services", "Shared")
 

@@ -8,9 +8,6 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from gateway.body import MOST_LOOKED_AT
-from gateway.memory_budget import DEFAULT_MEMORY
-
 __all__ = ("HealthSettings", "Limits", "Listen", "Network", "Settings", "Timeouts")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -70,7 +67,7 @@ class Limits:
     ] = 100 * 1024 * 1024
     form: Annotated[
         int, Meta(gt=0, description="the most bytes of a form that are kept on disk until its `model` has come")
-    ] = MOST_LOOKED_AT
+    ] = 256 * 1024 * 1024
     body_rate: Annotated[
         int,
         Meta(
@@ -85,7 +82,7 @@ class Limits:
             ge=1024 * 1024,
             description="the most bytes that all requests together may hold in memory; one caller's share is a quarter",
         ),
-    ] = DEFAULT_MEMORY
+    ] = 1024 * 1024 * 1024
 
 
 @dataclass(frozen=True)

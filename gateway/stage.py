@@ -12,14 +12,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
-from gateway.descriptors import none_left, overloaded
+from gateway.azure.key_redaction import secrets
+from gateway.azure.resources import Target
 from gateway.errors import ApiError, UpstreamTimeout
-from gateway.exchange import failure
-from gateway.keys import secrets
-from gateway.logs import get_logger, masked
-from gateway.messages import Request, Response
+from gateway.logs import failure, get_logger, masked
+from gateway.request import Request
+from gateway.response import Response
 from gateway.services import Services
-from gateway.targets import Target
+from gateway.transport.file_descriptors import none_left, overloaded
 
 __all__ = ("BeforeBody", "Next", "Stage", "compile_pipeline")
 

@@ -7,15 +7,15 @@ from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gateway.auth.credentials import ListedKey, presented_key
+from gateway.auth.oidc import Claims, Issuers, Judgement, unavailable
+from gateway.azure.resources import Pool, Resource, Target
 from gateway.errors import ApiError, StartError
 from gateway.fields import is_secret, settings_of
-from gateway.headers import Headers
-from gateway.identity import Claims, Issuers, Judgement, unavailable
-from gateway.keys import ListedKey, presented_key
 from gateway.logs import get_logger, masked
+from gateway.protocol.headers import Headers
 from gateway.services import Services, Shared
 from gateway.stage import BeforeBody, Next, Stage, compile_pipeline
-from gateway.targets import Pool, Resource, Target
 
 __all__ = ("Background", "Match", "Team", "Teams")
 

@@ -16,26 +16,27 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from functools import lru_cache
 
-from gateway.azure import BY_NAME, unknown_operation
-from gateway.body import Body
-from gateway.connector import Connector, Destination
-from gateway.entra import TokenUnavailable
+from gateway.auth.credentials import Credential
+from gateway.auth.entra_tokens import TokenUnavailable
+from gateway.azure.idempotency import seems_repeatable
+from gateway.azure.key_redaction import MASK, mask_headers, masked_pieces
+from gateway.azure.model_field import FrameModels, placed, placed_query
+from gateway.azure.operations import BY_NAME, unknown_operation
+from gateway.azure.resources import Resource, Target
+from gateway.azure.urls import upstream_path
+from gateway.body.request_body import Body
 from gateway.errors import ApiError, GatewayError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Exchange
-from gateway.headers import Headers
-from gateway.hops import DOWN
-from gateway.include_usage import STREAMED, HiddenUsage, with_usage_asked
-from gateway.keys import Credential
-from gateway.masking import MASK, mask_headers, masked_pieces
-from gateway.messages import Request, Response
-from gateway.models import FrameModels, placed, placed_query
-from gateway.repeatable import seems_repeatable
+from gateway.protocol.header_policy import DOWN
+from gateway.protocol.headers import Headers
+from gateway.request import Request
+from gateway.response import Response
 from gateway.settings import Timeouts
-from gateway.targets import Resource, Target
-from gateway.urls import upstream_path
-from gateway.usage import METERED, PROMPTED, Watch
-from gateway.websocket import WebSocket, check_asked, new_key, offered_protocols, opening, taken
-from gateway.wire import Answer, Wire
+from gateway.transport.connection_pool import Connector, Destination
+from gateway.transport.upstream_connection import Answer, Wire
+from gateway.transport.websocket_handshake import WebSocket, check_asked, new_key, offered_protocols, opening, taken
+from gateway.usage.accounting import METERED, PROMPTED, Watch
+from gateway.usage.stream_usage import STREAMED, HiddenUsage, with_usage_asked
 
 __all__ = ("Upstream",)
 

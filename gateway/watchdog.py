@@ -22,9 +22,9 @@ from types import CodeType, CoroutineType, FrameType
 from typing import Any
 
 from gateway import stage
-from gateway.connection import Connection
 from gateway.logs import get_logger
-from gateway.messages import Request
+from gateway.request import Request
+from gateway.transport.client_connection import Connection
 
 __all__ = ("LIMIT", "Watchdog")
 

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from gateway import EventFilter, Filter
-from gateway.stream import link
+from gateway.protocol.sse import link
 
 FOUND = [{"prompt_index": 0, "content_filter_results": {"hate": {"filtered": False, "severity": "safe"}}}]
 EMPTY = {"id": "", "object": "", "created": 0, "model": ""}

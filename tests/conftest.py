@@ -21,7 +21,7 @@ import structlog
 
 from gateway import logs
 from gateway.config import load
-from gateway.loop import loop_factory
+from gateway.process.event_loop import loop_factory
 from gateway.server import Server
 from gateway.settings import Listen
 from gateway.testing import FakeAzure

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from gateway.counters import Charge, Rule
+from gateway.limits.token_bucket import Charge, Rule
 
 
 @dataclass

@@ -12,12 +12,12 @@ from functools import partial
 import pytest
 
 from gateway import CountersUnavailable, Next, Request, Response, Stage, Verdict
-from gateway.body import Body
+from gateway.auth.credentials import key_digest
+from gateway.body.request_body import Body
 from gateway.exchange import Exchange
-from gateway.keys import key_digest
-from gateway.memory_budget import BUDGETS, UNCOUNTED
-from gateway.relay import Relay
+from gateway.limits.memory_budget import BUDGETS, UNCOUNTED
 from gateway.testing import FakeAzure, send
+from gateway.transport.websocket_relay import Relay
 from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, hard_close, raw_upstream, until
 
 MIB = 1024 * 1024

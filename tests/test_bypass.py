@@ -12,8 +12,8 @@ import json
 import pytest
 
 from gateway.testing import FakeAzure
+from tests.azure.test_model_field import BOUNDARY, HEADERS
 from tests.conftest import KEY, StartGateway, raw_request
-from tests.test_models import BOUNDARY, HEADERS
 
 YAML = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 import yaml
 
-from gateway.azure import OPERATIONS, Operation, find_operation
+from gateway.azure.operations import OPERATIONS, Operation, find_operation
 from gateway.testing import FakeAzure
 from gateway.testing.demo import MODELS
 from tests.collection import POSTMAN, SOURCE, Call, fill, postman, read

@@ -11,10 +11,10 @@ from typing import Any, cast
 import pytest
 
 from gateway.config import load
-from gateway.connection import Connection
 from gateway.server import Server
 from gateway.settings import Listen
-from gateway.wire import Wire
+from gateway.transport.client_connection import Connection
+from gateway.transport.upstream_connection import Wire
 from tests.conftest import chat_request, until, write_files
 
 YAML = """
@@ -188,7 +188,7 @@ async def test_an_event_that_no_filter_changes_is_not_touched(line: Line, monkey
         raise AssertionError("an event was decoded")
 
     await line.ask(stream=True)
-    monkeypatch.setattr("gateway.stream.Event.__init__", never)
+    monkeypatch.setattr("gateway.protocol.sse.Event.__init__", never)
     line.wire.data_received(STREAM + event(1))
     await settle()
     line.wire.data_received(event(2))
@@ -238,8 +238,8 @@ async def test_an_exchange_leaves_nothing_for_the_garbage_collector(line: Line) 
 async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) -> None:
     """What Azure does not take yet is what the gateway holds of it: two buffers, whatever the upload's size."""
     loop = asyncio.get_running_loop()
-    from gateway.arriving import ArrivingBody
-    from gateway.body import Body
+    from gateway.body.incoming_body import ArrivingBody
+    from gateway.body.request_body import Body
 
     held: list[bool] = []
 
@@ -276,7 +276,7 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
 
 async def test_an_empty_piece_of_a_body_is_not_its_last_chunk(line: Line) -> None:
     """A stage's own source may yield one; as a chunk it would end the body (RFC 9112, 7.1)."""
-    from gateway.body import Body
+    from gateway.body.request_body import Body
 
     class Source:
         length: int | None = None

@@ -44,7 +44,7 @@ def test_image_listens_on_every_interface_as_theirs_did() -> None:
 
 def test_image_takes_what_was_given_to_theirs() -> None:
     """Flags without a command, which replace ours, and a config.yaml in /app, named from there or not at all."""
-    from gateway.cli import GO_PROXY_FILE
+    from gateway.cli.arguments import GO_PROXY_FILE
 
     text = (ROOT / "deploy" / "Dockerfile").read_text()
     assert 'ENTRYPOINT ["gateway"]' in text

@@ -13,17 +13,17 @@ from typing import get_args
 import pytest
 
 from gateway import Response
-from gateway.azure import OPERATIONS
-from gateway.cli import _parser
+from gateway.azure.operations import OPERATIONS
+from gateway.azure.resources import Deployment, Resource, ResourceTimeouts
+from gateway.balancing.circuit_breaker import DeploymentHealth, Health
+from gateway.cli.command_line import command_line
 from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.files import CredentialFile, IdentityFile, PooledFile, ResourceFile, StoreFile, TlsFile
 from gateway.config.show import show
 from gateway.errors import Fault
 from gateway.fields import settings_of
-from gateway.health import DeploymentHealth, Health
 from gateway.registry import Registry
 from gateway.settings import HealthSettings, Limits, Timeouts
-from gateway.targets import Deployment, Resource, ResourceTimeouts
 from gateway.testing import FakeAzure, post, running, talk
 from tests.conftest import CHAT, StartGateway, write_files
 
@@ -149,7 +149,7 @@ def test_the_go_proxy_s_document_names_the_flags_and_the_import() -> None:
     for words in ("`-c FILE`", "`--configFile FILE`", "`-l ADDRESS`", "`-s`, `--cors`", "/app/config.yaml"):
         assert words in text
     (line,) = (line for block in blocks(text, "console") for line in block.splitlines() if "gateway import" in line)
-    options = _parser().parse_args(line.removeprefix("$ gateway ").partition(" >")[0].split())
+    options = command_line().parse_args(line.removeprefix("$ gateway ").partition(" >")[0].split())
     assert (options.path, options.env_file) == (Path("config.yaml"), Path("keys.env"))
 
 

@@ -21,7 +21,7 @@ import trustme
 import uvloop
 
 from gateway.config import load
-from gateway.loop import loop_factory
+from gateway.process.event_loop import loop_factory
 from gateway.server import Server
 from tests.conftest import RawUpstream, write_files
 

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from gateway import ApiError, Headers, Request, Response, UpstreamError
-from gateway.azure import BY_NAME
-from gateway.body import Body
+from gateway.auth.credentials import key_digest
+from gateway.azure.operations import BY_NAME
+from gateway.azure.resources import Target
+from gateway.body.request_body import Body
 from gateway.exchange import Exchange
-from gateway.keys import key_digest
-from gateway.targets import Target
 from plugins.sse_newline import CompleteEvents
 
 

@@ -14,21 +14,22 @@ import pytest
 import trustme
 
 from gateway import server as server_module
-from gateway.connector import Destination
-from gateway.counters import MemoryCounters, Turns
-from gateway.counters.redis import RedisCounters
-from gateway.entra import EntraTokens
-from gateway.health import DeploymentHealth
-from gateway.jwks import IssuerKeys
+from gateway.auth.entra_tokens import EntraTokens
+from gateway.auth.jwks import IssuerKeys
+from gateway.azure.resources import Pool, Resource, Tls
+from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.redis_counters import RedisCounters
+from gateway.limits.wait_queue import Turns
 from gateway.server import Generation
 from gateway.services import Services, Shared
 from gateway.stage import Stage
-from gateway.targets import Pool, Resource, Tls
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure
-from gateway.wire import Wire
+from gateway.transport.connection_pool import Destination
+from gateway.transport.upstream_connection import Wire
 from tests.conftest import CHAT, StartGateway, until
-from tests.test_reload import FILES, Running, Start, start
+from tests.process.test_reload import FILES, Running, Start, start
 
 __all__ = ("start",)  # the fixture
 

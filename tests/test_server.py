@@ -12,11 +12,11 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway import connection
-from gateway.answer import closing_answer
 from gateway.errors import ApiError
 from gateway.settings import Listen
 from gateway.testing import FakeAzure
+from gateway.transport import client_connection as connection
+from gateway.transport.response_head import closing_answer
 from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, raw_upstream, until
 
 pytestmark = pytest.mark.both_loops

@@ -13,8 +13,8 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from gateway import ApiError, Filter, Next, Outcome, Request, Response, Services, Stage
+from gateway.azure.resources import Target
 from gateway.errors import StartError
-from gateway.targets import Target
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure, Seen, post, running, send
 from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, chat_request, raw_request, until

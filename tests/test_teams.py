@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.keys import key_digest
+from gateway.auth.credentials import key_digest
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, StartGateway
 

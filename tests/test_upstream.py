@@ -16,10 +16,10 @@ import aiohttp
 import pytest
 import trustme
 
-from gateway.connector import Connector, Destination
-from gateway.targets import Resource
+from gateway.azure.resources import Resource
 from gateway.testing import FakeAzure
-from gateway.wire import Wire
+from gateway.transport.connection_pool import Connector, Destination
+from gateway.transport.upstream_connection import Wire
 from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, hard_close, raw_request, raw_upstream, until
 
 pytestmark = pytest.mark.both_loops
@@ -316,7 +316,7 @@ async def test_what_must_not_be_sent_twice_goes_out_on_no_old_connection(
         for fresh, body, connections in (
             (60.0, CHAT, 1), (60.0, {**CHAT, "store": True}, 1), (0.0, CHAT, 1), (0.0, {**CHAT, "store": True}, 2),
         ):  # fmt: skip
-            monkeypatch.setattr("gateway.connector._FRESH", fresh)
+            monkeypatch.setattr("gateway.transport.connection_pool._FRESH", fresh)
             async with gateway.post(json=body) as answer:
                 assert answer.status == 200
             assert upstream.connections == connections

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gateway import logs, watchdog
-from gateway.loop import loop_factory
+from gateway.process.event_loop import loop_factory
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, KEY, Gateway, StartGateway, until
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from gateway.auth.entra_tokens import EntraIdentity
+from gateway.auth.jwks import url_problem
 from gateway.config.files import CredentialFile
 from gateway.config.nodes import Node, Reader, value_of
-from gateway.entra import EntraIdentity
-from gateway.jwks import url_problem
 
 __all__ = ("read_identity",)
 

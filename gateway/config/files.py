@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from gateway.azure.resources import ResourceTimeouts
 from gateway.config.convert import RawNode
-from gateway.prices import Price
 from gateway.settings import HealthSettings, Limits, Timeouts
-from gateway.targets import ResourceTimeouts
+from gateway.usage.prices import Price
 
 __all__ = (
     "CredentialFile",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
+from gateway.auth.jwks import url_problem
+from gateway.auth.oidc import Claims, Issuer
 from gateway.config.files import IdentityFile
 from gateway.config.nodes import MappingNode, Node, Reader, SequenceNode, value_of
-from gateway.identity import Claims, Issuer
-from gateway.jwks import url_problem
 
 __all__ = ("has_issuers", "read_claims", "read_issuers")
 

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gateway.bulletin import Bulletin
+from gateway.auth.credentials import ListedKey
+from gateway.auth.oidc import Issuer, Issuers
+from gateway.azure.resources import Pool, Resource, Target
+from gateway.balancing.shared_health import Bulletin
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, ListenFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
@@ -31,17 +34,14 @@ from gateway.config.pools import read_pools
 from gateway.config.resources import UNKNOWN, read_resources
 from gateway.config.sources import Sources
 from gateway.config.store import counters_at, read_store
-from gateway.counters import Turns
-from gateway.counters.place import RedisPlace
 from gateway.errors import ConfigError, Mistake
-from gateway.identity import Issuer, Issuers
-from gateway.keys import ListedKey
-from gateway.prices import Price, Prices
+from gateway.limits.redis_url import RedisPlace
+from gateway.limits.wait_queue import Turns
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Listen, Network, Settings, Timeouts
-from gateway.targets import Pool, Resource, Target
 from gateway.teams import Background, Match, Team, Teams
+from gateway.usage.prices import Price, Prices
 
 __all__ = (
     "Loaded",

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gateway.azure.resources import Target
 from gateway.config.convert import FAILED, did_you_mean, fill_from
 from gateway.config.nodes import MappingNode, Node, Reader, ScalarNode, SequenceNode
 from gateway.fields import settings_of
 from gateway.registry import Registry, UnknownStage
 from gateway.services import Services
 from gateway.stage import Stage
-from gateway.targets import Target
 
 __all__ = ("Entry", "build", "changed", "check_order", "read_pipeline", "targets_of", "with_cors")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gateway.azure.resources import Deployment, Pool, Resource
+from gateway.azure.urls import DEPLOYMENT
 from gateway.config.convert import FAILED, did_you_mean, fill
 from gateway.config.files import PooledFile
 from gateway.config.nodes import NAME, MappingNode, Reader, SequenceNode, value_of
 from gateway.config.resources import UNKNOWN
-from gateway.targets import Deployment, Pool, Resource
-from gateway.urls import DEPLOYMENT
 
 __all__ = ("read_pools",)
 

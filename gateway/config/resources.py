@@ -9,15 +9,15 @@ from typing import Any
 
 from yarl import URL
 
+from gateway.auth.credentials import Credential, is_key
+from gateway.auth.entra_tokens import EntraIdentity, EntraTokens
+from gateway.azure.resources import Resource, Tls
 from gateway.config.convert import FAILED, fill
 from gateway.config.credentials import read_identity
 from gateway.config.files import ResourceFile, TlsFile
 from gateway.config.nodes import NAME, MappingNode, Node, Reader, value_of
-from gateway.entra import EntraIdentity, EntraTokens
-from gateway.keys import Credential, is_key
-from gateway.proxy import Proxy
+from gateway.protocol.proxy_url import Proxy
 from gateway.services import Shared
-from gateway.targets import Resource, Tls
 
 __all__ = ("UNKNOWN", "read_resources")
 

@@ -10,12 +10,12 @@ import types
 from collections.abc import Sequence
 from typing import Any, Union, get_args, get_origin
 
+from gateway.azure.resources import Deployment
 from gateway.config.load import Loaded
 from gateway.config.schema import type_name
 from gateway.fields import is_secret, settings_of, unwrap
 from gateway.registry import Registry, UnknownStage
 from gateway.stage import Stage
-from gateway.targets import Deployment
 from gateway.teams import Team
 
 __all__ = ("kind_of", "show", "show_stage", "show_stages", "shown")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gateway.descriptors import none_left
+from gateway.transport.file_descriptors import none_left
 
 __all__ = ("Sources",)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from gateway.config.files import StoreFile
 from gateway.config.nodes import Node, Reader, value_of
-from gateway.counters import Turns
-from gateway.counters.place import RedisPlace
-from gateway.counters.redis import RedisCounters
+from gateway.limits.redis_counters import RedisCounters
+from gateway.limits.redis_url import RedisPlace
+from gateway.limits.wait_queue import Turns
 from gateway.services import Shared
 
 __all__ = ("counters_at", "read_store")

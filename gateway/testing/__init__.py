@@ -8,7 +8,7 @@
 * `serving` runs a gateway with a configuration of yours, such as in front of it.
 """
 
-from gateway.targets import Resource
+from gateway.azure.resources import Resource
 from gateway.testing.azure import FakeAzure, Seen
 from gateway.testing.serving import serving
 from gateway.testing.stages import Running, Sent, Talked, every_split, post, running, send, talk

@@ -14,8 +14,8 @@ from urllib.parse import parse_qsl
 import msgspec
 from aiohttp import web
 
-from gateway.headers import Headers
-from gateway.targets import Resource
+from gateway.azure.resources import Resource
+from gateway.protocol.headers import Headers
 from gateway.testing import surface
 
 __all__ = (

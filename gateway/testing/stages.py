@@ -11,25 +11,26 @@ from typing import Any
 
 import msgspec
 
-from gateway.answer import note_end
-from gateway.azure import find_operation
-from gateway.body import Body
-from gateway.counters import MemoryCounters
+from gateway.auth.credentials import ListedKey
+from gateway.auth.oidc import Claims, Identity, Judgement
+from gateway.azure.operations import find_operation
+from gateway.azure.resources import Pool, Resource, Target
+from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
-from gateway.headers import Headers
-from gateway.identity import Claims, Identity, Judgement
-from gateway.keys import ListedKey
-from gateway.messages import Request, Response
-from gateway.prices import Price, Prices
-from gateway.relay import MessageEvent, error_event
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.protocol.headers import Headers
+from gateway.protocol.sse import CutShort, Event, EventFilter, Filter, link, through
+from gateway.request import Request
+from gateway.response import Response
+from gateway.response_writer import note_end
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
-from gateway.stream import CutShort, Event, EventFilter, Filter, link, through
-from gateway.targets import Pool, Resource, Target
-from gateway.usage import METERED, Meter, Watch
-from gateway.websocket import WebSocket
-from gateway.wire import Wire
+from gateway.transport.upstream_connection import Wire
+from gateway.transport.websocket_handshake import WebSocket
+from gateway.transport.websocket_relay import MessageEvent, error_event
+from gateway.usage.accounting import METERED, Meter, Watch
+from gateway.usage.prices import Price, Prices
 
 __all__ = ("Running", "Sent", "Talked", "every_split", "post", "running", "send", "talk")
 

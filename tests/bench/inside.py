@@ -18,8 +18,9 @@ TEAMS, KEYS = 500, 5
 # Each caller has a limit of its own, which has room.
 _TAKE = f"""
 import asyncio, time
-from gateway.counters import Charge, MemoryCounters, Rule
-from gateway.counters.shared import SharedCounters, make_table
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.token_bucket import Charge, Rule
+from gateway.limits.shared_counters import SharedCounters, make_table
 
 async def main():
     charges = [[Charge(f"rate_limit:team/caller {{number}}", Rule(10**9, "minute"))] for number in range(1000)]

@@ -1,6 +1,6 @@
 """Every operation that OpenAI's SDKs can call, through running gateways: the table says yes or no to each.
 
-A new version of an SDK that adds an operation fails here until `gateway/operations.txt` has a line for it.
+A new version of an SDK that adds an operation fails here until `gateway/azure/operations.txt` has a line for it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import openai
 import pytest
 from openai._resource import SyncAPIResource
 
-from gateway.azure import OPERATIONS, Operation, find_operation
+from gateway.azure.operations import OPERATIONS, Operation, find_operation
+from gateway.azure.urls import place_of
 from gateway.testing import FakeAzure
-from gateway.urls import place_of
 from tests.conftest import KEY, Gateway, StartGateway
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(300)]

@@ -19,7 +19,7 @@ from websockets.asyncio.client import connect
 from gateway.testing import FakeAzure
 from tests.clients.test_clients import SHIPPED, node, start_nginx
 from tests.conftest import KEY, StartGateway, until
-from tests.test_relay import REALTIME, TWO, echo
+from tests.transport.test_websocket_relay import REALTIME, TWO, echo
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(120)]
 __all__ = ("start_nginx",)  # a fixture

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from gateway.loop import loop_factory
+from gateway.process.event_loop import loop_factory
 from tests.fuzz.fuzzing import Report, fuzz
 
 

@@ -1,4 +1,4 @@
-"""One reading of a connection's bytes: by `gateway/http1.py`, and by aiohttp's C parser (llhttp), which is the judge.
+"""One reading of a connection's bytes: by `gateway/protocol/http1.py`, and by aiohttp's C parser (llhttp).
 
 Both say where each head and each body ends, in bytes from the beginning. Where both accept a message they must agree
 on that; a reader that sees a boundary elsewhere lets a client smuggle a request past it, or hands one client the
@@ -17,7 +17,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 
 from gateway.errors import ApiError
-from gateway.http1 import (
+from gateway.protocol.http1 import (
     FRAMING_OF_REQUESTS,
     HEAD_END,
     MAX_HEAD,

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
+from gateway.auth.credentials import ListedKey, key_digest, new_key
+from gateway.auth.oidc import Identity
 from gateway.config import load
 from gateway.errors import ConfigError
-from gateway.identity import Identity
-from gateway.keys import ListedKey, key_digest, new_key
 from gateway.services import Services
 from gateway.testing import FakeAzure, post
 from plugins.auth_keys import AuthKeys
+from tests.cli.test_cli import run
 from tests.conftest import CHAT, StartGateway, write_files
-from tests.test_cli import run
 
 NOW = 1_800_000_000.0
 

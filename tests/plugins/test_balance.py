@@ -16,7 +16,7 @@ from aiohttp import web
 
 from gateway.config import load
 from gateway.errors import ConfigError
-from gateway.memory_budget import BUDGETS
+from gateway.limits.memory_budget import BUDGETS
 from tests.cluster import Fault, Region, closed_port, cluster, pool_yaml, slow_tls
 from tests.conftest import CHAT, Gateway, StartGateway, until, write_files
 
@@ -683,7 +683,7 @@ async def test_an_error_that_drips_keeps_nobody(
     start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it says is waited for as long as it is worth: not as long as all may take."""
-    monkeypatch.setattr("gateway.attempts._ERROR", 0.3)
+    monkeypatch.setattr("gateway.balancing.retries._ERROR", 0.3)
     yaml = pool_yaml(regions, settings="{deadline: 600}").replace("  - openai_errors\n", "")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")

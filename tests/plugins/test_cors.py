@@ -402,7 +402,7 @@ async def test_a_preflight_of_a_team_found_by_its_key_is_the_default_team_s(
     azure: FakeAzure, start_gateway: StartGateway
 ) -> None:
     """It has no key. The request that follows has one, and is judged by the team's own `origins`."""
-    from gateway.keys import key_digest
+    from gateway.auth.credentials import key_digest
 
     team = (
         f"match: {{keys: '{key_digest('azure-key')}'}}\nchange: {{cors: {{origins: ['https://team.example.com']}}}}\n"

@@ -8,9 +8,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.keys import ListedKey, key_digest
+from gateway.auth.credentials import ListedKey, key_digest
+from gateway.azure.resources import Resource
 from gateway.services import Services
-from gateway.targets import Resource
 from gateway.testing import FakeAzure, post, send
 from plugins.auth_keys import AuthKeys
 from plugins.model_map import ModelMap

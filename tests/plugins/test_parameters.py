@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Response
+from gateway.azure.resources import Resource
 from gateway.config import load
 from gateway.errors import ConfigError
 from gateway.services import Services
-from gateway.targets import Resource
 from gateway.testing import FakeAzure, Sent, send
 from gateway.testing.azure import Seen
 from plugins.api_version import ApiVersion

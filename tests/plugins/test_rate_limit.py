@@ -13,7 +13,7 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from gateway import ApiError, CountersUnavailable, Price, Response, Verdict
-from gateway.counters import MemoryCounters
+from gateway.limits.memory_counters import MemoryCounters
 from gateway.services import Services, Shared
 from gateway.testing import FakeAzure, Seen, Sent, running
 from plugins.auth_passthrough import AuthPassthrough

@@ -14,8 +14,8 @@ from aiohttp import web
 
 from gateway.testing import FakeAzure, Seen
 from plugins.resource_ids import mark_of, marked
+from tests.azure.test_model_field import BOUNDARY, HEADERS, form
 from tests.conftest import KEY, Gateway, StartGateway
-from tests.test_models import BOUNDARY, HEADERS, form
 
 YAML = """
 resources:

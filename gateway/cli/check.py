@@ -1,0 +1,33 @@
+"""`gateway check`: check a configuration."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gateway.cli.arguments import CONFIG_HELP, Commands, config_path
+from gateway.cli.output import print_notes
+
+__all__ = ("add_parser",)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command to the command line."""
+    check = commands.add_parser(
+        "check",
+        help="check a configuration",
+        description="Check a configuration: print every mistake with its place (status 1), or each team's pipeline.",
+    )
+    check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_HELP + "; or the folder it is in")
+    check.set_defaults(run=_check)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from gateway.config import load  # noqa: PLC0415
+    from gateway.config.show import show  # noqa: PLC0415
+
+    path = config_path(options.path)
+    loaded = load(path)
+    print_notes(loaded.differences or ())
+    print(show(loaded), end="")
+    return 0

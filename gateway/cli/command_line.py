@@ -1,0 +1,77 @@
+"""The command line as a whole: its parser, and running the command that was given."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from gateway.cli import check, demo, doctor, import_config, keys, reload, schema, serve, stages
+from gateway.cli.arguments import NothingConfiguredError
+from gateway.cli.output import print_lines
+from gateway.errors import ConfigError, StartError
+from gateway.version import __version__
+
+__all__ = (
+    "NOTHING_CONFIGURED",
+    "command_line",
+    "main",
+)
+
+
+NOTHING_CONFIGURED = """\
+gateway: nothing is configured. Do one of these:
+
+  AZURE_OPENAI_ENDPOINT=https://NAME.openai.azure.com gateway serve
+                                      the shipped configuration, in front of that resource; also
+                                      AZURE_OPENAI_MODEL_MAPPER=gpt-4=my-gpt4,gpt-4o=my-gpt-4o
+                                      AZURE_OPENAI_API_VER=2024-10-21
+  gateway serve --config gateway.yaml your own configuration (or GATEWAY_CONFIG=gateway.yaml)
+  gateway check gateway.yaml          whether that file is right
+  gateway doctor gateway.yaml         whether the deployments that it names answer
+  gateway reload gateway.yaml         let the gateway that runs with it take a change over
+  gateway demo                        no Azure at all: in front of a fake one, to try it
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = command_line()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].startswith("-") and given[0] not in ("-h", "--help", "-v", "--version"):
+        given.insert(0, "serve")
+    options = parser.parse_args(given)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.run(options))
+    except ConfigError as exc:
+        print_lines(list(map(str, exc.mistakes)), sys.stderr)
+        count = len(exc.mistakes)
+        print(f"gateway: {count} mistake{'s' if count > 1 else ''} in the configuration", file=sys.stderr)
+        return 1
+    except StartError as exc:
+        print(f"gateway: {exc}", file=sys.stderr)
+        return 1
+    except NothingConfiguredError:
+        print(NOTHING_CONFIGURED, file=sys.stderr, end="")
+        return 1
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of every command; each sets `run` to what runs it."""
+    parser = argparse.ArgumentParser(
+        prog="gateway",
+        description="Lets programs that speak only the OpenAI API use Azure OpenAI, "
+        "through a chain of stages listed in a YAML file.",
+    )
+    parser.add_argument("-v", "--version", action="version", version=f"gateway {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in (serve, reload, check, doctor, keys, import_config, stages, schema, demo):
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,36 @@
+"""For how long Azure asks to be left alone: in headers, or only in words."""
+
+from __future__ import annotations
+
+import re
+from email.utils import parsedate_to_datetime
+from time import time
+
+from gateway.protocol.headers import Headers
+
+__all__ = ("retry_after",)
+
+_WAIT = re.compile(
+    r"(?:retry|try again)\s+(?:after|in)\s+(?:about\s+)?(\d{1,9}(?:\.\d{1,6})?)\s*"
+    r"(ms|milliseconds?|s|seconds?|m|minutes?|h|hours?|d|days?)(?![a-z])(?:(\d{1,9})s\b)?",
+    re.IGNORECASE,
+)
+_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def retry_after(headers: Headers, message: str = "") -> float | None:
+    """Return the seconds, by the headers, else by the words of the message; None where neither says."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = (headers.get(name) or "").strip()
+        if re.fullmatch(r"\d{1,9}(\.\d{1,6})?", value):
+            return float(value) * unit
+        if value and name == "retry-after":
+            try:
+                return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+            except (ValueError, OverflowError):
+                continue
+    if (found := _WAIT.search(message)) is not None:
+        name = found.group(2).lower()
+        unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or _UNITS[name[0]]
+        return float(found.group(1)) * unit + float(found.group(3) or 0)
+    return None

@@ -1,0 +1,41 @@
+"""The first lines of a response, and a whole response for an error that ends its connection."""
+
+from __future__ import annotations
+
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+
+from gateway.errors import ApiError
+
+__all__ = ("closing_answer", "date_line", "status_line")
+
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus}
+_date_line = (0, b"")
+
+
+def closing_answer(error: ApiError) -> bytes:
+    """Return the bytes of an error whose connection ends with it."""
+    body = error.body()
+    fields = "".join([f"{name}: {value}\r\n" for name, value in error.headers.items()])
+    return b"%b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%b%b\r\nconnection: close\r\n\r\n%b" % (
+        status_line(error.status),
+        len(body),
+        fields.encode(),
+        date_line(),
+        body,
+    )
+
+
+def status_line(status: int) -> bytes:
+    """Return the status line, without its end."""
+    return _STATUS_LINES.get(status) or b"HTTP/1.1 %d " % status
+
+
+def date_line() -> bytes:
+    """Return the field line `date`, without its end."""
+    global _date_line  # noqa: PLW0603 -- one value for the process, made once a second
+    now = int(time.time())
+    if _date_line[0] != now:
+        _date_line = (now, b"date: " + formatdate(now, usegmt=True).encode())
+    return _date_line[1]

@@ -1,0 +1,69 @@
+"""What is fetched in the background: one fetch at a time, for which whoever needs it waits."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from gateway.auth.background_refresh import Fetching
+
+
+class Slow:
+    """A fetch that takes until it is let go on; counts how many began, ended and were cancelled."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = self.cancelled = 0
+        self.go_on = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self.begun += 1
+        try:
+            await self.go_on.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.ended += 1
+
+
+async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
+    """Who comes while it is under way begins none; who gives up waiting does not end it for the others."""
+    slow = Slow()
+    fetching = Fetching(slow, "keys")
+    under_way = [fetching.under_way]
+    waiting = [asyncio.create_task(fetching.refresh()) for _ in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    under_way.append(fetching.under_way)
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    slow.go_on.set()
+    await asyncio.gather(*waiting[1:])
+    assert (slow.begun, slow.ended, slow.cancelled) == (1, 1, 0)
+    assert [*under_way, fetching.under_way] == [False, True, False]
+    await fetching.refresh()
+    assert slow.ended == 2
+
+
+async def test_what_keeps_it_fresh_ends_with_it() -> None:
+    """And so does a fetch under way; to stop what never began is no mistake."""
+    slow = Slow()
+    fetching = Fetching(slow, "keys")
+    await fetching.stop()
+
+    async def keep_fresh() -> None:
+        while True:
+            await fetching.refresh()
+
+    fetching.start(keep_fresh())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert slow.begun == 1
+    async with asyncio.timeout(30):
+        await fetching.stop()
+    assert (slow.begun, slow.ended, slow.cancelled) == (1, 0, 1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await slow.go_on.wait()
+    assert slow.begun == 1

@@ -1,0 +1,67 @@
+"""Which requests may be sent twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway import Next, Request, Response, Stage
+from gateway.azure.operations import OPERATIONS
+from gateway.testing import send
+
+SAFE = {
+    "audio.speech", "audio.transcriptions", "audio.translations", "chat.completions", "completions", "embeddings",
+    "images.edits", "images.generations", "responses.compact",
+    "responses.input_tokens",
+}  # fmt: skip
+
+
+class Ask(Stage):
+    """Notes whether the request is repeatable."""
+
+    answers: bool
+
+    async def __call__(self, request: Request, call_next: Next) -> Response:
+        self.answers = await request.repeatable()
+        return await call_next(request)
+
+
+async def asked(method: str, path: str, body: Any = None) -> bool:
+    """Return whether a request is repeatable."""
+    stage = Ask()
+    await send([stage], method, path, json=body)
+    return stage.answers
+
+
+@pytest.mark.parametrize("row", [row for row in OPERATIONS if row.on_azure], ids=lambda row: row.name)
+async def test_every_operation(row: Any) -> None:
+    """What reads, opens a WebSocket, or makes an answer that nobody keeps; whatever is not known to be so is not."""
+    path = row.path
+    for name in ("{", "}"):
+        path = path.replace(name, "")
+    body = {"model": "m"} if row.method == "POST" else None
+    assert await asked(row.method, path, body) == (row.method in ("GET", "WS") or row.name in SAFE)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "repeatable"),
+    [
+        ("/chat/completions", {"store": True}, False),
+        ("/chat/completions", {"store": False}, True),
+        ("/chat/completions", {"store": None}, True),
+        ("/chat/completions", {"store": 1}, False),
+        ("/responses", {}, False),
+        ("/responses", {"store": True}, False),
+        ("/responses", {"store": False}, True),
+        ("/responses", [], True),
+        ("/responses", {"store": False, "tools": [{"type": "function", "name": "f"}, {"type": "custom"}]}, True),
+        ("/responses", {"store": False, "tools": []}, True),
+        ("/responses", {"store": False, "tools": [{"type": "mcp", "require_approval": "never"}]}, False),
+        ("/responses", {"store": False, "tools": {"type": "function"}}, False),
+        ("/responses", {"store": False, "background": True}, False),
+    ],
+)
+async def test_what_stays_is_not(path: str, body: Any, repeatable: bool) -> None:
+    """Chats are stored where it is asked for, responses where it is not declined; tools may do anything."""
+    assert await asked("POST", path, body) == repeatable

@@ -1,0 +1,126 @@
+"""News of deployments through Redis: a real server, killed and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from gateway.azure.resources import Deployment, Resource
+from gateway.balancing.circuit_breaker import DeploymentHealth, Health
+from gateway.balancing.shared_health import Bulletin
+from gateway.limits.redis_url import RedisPlace
+from gateway.settings import HealthSettings
+from tests.cluster import cluster, pool_yaml
+from tests.conftest import CHAT, StartGateway, until
+from tests.redis_server import RedisServer
+
+pytestmark = pytest.mark.redis
+
+EAST = Deployment(Resource("east", "https://east.invalid"), "gpt 4o")
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """A Redis server of the test's own."""
+    server = RedisServer(tmp_path / "redis")
+    await server.start()
+    yield server
+    server.kill()
+
+
+class Peer:
+    """One gateway, as far as it knows deployments."""
+
+    def __init__(self, server: RedisServer) -> None:
+        health = Health()
+        health.use(HealthSettings(failures=1, rest=30), [EAST])
+        self.east: DeploymentHealth = health.of(EAST)
+        self.bulletin = Bulletin(RedisPlace.parse(server.url), health)
+
+    async def __aenter__(self) -> Peer:
+        self.bulletin.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.bulletin.stop()
+
+    def left(self) -> float:
+        return self.east.available_in(time.monotonic())
+
+
+async def test_a_rest_and_its_end_are_known_everywhere(server: RedisServer) -> None:
+    """Within a second or two; the rest is as long there, why is known, and one that is new knows it as well."""
+    async with Peer(server) as one, Peer(server) as other:
+        one.east.failed(time.monotonic(), "broken_off")
+        await until(lambda: other.left() > 0)
+        assert 25 < other.left() <= 30
+        assert (other.east.failing, other.east.reason) == (True, "broken_off")
+        async with Peer(server) as late:
+            await until(lambda: late.left() > 0)
+            assert abs(late.left() - one.left()) < 1
+        one.east.rests_until = 0.0
+        assert one.east.begin(time.monotonic())
+        one.east.succeeded(time.monotonic(), one.east._try)
+        await until(lambda: other.left() == 0)
+        assert not other.east.failing
+
+
+async def test_it_is_harmless_when_redis_is_away(server: RedisServer) -> None:
+    """Each knows what it has seen; what was not told is told when Redis is back, as long as it still counts."""
+    with structlog.testing.capture_logs() as events:
+        async with Peer(server) as one, Peer(server) as other:
+            one.east.cool_down(time.monotonic(), 4, "rate_limited")
+            await until(lambda: other.left() > 0)
+            server.kill()
+            one.east.cool_down(time.monotonic(), 40, "rate_limited")
+            await until(lambda: sum("cannot be shared" in event["event"] for event in events) == 2)
+            assert one.left() > 35
+            assert other.left() <= 4
+            await server.start()
+            await until(lambda: other.left() > 30)
+            await until(lambda: sum("shared again" in event["event"] for event in events) == 2)
+
+
+async def test_what_others_wrote_there_is_nothing(server: RedisServer) -> None:
+    """A value that is none of ours is passed over; and a hash that is none, the gateway does without."""
+    server.command("HSET", "{gateway}:health", "east/gpt 4o https://east.invalid", "nonsense")
+    server.command("HSET", "{gateway}:health", "x", "1 2 3")
+    async with Peer(server) as one, Peer(server) as other:
+        one.east.cool_down(time.monotonic(), 20, "rate_limited")
+        await until(lambda: other.left() > 0)
+        server.command("SET", "{gateway}:health", "text")
+        one.east.cool_down(time.monotonic(), 50, "rate_limited")
+        await asyncio.sleep(1.2)
+        assert one.left() > 40
+
+
+async def test_two_gateways(server: RedisServer, start_gateway: StartGateway) -> None:
+    """What one has learned of a region costs the other no request; a reload goes on sharing."""
+    async with cluster("east", "west") as regions:
+        top = f"store: {server.url}\nhealth: {{failures: 1, rest: 30}}"
+        gateways: list[Any] = [await start_gateway("", pool_yaml(regions, top=top)) for _ in range(2)]
+        regions["east"].fault = "error"
+        while not regions["east"].saw:
+            async with gateways[0].post(json=CHAT, key=None) as answer:
+                assert answer.status == 200
+        rows = gateways[1].server.shared.health.all()
+        await until(lambda: not rows[0].is_available(time.monotonic()))
+        for _ in range(6):
+            async with gateways[1].post(json=CHAT, key=None) as answer:
+                assert answer.status == 200
+        assert len(regions["east"].saw) == 1
+
+
+def test_a_server_s_clock_that_steps_back_makes_no_rest_longer() -> None:
+    """It is as long as it was told for, at most."""
+    health = Health()
+    health.use(HealthSettings(), [EAST])
+    bulletin = Bulletin(RedisPlace.parse("redis://127.0.0.1:1"), health)
+    bulletin._hear(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
+    assert health.of(EAST).available_in(time.monotonic()) <= 1.0

@@ -1,0 +1,120 @@
+"""What is kept for later: in memory while it is little, then on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.body.spooled_file import Spool
+from gateway.errors import ApiError
+from tests.conftest import until
+
+
+def open_files() -> set[str]:
+    links = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return {link for link in links if "gateway-" in Path(link).name or "/#" in link}
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20), st.integers(0, 100), st.integers(0, 100))
+async def test_what_was_written_is_read_back(pieces: list[bytes], start: int, size: int) -> None:
+    """Any part of it, in any order, wherever memory ended."""
+    spool = Spool(in_memory=16)
+    for piece in pieces:
+        await spool.write(piece)
+        whole = b"".join(pieces)[: spool.size]
+        assert await spool.read(0, spool.size) == whole
+    whole = b"".join(pieces)
+    assert spool.size == len(whole)
+    assert await spool.read(start, start + size) == whole[start : start + size]
+    with spool.lock:
+        assert spool.file().read() == whole
+    spool.close()
+
+
+async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
+    """The file has no name, and is gone when it is closed."""
+    gc.collect()  # files of other tests, whose numbers would be given again in between
+    before = open_files()
+    spool = Spool(in_memory=1000)
+    await spool.write(b"x" * 900)
+    assert open_files() == before
+    await spool.write(b"x" * 900)
+    assert len(open_files() - before) == 1
+    assert await spool.read(800, 1000) == b"x" * 200
+    spool.close()
+    spool.close()
+    await until(lambda: open_files() == before)
+
+
+class Account:
+    """Counts what a spool says that it keeps."""
+
+    def __init__(self, disk: int = 1000) -> None:
+        self.memory = self.disk = self.most_in_memory = 0
+        self._room = disk
+
+    def hold(self, size: int) -> None:
+        self.memory += size
+        self.most_in_memory = max(self.most_in_memory, self.memory)
+
+    def let_go(self, size: int) -> None:
+        self.memory -= size
+
+    def hold_on_disk(self, size: int) -> None:
+        if self.disk + size > self._room:
+            raise ApiError(503, "full")
+        self.disk += size
+
+    def let_go_of_disk(self, size: int) -> None:
+        self.disk -= size
+
+
+@given(st.lists(st.integers(0, 40), max_size=20), st.integers(0, 200))
+async def test_each_byte_is_counted_once_where_it_is(sizes: list[int], room: int) -> None:
+    """In memory, or on disk; none after the end, also where there was no room for it."""
+    account = Account(room)
+    spool = Spool(in_memory=16, account=account)
+    with contextlib.suppress(ApiError):
+        for size in sizes:
+            await spool.write(b"x" * size)
+            assert (account.memory, account.disk) == (len(spool._data), spool.size - len(spool._data))
+    assert account.disk <= room
+    spool.close()
+    spool.close()
+    assert (account.memory, account.disk) == (0, 0)
+
+
+@pytest.mark.parametrize("in_memory", [10, 100])
+async def test_what_was_closed_is_gone_and_not_empty(in_memory: int) -> None:
+    """A reader is told: nothing at all would be the end of a body that is cut short."""
+    spool = Spool(in_memory=in_memory)
+    await spool.write(b"x" * 20)
+    spool.close()
+    await until(lambda: spool._file is None)
+    with pytest.raises(OSError, match="is over"):
+        await spool.read(0, 20)
+    with spool.lock, pytest.raises(OSError, match="is over"):
+        spool.file()
+
+
+async def test_a_file_that_lost_bytes_is_not_taken_for_whole() -> None:
+    """What was written and cannot be read is an error, not an end."""
+    spool = Spool(in_memory=10)
+    await spool.write(b"x" * 20)
+    assert spool._file is not None
+    spool._file.truncate(5)
+    assert await spool.read(0, 20) == b"x" * 5
+    with pytest.raises(OSError, match="shorter"):
+        await spool.read(5, 20)
+    spool.close()

@@ -1,0 +1,752 @@
+"""Counters: what may be used, whoever counts it, beside a slow and exact model of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.limits import memory_counters as memory_module
+from gateway.limits import shared_counters as shared_module
+from gateway.limits.counters import CountersUnavailable
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.shared_counters import SharedCounters, make_table
+from gateway.limits.token_bucket import NONE, Charge, Rule, Verdict, calendar
+from gateway.limits.wait_queue import Turns
+from tests.conftest import until
+from tests.counting import Model, close_to
+
+START = 1_800_000_000.0
+RULES = [
+    Rule(60, "minute"),
+    Rule(100, "minute", 7),
+    Rule(7, "minute"),
+    Rule(1, "minute"),
+    Rule(90_000, "minute", 1000),
+    Rule(50, "day"),
+    Rule(500, "month"),
+    Rule(4, "at_once"),
+]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+Make = Callable[[Clock], Any]
+STORES: dict[str, Make] = {"memory": MemoryCounters, "shared": lambda clock: SharedCounters(make_table(), clock)}
+
+
+@pytest.fixture(params=STORES)
+def make(request: pytest.FixtureRequest) -> Make:
+    """Each store that keeps counters on this machine."""
+    return STORES[request.param]
+
+
+# One thing that happens: time passes (in 64ths of a second, which doubles have exactly), or charges are taken, or one
+# of those taken is settled.
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("pass"), st.one_of(st.integers(0, 64 * 30), st.integers(0, 64 * 86_400 * 20))),
+        st.tuples(
+            st.just("take"),
+            st.lists(
+                st.tuples(st.integers(0, len(RULES) - 1), st.integers(0, 40), st.booleans()),
+                min_size=1,
+                max_size=3,
+                unique_by=lambda each: each[0],
+            ),
+        ),
+        st.tuples(
+            st.just("settle"), st.tuples(st.integers(0, 20), st.lists(st.integers(0, 60), min_size=3, max_size=3))
+        ),
+    ),
+    max_size=60,
+)
+
+
+async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool) -> None:
+    """Let events happen to counters and to the model, and compare what they say."""
+    model = Model()
+    taken: list[tuple[Verdict, list[Any]]] = []
+    told = list(range(len(RULES)))
+    for kind, what in events:
+        if kind == "pass":
+            clock.now += what / 64
+        elif kind == "take":
+            charges = [Charge(f"name {rule}", RULES[rule], float(cost), shadow=shadow) for rule, cost, shadow in what]
+            verdict = await counters.take(charges)
+            over, held = model.take(charges, Fraction(clock.now))
+            if in_order:
+                assert list(verdict.over) == over
+            else:
+                # It never gives room that there is not.
+                assert set(over) <= set(verdict.over)
+                if set(over) != set(verdict.over):
+                    return  # from here on they differ, on the safe side
+            if not verdict.refused:
+                taken.append((verdict, held))
+        elif taken:
+            place, actual = what
+            verdict, held = taken.pop(0 if in_order else place % len(taken))
+            used = [float(each) for each in actual[: len(held)]]
+            counters.settle(verdict, used)
+            model.settle(held, list(used), Fraction(clock.now))
+    for rule in told:
+        charge = Charge(f"name {rule}", RULES[rule], 0.0)
+        verdict = await counters.take([charge])
+        exact = model.level(charge, Fraction(clock.now))
+        if charge.rule.period == "at_once" or not in_order:
+            continue
+        assert close_to(verdict.records[0][0], exact), charge
+
+
+@given(EVENTS)
+def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
+    """What is settled in the order in which it was taken is counted exactly."""
+    clock = Clock()
+    asyncio.run(play(MemoryCounters(clock), clock, events, in_order=True))
+
+
+@given(EVENTS)
+def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
+    """What is settled in any other order may give back less than it could, and never more."""
+    clock = Clock()
+    asyncio.run(play(MemoryCounters(clock), clock, events, in_order=False))
+
+
+@given(EVENTS, st.booleans())
+def test_as_the_exact_model_says_among_workers(events: list[Any], in_order: bool) -> None:
+    """The table that workers share counts the same."""
+
+    async def both() -> None:
+        clock = Clock()
+        counters = SharedCounters(make_table(), clock)
+        await play(counters, clock, events, in_order=in_order)
+        await counters.close()
+
+    asyncio.run(both())
+
+
+@given(
+    st.sampled_from([Rule(60, "minute"), Rule(600, "minute", 30), Rule(7, "minute")]),
+    st.lists(st.tuples(st.integers(0, 64 * 20), st.integers(1, 30), st.floats(0, 1), st.integers(0, 3)), max_size=80),
+)
+def test_what_is_used_never_passes_the_limit(rule: Rule, uses: list[tuple[int, int, float, int]]) -> None:
+    """In no time is more used than the burst and what the rate gives in it, if no use was more than its estimate.
+
+    However many run at once, and in whatever order they end: that is the bound that `rate_limit` promises.
+    """
+
+    async def run() -> None:
+        clock = Clock()
+        counters = MemoryCounters(clock)
+        running: list[tuple[Verdict, float, float]] = []
+        done: list[tuple[float, float]] = []
+        for passed, cost, share, ends in uses:
+            clock.now += passed / 64
+            verdict = await counters.take([Charge("x", rule, float(cost))])
+            if not verdict.refused:
+                running.append((verdict, clock.now, float(int(cost * share))))
+            for _ in range(min(ends, len(running))):
+                verdict, began, used = running.pop(len(running) // 2)
+                counters.settle(verdict, [used])
+                done.append((began, used))
+        done += [(began, used) for _, began, used in running]
+        done.sort()
+        for first in range(len(done)):
+            total = 0.0
+            for began, used in done[first:]:
+                total += used
+                # (A step's worth may come back at once, at its end.)
+                allowed = rule.size + rule.limit / 60 * (began - done[first][0] + rule.step)
+                assert total <= allowed + 1e-6
+
+    asyncio.run(run())
+
+
+async def test_all_or_none(make: Make) -> None:
+    """Where one charge has no room, nothing is taken of the others."""
+    counters = make(Clock())
+    small, large = Rule(2, "minute"), Rule(100, "minute")
+    for _ in range(2):
+        assert not (await counters.take([Charge("a", small), Charge("b", large)])).refused
+    refused = await counters.take([Charge("b", large), Charge("a", small)])
+    assert (refused.refused, list(refused.over)) == (True, [1])
+    assert refused.left(0) == 98
+    assert (await counters.take([Charge("b", large, 0.0)])).left(0) == 98
+
+
+async def test_a_shadow_is_counted_and_refuses_nothing(make: Make) -> None:
+    """It is over where it would have refused, and not counted then, as a refused one is not."""
+    counters = make(Clock())
+    for number in range(4):
+        verdict = await counters.take([Charge("a", Rule(2, "minute"), shadow=True), Charge("b", Rule(9, "minute"))])
+        assert not verdict.refused
+        assert list(verdict.over) == ([0] if number > 1 else [])
+        assert verdict.left(1) == 8 - number
+
+
+async def test_a_verdict_is_settled_once(make: Make) -> None:
+    """A second time changes nothing."""
+    counters = make(Clock())
+    verdict = await counters.take([Charge("a", Rule(10, "day"), 8.0)])
+    for _ in range(3):
+        counters.settle(verdict, [3.0])
+    assert (await counters.take([Charge("a", Rule(10, "day"), 0.0)])).left(0) == 7
+
+
+async def test_what_has_drained_does_not_come_back() -> None:
+    """A reservation that failed after a minute makes no room for others: it takes up none any more."""
+    clock = Clock()
+    counters = MemoryCounters(clock)
+    rule = Rule(60, "minute")
+    first = await counters.take([Charge("a", rule, 60.0)])
+    clock.now += 60
+    assert not (await counters.take([Charge("a", rule, 60.0)])).refused
+    counters.settle(first, [0.0])
+    assert (await counters.take([Charge("a", rule, 1.0)])).refused
+
+
+async def test_what_was_used_beyond_the_estimate_counts() -> None:
+    """The room it took has to come back first."""
+    clock = Clock()
+    counters = MemoryCounters(clock)
+    rule = Rule(60, "minute")
+    verdict = await counters.take([Charge("a", rule, 10.0)])
+    counters.settle(verdict, [100.0])
+    refused = await counters.take([Charge("a", rule, 1.0)])
+    assert (refused.refused, refused.left(0), refused.wait(0)) == (True, 0, 50.0)
+
+
+async def test_days_and_months_are_the_calendar_s(make: Make) -> None:
+    """In UTC; what began yesterday gives nothing back today."""
+    clock = Clock()
+    clock.now = datetime.datetime(2028, 2, 28, 23, 59, 30, tzinfo=datetime.UTC).timestamp()
+    counters = make(clock)
+    charges = [Charge("day", Rule(10, "day"), 10.0), Charge("month", Rule(25, "month"), 10.0)]
+    verdict = await counters.take(charges)
+    assert (verdict.reset(0), verdict.reset(1)) == (30.0, 86_430.0)
+    assert (await counters.take(charges)).refused
+    clock.now += 31
+    assert not (await counters.take(charges)).refused
+    counters.settle(verdict, [0.0, 0.0])
+    refused = await counters.take(charges)
+    assert list(refused.over) == [0]
+    assert refused.left(1) == 15
+    clock.now += 86_400
+    assert not (await counters.take(charges)).refused
+
+
+@given(st.datetimes(datetime.datetime(1971, 1, 1), datetime.datetime(2200, 1, 1)))
+def test_the_month_of_any_moment(moment: datetime.datetime) -> None:
+    """Its first moment, and the next one's."""
+    moment = moment.replace(tzinfo=datetime.UTC)
+    start, end = calendar("month", moment.timestamp())
+    assert start <= moment.timestamp() < end
+    for edge in (start, end):
+        assert datetime.datetime.fromtimestamp(edge, datetime.UTC).strftime("%d %H:%M:%S") == "01 00:00:00"
+    assert end - start < 32 * 86_400
+
+
+async def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing(make: Make) -> None:
+    """The steps begin anew."""
+    clock = Clock()
+    counters = make(clock)
+    await counters.take([Charge("a", Rule(60, "minute"), 60.0)])
+    clock.now -= 3600
+    assert (await counters.take([Charge("a", Rule(60, "minute"))])).refused
+    clock.now += 10
+    assert not (await counters.take([Charge("a", Rule(60, "minute"), 10.0)])).refused
+
+
+async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
+    """What was used under a name counts, whatever the rule is now: a reload does not begin anew."""
+    counters = make(Clock())
+    await counters.take([Charge("a", Rule(100, "minute"), 50.0)])
+    assert (await counters.take([Charge("a", Rule(60, "minute"), 11.0)])).refused
+    assert not (await counters.take([Charge("a", Rule(60, "minute"), 10.0)])).refused
+
+
+async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> None:
+    """What was used by the old one has not to be made up for in hours: in ten minutes at most."""
+    clock = Clock()
+    counters = make(clock)
+    await counters.take([Charge("a", Rule(100_000, "minute"), 100_000.0)])
+    refused = await counters.take([Charge("a", Rule(1000, "minute"))])
+    assert (refused.refused, refused.wait(0)) == (True, 610.0)
+    clock.now += 700
+    assert not (await counters.take([Charge("a", Rule(1000, "minute"))])).refused
+
+
+async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make) -> None:
+    """The old one's rate would make room that the new one does not have."""
+    clock = Clock()
+    counters = make(clock)
+    old, new = Rule(60_000, "minute"), Rule(600, "minute")
+    before = await counters.take([Charge("a", old, 10.0)])
+    await counters.take([Charge("a", old, 500.0)])
+    assert (await counters.take([Charge("a", new, 90.0)])).left(0) == 0
+    clock.now += 10
+    counters.settle(before, [10.0 - 1])
+    assert (await counters.take([Charge("a", new, 0.0)])).left(0) == 100
+
+
+async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with the smallest part of their limit in use are forgotten first."""
+    monkeypatch.setattr(memory_module, "_NAMES", 50)
+    monkeypatch.setattr(memory_module, "_MOST_NAMES", 200)
+    counters = MemoryCounters(Clock())
+    rule = Rule(100, "day")
+    await counters.take([Charge("used up", rule, 100.0)])
+    for number in range(2000):
+        await counters.take([Charge(f"made up {number}", rule)])
+    assert len(counters._records) <= 450
+    assert (await counters.take([Charge("used up", rule)])).refused
+
+
+async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there were; those in use stay."""
+    monkeypatch.setattr(memory_module, "_NAMES", 100)
+    clock = Clock()
+    counters = MemoryCounters(clock)
+    for number in range(100):
+        await counters.take([Charge(f"a{number}", Rule(60, "minute"))])
+    clock.now += 3600
+    for number in range(10):
+        await counters.take([Charge(f"b{number}", Rule(60, "minute"))])
+    assert len(counters._records) == len(counters._rules) == 10
+
+
+async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives nothing back to others, and breaks nothing."""
+    monkeypatch.setattr(memory_module, "_NAMES", 10)
+    clock = Clock()
+    counters = MemoryCounters(clock)
+    late = await counters.take([Charge("late", Rule(60, "minute"), 50.0)])
+    clock.now += 3600
+    for number in range(12):
+        await counters.take([Charge(f"a{number}", Rule(60, "minute"))])
+    assert not (await counters.take([Charge("late", Rule(60, "minute"), 60.0)])).refused
+    counters.settle(late, [0.0])
+    assert (await counters.take([Charge("late", Rule(60, "minute"), 1.0)])).refused
+    later = await counters.take([Charge("later", Rule(60, "minute"))])
+    clock.now += 3600
+    for number in range(30):
+        await counters.take([Charge(f"b{number}", Rule(60, "minute"))])
+    counters.settle(later, [9.0])
+    clock.now += 3600
+    for number in range(30):
+        await counters.take([Charge(f"c{number}", Rule(60, "minute"))])
+
+
+async def test_one_that_can_never_pass_keeps_nobody() -> None:
+    """Behind others it is refused at once, and so is one for which a reload has lowered the limit meanwhile."""
+    turns = Turns(MemoryCounters())
+    rule = Rule(1000, "day")
+    await turns.take([Charge("a", rule, 500.0)])
+    waiting = asyncio.create_task(turns.take([Charge("a", rule, 600.0)], wait=0.3, who="x"))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        assert (await turns.take([Charge("a", rule, 5000.0)], wait=3600, who="y")).refused
+        assert not (await turns.take([Charge("a", rule, 0.0)], wait=3600, who="y")).refused
+    assert (await waiting).refused
+    async with asyncio.timeout(30):
+        assert not (await turns.take([Charge("a", rule, 1.0)], wait=3600, who="y")).refused
+
+
+async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
+    """Those behind it need not wait for the next look."""
+    turns = Turns(MemoryCounters())
+    rule = Rule(10, "day")
+    await turns.take([Charge("a", rule, 5.0)])
+    large = asyncio.create_task(turns.take([Charge("a", rule, 6.0)], wait=3600, who="x"))
+    await asyncio.sleep(0.01)
+    small = asyncio.create_task(turns.take([Charge("a", rule, 1.0)], wait=3600, who="y"))
+    await asyncio.sleep(0.01)
+    large.cancel()
+    async with asyncio.timeout(30):
+        assert not (await small).refused
+
+
+# -- the table of a machine's workers ------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def two_workers(clock: Clock) -> AsyncIterator[tuple[SharedCounters, SharedCounters]]:
+    """Two sides of one table, as two processes have them."""
+    table = make_table()
+    one, two = SharedCounters(table, clock), SharedCounters(os.dup(table), clock)
+    yield one, two
+    await one.close()
+    await two.close()
+
+
+async def test_workers_share_every_limit() -> None:
+    """What one has taken is taken; what it holds at once as well, until it gives it back or is gone."""
+    async with two_workers(Clock()) as (one, two):
+        for rule in (Rule(3, "minute"), Rule(3, "day"), Rule(3, "at_once")):
+            charge = [Charge(rule.period, rule)]
+            verdicts = [await each.take(charge) for each in (one, two, one)]
+            assert not any(each.refused for each in verdicts)
+            assert (await one.take(charge)).refused
+            assert (await two.take(charge)).refused
+            two.settle(verdicts[1], [0.0])
+            assert not (await one.take(charge)).refused
+
+
+WORKER = """
+import asyncio, sys
+from gateway.limits.counters import CountersUnavailable
+from gateway.limits.token_bucket import Charge, Rule
+from gateway.limits.shared_counters import SharedCounters
+
+async def main():
+    counters = SharedCounters(int(sys.argv[1]))
+
+    async def take(*charges):
+        while True:  # one that has the lock may not run for a while; nothing is counted then
+            try:
+                return await counters.take(charges)
+            except CountersUnavailable:
+                await asyncio.sleep(0.01)
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    taken = 0
+    for _ in range(3000):
+        taken += not (await take(Charge("x", Rule(5000, "day")), Charge("y", Rule(10**6, "day")))).refused
+    for _ in range(2):
+        await take(Charge("held", Rule(10, "at_once")))
+    print(taken, flush=True)
+    sys.stdin.readline()
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def workers() -> Iterator[tuple[int, list[subprocess.Popen[str]]]]:
+    """Three processes that share a table."""
+    table = make_table()
+    command = [sys.executable, "-c", WORKER, str(table)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, pass_fds=[table], **pipes) for _ in range(3)]
+    yield table, processes
+    for each in processes:
+        each.kill()
+        each.communicate()
+
+
+def say(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.slow
+async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, list[subprocess.Popen[str]]]) -> None:
+    """Three at once take 9,000 of 5,000: exactly 5,000. What a killed one held at once is free again."""
+    table, processes = workers
+    for each in processes:
+        assert hear(each) == "ready"
+    for each in processes:
+        say(each)
+    assert sum(int(hear(each)) for each in processes) == 5000
+    counters = SharedCounters(table)
+    held = [Charge("held", Rule(10, "at_once"))]
+    assert (await counters.take(held)).refused is False
+    for each in processes:
+        each.kill()
+        each.wait()
+    after = SharedCounters(os.dup(table))  # as the worker that replaces one
+    verdicts = [await after.take(held) for _ in range(10)]
+    assert [each.refused for each in verdicts] == [False] * 9 + [True]
+    await counters.close()
+    await after.close()
+
+
+HOLDER = """
+import fcntl, os, signal, sys
+fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX)
+print("holds it", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@pytest.mark.slow
+async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
+    """While it has the lock: limits are not counted then, as when a store is away, and what was to be settled waits."""
+    table = make_table()
+    counters = SharedCounters(os.dup(table))
+    charge = [Charge("x", Rule(10, "day"), 8.0)]
+    verdict = await counters.take(charge)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(table)], pass_fds=[table], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert hear(holder) == "holds it"
+        async with asyncio.timeout(30):
+            for _ in range(20):
+                with pytest.raises(CountersUnavailable):
+                    await counters.take(charge)
+            counters.settle(verdict, [1.0])
+            await until(lambda: Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert (await counters.take([Charge("x", Rule(10, "day"), 0.0)])).left(0) == 9
+    await counters.close()
+
+
+async def test_a_process_of_the_same_number_is_another() -> None:
+    """By when it began: what the one before it held is free."""
+    table = make_table()
+    counters = SharedCounters(os.dup(table))
+    await counters.take([Charge("x", Rule(3, "at_once"), 2.0)])
+    place, number, began = shared_module._PLACE.unpack_from(counters._table, 0)
+    assert (place, number, began) == (os.getpid(), 1, shared_module._began(os.getpid()))
+    shared_module._PLACE.pack_into(counters._table, 0, os.getpid(), 1, began - 1)
+    after = SharedCounters(os.dup(table))
+    assert (await after.take([Charge("x", Rule(3, "at_once"), 3.0)])).refused is False
+    await after.close()
+
+
+async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says so once; rows of which nothing is left are taken first."""
+    monkeypatch.setattr(shared_module, "_ROWS", 64)
+    clock = Clock()
+    counters = SharedCounters(make_table(), clock)
+    await counters.take([Charge("used up", Rule(60, "minute"), 60.0)])
+    with pytest.MonkeyPatch.context():
+        for number in range(300):
+            assert not (await counters.take([Charge(f"a{number}", Rule(1000, "day"))])).refused
+        clock.now += 86_400
+        for number in range(30):
+            await counters.take([Charge(f"b{number}", Rule(10, "day"), 9.0)])
+        assert all(
+            [(await counters.take([Charge(f"b{number}", Rule(10, "day"), 2.0)])).refused for number in range(30)]
+        )
+    await counters.close()
+
+
+# -- waiting for room ----------------------------------------------------------------------------------
+
+
+async def test_one_who_waits_gets_what_is_given_back() -> None:
+    """As soon as it is."""
+    turns = Turns(MemoryCounters())
+    charge = [Charge("a", Rule(1, "at_once"))]
+    first = await turns.take(charge)
+    waiting = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    turns.settle(first, [0.0])
+    async with asyncio.timeout(30):
+        assert not (await waiting).refused
+    assert not turns._queues
+
+
+async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
+    """A limit of a minute gives room at its next step."""
+    turns = Turns(MemoryCounters())
+    charge = [Charge("a", Rule(600, "minute", 1))]
+    assert not (await turns.take(charge)).refused
+    async with asyncio.timeout(30):
+        assert not (await turns.take(charge, wait=4)).refused
+
+
+async def test_who_waits_in_vain_is_refused() -> None:
+    """After the time that it was willing to wait, and behind others as well."""
+    turns = Turns(MemoryCounters())
+    charge = [Charge("a", Rule(1, "day"))]
+    await turns.take(charge)
+    verdicts = await asyncio.gather(*[turns.take(charge, wait=0.05, who=who) for who in "xxyz"])
+    assert [each.refused for each in verdicts] == [True] * 4
+    await until(lambda: not turns._queues)
+
+
+async def test_what_never_fits_does_not_wait() -> None:
+    """No time gives room for more than the limit."""
+    turns = Turns(MemoryCounters())
+    async with asyncio.timeout(30):
+        assert (await turns.take([Charge("a", Rule(10, "minute"), 11.0)], wait=3600)).refused
+
+
+async def test_callers_take_turns() -> None:
+    """One with many requests keeps nobody from the next place; each caller's own stay in their order."""
+    turns = Turns(MemoryCounters())
+    charge = [Charge("a", Rule(1, "at_once"))]
+    verdict = await turns.take(charge)
+    order: list[str] = []
+
+    async def wait(name: str) -> Verdict:
+        taken = await turns.take(charge, wait=3600, who=name[0])
+        order.append(name)
+        return taken
+
+    tasks = []
+    for name in ("a1", "a2", "a3", "a4", "b1", "c1", "b2"):
+        tasks.append(asyncio.create_task(wait(name)))
+        await asyncio.sleep(0)
+    for _ in range(7):
+        turns.settle(verdict, [0.0])
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+        (task,) = done
+        tasks.remove(task)
+        verdict = await task
+    assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+
+
+RULE_OF_TEN = Rule(10, "at_once")
+
+
+@pytest.mark.parametrize("newer", [RULE_OF_TEN, Rule(10, "at_once")], ids=["one limit", "equal ones of two stages"])
+async def test_nobody_who_waits_is_overtaken(newer: Rule) -> None:
+    """Who comes while others wait is behind them, though there may be room; of teams that share a counter, too."""
+    turns = Turns(MemoryCounters())
+    verdict = await turns.take([Charge("a", RULE_OF_TEN, 8.0)])
+    large = asyncio.create_task(turns.take([Charge("a", RULE_OF_TEN, 5.0)], wait=3600, who="x"))
+    await asyncio.sleep(0.01)
+    small = asyncio.create_task(turns.take([Charge("a", newer, 1.0)], wait=3600, who="y"))
+    await asyncio.sleep(0.05)
+    assert not small.done()
+    turns.settle(verdict, [0.0])
+    async with asyncio.timeout(30):
+        assert not (await large).refused
+        assert not (await small).refused
+
+
+async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
+    """Its own limit, of another name, is not everybody's."""
+    turns = Turns(MemoryCounters())
+    shared, own = Rule(1, "at_once"), Rule(1, "day")
+    await turns.take([Charge("own of x", own)])
+    verdict = await turns.take([Charge("shared", shared)])
+    one = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="w"))
+    await asyncio.sleep(0.01)
+    blocked = asyncio.create_task(turns.take([Charge("shared", shared), Charge("own of x", own)], wait=3600, who="x"))
+    other = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="y"))
+    await asyncio.sleep(0.01)
+    for task in (one, other):
+        turns.settle(verdict, [0.0])
+        async with asyncio.timeout(30):
+            verdict = await task
+    assert not blocked.done()
+    blocked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await blocked
+
+
+async def test_who_waits_for_two_things_is_not_starved() -> None:
+    """It stands in the queue of what is really full, in turn with those who came later."""
+    turns = Turns(MemoryCounters())
+    team, key = Rule(1, "at_once"), Rule(600, "minute", 1)
+    verdict = await turns.take([Charge("team", team)])
+    await turns.take([Charge("key", key)])
+    both = asyncio.create_task(turns.take([Charge("team", team), Charge("key", key)], wait=3600, who="k"))
+    others = 0
+    async with asyncio.timeout(30):
+        while not both.done():
+            waiting = [asyncio.create_task(turns.take([Charge("team", team)], wait=3600, who=who)) for who in "ab"]
+            await asyncio.sleep(0.02)
+            turns.settle(verdict, [0.0])
+            done, _ = await asyncio.wait([*waiting, both], return_when=asyncio.FIRST_COMPLETED)
+            verdict = await done.pop()
+            for task in waiting:
+                if not task.done():
+                    task.cancel()
+            others += 1
+    assert others < 30
+
+
+async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
+    """They are not behind those who wait by the old one."""
+    turns = Turns(MemoryCounters())
+    await turns.take([Charge("a", Rule(1, "at_once"))])
+    old = asyncio.create_task(turns.take([Charge("a", Rule(1, "at_once"))], wait=0.3, who="x"))
+    await asyncio.sleep(0.01)
+    async with asyncio.timeout(30):
+        assert not (await turns.take([Charge("a", Rule(100, "at_once"))], wait=3600, who="y")).refused
+    assert (await old).refused
+
+
+async def test_whoever_leaves_takes_nothing() -> None:
+    """A client that hangs up while it waits, even at the moment when its turn comes."""
+    for moment in range(4):
+        turns = Turns(MemoryCounters())
+        charge = [Charge("a", Rule(1, "at_once"))]
+        verdict = await turns.take(charge)
+        leaving = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
+        staying = asyncio.create_task(turns.take(charge, wait=3600, who="y"))
+        await asyncio.sleep(0.01)
+        turns.settle(verdict, [0.0])
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        leaving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            turns.settle(await leaving, [0.0])
+        async with asyncio.timeout(30):
+            assert not (await staying).refused
+
+
+async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
+    """Not to those behind."""
+
+    class Failing(MemoryCounters):
+        fails = False
+
+        async def take(self, charges: Any) -> Verdict:
+            if self.fails:
+                raise RuntimeError("away")
+            return await super().take(charges)
+
+    store = Failing()
+    turns = Turns(store)
+    charge = [Charge("a", Rule(1, "at_once"))]
+    verdict = await turns.take(charge)
+    waiting = asyncio.create_task(turns.take(charge, wait=3600))
+    await asyncio.sleep(0.01)
+    store.fails = True
+    turns.settle(verdict, [0.0])
+    with pytest.raises(RuntimeError, match="away"):
+        await waiting
+
+
+async def test_closing_lets_nobody_wait() -> None:
+    """A gateway that stops."""
+    turns = Turns(MemoryCounters())
+    charge = [Charge("a", Rule(1, "at_once"))]
+    await turns.take(charge)
+    waiting = asyncio.create_task(turns.take(charge, wait=3600))
+    await asyncio.sleep(0.01)
+    await turns.close()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+def test_a_record_of_nothing_is_all_room() -> None:
+    """Whatever the rule."""
+    for rule in RULES:
+        assert rule.left(rule.at(NONE, START)) == rule.size
+        assert rule.reset(rule.at(NONE, START), START) == 0

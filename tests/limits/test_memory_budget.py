@@ -1,0 +1,85 @@
+"""The budget of memory that requests hold: its bound, each caller's share, and that it is given back."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.errors import ApiError
+from gateway.limits.memory_budget import Budgets, Hold, MemoryBudget
+
+
+def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
+    """Above it there is a 503 that says when to come back, and what was held before still is."""
+    budget = MemoryBudget(1000)
+    hold, another = Hold(budget, "ann"), Hold(budget, "ann")
+    hold.grow(200)
+    another.grow(50)
+    with pytest.raises(ApiError) as refused:
+        another.grow(1)
+    assert (refused.value.status, refused.value.code) == (503, "overloaded")
+    assert refused.value.headers["retry-after"]
+    assert (hold.size, another.size) == (200, 50)
+    assert budget.held == budget.held_by("ann") == 250
+    Hold(budget, "bob").grow(250)
+
+
+def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
+    """A single request above the share is a 413, however empty the budget is: to send it again would not help."""
+    budget = MemoryBudget(1000)
+    hold = Hold(budget, "ann")
+    hold.grow(250)
+    with pytest.raises(ApiError) as refused:
+        hold.grow(1)
+    assert (refused.value.status, refused.value.code) == (413, "body_too_large")
+    assert "retry-after" not in refused.value.headers
+    assert hold.size == budget.held == 250
+
+
+def test_the_most_that_was_held_is_remembered() -> None:
+    """It tells an operator how large the budget should be."""
+    budget = MemoryBudget(1000)
+    hold = Hold(budget, "ann")
+    for size in (100, 150):
+        hold.grow(size)
+    hold.release()
+    hold.grow(30)
+    assert (budget.held, budget.most_held) == (30, 250)
+
+
+def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
+    """A reload lowers it: nothing more is taken until enough was given back."""
+    budgets = Budgets(memory=1000, form=100)
+    one, other = Hold(budgets.memory, "ann"), Hold(budgets.memory, "bob")
+    one.grow(250)
+    budgets.use(memory=400, form=10)
+    assert budgets.disk.limit == 80
+    other.grow(100)
+    with pytest.raises(ApiError):
+        Hold(budgets.memory, "eve").grow(60)
+    one.release()
+    Hold(budgets.memory, "eve").grow(60)
+
+
+def test_all_callers_together_have_the_limit() -> None:
+    """However many they are."""
+    budget = MemoryBudget(1000)
+    for name in "abcd":
+        Hold(budget, name).grow(250)
+    with pytest.raises(ApiError):
+        Hold(budget, "e").grow(1)
+    assert budget.held == 1000
+
+
+def test_what_is_released_is_there_again() -> None:
+    """In parts or whole; a caller that holds nothing is forgotten."""
+    budget = MemoryBudget(1000)
+    one, other = Hold(budget, "ann"), Hold(budget, "ann")
+    one.grow(200)
+    other.grow(50)
+    one.shrink(100)
+    assert budget.held_by("ann") == 150
+    one.release()
+    one.release()
+    other.release()
+    assert budget.held == 0
+    assert not budget._callers

@@ -1,0 +1,126 @@
+"""What was refused a moment ago is refused again without asking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.recent_refusals import Refusals
+from gateway.limits.token_bucket import Charge, Rule, Verdict
+
+RULE = Rule(600, "minute", 10)
+
+
+class Time:
+    now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Asker:
+    """Asks counters what the refusals do not know, and counts how often."""
+
+    def __init__(self) -> None:
+        self.time = Time()
+        self.refusals = Refusals(self.time)
+        self.counters = MemoryCounters(self.time)
+        self.asked = 0
+
+    def take(self, charges: Sequence[Charge]) -> Verdict:
+        known = self.refusals.of(charges)
+        if known is not None:
+            return known
+        self.asked += 1
+        verdict = self.counters.take_now(charges)
+        if verdict.refused:
+            self.refusals.note(verdict)
+        return verdict
+
+
+@pytest.fixture
+def asker() -> Asker:
+    """One whose limit is used up but for one."""
+    asker = Asker()
+    assert not asker.take([Charge("a", RULE, 9)]).refused
+    return asker
+
+
+def test_who_insists_costs_no_question(asker: Asker) -> None:
+    """The same cost or a larger one, until the wait is over; the verdict says what it would have said."""
+    first = asker.take([Charge("a", RULE, 2)])
+    assert first.refused
+    asker.time.now += 0.25
+    for cost in (2, 3, 50):
+        verdict = asker.take([Charge("a", RULE, cost)])
+        assert verdict.refused
+        assert list(verdict.over) == [0]
+        assert verdict.wait(0) == Charge("a", RULE, cost).rule.wait(verdict.records[0], cost, asker.time.now)
+    assert verdict.left(0) == first.left(0) == 1
+    assert asker.asked == 2
+    asker.time.now += 0.75
+    assert asker.take([Charge("a", RULE, 2)]).refused is False
+    assert asker.asked == 3
+
+
+def test_it_lasts_a_second_at_most(asker: Asker) -> None:
+    """Another gateway may have given something back: however long the wait, it is asked again after a second."""
+    day = [Charge("day", Rule(1, "day"), 2)]
+    for _ in range(10):
+        asker.take(day)
+    assert asker.asked == 2
+    asker.time.now += 0.999
+    asker.take(day)
+    assert asker.asked == 2
+    asker.time.now += 0.001
+    asker.take(day)
+    assert asker.asked == 3
+
+
+def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
+    """A smaller cost, another set of names, a raised limit, a charge in the shadow, and what was given back here."""
+    asker.take([Charge("a", RULE, 2)])
+    asked = asker.asked
+    for charges in (
+        [Charge("a", RULE, 1.5)],
+        [Charge("a", RULE, 2), Charge("b", RULE)],
+        [Charge("a", Rule(600, "minute", 100), 2)],
+        [Charge("a", RULE, 2, shadow=True)],
+        [Charge("b", RULE, 2)],
+    ):
+        asker.take(charges)
+        asked += 1
+        assert asker.asked == asked
+    full = [Charge("a", RULE, 20)]
+    asker.take(full)
+    asker.take(full)
+    asker.refusals.forget("a")
+    assert asker.asked == asked + 1
+    asker.take(full)
+    assert asker.asked == asked + 2
+
+
+def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
+    """The verdict is on all charges: the records of those with room are those of a moment ago."""
+    charges = [
+        Charge("wide", Rule(100, "day"), 5),
+        Charge("a", RULE, 2),
+        Charge("shade", Rule(1, "day"), 2, shadow=True),
+    ]
+    first = asker.take(charges)
+    again = asker.take(
+        [Charge("wide", Rule(100, "day"), 5), Charge("a", RULE, 3), Charge("shade", Rule(1, "day"), 2, shadow=True)]
+    )
+    assert asker.asked == 2
+    assert list(first.over) == list(again.over) == [1, 2]
+    assert again.left(0) == first.left(0) == 100
+    assert not any(again.holds(place) for place in range(3))
+
+
+def test_they_are_not_kept_without_end(asker: Asker) -> None:
+    """A caller who is refused under ever new names fills no memory."""
+    for place in range(25_000):
+        asker.take([Charge(f"name{place}", Rule(1, "day"), 2)])
+    assert len(asker.refusals) <= 10_000

@@ -1,0 +1,1015 @@
+"""Counters in Redis: a real `redis-server`, killed, paused and started again under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import ssl
+import struct
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import trustme
+
+from gateway.limits.counters import CountersUnavailable
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.redis_counters import RedisCounters
+from gateway.limits.redis_script import SCRIPT
+from gateway.limits.redis_url import RedisPlace
+from gateway.limits.token_bucket import Charge, Period, Rule, Verdict, calendar
+from gateway.testing import FakeAzure
+from tests.conftest import Gateway, RawUpstream, StartGateway
+from tests.redis_server import RedisServer, free_port, tls_in_front
+
+pytestmark = pytest.mark.redis
+
+# The script's clock, as tests set it: the server's is not theirs to turn.
+_CLOCK = """    local time = redis.call('TIME')
+    return tonumber(time[1]) + tonumber(time[2]) / 1000000
+"""
+TURNED = SCRIPT.replace(_CLOCK, "    return (struct.unpack('<d', redis.call('GET', 'clock')))\n")
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
+    """A Redis server of the test's own."""
+    server = RedisServer(tmp_path / "redis")
+    await server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def open_counters() -> AsyncIterator[Callable[..., RedisCounters]]:
+    """Return a function that makes counters in a server; they are closed behind the test."""
+    made: list[RedisCounters] = []
+
+    def make(server: RedisServer | str, timeout: float = 5.0, **more: Any) -> RedisCounters:
+        url = server if isinstance(server, str) else server.url
+        own = {name: more.pop(name) for name in ("script", "patience") if name in more}
+        counters = RedisCounters(RedisPlace.parse(url, timeout=timeout, **more), **own)
+        made.append(counters)
+        return counters
+
+    yield make
+    await asyncio.gather(*[counters.close() for counters in made])
+
+
+OpenCounters = Callable[..., RedisCounters]
+
+
+class Clock:
+    """A clock that tests turn, for counters in memory and in Redis."""
+
+    def __init__(self, server: RedisServer, now: float) -> None:
+        from redis import Redis
+
+        self._redis = Redis(port=server.port)
+        self.set(now)
+
+    def set(self, now: float) -> None:
+        self.now = now
+        self._redis.set("clock", struct.pack("<d", now))
+
+    def __call__(self) -> float:
+        return self.now
+
+    def close(self) -> None:
+        self._redis.close()
+
+
+@pytest.fixture
+def clock(server: RedisServer) -> Iterator[Clock]:
+    clock = Clock(server, 1_700_000_000.25)
+    yield clock
+    clock.close()
+
+
+def told(verdict: Verdict) -> tuple[Any, ...]:
+    """Return what a verdict says, to a millionth; what is held at once has only its level in common."""
+    records = [
+        [round(each, 6) for each in (record[:1] if charge.rule.period == "at_once" else record)]
+        for charge, record in zip(verdict.charges, verdict.records, strict=True)
+    ]
+    return (records, verdict.now, tuple(verdict.over), verdict.refused)
+
+
+async def settled(counters: RedisCounters) -> None:
+    """Wait until everything that was settled is."""
+    async with asyncio.timeout(30):
+        while counters._settles or not counters._idle:
+            await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_the_script_counts_as_the_rules_do(
+    server: RedisServer, open_counters: OpenCounters, clock: Clock, seed: int
+) -> None:
+    """The same takes, settlements and times have the same verdicts and the same records."""
+    rng = random.Random(seed)
+    memory, counters = MemoryCounters(clock), open_counters(server, script=TURNED)
+    rules = {
+        "bucket": Rule(600, "minute", 30),
+        "wide": Rule(100_000, "minute"),
+        "odd": Rule(7, "minute", 3),
+        "day": Rule(500, "day"),
+        "month": Rule(2_000, "month"),
+        "at-once": Rule(6, "at_once"),
+    }
+    held: list[tuple[Verdict, Verdict]] = []
+    for _ in range(250):
+        if rng.random() < 0.5:
+            clock.set(clock.now + rng.choice([0, 0.001, rng.random(), 7.5, 60 * rng.random(), 40_000 * rng.random()]))
+        if held and rng.random() < 0.45:
+            theirs, ours = held.pop(rng.randrange(len(held)))
+            actual: list[float | None] = [
+                rng.choice([None, charge.cost, 0, float(rng.randrange(0, int(2 * charge.cost) + 1))])
+                for charge in theirs.charges
+            ]
+            memory.settle(theirs, actual)
+            counters.settle(ours, actual)
+            await settled(counters)
+            continue
+        names = rng.sample(sorted(rules), rng.randrange(1, 4))
+        charges = [
+            Charge(
+                f"{name}-{rng.randrange(2)}",
+                rules[name],
+                float(rng.randrange(0, 40_000) if name == "wide" else rng.randrange(0, 8)),
+                shadow=rng.random() < 0.2,
+            )
+            for name in names
+        ]
+        counters._refusals._known.clear()  # the clock was turned behind their back
+        theirs, ours = await memory.take(charges), await counters.take(charges)
+        assert told(ours) == told(theirs)
+        held.append((theirs, ours))
+
+
+async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, clock: Clock) -> None:
+    """In UTC, leap years included, to the second before and behind each border."""
+    from redis.asyncio import Redis
+
+    rng = random.Random(11)
+    moments = [rng.uniform(0, 8e9) for _ in range(4_000)]
+    for year in range(1970, 2210):
+        for month in (1, 3, 12):
+            for moment in calendar("month", (year - 1970) * 31_556_952 + month * 2_629_746):
+                moments += [moment, moment - 1e-3, moment + 1e-3]
+    head, found, _ = TURNED.partition("-- Keep a record for as long")
+    assert found
+    script = (
+        head + "local all = {} for place = 1, #ARGV do now = read('<d', ARGV[place]) for period = 1, 2 do "
+        "all[#all + 1] = write('<dd', calendar(period)) end end return table.concat(all)"
+    )
+    periods: tuple[Period, Period] = ("day", "month")
+    async with Redis(port=server.port) as redis:
+        for start in range(0, len(moments), 1_000):
+            some = moments[start : start + 1_000]
+            arguments: list[Any] = [script, 0, *[struct.pack("<d", each) for each in some]]
+            told = await redis.eval(*arguments)
+            expected = [calendar(period, moment) for moment in some for period in periods]
+            assert list(struct.iter_unpack("<dd", told)) == expected
+
+
+async def level(counters: RedisCounters, name: str, rule: Rule) -> float:
+    """Return what is counted under a name."""
+    verdict = await counters.take([Charge(name, rule, 0.0, shadow=True)])
+    return verdict.records[0][0]
+
+
+async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters: OpenCounters) -> None:
+    """One without room keeps the others from being counted; one in the shadow does not, and is not counted itself."""
+    counters = open_counters(server)
+    wide, narrow, slots = Rule(1_000, "day"), Rule(1, "day"), Rule(5, "at_once")
+    charges = [Charge("wide", wide, 10), Charge("narrow", narrow), Charge("slots", slots)]
+    assert not (await counters.take(charges)).refused
+    verdict = await counters.take(charges)
+    assert verdict.refused
+    assert list(verdict.over) == [1]
+    assert [
+        await level(counters, name, rule) for name, rule in (("wide", wide), ("narrow", narrow), ("slots", slots))
+    ] == [10, 1, 1]
+    shadow = [Charge("wide", wide, 10), Charge("narrow", narrow, shadow=True), Charge("slots", slots)]
+    verdict = await counters.take(shadow)
+    assert not verdict.refused
+    assert [verdict.holds(place) for place in range(3)] == [True, False, True]
+    assert [
+        await level(counters, name, rule) for name, rule in (("wide", wide), ("narrow", narrow), ("slots", slots))
+    ] == [20, 1, 2]
+
+
+async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Of 2,000 takes at once through two gateways as many are let through as the limit says, of each of its limits."""
+    gateways = [open_counters(server), open_counters(server)]
+    charges = [
+        Charge("requests", Rule(700, "day")),
+        Charge("at once", Rule(650, "at_once")),
+        Charge("all", Rule(10**9, "month"), 3.0),
+    ]
+    verdicts = await asyncio.gather(*[gateways[place % 2].take(charges) for place in range(2_000)])
+    taken = [verdict for verdict in verdicts if not verdict.refused]
+    assert len(taken) == 650
+    assert [await level(gateways[0], charge.name, charge.rule) for charge in charges] == [650, 650, 1_950]
+    for place, verdict in enumerate(taken):
+        gateways[place % 2].settle(verdict, [None, 0.0, 1.0])  # by whichever: each knows its own only
+    for gateway in gateways:
+        await settled(gateway)
+    assert await level(gateways[0], "requests", charges[0].rule) == 650
+    assert await level(gateways[0], "all", charges[2].rule) == 650
+
+
+async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A settlement goes before what is asked for behind it, and is heard by another gateway."""
+    one, other = open_counters(server), open_counters(server)
+    slot = [Charge("slot", Rule(1, "at_once"))]
+    verdict = await one.take(slot)
+    for _ in range(20):
+        assert (await other.take(slot)).refused
+        one.settle(verdict, [0.0])
+        verdict = await one.take(slot)
+        assert not verdict.refused
+    one.settle(verdict, [0.0])
+    await settled(one)
+    other._refusals.forget("slot")
+    assert not (await other.take(slot)).refused
+
+
+async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A second settlement of the same does nothing."""
+    counters = open_counters(server)
+    rule = Rule(100, "day")
+    first, second = await counters.take([Charge("a", rule, 10)]), await counters.take([Charge("a", rule, 10)])
+    counters.settle(first, [4.0])
+    counters.settle(first, [0.0])
+    await settled(counters)
+    assert await level(counters, "a", rule) == 14
+    counters.settle(second, [25.0])
+    await settled(counters)
+    assert await level(counters, "a", rule) == 29
+
+
+async def test_what_has_drained_is_not_given_back(
+    server: RedisServer, open_counters: OpenCounters, clock: Clock
+) -> None:
+    """Neither what drained while a request ran, nor what was held under a name that was forgotten meanwhile."""
+    counters = open_counters(server, script=TURNED)
+    rule = Rule(600, "minute")
+    early = await counters.take([Charge("a", rule, 300)])
+    clock.set(clock.now + 20)  # 200 of them have drained
+    late = await counters.take([Charge("a", rule, 300)])
+    counters.settle(early, [0.0])
+    await settled(counters)
+    assert await level(counters, "a", rule) == 300
+    counters.settle(late, [0.0])
+    await settled(counters)
+    assert await level(counters, "a", rule) == 0
+    early = await counters.take([Charge("a", rule, 300)])
+    server.command("FLUSHALL")
+    clock.set(clock.now + 60)
+    await counters.take([Charge("a", rule, 300)])
+    counters.settle(early, [0.0])
+    await settled(counters)
+    assert await level(counters, "a", rule) == 300
+
+
+async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: OpenCounters, clock: Clock) -> None:
+    """Steps begin anew then, and go on, also for a caller who is refused all the time."""
+    counters = open_counters(server, script=TURNED)
+    charges = [Charge("a", Rule(60, "minute"), 60)]
+    assert not (await counters.take(charges)).refused
+    clock.set(clock.now - 86_400)
+    for seconds in range(0, 61, 5):
+        verdict = await counters.take(charges)
+        assert verdict.refused is (seconds < 60)
+        clock.set(clock.now + 5)
+        counters._refusals.forget("a")
+
+
+async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Budgets in millionths of a currency's unit are large; not one of them is lost on the way."""
+    counters = open_counters(server)
+    rule = Rule(2**52, "month")
+    for cost in (2**51 + 1, 123_456_789_012_345, 1, 7):
+        await counters.take([Charge("budget", rule, cost)])
+    assert await level(counters, "budget", rule) == 2**51 + 1 + 123_456_789_012_345 + 8
+
+
+async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Every key expires by itself: a minute's when it is empty again, a month's at the month's end."""
+    counters = open_counters(server)
+    rules = {
+        "minute": Rule(60_000, "minute", 10),
+        "long": Rule(1, "minute", 10**9),
+        "day": Rule(9, "day"),
+        "month": Rule(9, "month"),
+        "slots": Rule(9, "at_once"),
+    }
+    verdict = await counters.take([Charge(name, rule, 5) for name, rule in rules.items()])
+    assert not verdict.refused
+    keys = server.command("KEYS", "*").split()
+    assert len(keys) == len(rules) + 2
+    assert all(key.startswith("{gateway}:") for key in keys)
+    for key in keys:
+        assert 0 < int(server.command("PTTL", key)) <= 32 * 86_400_000 or "long" in key
+    counters.settle(verdict, [None, None, None, None, 0.0])
+    await settled(counters)
+    assert server.command("EXISTS", "{gateway}:held:slots") == "0"
+    async with asyncio.timeout(30):
+        while server.command("EXISTS", "{gateway}:used:minute") != "0":
+            await asyncio.sleep(0.05)
+    await counters.close()
+    assert "last" not in server.command("HKEYS", "{gateway}:gateways")
+    assert server.command("EXISTS", "{gateway}:gateways") == "0"
+
+
+# -- Redis is away ---------------------------------------------------------------------------------------
+
+
+async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> Verdict | None:
+    """Take; None where the counters are away. Anything else that is raised, or a hang, fails the test."""
+    async with asyncio.timeout(30):
+        try:
+            return await counters.take(charges)
+        except CountersUnavailable:
+            return None
+
+
+async def back(counters: RedisCounters, charges: list[Charge]) -> Verdict:
+    """Wait until the counters answer again."""
+    async with asyncio.timeout(30):
+        while True:
+            verdict = await refused_or_taken(counters, charges)
+            if verdict is not None:
+                return verdict
+            await asyncio.sleep(0.02)
+
+
+SLOTS = [Charge("slots", Rule(3, "at_once"))]
+DAY = [Charge("day", Rule(10**9, "day"))]
+
+
+async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_path: Path) -> None:
+    """The first take says that Redis is away, the others do so without trying; it is logged once, as is its end."""
+    server = RedisServer(tmp_path / "redis")
+    counters = open_counters(server)
+    with structlog.testing.capture_logs() as logs:
+        assert await refused_or_taken(counters, DAY) is None
+        for _ in range(1_000):
+            with pytest.raises(CountersUnavailable):
+                counters.take(DAY).send(None)  # it never waits
+        await server.start()
+        try:
+            await back(counters, DAY)
+        finally:
+            server.kill()
+    assert [(log["log_level"], log["event"]) for log in logs] == [
+        ("warning", "the counters of limits are away"),
+        ("info", "the counters of limits are back"),
+    ]
+
+
+async def test_a_killed_server_that_is_started_again(server: RedisServer, open_counters: OpenCounters) -> None:
+    """It comes back with an empty memory: what was held before gives nothing back, and limits begin anew."""
+    counters = open_counters(server)
+    held = [await counters.take(SLOTS) for _ in range(3)]
+    day = [await counters.take(DAY) for _ in range(3)]
+    assert (await counters.take(SLOTS)).refused
+    server.kill()
+    counters._refusals.forget("slots")
+    assert await refused_or_taken(counters, SLOTS) is None
+    await server.start()
+    assert not (await back(counters, SLOTS)).refused
+    for verdict in held:
+        counters.settle(verdict, [0.0])
+    for verdict in day:
+        counters.settle(verdict, [0.0])
+    await settled(counters)
+    assert await level(counters, "slots", SLOTS[0].rule) == 1
+    assert await level(counters, "day", DAY[0].rule) == 0
+
+
+async def test_a_server_restarted_between_two_takes_is_not_noticed(
+    server: RedisServer, open_counters: OpenCounters
+) -> None:
+    """A connection that broke while nobody looked is replaced, and the take is asked for again."""
+    counters = open_counters(server)
+    await counters.take(DAY)
+    server.kill()
+    await server.start()
+    assert not (await counters.take(DAY)).refused
+
+
+async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Takes end, and what they took all the same when it goes on is given back; settlements wait for it."""
+    counters = open_counters(server, timeout=0.3)
+    held = await counters.take(SLOTS)
+    await counters.take(DAY)
+    server.pause()
+    results = await asyncio.gather(*[refused_or_taken(counters, [*SLOTS, *DAY]) for _ in range(50)])
+    assert results == [None] * 50
+    counters.settle(held, [0.0])
+    server.resume()
+    await back(counters, DAY)
+    await settled(counters)
+    assert await level(counters, "slots", SLOTS[0].rule) == 0
+    assert await level(counters, "day", DAY[0].rule) == 2
+
+
+async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A connection may take longer than a request waits: meanwhile nobody else waits at all, and then it is used."""
+    counters = open_counters(server, timeout=0.3)
+    server.pause()
+    assert await refused_or_taken(counters, [Charge("never", DAY[0].rule)]) is None
+    with pytest.raises(CountersUnavailable):
+        counters.take(DAY).send(None)  # it never waits
+    connecting = counters._script._client
+    server.resume()
+    await back(counters, DAY)
+    assert counters._script._client is connecting
+    assert server.command("EXISTS", "{gateway}:used:never") == "0"
+
+
+async def test_a_server_that_pauses_its_clients(server: RedisServer, open_counters: OpenCounters) -> None:
+    """As `CLIENT PAUSE` does in a failover: away for its time, and right behind it."""
+    counters = open_counters(server, timeout=0.3)
+    await counters.take(DAY)
+    server.command("CLIENT", "PAUSE", "1000", "ALL")
+    assert await refused_or_taken(counters, DAY) is None
+    await back(counters, DAY)
+    await settled(counters)
+    assert await level(counters, "day", DAY[0].rule) == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_killed_paused_and_restarted_under_load(
+    server: RedisServer, open_counters: OpenCounters, seed: int
+) -> None:
+    """Whatever becomes of the server, each take ends; and once it is there again, no slot is lost and none too many."""
+    rng = random.Random(seed)
+    gateways = [open_counters(server, timeout=0.3), open_counters(server, timeout=0.3)]
+    slots = [Charge("slots", Rule(40, "at_once")), *DAY]
+    stop = False
+    outcomes: set[str] = set()
+
+    async def caller(place: int) -> None:
+        counters = gateways[place % 2]
+        while not stop:
+            verdict = await refused_or_taken(counters, slots)
+            outcomes.add("away" if verdict is None else "refused" if verdict.refused else "taken")
+            await asyncio.sleep(rng.random() * 0.02)
+            if verdict is not None:
+                counters.settle(verdict, [0.0, 1.0])
+
+    callers = [asyncio.create_task(caller(place)) for place in range(60)]
+    for _ in range(4):
+        await asyncio.sleep(rng.random() * 0.3)
+        if rng.random() < 0.5:
+            server.pause()
+            await asyncio.sleep(rng.random())
+            server.resume()
+        else:
+            server.kill()
+            await asyncio.sleep(rng.random() * 0.3)
+            await server.start()
+    for counters in gateways:
+        await back(counters, DAY)
+    stop = True
+    await asyncio.gather(*callers)
+    for counters in gateways:
+        await settled(counters)
+    assert {"away", "taken"} <= outcomes
+    others = [open_counters(server), open_counters(server)]  # which wait longer: what is looked at is what there is
+    assert await level(others[0], "slots", slots[0].rule) == 0
+    for counters, room in zip(others, (25, 15), strict=True):
+        verdicts = await asyncio.gather(*[counters.take(slots[:1]) for _ in range(25)])
+        assert len([verdict for verdict in verdicts if not verdict.refused]) == room
+
+
+class Wire(RawUpstream):
+    """The way between gateway and Redis: it may lose what the server says, and break or not break behind it."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(self._pass_on)
+        self._redis_port = port
+        self.lose = 0
+        self.breaks = True
+        self.lost = 0
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, to = await asyncio.open_connection("127.0.0.1", self._redis_port)
+
+        async def forth() -> None:
+            while data := await reader.read(65536):
+                to.write(data)
+            to.close()
+
+        forward = asyncio.create_task(forth())
+        try:
+            while data := await there.read(65536):
+                if self.lose and b"$" in data:
+                    self.lose -= 1
+                    self.lost += 1
+                    if self.breaks:
+                        return
+                    continue
+                writer.write(data)
+        finally:
+            forward.cancel()
+            await asyncio.gather(forward, return_exceptions=True)
+            to.close()
+
+
+async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
+    server: RedisServer, open_counters: OpenCounters
+) -> None:
+    """The call is repeated under its number: it is not done twice, and the verdict is the one it had."""
+    async with Wire(server.port) as wire:
+        counters = open_counters(wire.url)
+        await counters.take(DAY)
+        for count in range(2, 6):
+            wire.lose = 1
+            verdict = await counters.take(DAY)
+            assert verdict.records[0][0] == count
+        assert wire.lost == 4
+        assert await level(counters, "day", DAY[0].rule) == 5
+        await counters.close()
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+async def test_a_take_whose_answer_is_lost_is_undone(
+    server: RedisServer, open_counters: OpenCounters, breaks: bool
+) -> None:
+    """Nobody holds what it took: it is given back as soon as Redis is heard again, and settlements are done once."""
+    async with Wire(server.port) as wire:
+        counters = open_counters(wire.url, timeout=0.3)
+        watching = open_counters(server)
+        held = await counters.take(SLOTS)
+        spent = await counters.take([Charge("budget", DAY[0].rule, 100)])
+        wire.lose, wire.breaks = 2, breaks
+        counters.settle(spent, [40.0])
+        counters.settle(held, [0.0])
+        assert await refused_or_taken(counters, SLOTS) is None
+        assert await level(watching, "slots", SLOTS[0].rule) == 1  # it was done
+        wire.lose = 0
+        await back(counters, DAY)
+        await settled(counters)
+        assert await level(watching, "slots", SLOTS[0].rule) == 0
+        assert await level(watching, "budget", DAY[0].rule) == 40
+        await counters.close()
+
+
+async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Whenever a take is cancelled - before it is sent, under way, answered - its slot is free again."""
+    counters = open_counters(server)
+    await counters.take(DAY)
+    rng = random.Random(3)
+    for _ in range(200):
+        task = asyncio.create_task(counters.take(SLOTS))
+        for _ in range(rng.randrange(0, 12)):
+            await asyncio.sleep(0)
+        if rng.random() < 0.3:
+            await asyncio.sleep(rng.random() * 0.001)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            counters.settle(await task, [0.0])
+    await settled(counters)
+    assert await level(counters, "slots", SLOTS[0].rule) == 0
+
+
+async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenCounters) -> None:
+    """One that comes out of a connection that was given up, behind a later one, is refused by the script."""
+    from redis.asyncio import Redis
+    from redis.exceptions import ResponseError
+
+    counters = open_counters(server)
+    for _ in range(3):
+        await counters.take(DAY)
+    async with Redis(port=server.port) as redis:
+        keys = [counters._gateways, counters._last]
+        arguments: list[Any] = [SCRIPT, 2, *keys, counters._me, struct.pack("<ddB", 1, 20, 0)]
+        with pytest.raises(ResponseError, match="given up"):
+            await redis.eval(*arguments)
+
+
+async def crash(counters: RedisCounters) -> None:
+    """End counters as a crash of their process does: without a last word."""
+    worker = counters._worker
+    assert worker is not None
+    worker.cancel()
+    await asyncio.wait((worker,))
+    counters._worker = None
+    counters._settles.clear()
+    await counters._script.hang_up()
+
+
+async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_counters: OpenCounters) -> None:
+    """What it held at once counts until it has been silent for a time, and the others' go on to count."""
+    crashed = open_counters(server)
+    here = open_counters(server, patience=0.5)
+    for counters in (crashed, crashed, here):
+        assert not (await counters.take(SLOTS)).refused
+    assert (await here.take(SLOTS)).refused
+    await crash(crashed)
+    async with asyncio.timeout(30):
+        while (await here.take(SLOTS)).refused:
+            await asyncio.sleep(0.05)
+    here._refusals.forget("slots")
+    assert not (await here.take(SLOTS)).refused
+    assert (await here.take(SLOTS)).refused
+
+
+async def test_a_gateway_that_was_only_silent_is_counted_again(
+    server: RedisServer, open_counters: OpenCounters
+) -> None:
+    """One that was cut off has its exchanges still: when it is heard of, they count, and their ends count too."""
+    silent = open_counters(server)
+    here = open_counters(server, patience=0.3)
+    verdict = await silent.take(SLOTS)
+    worker = silent._worker
+    assert worker is not None
+    await asyncio.sleep(0.4)
+    assert await level(here, "slots", SLOTS[0].rule) == 0
+    await silent.take(DAY)
+    assert await level(here, "slots", SLOTS[0].rule) == 1
+    silent.settle(verdict, [0.0])
+    await settled(silent)
+    assert await level(here, "slots", SLOTS[0].rule) == 0
+
+
+async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
+    server: RedisServer, open_counters: OpenCounters
+) -> None:
+    """What it holds counts for as long as it runs."""
+    quiet, here = open_counters(server, patience=1.5), open_counters(server, patience=1.5)
+    await quiet.take(SLOTS)
+    for _ in range(10):
+        await asyncio.sleep(0.3)
+        assert await level(here, "slots", SLOTS[0].rule) == 1
+
+
+async def test_closing_settles_what_is_left(server: RedisServer, open_counters: OpenCounters) -> None:
+    """All of it, in as many calls as it takes; and what the gateway held at once is free."""
+    counters, watching = open_counters(server), open_counters(server)
+    verdicts = await asyncio.gather(
+        *[counters.take([Charge("day", DAY[0].rule, 10), Charge("slot", Rule(10**6, "at_once"))]) for _ in range(1_000)]
+    )
+    for verdict in verdicts:
+        counters.settle(verdict, [3.0, None])
+    await counters.close()
+    assert await level(watching, "day", DAY[0].rule) == 3_000
+    assert await level(watching, "slot", Rule(10**6, "at_once")) == 0
+    assert await refused_or_taken(counters, DAY) is None
+    await counters.close()
+
+
+async def test_closing_without_a_server_ends(server: RedisServer, open_counters: OpenCounters) -> None:
+    """It says what could not be settled, once."""
+    counters = open_counters(server)
+    verdicts = [await counters.take(DAY) for _ in range(7)]
+    server.kill()
+    for verdict in verdicts:
+        counters.settle(verdict, [0.0])
+    with structlog.testing.capture_logs() as logs:
+        async with asyncio.timeout(30):
+            await counters.close()
+    assert logs[-1] == {"event": "limits that were not settled", "charges": 7, "log_level": "warning"}
+
+
+# -- Redis refuses ---------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_has_forgotten_the_script(server: RedisServer, open_counters: OpenCounters) -> None:
+    """It is told again."""
+    counters = open_counters(server)
+    for _ in range(3):
+        assert not (await counters.take(DAY)).refused
+        server.command("SCRIPT", "FLUSH")
+
+
+async def test_a_server_that_is_full_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Nothing is counted in half; it goes on when there is room again."""
+    counters = open_counters(server)
+    both = [*DAY, *SLOTS]
+    await counters.take(both)
+    server.command("CONFIG", "SET", "maxmemory", "1")
+    assert await refused_or_taken(counters, both) is None
+    server.command("CONFIG", "SET", "maxmemory", "0")
+    verdict = await back(counters, both)
+    assert verdict.records[0][0] == 2
+
+
+async def test_a_server_that_has_become_a_replica(server: RedisServer, open_counters: OpenCounters) -> None:
+    """As behind a failover: it writes nothing, until it is the first again."""
+    counters = open_counters(server)
+    await counters.take(DAY)
+    server.command("REPLICAOF", "127.0.0.1", "1")
+    with structlog.testing.capture_logs() as logs:
+        assert await refused_or_taken(counters, DAY) is None
+    assert "ReadOnlyError" in logs[0]["reason"]
+    server.command("REPLICAOF", "NO", "ONE")
+    await back(counters, DAY)
+
+
+async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCounters) -> None:
+    """It says so, and is away until it has loaded; then what was counted before counts."""
+    server = RedisServer(tmp_path / "redis")
+    await server.start()
+    counters = open_counters(server)
+    await counters.take(DAY)
+    for place in range(60):
+        server.command("SET", f"other{place}", "x" * 2_000)
+    server.command("CONFIG", "SET", "rdbcompression", "no")
+    server.command("SAVE")
+    server.kill()
+    await server.start("--key-load-delay", "20000", "--loading-process-events-interval-bytes", "1024")
+    try:
+        with structlog.testing.capture_logs() as logs:
+            assert await refused_or_taken(counters, DAY) is None
+        assert "loading" in logs[0]["reason"]
+        verdict = await back(counters, DAY)
+        assert verdict.records[0][0] == 2
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("words", [("RPUSH", "x"), ("SET", "x")])
+async def test_something_else_under_a_name(
+    server: RedisServer, open_counters: OpenCounters, words: tuple[str, str]
+) -> None:
+    """Who asks for it is told that it cannot be counted, the others go on, and nothing is counted in half."""
+    counters = open_counters(server)
+    command, value = words
+    server.command(command, "{gateway}:used:bad", value)
+    server.command(command, "{gateway}:held:bad", value)
+    for rule in (Rule(5, "day"), Rule(5, "minute"), Rule(5, "at_once")):
+        bad = Charge("bad", rule)
+        results = await asyncio.gather(
+            refused_or_taken(counters, [*DAY, bad]), refused_or_taken(counters, DAY), refused_or_taken(counters, [bad])
+        )
+        assert [result is None for result in results] == [True, False, True]
+    assert await level(counters, "day", DAY[0].rule) == 3
+
+
+@pytest.mark.parametrize("name", ["gateways", "last"])
+async def test_something_else_under_the_gateways_own_names(
+    server: RedisServer, open_counters: OpenCounters, name: str
+) -> None:
+    """It is away until that is gone, and then right."""
+    counters = open_counters(server)
+    await counters.take(DAY)
+    key = (counters._gateways if name == "gateways" else counters._last).decode()
+    server.command("DEL", key)
+    server.command("SADD", key, "x")
+    assert await refused_or_taken(counters, DAY) is None
+    server.command("DEL", key)
+    verdict = await back(counters, DAY)
+    assert verdict.records[0][0] == 2
+
+
+# What docs/operating.md lets the gateway's user do.
+ALLOWED = ["+eval", "+evalsha", "+time", "+get", "+set", "+del", "+hget", "+hset", "+hdel", "+hgetall", "+expire"]
+
+
+async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: OpenCounters) -> None:
+    """The counters are away, the log says why, and the right one lets the gateway in."""
+    server = RedisServer(tmp_path / "redis")
+    await server.start()
+    try:
+        server.command("ACL", "SETUSER", "gw", "on", ">sesame", "~{gateway}:*", *ALLOWED)
+        server.command("ACL", "SETUSER", "default", "off")
+        wrong = open_counters(f"redis://gw:opensesame@127.0.0.1:{server.port}")
+        with structlog.testing.capture_logs() as logs:
+            assert await refused_or_taken(wrong, DAY) is None
+        assert "AuthenticationError" in logs[0]["reason"]
+        assert "sesame" not in str(logs)
+        assert "sesame" not in repr(wrong.place)
+        wrong._away_since = None
+        with structlog.testing.capture_logs() as logs:
+            wrong._gone("a library that says opensesame")
+        assert logs[0]["reason"] == "a library that says ***"
+        right = open_counters(f"redis://gw:sesame@127.0.0.1:{server.port}")
+        verdict = await right.take([*SLOTS, *DAY, Charge("minute", Rule(60, "minute"))])
+        right.settle(verdict, [0.0, 0.0, 0.0])
+        await settled(right)
+        assert await level(right, "minute", Rule(60, "minute")) == 0
+    finally:
+        server.kill()
+
+
+# -- other ways to it ------------------------------------------------------------------------------------
+
+
+async def test_a_unix_socket(tmp_path: Path, open_counters: OpenCounters) -> None:
+    """`unix:///PATH` is a way to it, too."""
+    path = tmp_path / "r.sock"
+    server = RedisServer(tmp_path / "redis", "--unixsocket", str(path))
+    await server.start()
+    try:
+        counters = open_counters(f"unix://{path}")
+        assert not (await counters.take(DAY)).refused
+    finally:
+        server.kill()
+
+
+async def test_tls_with_a_private_ca(server: RedisServer, tmp_path: Path, open_counters: OpenCounters) -> None:
+    """The server's certificate is one of that CA, for that host; else the counters are away."""
+    ca, other = trustme.CA(), trustme.CA()
+    paths = {name: tmp_path / f"{name}.pem" for name in ("ca", "other")}
+    ca.cert_pem.write_to_path(paths["ca"])
+    other.cert_pem.write_to_path(paths["other"])
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ca.issue_cert("localhost").configure_cert(context)
+    async with tls_in_front(server, context) as front:
+        right = open_counters(f"rediss://localhost:{front.port}", ca=paths["ca"])
+        assert not (await right.take(DAY)).refused
+        for host, known in (("localhost", "other"), ("127.0.0.1", "ca")):
+            counters = open_counters(f"rediss://{host}:{front.port}", ca=paths[known])
+            with structlog.testing.capture_logs() as logs:
+                assert await refused_or_taken(counters, DAY) is None
+            assert "certificate" in logs[0]["reason"].lower()
+
+
+async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
+    """Any node leads to the one that has the limits, also when they move to another, and one limit is kept."""
+    servers = [RedisServer(tmp_path / f"node{place}", "--cluster-enabled", "yes") for place in range(3)]
+    for server in servers:
+        await server.start("--cluster-port", str(free_port()))
+    try:
+        for place, server in enumerate(servers):
+            first, last = place * 5461 + (place > 0), min((place + 1) * 5461, 16383)
+            server.command("CLUSTER", "ADDSLOTSRANGE", str(first), str(last))
+            server.command("CLUSTER", "SET-CONFIG-EPOCH", str(place + 1))
+        for server in servers[1:]:
+            bus = server.command("CLUSTER", "NODES").split()[1].partition("@")[2].partition(",")[0]
+            servers[0].command("CLUSTER", "MEET", "127.0.0.1", str(server.port), bus)
+        async with asyncio.timeout(30):
+            while not all("cluster_state:ok" in server.command("CLUSTER", "INFO") for server in servers):
+                await asyncio.sleep(0.05)
+        gateways = [open_counters(server, cluster=True) for server in servers]
+        charges = [Charge("requests", Rule(50, "day")), Charge("slots", Rule(1_000, "at_once"))]
+        verdicts = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
+        assert len([verdict for verdict in verdicts if not verdict.refused]) == 50
+        owner = next(server for server in servers if "MovedError" not in server.command("GET", "{gateway}:x"))
+        other = next(server for server in servers if server is not owner)
+        with structlog.testing.capture_logs() as logs:
+            assert await refused_or_taken(open_counters(other), DAY) is None
+        assert "MovedError" in logs[0]["reason"]
+
+        # The slot on its way: right, or away; never anything else.
+        slot = owner.command("CLUSTER", "KEYSLOT", "{gateway}:x")
+        here, there = (server.command("CLUSTER", "MYID") for server in (owner, other))
+        other.command("CLUSTER", "SETSLOT", slot, "IMPORTING", here)
+        owner.command("CLUSTER", "SETSLOT", slot, "MIGRATING", there)
+        for _ in range(20):
+            for counters in gateways:
+                await refused_or_taken(counters, [Charge(f"new{random.random()}", DAY[0].rule)])
+        owner.command("FLUSHALL")
+        for server in (other, owner):
+            server.command("CLUSTER", "SETSLOT", slot, "NODE", there)
+        # The node that had the limits goes, even where the configuration names it: another one knows where they are.
+        owner.kill()
+        for counters in gateways:
+            await back(counters, DAY)
+        assert await level(gateways[0], "day", DAY[0].rule) == 3
+    finally:
+        for server in servers:
+            server.kill()
+
+
+async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_counters: OpenCounters) -> None:
+    """It is refused here, until something is given back here, or a second is over."""
+    counters, other = open_counters(server), open_counters(server)
+    held = [await counters.take(SLOTS) for _ in range(3)]
+    assert (await counters.take(SLOTS)).refused
+    asked = counters._number
+    for _ in range(500):
+        verdict = await counters.take(SLOTS)
+        assert verdict.refused
+        assert verdict.wait(0) == 1
+    assert counters._number <= asked + 1  # it may have said that it is there
+    counters.settle(held[0], [0.0])
+    assert not (await counters.take(SLOTS)).refused
+    assert (await counters.take(SLOTS)).refused
+    assert (await other.take(SLOTS)).refused
+    counters.settle(held[1], [0.0])
+    async with asyncio.timeout(30):
+        while (await other.take(SLOTS)).refused:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("passes", range(4))
+async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
+    server: RedisServer, open_counters: OpenCounters, passes: int
+) -> None:
+    """An answer that is there counts, even where the gateway was kept from reading it until it was late."""
+    counters = open_counters(server, timeout=0.3)
+    await counters.take(DAY)
+    take = asyncio.create_task(counters.take(DAY))
+    for _ in range(passes):
+        await asyncio.sleep(0)
+    time.sleep(0.6)  # noqa: ASYNC251 -- what is tested
+    with structlog.testing.capture_logs() as logs:
+        assert not (await take).refused
+        await counters.take(DAY)
+    assert not logs
+
+
+async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, open_counters: OpenCounters) -> None:
+    """So that a stage can connect before its first request, and what is wrong is in the log when the gateway starts."""
+    counters = open_counters(server)
+    assert not (await counters.take([])).refused
+    server.kill()
+    assert await refused_or_taken(counters, []) is None
+
+
+async def test_what_cannot_be_asked_is_the_askers_mistake(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A charge that is none raises where it is made, and Redis is not away for the others."""
+    counters = open_counters(server)
+    with pytest.raises(struct.error):
+        await counters.take([Charge("a", DAY[0].rule, "many")])  # type: ignore[arg-type] # that is the point
+    assert not (await counters.take(DAY)).refused
+
+
+# -- with everything around it ---------------------------------------------------------------------------
+
+GATEWAY = """
+store: {redis: "${REDIS}", timeout: 2}
+resources: {azure: {endpoint: "${ENDPOINT}"}}
+pipeline:
+  - auth_passthrough
+  - rate_limit: {requests_per_day: 25, tokens_per_day: 100000, in_flight: 100, on_error: closed}
+  - model_map: {unmapped: own_name_without_dots}
+  - api_version: 2024-10-21
+"""
+
+
+async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Clients of both get one limit's worth together; without Redis `on_error` says what becomes of them."""
+    env = {"REDIS": server.url}
+    gateways = [await start_gateway(azure.endpoint, GATEWAY, env=env) for _ in range(2)]
+
+    async def status(gateway: Gateway) -> int:
+        async with gateway.post() as answer:
+            await answer.read()
+            return int(answer.status)
+
+    statuses = await asyncio.gather(*[status(gateways[place % 2]) for place in range(60)])
+    assert sorted(statuses) == [200] * 25 + [429] * 35
+    async with asyncio.timeout(30):
+        while server.command("KEYS", "{gateway}:held:*"):
+            await asyncio.sleep(0.02)
+    server.kill()
+    assert await status(gateways[0]) in (429, 503)  # what it refused a moment ago it may refuse once more
+    async with asyncio.timeout(30):
+        while await status(gateways[0]) != 503:
+            await asyncio.sleep(0.05)
+    opened = await start_gateway(azure.endpoint, GATEWAY.replace("closed", "open"), env=env)
+    assert await status(opened) == 200
+
+
+async def test_nothing_that_is_to_be_settled_is_dropped(
+    server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where more waits than Redis keeps up with, no more is taken; every slot and every token comes back."""
+    monkeypatch.setattr("gateway.limits.redis_counters._KEPT", 20)
+    monkeypatch.setattr("gateway.limits.redis_counters._SETTLES", 3)
+    counters = open_counters(server)
+    charges = [Charge("slots", Rule(1000, "at_once")), Charge("tokens", Rule(10**6, "day"), 100.0)]
+    verdicts = [await counters.take(charges) for _ in range(50)]
+    for verdict in verdicts:
+        counters.settle(verdict, [0.0, 1.0])
+    with pytest.raises(CountersUnavailable, match="too slow"):
+        await counters.take(charges)
+    await settled(counters)
+    verdict = await counters.take([Charge(each.name, each.rule, 0.0) for each in charges])
+    assert [record[0] for record in verdict.records] == [0.0, 50.0]
+
+
+async def test_slots_are_given_back_however_late(
+    server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage that is so long that tokens say nothing any more."""
+    monkeypatch.setattr("gateway.limits.redis_counters._KEPT_FOR", 0.2)
+    monkeypatch.setattr("gateway.limits.redis_counters._RETRY", 0.1)
+    counters = open_counters(server, timeout=0.3)
+    charges = [Charge("tokens", Rule(10**6, "day"), 100.0), Charge("slots", Rule(1, "at_once"))]
+    verdict = await counters.take(charges)
+    server.pause()
+    with pytest.raises(CountersUnavailable):
+        await counters.take([Charge("other", Rule(5, "day"))])
+    counters.settle(verdict, [1.0, 0.0])
+    await asyncio.sleep(1)
+    server.resume()
+    await back(counters, DAY)
+    await settled(counters)
+    assert not (await counters.take(charges[1:])).refused

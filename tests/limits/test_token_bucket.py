@@ -1,0 +1,45 @@
+"""The arithmetic of limits, and the counters of one process that go by it."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.limits.memory_counters import MemoryCounters
+from gateway.limits.token_bucket import Charge, Rule
+
+
+class Time:
+    now = 1_700_000_000.25
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
+    """A first use is born when it is made: what others held under that name before has drained with it."""
+    time = Time()
+    counters = MemoryCounters(time)
+    rule = Rule(600, "minute")
+    early = counters.take_now([Charge("a", rule, 300)])
+    counters._records.clear()  # as names are forgotten when there are many
+    time.now += 60
+    counters.take_now([Charge("a", rule, 300)])
+    counters.settle(early, [0.0])
+    assert counters.take_now([Charge("a", rule, 300)]).left(0) == 0
+    assert counters.take_now([Charge("a", rule, 1)]).refused
+
+
+@pytest.mark.parametrize("limit", [131, 1_451, 2_986, 100_000])
+def test_what_is_said_to_be_left_can_be_taken(limit: int) -> None:
+    """Where a step's share is no whole number as well, however the steps were looked at."""
+    time = Time()
+    counters = MemoryCounters(time)
+    rule = Rule(limit, "minute")
+    counters.take_now([Charge("a", rule, limit)])
+    for _ in range(5):
+        time.now += 10
+        left = counters.take_now([Charge("a", rule, 2 * limit)]).left(0)
+        verdict = counters.take_now([Charge("a", rule, left)])
+        assert not verdict.refused
+        assert counters.take_now([Charge("a", rule, 1)]).refused
+        counters.settle(verdict, [0.0])

@@ -1,0 +1,189 @@
+"""The socket of `gateway reload`: who may ask, who is believed, and what becomes of a name that is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import pwd
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway import logs
+from gateway.cli import main
+from gateway.process import control_socket as control
+from gateway.process.control_socket import NobodyThere, Report
+from tests.conftest import until
+
+STRANGER = 54321
+
+
+@contextlib.contextmanager
+def squatter(path: Path, answer: bytes = b"{}") -> Iterator[None]:
+    """Have the name of a configuration's socket, and answer whoever asks."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(control._name(path))
+        sock.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    client, _ = sock.accept()
+                    with client, contextlib.suppress(OSError):
+                        client.recv(100)
+                        client.sendall(answer)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        sock.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@contextlib.asynccontextmanager
+async def listening(path: Path) -> AsyncIterator[None]:
+    async def reload() -> Report:
+        return Report(changes=["mine"])
+
+    task = asyncio.create_task(control.listen(path, reload))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "gateway.yaml").write_text("")
+    return tmp_path / "gateway.yaml"
+
+
+@pytest.mark.parametrize(
+    ("me", "answering", "owner", "account", "user", "refused"),
+    [
+        (0, 0, 0, None, None, None),
+        (0, STRANGER, STRANGER, None, None, None),
+        (0, STRANGER, 0, STRANGER, None, None),
+        (0, STRANGER, 0, None, str(STRANGER), None),
+        (0, STRANGER, 0, None, None, rf"any local user can pose as a gateway.*gateway reload --user {STRANGER}"),
+        (0, STRANGER, 0, 7, None, "any local user can pose"),
+        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} answers .*, and not 7"),
+        (0, STRANGER, 0, None, "no-such-user", "there is no user 'no-such-user' here"),
+        (7, 7, 0, None, None, None),
+        (7, STRANGER, 0, None, None, "as another user"),
+        (7, 0, 0, None, None, "as another user"),
+    ],
+)
+def test_who_is_believed(
+    me: int, answering: int, owner: int, account: int | None, user: str | None, refused: str | None, path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Root believes itself, the file's owner, the account `gateway` and whom it names; others their own user alone."""
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+    monkeypatch.setattr(control, "_user", lambda sock: answering)
+    status = os.stat(path)
+    known = os.stat_result((*status[:4], owner, *status[5:10]))
+    monkeypatch.setattr(os, "stat", lambda name: known)
+
+    def getpwnam(name: str) -> pwd.struct_passwd:
+        if name != "gateway" or account is None:
+            raise KeyError(name)
+        return pwd.struct_passwd((name, "x", account, account, "", "/", ""))
+
+    monkeypatch.setattr(pwd, "getpwnam", getpwnam)
+    with squatter(path, b'{"changes": ["yes"]}'):
+        if refused is None:
+            assert control.ask(path, user).changes == ["yes"]
+        else:
+            with pytest.raises(NobodyThere, match=f"(?i){refused}"):
+                control.ask(path, user)
+
+
+def test_root_is_told_how_to_ask_a_gateway_of_another_user(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`gateway reload` prints it, has status 1, and has sent nothing; with `--user` it asks."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(control, "_user", lambda sock: STRANGER)
+    monkeypatch.setattr(control, "_believed", lambda config: {0})
+    with squatter(path, b'{"changes": ["one \\u001b[2J"]}'):
+        assert main(["reload", "--config", str(path)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert f"gateway reload --user {STRANGER}" in printed.err
+        assert main(["reload", "--config", str(path), "--user", str(STRANGER)]) == 0
+        assert capsys.readouterr().out == "'one \\x1b[2J'\n"
+
+
+def test_an_answer_has_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an answer that is no report is no reload."""
+    monkeypatch.setattr(control, "_LARGEST", 100_000)
+    with squatter(path, b" " * 200_000), pytest.raises(NobodyThere, match="too large"):
+        control.ask(path)
+    with squatter(path, b"hello"), pytest.raises(NobodyThere, match="ended before it had reloaded"):
+        control.ask(path)
+
+
+@pytest.mark.parametrize(
+    ("user", "said"), [(os.geteuid(), "another gateway with the same configuration"), (STRANGER, "can pose as this")]
+)
+async def test_a_name_that_is_taken_is_told_and_tried_again(
+    user: int, said: str, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log says by which process of which user, once; when the name is free again, the gateway has it."""
+    logs.configure("info", "json", sys.stderr)
+    monkeypatch.setattr(control, "_TRY_AGAIN", 0.02)
+    monkeypatch.setattr(control, "_peer", lambda sock: (4711, user))
+    events: list[dict[str, str]] = []
+
+    def told(part: str) -> bool:
+        events.extend(json.loads(line) for line in capfd.readouterr().err.splitlines())
+        return any(part in each["event"] for each in events)
+
+    with squatter(path):
+        async with listening(path):
+            await until(lambda: told("cannot reach"))
+            await asyncio.sleep(0.1)
+    events_before = [each for each in events if "cannot reach" in each["event"]]
+    assert len(events_before) == 1
+    assert "process 4711" in events_before[0]["reason"]
+    assert said in events_before[0]["reason"]
+    monkeypatch.setattr(control, "_peer", lambda sock: (os.getpid(), os.geteuid()))
+    events.clear()
+    with contextlib.ExitStack() as taken:
+        taken.enter_context(squatter(path))
+        async with listening(path):
+            await until(lambda: told("cannot reach"))
+            taken.close()
+            await until(lambda: told("can reach this gateway again"))
+            assert (await asyncio.to_thread(control.ask, path)).changes == ["mine"]
+
+
+async def test_a_lack_of_descriptors_passes(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No socket can be had at first: it is tried again."""
+    logs.configure("info", "json", sys.stderr)
+    monkeypatch.setattr(control, "_TRY_AGAIN", 0.02)
+    original, left = control._listening, 3
+
+    def listening_late(config: Path) -> socket.socket:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return original(config)
+
+    monkeypatch.setattr(control, "_listening", listening_late)
+    async with listening(path):
+        await until(lambda: left < 0)
+        assert (await asyncio.to_thread(control.ask, path)).changes == ["mine"]
+    assert capfd.readouterr().err.count("Too many open files") == 1
