@@ -9,11 +9,11 @@ from msgspec import Meta
 from gateway.auth.credentials import Credential
 from gateway.azure.resources import Target
 from gateway.azure.stream_errors import StreamError
-from gateway.balancing.retries import AttemptLimits, Balancer, RetryBudget
+from gateway.balancing.retries import Retrier, RetryBudget, RetryLimits
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.limits.counters import CountersUnavailable
-from gateway.limits.token_bucket import Charge, Rule, Verdict
+from gateway.limits.token_bucket import Charge, Decision, Limit
 from gateway.protocol.headers import Headers
 from gateway.protocol.sse import Event, EventFilter, Filter
 from gateway.request import Request
@@ -26,28 +26,28 @@ from gateway.version import __version__ as __version__
 
 __all__ = (
     "ApiError",
-    "AttemptLimits",
-    "Balancer",
     "Charge",
     "CountersUnavailable",
     "Credential",
+    "Decision",
     "Event",
     "EventFilter",
     "Filter",
     "Headers",
+    "Limit",
     "Meta",
     "Next",
     "Outcome",
     "Price",
     "Request",
     "Response",
+    "Retrier",
     "RetryBudget",
-    "Rule",
+    "RetryLimits",
     "Services",
     "Stage",
     "StreamError",
     "Target",
     "UpstreamError",
     "Usage",
-    "Verdict",
 )

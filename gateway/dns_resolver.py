@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import aiohappyeyeballs
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-__all__ = ("AddressInfo", "LookUpFailed", "LookUpTimeout", "Resolver", "connected_socket")
+__all__ = ("AddressInfo", "LookupFailed", "LookupTimeout", "Resolver", "connected_socket")
 
 AddressInfo: TypeAlias = tuple[int, int, int, str, Any]
 """As `socket.getaddrinfo` returns it: family, type, protocol, canonical name, socket address."""
@@ -55,7 +55,7 @@ _NO_SUCH_NAME = frozenset(
 )
 
 
-class LookUpFailed(OSError):
+class LookupFailed(OSError):
     """A host name has no address, or its look-up failed."""
 
     def __init__(self, host: str, reason: str) -> None:
@@ -68,7 +68,7 @@ class LookUpFailed(OSError):
         return f"the host name {self.host!r} of {owner} {self.reason}"
 
 
-class LookUpTimeout(LookUpFailed):
+class LookupTimeout(LookupFailed):
     """The look-up of a host name took too long."""
 
 
@@ -80,7 +80,7 @@ class _Name:
     def __init__(self) -> None:
         self.addresses: list[AddressInfo] = []
         self.fresh_until = self.known_until = 0.0
-        self.failure: LookUpFailed | None = None
+        self.failure: LookupFailed | None = None
         # The look-up under way: a future that all who wait share, and since when it is.
         self.look_up: asyncio.Future[None] | None = None
         self.asked = 0.0
@@ -128,7 +128,7 @@ class Resolver(AbstractResolver):
             return name.addresses
         if look_up.done() and name.failure is not None:
             raise name.failure
-        raise LookUpTimeout(host, f"could not be looked up within {within:g} s")
+        raise LookupTimeout(host, f"could not be looked up within {within:g} s")
 
     async def in_turn(self, host: str, within: float = _WITHIN) -> list[AddressInfo]:
         """Return what `look_up` does, each time with another address first, so that all of them are connected to."""
@@ -144,7 +144,7 @@ class Resolver(AbstractResolver):
         """Return the addresses of a host as aiohttp wants them. Raises LookUpFailed, which is an OSError."""
         found = [each for each in await self.in_turn(host) if family in (socket.AF_UNSPEC, each[0])]
         if not found:
-            raise LookUpFailed(host, "has no address of the wanted family")
+            raise LookupFailed(host, "has no address of the wanted family")
         return [_for_aiohttp(each, host, port) for each in found]
 
     async def close(self) -> None:
@@ -252,10 +252,10 @@ def _numeric(host: str) -> AddressInfo:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=flags)[0]
 
 
-def _failure(host: str, found: list[AddressInfo] | Exception) -> LookUpFailed:
+def _failure(host: str, found: list[AddressInfo] | Exception) -> LookupFailed:
     if not isinstance(found, Exception) or getattr(found, "errno", None) in _NO_SUCH_NAME:
-        return LookUpFailed(host, "was not found")
-    return LookUpFailed(host, f"could not be looked up: {getattr(found, 'strerror', None) or found}")
+        return LookupFailed(host, "was not found")
+    return LookupFailed(host, f"could not be looked up: {getattr(found, 'strerror', None) or found}")
 
 
 def _for_aiohttp(info: AddressInfo, host: str, port: int) -> ResolveResult:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from gateway.limits.memory_budget import BUDGETS, Hold, MemoryBudget
-from gateway.logs import failure, get_logger
-from gateway.usage.accounting import Meter, Usage
+from gateway.logs import exception_fields, get_logger
+from gateway.usage.accounting import Usage, UsageMeter
 
 if TYPE_CHECKING:
     from gateway.azure.resources import Target
@@ -58,14 +58,14 @@ class Outcome(msgspec.Struct, frozen=True):
     usage: Usage | None = None
 
 
-class Owned(Protocol):
+class Abortable(Protocol):
     """Something that is closed when the exchange moves on or ends, such as a connection to Azure."""
 
     def abort(self) -> None:
         """Close at once; do nothing if it is closed or handed back already."""
 
 
-class Asking(Protocol):
+class BudgetHolder(Protocol):
     """The request of an exchange."""
 
     @property
@@ -95,9 +95,9 @@ class Exchange:
     target: Target | None = None
     counts: dict[str, int] | None = None
     close_code: int | None = None
-    meter: Meter | None = None
+    meter: UsageMeter | None = None
     """What was used, where somebody wants to know."""
-    request: Asking | None = None
+    request: BudgetHolder | None = None
     """Whose share of the budgets is used, if it keeps more than most do; until the exchange is over."""
     taken: dict[str, Any] | None = None
     """What stages took before the body was read, by their ids; see `Request.taken`."""
@@ -106,7 +106,7 @@ class Exchange:
     _asked = 0  # how many of them have
     _memory: Hold | None = None
     _disk: Hold | None = None
-    _upstream: Owned | None = None
+    _upstream: Abortable | None = None
     _over = False
     _deadline: asyncio.TimerHandle | None = None
     _task: asyncio.Task[object] | None = None
@@ -128,7 +128,7 @@ class Exchange:
             self.counts = {}
         self.counts[name] = self.counts.get(name, 0) + amount
 
-    def own(self, upstream: Owned) -> None:
+    def own(self, upstream: Abortable) -> None:
         """Take charge of a connection; the one before it is closed, and this one if the exchange is over."""
         self.release()
         if self._over:
@@ -262,4 +262,4 @@ class Exchange:
                 # log, the other callbacks give back what they hold.
                 name = getattr(callback, "__qualname__", type(callback).__name__)
                 with contextlib.suppress(Exception):
-                    get_logger().error("a deferred callback failed", callback=name, **failure(exc))
+                    get_logger().error("a deferred callback failed", callback=name, **exception_fields(exc))

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-__all__ = ("MOST_UNITS", "SMALL", "STEP", "FairScheduler", "Work")
+__all__ = ("MOST_UNITS", "SMALL", "STEP", "FairScheduler", "ScheduledWork")
 
 SMALL = 4 * 1024
 """Reads of up to this many bytes are handled at once."""
@@ -29,7 +29,7 @@ _STEPS = 1
 _ALLOWANCE = 64 * 1024
 
 
-class Work(Protocol):
+class ScheduledWork(Protocol):
     """A connection with unparsed bytes."""
 
     def step(self) -> bool:
@@ -43,7 +43,7 @@ class FairScheduler:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: OrderedDict[Work, None] = OrderedDict()
+        self._waiting: OrderedDict[ScheduledWork, None] = OrderedDict()
         self._scheduled = False
         self._left = _ALLOWANCE
 
@@ -65,7 +65,7 @@ class FairScheduler:
         self._left = left - size
         return size <= STEP and left >= size
 
-    def add(self, work: Work) -> None:
+    def add(self, work: ScheduledWork) -> None:
         """Run the steps of `work` from the next turn on, until it has no more to do."""
         self._waiting[work] = None
         if not self._scheduled:
@@ -80,7 +80,7 @@ class FairScheduler:
         finally:
             self.remove(turn)
 
-    def remove(self, work: Work) -> None:
+    def remove(self, work: ScheduledWork) -> None:
         """Run no more steps of `work` until it is added again."""
         self._waiting.pop(work, None)
 

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
-__all__ = ("configure", "failure", "get_logger", "masked")
+__all__ = ("configure", "exception_fields", "get_logger", "redacted")
 
 
 def get_logger() -> FilteringBoundLogger:
@@ -184,7 +184,7 @@ def _printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     return event
 
 
-def masked(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]:
+def redacted(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]:
     """Return `facts` with every occurrence of a secret in its text replaced by `***`."""
 
     def mask(value: Any) -> Any:
@@ -199,7 +199,7 @@ def masked(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]:
     return {key: mask(value) for key, value in facts.items()}
 
 
-def failure(exc: BaseException) -> dict[str, object]:
+def exception_fields(exc: BaseException) -> dict[str, object]:
     """Describe an exception for the log, without values of variables that could hold a key."""
     frames: list[str] = []
     traceback = exc.__traceback__

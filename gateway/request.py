@@ -9,17 +9,17 @@ import msgspec
 
 from gateway.auth.client_address import network_of
 from gateway.auth.credentials import Credential, presented_key
-from gateway.auth.oidc import Identity, Judgement, unavailable
-from gateway.azure.idempotency import is_repeatable
+from gateway.auth.oidc import Identity, TokenVerification, unavailable
+from gateway.azure.idempotency import is_idempotent
 from gateway.azure.model_field import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.azure.operations import Operation, plain_path
 from gateway.azure.resources import Target
 from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
-from gateway.limits.memory_budget import BudgetSpent
+from gateway.limits.memory_budget import BudgetExhausted
 from gateway.protocol.headers import Headers
-from gateway.protocol.json_fields import decoded_json, encoded_json, of_fields, raw_fields
+from gateway.protocol.json_fields import decode_json, encode_fields, encode_json, raw_fields
 from gateway.protocol.multipart import FormReader
 from gateway.usage.accounting import METERED, PROMPTED, UNTOLD
 from gateway.usage.tokenizer import expected_prompt_tokens, most_output
@@ -80,7 +80,7 @@ class Request:
         exchange: Exchange,
         model: str | None = None,
         address: Callable[[], str] = str,
-        judgement: Judgement | None = None,
+        judgement: TokenVerification | None = None,
     ) -> None:
         self.id = id
         self.operation = operation.name if operation is not None else None
@@ -189,7 +189,7 @@ class Request:
     async def body(self) -> bytes:
         """Return the body's bytes; they are kept, so that a second call is possible."""
         if self._json_set:
-            return encoded_json(self._json)
+            return encode_json(self._json)
         return await self._body.read()
 
     async def buffer(self, limit: int) -> None:
@@ -199,7 +199,7 @@ class Request:
     async def buffer_up_to(self, limit: int) -> bool:
         """Keep the body, as `buffer` does, if it is known to have no more than `limit` bytes; whether it is kept."""
         if self._json_set:
-            self.set_body(encoded_json(self._json))
+            self.set_body(encode_json(self._json))
         if self._body.keep() is not None:
             return True
         length = self._body.length
@@ -207,7 +207,7 @@ class Request:
             return False
         try:
             await self._body.read()
-        except BudgetSpent:  # before a byte was read: it can still be streamed
+        except BudgetExhausted:  # before a byte was read: it can still be streamed
             return False
         return True
 
@@ -216,12 +216,12 @@ class Request:
 
         What makes something that stays (a file, a batch, a response that is stored), or deletes it, is not.
         """
-        return await is_repeatable(self)
+        return await is_idempotent(self)
 
     async def json(self) -> dict[str, Any]:
         """Return the body as a JSON object, decoded once. Raises ApiError 400 where it is none."""
         if self._json is None:
-            decoded = decoded_json(await self._body.read(), msgspec.json.decode)
+            decoded = decode_json(await self._body.read(), msgspec.json.decode)
             if not isinstance(decoded, dict):
                 raise ApiError(400, "the body must be a JSON object")
             self._json = decoded
@@ -248,7 +248,7 @@ class Request:
 
         Values are bytes of JSON and are sent as they are.
         """
-        self.set_body(of_fields(fields))
+        self.set_body(encode_fields(fields))
 
     def set_body(self, body: bytes) -> None:
         """Send these bytes instead of what the client sent."""

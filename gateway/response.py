@@ -13,15 +13,15 @@ import msgspec
 
 from gateway.auth.credentials import Credential
 from gateway.azure.key_redaction import MASK
-from gateway.azure.stream_errors import Beginning, StreamError
-from gateway.body.peekable_body import Peekable, Peeked
+from gateway.azure.stream_errors import StreamBeginning, StreamError
+from gateway.body.peekable_body import PeekableBody, PeekedBody
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.limits.memory_budget import UNCOUNTED
 from gateway.protocol.headers import Field, Headers
-from gateway.protocol.json_fields import decoded_json, encoded_json
+from gateway.protocol.json_fields import decode_json, encode_json
 from gateway.protocol.retry_after import retry_after
-from gateway.protocol.sse import CutShort, EventFilter, Filter, link
+from gateway.protocol.sse import EventFilter, Filter, FilterFailed, chain_filters
 from gateway.transport.websocket_handshake import WebSocket
 
 __all__ = ("Response", "check_body")
@@ -112,10 +112,10 @@ class Response:
             return self.body
         if isinstance(self.body, WebSocket):
             raise TypeError("a WebSocket has no body to look at")
-        if isinstance(self.body, Peekable):
+        if isinstance(self.body, PeekableBody):
             body = self.body
         else:
-            self.body = body = Peeked(self.body)
+            self.body = body = PeekedBody(self.body)
         if enough(body.peeked()):
             return body.peeked()
         with contextlib.suppress(TimeoutError):
@@ -132,7 +132,7 @@ class Response:
         """
         if (self.headers.get("content-encoding") or "identity").strip().lower() != "identity":
             return None
-        beginning = Beginning(responses=responses)
+        beginning = StreamBeginning(responses=responses)
         begun = await self.peek(beginning.is_enough, seconds)
         if self._shown is not None:
             begun = begun.replace(self._shown.value.encode(), MASK)
@@ -192,7 +192,7 @@ class Response:
             raise TypeError("a WebSocket cannot be read whole")
         # Filters keep what they have seen: where the read fails, they are of no use to the body that takes its place.
         filters, self._filters = self._filters, []
-        linked = link(filters, self.headers.get("content-encoding"))
+        linked = chain_filters(filters, self.headers.get("content-encoding"))
         if filters:
             self.headers.remove("content-encoding")
         exchange: Exchange | None = getattr(self, "_exchange", None)
@@ -209,7 +209,7 @@ class Response:
                     held = now
                 chunks.append(data)
             chunks.append(linked.close())
-        except CutShort as exc:
+        except FilterFailed as exc:
             raise exc.cause from None
         self.body = b"".join(chunks)
         return self.body
@@ -218,13 +218,13 @@ class Response:
         """Return the body as JSON, read as `read` does; None where it is none, or has a number too large for one."""
         body = await self.read(limit)
         try:
-            return decoded_json(body, msgspec.json.decode)
+            return decode_json(body, msgspec.json.decode)
         except ApiError:
             return None
 
     def set_json(self, content: object) -> None:
         """Answer this, as JSON, in place of the body."""
-        self.body = encoded_json(content)
+        self.body = encode_json(content)
         self._filters.clear()
         self.headers.remove("content-length")
 

@@ -12,29 +12,29 @@ import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, cast
 
-from gateway.azure.key_redaction import secrets
+from gateway.azure.key_redaction import secrets_of
 from gateway.errors import ApiError, StreamBroken, UpstreamError
-from gateway.limits.memory_budget import UNCOUNTED, BudgetSpent
-from gateway.logs import failure, get_logger, masked
+from gateway.limits.memory_budget import UNCOUNTED, BudgetExhausted
+from gateway.logs import exception_fields, get_logger, redacted
 from gateway.protocol.header_policy import WRITTEN
-from gateway.protocol.sse import CutShort, EventFilter, Linked, link, unfinished_event
+from gateway.protocol.sse import EventFilter, FilterChain, FilterFailed, chain_filters, unfinished_event
 from gateway.response import Response, check_body
 from gateway.transport.pacing import Pacer
 from gateway.transport.response_head import date_line, status_line
-from gateway.transport.upstream_connection import Answer
+from gateway.transport.upstream_connection import UpstreamResponse
 from gateway.transport.websocket_handshake import WebSocket, accepted, chosen_protocol, offered_protocols
-from gateway.transport.websocket_relay import Relay
-from gateway.transport.write_timeout import Patience
+from gateway.transport.websocket_relay import WebSocketRelay
+from gateway.transport.write_timeout import WriteTimeout
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.settings import Limits, Timeouts
-    from gateway.transport.client_connection import Arrived, Connection
+    from gateway.transport.client_connection import ClientConnection, IncomingRequest
 
 __all__ = (
-    "ClientGone",
+    "ClientDisconnected",
     "note_end",
-    "write_answer",
+    "write_response",
 )
 
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -42,12 +42,12 @@ _LAST_CHUNK = b"0\r\n\r\n"
 _WITHOUT_BODY = (204, 205, 304)
 
 
-class ClientGone(Exception):
+class ClientDisconnected(Exception):
     """The client left, or did not take what was sent to it in time."""
 
 
-async def write_answer(
-    arrived: Arrived,
+async def write_response(
+    arrived: IncomingRequest,
     response: Response,
     exchange: Exchange,
     *,
@@ -71,7 +71,7 @@ async def write_answer(
             response = _unreadable(exc, _secrets(arrived, exchange), request_id)
         else:
             return await _relay(arrived, response, opened, exchange, request_id, timeouts, limits)
-    linked: Linked | None = None
+    linked: FilterChain | None = None
     patience = timeouts.client
     try:
         if old and not response.event_stream and _over_unix_socket(connection):
@@ -80,7 +80,7 @@ async def write_answer(
         body = cast("bytes | AsyncIterator[bytes]", response.body)
         _check(response)
         if response.filters:
-            linked = link(response.filters, response.headers.get("content-encoding"))
+            linked = chain_filters(response.filters, response.headers.get("content-encoding"))
             response.headers.remove("content-encoding")
             if isinstance(body, bytes):
                 body = linked.whole(body)
@@ -102,7 +102,7 @@ async def write_answer(
         _write(connection, exchange, _head(response, request_id, close=close, chunked=chunked, length=None), b"")
         if not no_body:
             await writer.stream(body)
-    except ClientGone:
+    except ClientDisconnected:
         raise
     except asyncio.CancelledError:
         if writer.ended and connection.transport is not None and (task := asyncio.current_task()) is not None:
@@ -143,7 +143,7 @@ def _check_socket(response: Response) -> None:
 
 
 async def _relay(
-    arrived: Arrived,
+    arrived: IncomingRequest,
     response: Response,
     socket: WebSocket,
     exchange: Exchange,
@@ -153,7 +153,7 @@ async def _relay(
 ) -> bool:
     """Tell the client that its WebSocket is open, and relay it to its end; the connection ends with it."""
     connection = arrived.connection
-    relay = Relay(
+    relay = WebSocketRelay(
         connection,
         socket.wire,
         exchange,
@@ -199,28 +199,28 @@ def note_end(exchange: Exchange, error: BaseException | None) -> None:
     exchange.reason = error.message if isinstance(error, ApiError) else None
 
 
-def _write(connection: Connection, exchange: Exchange, before: bytes, data: bytes) -> None:
+def _write(connection: ClientConnection, exchange: Exchange, before: bytes, data: bytes) -> None:
     """Write `data` of the body behind `before`. Raises ClientGone where the client has left."""
     if connection.gone:
-        raise ClientGone
+        raise ClientDisconnected
     connection.write_soon(before + data)
     if exchange.first_byte_at is None:
         exchange.first_byte_at = time.monotonic()
     exchange.sent += len(data)
 
 
-async def _drained(connection: Connection, exchange: Exchange, patience: float) -> None:
+async def _drained(connection: ClientConnection, exchange: Exchange, patience: float) -> None:
     """Wait until the client has taken enough. Raises ClientGone where it takes nothing for too long, or leaves."""
-    waiting = Patience(connection, patience, lambda: _give_up(connection, exchange))
+    waiting = WriteTimeout(connection, patience, lambda: _give_up(connection, exchange))
     try:
         await connection._drain_helper()
     except ConnectionError:
-        raise ClientGone from None
+        raise ClientDisconnected from None
     finally:
         waiting.cancel()
 
 
-def _give_up(connection: Connection, exchange: Exchange) -> None:
+def _give_up(connection: ClientConnection, exchange: Exchange) -> None:
     """Close on a client that does not read; the loss of its connection ends the rest."""
     exchange.error = "client_not_reading"
     if connection.transport is not None:
@@ -249,10 +249,10 @@ class _Writer:
 
     def __init__(
         self,
-        connection: Connection,
+        connection: ClientConnection,
         exchange: Exchange,
         patience: float,
-        linked: Linked | None = None,
+        linked: FilterChain | None = None,
         *,
         chunked: bool = False,
         pace: float | None = None,
@@ -264,15 +264,15 @@ class _Writer:
         self._linked = linked
         self._held = 0  # bytes of an event that has not ended, as far as they are counted
         self.chunked = chunked
-        self._pumped: Answer | None = None
-        self._waiting: Patience | None = None  # for a client that takes nothing
+        self._pumped: UpstreamResponse | None = None
+        self._waiting: WriteTimeout | None = None  # for a client that takes nothing
         self.ended = False
         self._pacer = Pacer(pace, self._put, asyncio.get_running_loop()) if pace is not None else None
 
     def _put(self, data: bytes, after: bytes = b"") -> None:
         """Write a piece of a stream, framed."""
         if self.connection.gone:
-            raise ClientGone
+            raise ClientDisconnected
         self._exchange.sent += len(data)
         self.connection.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self.chunked else data)
         self.tail = data[-4:] if len(data) >= 4 else (self.tail + data)[-4:]
@@ -282,7 +282,7 @@ class _Writer:
         if self._linked is not None:
             try:
                 chunk = self._linked.feed(chunk)
-            except CutShort as exc:
+            except FilterFailed as exc:
                 self._pass(exc.left)
                 raise exc.cause from None
             if not chunk or self._held:
@@ -295,7 +295,7 @@ class _Writer:
         if kept > self._held:
             try:
                 self._exchange.hold(kept - self._held)
-            except BudgetSpent:
+            except BudgetExhausted:
                 full = "an event of this answer is larger than the memory that the gateway has left for it"
                 raise ApiError(503, f"{full}; try again in a moment", code="overloaded") from None
         else:
@@ -311,11 +311,11 @@ class _Writer:
 
     async def stream(self, body: AsyncIterator[bytes]) -> None:
         """Write a whole body, and its end. Raises what its source raises, and ClientGone."""
-        if isinstance(body, Answer) or self._pacer is not None:
+        if isinstance(body, UpstreamResponse) or self._pacer is not None:
             await self._drained()  # what came before may not be taken yet
             self.connection.on_flow = self._flow
         try:
-            if isinstance(body, Answer):
+            if isinstance(body, UpstreamResponse):
                 self._pumped = body
                 await body.pump(self._take)
             else:
@@ -361,7 +361,7 @@ class _Writer:
             return b""
         try:
             return self._linked.close()
-        except CutShort as exc:
+        except FilterFailed as exc:
             self._pass(exc.left)
             raise exc.cause from None
 
@@ -378,7 +378,9 @@ class _Writer:
         """Let Azure wait for a client that does not read fast enough, but not for ever."""
         self._stop_waiting()
         if paused:
-            self._waiting = Patience(self.connection, self._patience, lambda: _give_up(self.connection, self._exchange))
+            self._waiting = WriteTimeout(
+                self.connection, self._patience, lambda: _give_up(self.connection, self._exchange)
+            )
         if self._pumped is not None:
             (self._pumped.hold if paused else self._pumped.release)()
         if self._pacer is not None:
@@ -408,7 +410,9 @@ def _break_off(
         error = ApiError(502, str(exc))  # Azure's fault, and no bug
     else:
         error = _our_fault(502, "stream", request_id)
-        get_logger().error("a filter or a stage's stream failed", request_id=request_id, **masked(failure(exc), hidden))
+        get_logger().error(
+            "a filter or a stage's stream failed", request_id=request_id, **redacted(exception_fields(exc), hidden)
+        )
     connection = writer.connection
     transport = connection.transport
     if transport is None or transport.is_closing():
@@ -429,11 +433,11 @@ def _break_off(
         transport.close()
 
 
-def _secrets(arrived: Arrived, exchange: Exchange) -> list[str]:
-    return secrets(arrived.headers, exchange.target)
+def _secrets(arrived: IncomingRequest, exchange: Exchange) -> list[str]:
+    return secrets_of(arrived.headers, exchange.target)
 
 
-def _over_unix_socket(connection: Connection) -> bool:
+def _over_unix_socket(connection: ClientConnection) -> bool:
     sock = connection.transport.get_extra_info("socket") if connection.transport is not None else None
     return sock is not None and sock.family == socket.AF_UNIX
 
@@ -450,7 +454,7 @@ def _unreadable(exc: Exception, hidden: list[str], request_id: str) -> Response:
         return Response.from_error(exc)
     if isinstance(exc, StreamBroken):
         return Response.from_error(ApiError(502, str(exc)))
-    get_logger().error("a filter failed", request_id=request_id, **masked(failure(exc), hidden))
+    get_logger().error("a filter failed", request_id=request_id, **redacted(exception_fields(exc), hidden))
     return Response.from_error(_our_fault(500, "response", request_id))
 
 

@@ -22,10 +22,10 @@ from aiohttp.web_server import Server as AiohttpServer
 from gateway.admin.listener import Admin
 from gateway.auth.client_address import client_address
 from gateway.auth.client_address import request_id as request_id_of
-from gateway.auth.oidc import Judgement
+from gateway.auth.oidc import TokenVerification
 from gateway.azure.operations import find_operation
-from gateway.azure.urls import Place, place_of
-from gateway.balancing.active_probes import Prober
+from gateway.azure.urls import ClientPath, parse_client_path
+from gateway.balancing.active_probes import ActiveProbes
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.limits.memory_budget import BUDGETS
@@ -33,18 +33,18 @@ from gateway.logs import get_logger
 from gateway.protocol.headers import Headers
 from gateway.request import Request
 from gateway.response import Response
-from gateway.response_writer import ClientGone, write_answer
+from gateway.response_writer import ClientDisconnected, write_response
 from gateway.settings import Limits, Settings, Timeouts
 from gateway.teams import Team, Teams
-from gateway.transport.client_connection import PROBES, Arrived, Connection, Handler
+from gateway.transport.client_connection import PROBES, ClientConnection, Handler, IncomingRequest
 from gateway.transport.connection_count import ConnectionCount
 from gateway.transport.file_descriptors import clients_allowed
 from gateway.transport.file_descriptors import limit as descriptors_allowed
 from gateway.transport.listener import Listener
-from gateway.transport.response_head import closing_answer
-from gateway.transport.write_buffer import Outbox
+from gateway.transport.response_head import closing_response
+from gateway.transport.write_buffer import WriteBuffer
 from gateway.upstream import Upstream
-from gateway.usage.accounting import Meter
+from gateway.usage.accounting import UsageMeter
 from gateway.watchdog import Watchdog
 
 __all__ = ("Generation", "Server", "serve")
@@ -64,13 +64,13 @@ class _Connections(AiohttpServer):
 
     def __init__(self, handle: Handler, limits: Limits, timeouts: Timeouts, count: ConnectionCount) -> None:
         super().__init__(cast(Any, handle))
-        self._ours = handle, self._loop, limits, timeouts, Outbox(self._loop)
+        self._ours = handle, self._loop, limits, timeouts, WriteBuffer(self._loop)
         self._count = count
         self._open = 0
         self._enough_for = clients_allowed(descriptors_allowed())
 
     def __call__(self) -> RequestHandler:
-        return cast("RequestHandler", Connection(self, *self._ours))
+        return cast("RequestHandler", ClientConnection(self, *self._ours))
 
     def above(self, most: int) -> int:
         """Return how many connections are too many, the newest included: 0 or less for none.
@@ -97,7 +97,7 @@ class _Connections(AiohttpServer):
         handle, loop, _, _, outbox = self._ours
         self._ours = handle, loop, limits, timeouts, outbox
         for connection in self.connections:
-            cast(Connection, connection).use(limits, timeouts)
+            cast(ClientConnection, connection).use(limits, timeouts)
 
 
 @dataclass(eq=False, slots=True)
@@ -140,7 +140,7 @@ class Server:
         self._stopped = False
         self.counts: Counter[str] = Counter()
         """What stages counted since the start, such as repairs; told when the server stops."""
-        self._prober = Prober(self.shared.health, self.upstream)
+        self._prober = ActiveProbes(self.shared.health, self.upstream)
         self.admin: Admin | None = None
         """Where its operator may look, if the configuration says where."""
         self.address = self.settings.listen
@@ -258,7 +258,7 @@ class Server:
             if not http.connections:
                 return
             for connection in http.connections:
-                if not cast(Connection, connection).idle:
+                if not cast(ClientConnection, connection).idle:
                     idle_since.pop(connection, None)
                 elif loop.time() - idle_since.setdefault(connection, loop.time()) >= _LAST_REQUEST:
                     connection.force_close()
@@ -338,7 +338,7 @@ class Server:
 
     # -- one request -----------------------------------------------------------------------------------
 
-    async def _handle(self, arrived: Arrived) -> bool:
+    async def _handle(self, arrived: IncomingRequest) -> bool:
         """Handle one request, in a task of its own; returns whether its connection may go on."""
         task = arrived.connection.task
         assert task is not None, "a request is handled outside its task"  # noqa: S101 -- a bug of ours
@@ -350,7 +350,7 @@ class Server:
         generation.running += 1
         try:
             return await self._exchange(arrived, exchange, task, generation)
-        except ClientGone:
+        except ClientDisconnected:
             exchange.ended_by = "client"
             return False
         except asyncio.CancelledError:
@@ -360,7 +360,7 @@ class Server:
             if transport is not None and exchange.first_byte_at is None:
                 stopped = ApiError(503, "the gateway is stopping; try again", code="shutting_down")
                 exchange.status, exchange.error = stopped.status, stopped.code
-                arrived.connection.write(closing_answer(stopped))
+                arrived.connection.write(closing_response(stopped))
             raise
         except Exception:
             exchange.ended_by = "gateway"
@@ -377,7 +377,7 @@ class Server:
                     self._retire(generation)
 
     async def _exchange(
-        self, arrived: Arrived, exchange: Exchange, task: asyncio.Task[Any], generation: Generation
+        self, arrived: IncomingRequest, exchange: Exchange, task: asyncio.Task[Any], generation: Generation
     ) -> bool:
         settings = generation.settings
         head, headers, connection = arrived.head, arrived.headers, arrived.connection
@@ -409,7 +409,7 @@ class Server:
                     arrived.body.account = exchange
                     exchange.request, exchange.before_body = request, team.before_body
                 if team.metered:
-                    exchange.meter = Meter()
+                    exchange.meter = UsageMeter()
                 exchange.run_in(task)
                 connection.expire_in(settings.timeouts.first_byte, exchange.expire)
                 try:
@@ -421,7 +421,7 @@ class Server:
         except ApiError as exc:
             response = Response.from_error(exc)
             get_logger().info("refused before any team", status=exc.status, error=exc.code, request_id=request_id)
-        return await write_answer(
+        return await write_response(
             arrived,
             response,
             exchange,
@@ -442,9 +442,11 @@ class Server:
         draining.headers.set("retry-after", "1")
         return draining
 
-    def _team(self, teams: Teams, path: str, headers: Headers, judgement: Judgement | None) -> tuple[Team, Place]:
+    def _team(
+        self, teams: Teams, path: str, headers: Headers, judgement: TokenVerification | None
+    ) -> tuple[Team, ClientPath]:
         """Return the team of a path, and what the path says."""
-        place = place_of(path)
+        place = parse_client_path(path)
         if place is None:
             raise ApiError(404, f"there is nothing at {path}; the API begins with /v1/", code="unknown_url")
         team = teams.find(place.prefix, headers, judgement)

@@ -16,7 +16,7 @@ from gateway.balancing.circuit_breaker import Health
 from gateway.dns_resolver import Resolver
 from gateway.limits.counters import Counters
 from gateway.limits.memory_counters import MemoryCounters
-from gateway.limits.wait_queue import Turns
+from gateway.limits.wait_queue import WaitQueue
 from gateway.logs import get_logger
 from gateway.usage.prices import Prices
 from gateway.usage.tokenizer import load_encodings
@@ -35,13 +35,13 @@ class Shared:
     """What all stages of a gateway share: one HTTP session, one store, the counters."""
 
     def __init__(self, counters: Counters | None = None) -> None:
-        self.counters = Turns(counters or MemoryCounters())
+        self.counters = WaitQueue(counters or MemoryCounters())
         """Where limits are counted that no store is named for."""
         self.health = Health()
         """How the deployments of pools are."""
-        self._elsewhere: WeakValueDictionary[Hashable, Turns] = WeakValueDictionary()
+        self._elsewhere: WeakValueDictionary[Hashable, WaitQueue] = WeakValueDictionary()
         self._open: dict[
-            int, tuple[Counters, ReferenceType[Turns]]
+            int, tuple[Counters, ReferenceType[WaitQueue]]
         ] = {}  # those of `_elsewhere`, until they are closed
         self._session: aiohttp.ClientSession | None = None
         self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
@@ -61,12 +61,12 @@ class Shared:
         """Return the state kept for one stage of one team; it outlives the stage's instance."""
         return self._spaces.setdefault((team, stage), {})
 
-    def counters_at(self, place: Hashable, make: Callable[[], Counters]) -> Turns:
+    def counters_at(self, place: Hashable, make: Callable[[], Counters]) -> WaitQueue:
         """Return the counters of a store; they are the same as long as one configuration after the other names it."""
         found = self._elsewhere.get(place)
         if found is None:
             counters = make()
-            found = self._elsewhere[place] = Turns(counters)
+            found = self._elsewhere[place] = WaitQueue(counters)
             self._open[id(counters)] = counters, ref(found)
         return found
 
@@ -124,7 +124,7 @@ class Services:
     now: Callable[[], float] = time.time
     shared: Shared = field(default_factory=Shared, repr=False)
     reachable: Mapping[str, Resource] = field(default_factory=dict)
-    store_of_limits: Turns | None = None
+    store_of_limits: WaitQueue | None = None
 
     @property
     def http(self) -> aiohttp.ClientSession:
@@ -132,7 +132,7 @@ class Services:
         return self.shared.session()
 
     @property
-    def counters(self) -> Turns:
+    def counters(self) -> WaitQueue:
         """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
         return self.store_of_limits or self.shared.counters
 

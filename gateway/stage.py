@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
 
-from gateway.azure.key_redaction import secrets
+from gateway.azure.key_redaction import secrets_of
 from gateway.azure.resources import Target
 from gateway.errors import ApiError, UpstreamTimeout
-from gateway.logs import failure, get_logger, masked
+from gateway.logs import exception_fields, get_logger, redacted
 from gateway.request import Request
 from gateway.response import Response
 from gateway.services import Services
@@ -137,12 +137,12 @@ def _too_late(name: str, request: Request) -> Response:
 
 
 def _broken(name: str, exc: Exception, request: Request) -> Response:
-    hidden = secrets(request.headers, request.target)
+    hidden = secrets_of(request.headers, request.target)
     get_logger().error(
         "a stage failed",
         stage=name,
         request_id=request.id,
-        **masked(failure(exc), hidden),
+        **redacted(exception_fields(exc), hidden),
     )
     if none_left(exc):
         return Response.from_error(overloaded())

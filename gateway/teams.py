@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.auth.credentials import ListedKey, presented_key
-from gateway.auth.oidc import Claims, Issuers, Judgement, unavailable
+from gateway.auth.oidc import Claims, Issuers, TokenVerification, unavailable
 from gateway.azure.resources import Pool, Resource, Target
 from gateway.errors import ApiError, StartError
 from gateway.fields import is_secret, settings_of
-from gateway.logs import get_logger, masked
+from gateway.logs import get_logger, redacted
 from gateway.protocol.headers import Headers
 from gateway.services import Services, Shared
 from gateway.stage import BeforeBody, Next, Stage, compile_pipeline
@@ -124,7 +124,7 @@ def _is_cancelled(exc: BaseException) -> bool:
 def _described(exc: BaseException, stage: Stage) -> str:
     """Return an exception's name and words, without what of the stage's settings is secret."""
     hidden = [str(getattr(stage, name)) for name, (kind, _) in settings_of(type(stage)).items() if is_secret(kind)]
-    shown = masked({"text": f"{type(exc).__name__}: {exc}"}, [value for value in hidden if value not in ("", "None")])
+    shown = redacted({"text": f"{type(exc).__name__}: {exc}"}, [value for value in hidden if value not in ("", "None")])
     return str(shown["text"])
 
 
@@ -198,7 +198,7 @@ class Teams:
         await asyncio.gather(*(each.stop() for each in self._background))
         await asyncio.gather(*(team.stop() for team in self.all))
 
-    def find(self, prefix: str, headers: Headers, judgement: Judgement | None = None) -> Team | None:
+    def find(self, prefix: str, headers: Headers, judgement: TokenVerification | None = None) -> Team | None:
         """Return the team of a request, or None where no team has its path prefix.
 
         `judgement` is what there is to say of its token. Raises ApiError 401 where the key belongs to a team that the
@@ -228,7 +228,7 @@ class Teams:
         # The dict has found it by hash; the comparison that decides takes the same time for every digest.
         return team if listed is not None and listed.is_of(key) else None
 
-    def _of_member(self, judgement: Judgement) -> Team:
+    def _of_member(self, judgement: TokenVerification) -> Team:
         if judgement.retry_after is not None:
             raise unavailable(judgement)
         who = judgement.identity

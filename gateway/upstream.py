@@ -18,9 +18,9 @@ from functools import lru_cache
 
 from gateway.auth.credentials import Credential
 from gateway.auth.entra_tokens import TokenUnavailable
-from gateway.azure.idempotency import seems_repeatable
-from gateway.azure.key_redaction import MASK, mask_headers, masked_pieces
-from gateway.azure.model_field import FrameModels, placed, placed_query
+from gateway.azure.idempotency import seems_idempotent
+from gateway.azure.key_redaction import MASK, redact_headers, redact_pieces
+from gateway.azure.model_field import FrameModels, placed_query, with_deployment
 from gateway.azure.operations import BY_NAME, unknown_operation
 from gateway.azure.resources import Resource, Target
 from gateway.azure.urls import upstream_path
@@ -32,11 +32,11 @@ from gateway.protocol.headers import Headers
 from gateway.request import Request
 from gateway.response import Response
 from gateway.settings import Timeouts
-from gateway.transport.connection_pool import Connector, Destination
-from gateway.transport.upstream_connection import Answer, Wire
+from gateway.transport.connection_pool import ConnectionPool, Destination
+from gateway.transport.upstream_connection import UpstreamConnection, UpstreamResponse
 from gateway.transport.websocket_handshake import WebSocket, check_asked, new_key, offered_protocols, opening, taken
-from gateway.usage.accounting import METERED, PROMPTED, Watch
-from gateway.usage.stream_usage import STREAMED, HiddenUsage, with_usage_asked
+from gateway.usage.accounting import METERED, PROMPTED, UsageReader
+from gateway.usage.stream_usage import STREAMED, HideUsage, request_stream_usage
 
 __all__ = ("Upstream",)
 
@@ -54,7 +54,7 @@ class Upstream:
 
     def __init__(self, timeouts: Timeouts, context: ssl.SSLContext | None = None) -> None:
         self._timeouts = timeouts
-        self._connector = Connector(context)
+        self._connector = ConnectionPool(context)
 
     def use(self, timeouts: Timeouts) -> None:
         """Have other timeouts from the next request on; the connections stay."""
@@ -103,7 +103,7 @@ class Upstream:
         if operation.method == "WS":
             return await self._open(request, resource, path, credential)
         if request._json_set or operation.drops_model or operation.classic != "deployment" or target.is_v1:
-            body: bytes | Body = await placed(request, operation, target)
+            body: bytes | Body = await with_deployment(request, operation, target)
         else:  # nearly every request: the path names the deployment, and the body is not looked at
             body = request._body.as_it_came()
         watch, hides = None, False
@@ -112,7 +112,7 @@ class Upstream:
                 body = await body.read()
             kept = body if isinstance(body, bytes) else None
             if kept is not None and operation.name in STREAMED:
-                asking = with_usage_asked(kept, target.api_version or "")
+                asking = request_stream_usage(kept, target.api_version or "")
                 if asking is not None:
                     body, hides = asking, True
             watch = exchange.meter.watch(operation.name, kept, request._model)
@@ -136,7 +136,7 @@ class Upstream:
         if target.credential is None:
             response._shown = credential
         if hides and response.event_stream:
-            response.pipe(HiddenUsage())
+            response.pipe(HideUsage())
         return response
 
     async def models(self, resource: Resource, seconds: float, credential: Credential | None = None) -> Response:
@@ -204,10 +204,10 @@ class Upstream:
         destination: Destination,
         head: bytes,
         body: bytes | Body,
-        watch: Watch | None,
+        watch: UsageReader | None,
         *,
         upgrade: bool = False,
-    ) -> Answer:
+    ) -> UpstreamResponse:
         """Ask on a connection. Raises UpstreamError.
 
         A kept one that turns out to be closed, before a byte of an answer came, is replaced by a new one, once. Azure
@@ -221,7 +221,7 @@ class Upstream:
         again = False
 
         def repeatable() -> bool:
-            return isinstance(body, bytes) and seems_repeatable(request, body)
+            return isinstance(body, bytes) and seems_idempotent(request, body)
 
         while True:
             wire = None if again else self._connector.kept(destination, repeatable)
@@ -256,7 +256,13 @@ class Upstream:
             return answer
 
     async def _upload(
-        self, wire: Wire, answer: Answer, head: bytes, body: Body, first_byte: float, idle: float
+        self,
+        wire: UpstreamConnection,
+        answer: UpstreamResponse,
+        head: bytes,
+        body: Body,
+        first_byte: float,
+        idle: float,
     ) -> None:
         """Stream the body up while waiting for the answer, whichever comes first; it has `first_byte` s behind that."""
         answer.upload = upload = asyncio.create_task(wire.send_stream(head, body, idle))
@@ -278,7 +284,7 @@ class Upstream:
                 failed.with_traceback(None)  # its frames hold the body, which holds it: a cycle
 
 
-def _unusual(answer: Answer, resource: Resource, stored: Credential | None) -> Response:
+def _unusual(answer: UpstreamResponse, resource: Resource, stored: Credential | None) -> Response:
     """Return Azure's answer as stages see it, if it may be an error.
 
     `stored` is the credential that Azure was shown, if it is the gateway's own. Raises UpstreamError for a redirect.
@@ -296,16 +302,16 @@ def _unusual(answer: Answer, resource: Resource, stored: Credential | None) -> R
     headers = _down(answer)
     if answer.status >= 400 and stored is not None:
         secret = stored.value.encode()
-        mask_headers(headers, secret)
+        redact_headers(headers, secret)
         if isinstance(body, bytes):
             body = body.replace(secret, MASK)
         else:
             headers.remove("content-length")
-            body = masked_pieces(body, secret)
+            body = redact_pieces(body, secret)
     return Response(answer.status, body, headers)
 
 
-def _down(answer: Answer) -> Headers:
+def _down(answer: UpstreamResponse) -> Headers:
     headers = Headers.of([each for each in answer.fields if each[3] & DOWN])
     if answer.inflated:
         headers.remove("content-encoding")

@@ -24,7 +24,7 @@ from typing import Any
 from gateway import stage
 from gateway.logs import get_logger
 from gateway.request import Request
-from gateway.transport.client_connection import Connection
+from gateway.transport.client_connection import ClientConnection
 
 __all__ = ("LIMIT", "Watchdog")
 
@@ -210,7 +210,7 @@ def _request(frame: FrameType) -> Request | None:
         return request
     if frame.f_code.co_filename.startswith(_GATEWAY) and "self" in names:
         connection = getattr(frame.f_locals.get("self"), "connection", None)
-        if isinstance(connection, Connection) and connection.task is not None:
+        if isinstance(connection, ClientConnection) and connection.task is not None:
             return _awaited(connection.task.get_coro())
     return None
 

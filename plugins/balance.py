@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 from gateway import (
     ApiError,
-    AttemptLimits,
-    Balancer,
     Meta,
     Next,
     Request,
     Response,
+    Retrier,
     RetryBudget,
+    RetryLimits,
     Services,
     Stage,
 )
@@ -70,7 +70,7 @@ class Balance(Stage):
 
     async def start(self, services: Services) -> None:
         budget: RetryBudget = services.store.setdefault("budget", RetryBudget(self.reserve))
-        limits = AttemptLimits(
+        limits = RetryLimits(
             # (So much sooner that it is a failed attempt, and not the end of everything.)
             min(self.deadline or math.inf, 0.98 * services.deadline),
             self.silence,
@@ -82,7 +82,7 @@ class Balance(Stage):
             self.reserve,
         )
         self._balancers = {
-            name: Balancer(pool, services.health, budget, limits, services.logger, self.seed)
+            name: Retrier(pool, services.health, budget, limits, services.logger, self.seed)
             for name, pool in services.pools.items()
         }
         self.idle = not services.pools

@@ -9,17 +9,17 @@ from gateway import (
     ApiError,
     Charge,
     CountersUnavailable,
+    Decision,
+    Limit,
     Meta,
     Next,
     Outcome,
     Price,
     Request,
     Response,
-    Rule,
     Services,
     Stage,
     Usage,
-    Verdict,
 )  # fmt: skip
 
 Per = Literal["key", "team", "model", "client"]
@@ -41,7 +41,7 @@ CALLERS = 10_000
 
 
 @dataclass
-class Limit:
+class LimitSettings:
     """How much may be used by whom; what is left out is not limited."""
 
     requests_per_minute: Annotated[int | None, Meta(gt=0, description="how many requests in a minute")] = None
@@ -88,14 +88,14 @@ class Limit:
 class Entry:
     """One thing that is limited, by one limit."""
 
-    def __init__(self, stage: str, limit: Limit, kind: str) -> None:
+    def __init__(self, stage: str, limit: LimitSettings, kind: str) -> None:
         period, self.unit = KINDS[kind]
         amount = getattr(limit, kind)
         self.dimensions = limit.dimensions
         self.shadow = limit.shadow
         self.name = f"{stage}: {kind} {amount:,} per {' and '.join(self.dimensions)}"
         burst = {"requests_per_minute": limit.burst, "tokens_per_minute": limit.token_burst}.get(kind)
-        self.rule = Rule(round(amount * MILLION) if self.unit == "spend" else amount, period, burst)
+        self.rule = Limit(round(amount * MILLION) if self.unit == "spend" else amount, period, burst)
         self.limit = str(amount)
         self.note = {"requests": "ratelimit_remaining", "tokens": "ratelimit_remaining_tokens"}.get(self.unit)
         self.error_type = {"tokens": "tokens", "spend": "insufficient_quota"}.get(self.unit, "requests")
@@ -135,7 +135,7 @@ Made = tuple[list[Entry], list[Charge]]
 
 
 @dataclass
-class RateLimit(Limit, Stage):
+class RateLimit(LimitSettings, Stage):
     """Limit what may be used: requests, tokens, money, requests at once; of a key, a team, a model, an address.
 
     Tokens are taken before a request is sent, as many as it may use: its prompt and the most that it asks for. When it
@@ -143,7 +143,7 @@ class RateLimit(Limit, Stage):
     says when to try again; every answer carries OpenAI's `x-ratelimit-*` headers.
     """
 
-    limits: Annotated[list[Limit], Meta(description="more limits, all of which hold at once")] = field(
+    limits: Annotated[list[LimitSettings], Meta(description="more limits, all of which hold at once")] = field(
         default_factory=list
     )
     answer_tokens: Annotated[
@@ -165,7 +165,7 @@ class RateLimit(Limit, Stage):
     ] = "refuse"
 
     @property
-    def _all(self) -> list[Limit]:
+    def _all(self) -> list[LimitSettings]:
         return [self, *self.limits]
 
     @property
@@ -289,7 +289,7 @@ class RateLimit(Limit, Stage):
                 headers={"retry-after": "1"},
             ) from None
 
-    def _admit(self, request: Request, entries: Sequence[Entry], verdict: Verdict, begun: float) -> None:
+    def _admit(self, request: Request, entries: Sequence[Entry], verdict: Decision, begun: float) -> None:
         """Note how long a request waited, and what would be refused. Raises ApiError 429 above a limit."""
         if self.wait and (waited := self._clock() - begun) > 0.001:
             request.notes["waited_ms"] = round(waited * 1000, 1)
@@ -352,7 +352,7 @@ class RateLimit(Limit, Stage):
 
     # -- when it is over -------------------------------------------------------------------------------
 
-    def _settle(self, entries: Sequence[Entry], verdict: Verdict, prices: Sequence[Price], outcome: Outcome) -> None:
+    def _settle(self, entries: Sequence[Entry], verdict: Decision, prices: Sequence[Price], outcome: Outcome) -> None:
         used = outcome.usage
         actual = {"requests": None, "slots": 0.0, "tokens": float(used.total_tokens) if used is not None else 0.0}
         worked = used is not None or outcome.status < 400
@@ -361,13 +361,13 @@ class RateLimit(Limit, Stage):
 
     # -- what the client is told -----------------------------------------------------------------------
 
-    def _note_shadows(self, request: Request, entries: Sequence[Entry], verdict: Verdict) -> None:
+    def _note_shadows(self, request: Request, entries: Sequence[Entry], verdict: Decision) -> None:
         names = [entries[place].name for place in verdict.over if entries[place].shadow]
         if names:
             request.count("shadow_refused")
             request.notes["shadow_refused"] = names
 
-    def _headers(self, request: Request, entries: Sequence[Entry], verdict: Verdict) -> dict[str, str]:
+    def _headers(self, request: Request, entries: Sequence[Entry], verdict: Decision) -> dict[str, str]:
         """Return the headers of the limits with the least room, of requests and of tokens.
 
         Of all stages that limit: what the client is told already is in the notes.
@@ -384,7 +384,7 @@ class RateLimit(Limit, Stage):
                 headers[f"x-ratelimit-reset-{entry.unit}"] = duration(verdict.reset(place))
         return headers
 
-    def _refusal(self, request: Request, entries: Sequence[Entry], verdict: Verdict) -> ApiError:
+    def _refusal(self, request: Request, entries: Sequence[Entry], verdict: Decision) -> ApiError:
         wait, place = max((verdict.wait(place), place) for place in verdict.over if not entries[place].shadow)
         entry, charge = entries[place], verdict.charges[place]
         request.notes["limit"] = entry.name

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from gateway import EventFilter, Filter
-from gateway.protocol.sse import link
+from gateway.protocol.sse import chain_filters
 
 FOUND = [{"prompt_index": 0, "content_filter_results": {"hate": {"filtered": False, "severity": "safe"}}}]
 EMPTY = {"id": "", "object": "", "created": 0, "model": ""}
@@ -61,7 +61,7 @@ def contents(data: bytes) -> list[Any]:
 
 def fed(pieces: list[bytes], *filters: Filter | EventFilter) -> bytes:
     """Return what filters make of a stream that comes in pieces."""
-    linked = link(filters)
+    linked = chain_filters(filters)
     return b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
 
 

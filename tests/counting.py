@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from gateway.limits.token_bucket import Charge, Rule
+from gateway.limits.token_bucket import Charge, Limit
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Model:
         return name.level
 
 
-def step_of(rule: Rule) -> tuple[Fraction, Fraction]:
+def step_of(rule: Limit) -> tuple[Fraction, Fraction]:
     """Return the seconds of a step, and what drains in it."""
     rate = Fraction(rule.limit, 60)
     step = min(Fraction(10), Fraction(rule.size) / rate)

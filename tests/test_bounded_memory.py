@@ -11,13 +11,13 @@ from functools import partial
 
 import pytest
 
-from gateway import CountersUnavailable, Next, Request, Response, Stage, Verdict
+from gateway import CountersUnavailable, Decision, Next, Request, Response, Stage
 from gateway.auth.credentials import key_digest
 from gateway.body.request_body import Body
 from gateway.exchange import Exchange
 from gateway.limits.memory_budget import BUDGETS, UNCOUNTED
 from gateway.testing import FakeAzure, send
-from gateway.transport.websocket_relay import Relay
+from gateway.transport.websocket_relay import WebSocketRelay
 from tests.conftest import CHAT, Gateway, RawUpstream, StartGateway, hard_close, raw_upstream, until
 
 MIB = 1024 * 1024
@@ -377,7 +377,7 @@ async def test_a_store_that_is_away_is_asked_before_the_body(
         azure.endpoint, ONE_AT_ONCE.replace("in_flight: 1", f"in_flight: 1, on_error: {on_error}")
     )
 
-    async def take(*_: object, **__: object) -> Verdict:
+    async def take(*_: object, **__: object) -> Decision:
         raise CountersUnavailable("away")
 
     monkeypatch.setattr(gateway.server.shared.counters, "take", take)
@@ -466,7 +466,7 @@ def without_collector() -> Iterator[list[object]]:
     try:
         yield found
         gc.collect()
-        found += [each for each in gc.garbage if isinstance(each, Body | Exchange | Request | Relay)]
+        found += [each for each in gc.garbage if isinstance(each, Body | Exchange | Request | WebSocketRelay)]
         gc.garbage.clear()
     finally:
         gc.set_debug(0)

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from gateway import EventFilter, Response
-from gateway.protocol.sse import link
+from gateway.protocol.sse import chain_filters
 from gateway.testing import FakeAzure, Seen, every_split, post
 from plugins.missing_delta import Deltas
 from plugins.missing_fields import Fill
@@ -37,7 +37,7 @@ def test_streams_pass_filters_unchanged(path: Path) -> None:
     stream = path.read_bytes()
     for make in (CompleteEvents, Keep):
         for size in (1, 2, 3, 7, 64, 1000, len(stream)):
-            linked = link([make()])
+            linked = chain_filters([make()])
             pieces = [stream[place : place + size] for place in range(0, len(stream), size)]
             assert stream == b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
         for _, out in every_split(stream[-1500:], make):

@@ -13,8 +13,8 @@ import pytest
 from gateway.config import load
 from gateway.server import Server
 from gateway.settings import Listen
-from gateway.transport.client_connection import Connection
-from gateway.transport.upstream_connection import Wire
+from gateway.transport.client_connection import ClientConnection
+from gateway.transport.upstream_connection import UpstreamConnection
 from tests.conftest import chat_request, until, write_files
 
 YAML = """
@@ -85,13 +85,13 @@ class Line:
         assert resource is not None
         destination = connector.destination(resource)
         self.azure, self.client = Pipe(), Pipe()
-        self.wire = Wire(loop)
+        self.wire = UpstreamConnection(loop)
         self.wire.connection_made(self.azure)
         assert connector._outbox is not None
         self.wire.settle(cast(Any, None), connector, destination, connector._outbox)
         destination.kept.append(self.wire)
         assert server._http is not None
-        self.connection = cast(Connection, server._http())
+        self.connection = cast(ClientConnection, server._http())
         self.connection.connection_made(self.client)
 
     async def ask(self, *, stream: bool = False) -> None:
@@ -136,7 +136,7 @@ async def test_a_plain_exchange_is_one_write_each_way(line: Line) -> None:
 async def test_answers_of_one_turn_leave_together_at_its_end(line: Line) -> None:
     """Not one by one between the work of others; what comes behind an answer on its connection stays behind it."""
     health = b"GET /healthz HTTP/1.1\r\nHost: gw.test\r\n\r\n"
-    other = cast(Connection, line.server._http())  # type: ignore[misc] # it is there: the server has started
+    other = cast(ClientConnection, line.server._http())  # type: ignore[misc] # it is there: the server has started
     pipe = Pipe()
     other.connection_made(pipe)
     order: list[str] = []
@@ -238,7 +238,7 @@ async def test_an_exchange_leaves_nothing_for_the_garbage_collector(line: Line) 
 async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) -> None:
     """What Azure does not take yet is what the gateway holds of it: two buffers, whatever the upload's size."""
     loop = asyncio.get_running_loop()
-    from gateway.body.incoming_body import ArrivingBody
+    from gateway.body.incoming_body import IncomingBody
     from gateway.body.request_body import Body
 
     held: list[bool] = []
@@ -254,7 +254,7 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
 
         def waits(self, waiting: bool) -> None: ...
 
-    arriving = ArrivingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5, least=500)
+    arriving = IncomingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5, least=500)
     piece = b"x" * 65_536
     line.wire.ask(60, 60)
     upload = asyncio.create_task(line.wire.send_stream(b"HEAD", Body(arriving), 60))

@@ -15,13 +15,13 @@ import pytest
 
 import gateway.dns_resolver as module
 from gateway.azure.resources import Resource
-from gateway.dns_resolver import LookUpFailed, LookUpTimeout, Resolver
+from gateway.dns_resolver import LookupFailed, LookupTimeout, Resolver
 from gateway.errors import UpstreamError, UpstreamTimeout
-from gateway.limits.redis_script import Script
-from gateway.limits.redis_url import RedisPlace
+from gateway.limits.redis_script import RedisScript
+from gateway.limits.redis_url import RedisUrl
 from gateway.protocol.proxy_url import Proxy
 from gateway.services import Shared
-from gateway.transport.connection_pool import Connector
+from gateway.transport.connection_pool import ConnectionPool
 
 
 class Names:
@@ -96,7 +96,7 @@ async def test_all_addresses_of_a_name_are_connected_to_in_turn(names: Names, mo
         raise OSError("nobody is there")
 
     monkeypatch.setattr("aiohappyeyeballs.start_connection", start_connection)
-    connector = Connector()
+    connector = ConnectionPool()
     await connector.start()
     resource = Resource("east", "http://east.test:1")
     through = Resource("east", "http://elsewhere.test", proxy=Proxy("east.test", 3128))
@@ -129,7 +129,7 @@ async def test_a_name_that_hangs_keeps_no_other_waiting(names: Names) -> None:
     async with asyncio.timeout(10):
         assert addresses(await resolver.look_up("well.test")) == ["192.0.2.1"]
         results = await asyncio.gather(*waiting, return_exceptions=True)
-    assert {type(each) for each in results} == {LookUpTimeout}
+    assert {type(each) for each in results} == {LookupTimeout}
     assert str(results[0]).endswith("could not be looked up within 0.05 s")
     assert resolver.threads == 20, "one for each name, whoever and how many ask"
 
@@ -140,13 +140,13 @@ async def test_threads_are_bounded_for_each_name_and_in_all(names: Names) -> Non
     resolver = Resolver(clock)
     names.hanging = {"one.test"}
     for _ in range(10):
-        with pytest.raises(LookUpTimeout):
+        with pytest.raises(LookupTimeout):
             await resolver.look_up("one.test", 0.001)
         clock.now += 60
     assert resolver.threads == 2
     names.hanging |= {f"{number}.test" for number in range(100)}
     for number in range(100):
-        with pytest.raises(LookUpTimeout):
+        with pytest.raises(LookupTimeout):
             await resolver.look_up(f"{number}.test", 0.001)
     assert resolver.threads == 32
     names.over.set()
@@ -160,7 +160,7 @@ async def test_a_name_recovers_while_its_first_look_up_hangs_for_ever(names: Nam
     resolver = Resolver(clock)
     names.hanging = {"east.test"}
     names.found["east.test"] = ["192.0.2.1"]
-    with pytest.raises(LookUpTimeout):
+    with pytest.raises(LookupTimeout):
         await resolver.look_up("east.test", 0.001)
     clock.now += 40
     names.hanging.clear()
@@ -189,7 +189,7 @@ async def test_old_addresses_are_used_while_a_look_up_hangs(names: Names) -> Non
     assert addresses(await first) == ["192.0.2.1"]
     assert names.asked == ["east.test"] * 2
     clock.now += 24 * 3600
-    with pytest.raises(LookUpTimeout):
+    with pytest.raises(LookupTimeout):
         await resolver.look_up("east.test", 0.01)
 
 
@@ -206,10 +206,10 @@ async def test_old_addresses_are_used_when_a_look_up_fails_but_not_when_the_name
     assert len(names.asked) == 2
     clock.now += 31
     names.found["east.test"] = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    with pytest.raises(LookUpFailed, match=r"the host name 'east\.test' was not found"):
+    with pytest.raises(LookupFailed, match=r"the host name 'east\.test' was not found"):
         await resolver.look_up("east.test")
     names.found["east.test"] = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
-    with pytest.raises(LookUpFailed, match=r"'east\.test' could not be looked up: Temporary failure"):
+    with pytest.raises(LookupFailed, match=r"'east\.test' could not be looked up: Temporary failure"):
         await resolver.look_up("east.test")
 
 
@@ -217,7 +217,7 @@ async def test_whatever_a_look_up_raises_is_told(names: Names, monkeypatch: pyte
     """A name that cannot be encoded, a system without another thread: an error, and the next look-up works."""
     resolver = Resolver()
     names.found["odd.test"] = UnicodeError("label too long")
-    with pytest.raises(LookUpFailed, match="label too long"):
+    with pytest.raises(LookupFailed, match="label too long"):
         await resolver.look_up("odd.test")
 
     def no_more(_: threading.Thread) -> None:
@@ -225,7 +225,7 @@ async def test_whatever_a_look_up_raises_is_told(names: Names, monkeypatch: pyte
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", no_more)
-        with pytest.raises(LookUpFailed, match="can't start new thread"):
+        with pytest.raises(LookupFailed, match="can't start new thread"):
             await resolver.look_up("east.test")
     assert resolver.threads == 0
     names.found["east.test"] = ["192.0.2.1"]
@@ -311,7 +311,7 @@ async def test_names_that_hang_for_ever_keep_neither_others_nor_the_process(loop
 
 async def test_everything_that_looks_names_up_does_it_in_these_threads(names: Names) -> None:
     """Resources, proxies, the session for issuers and tokens, Redis: none of them in a pool that others need."""
-    connector = Connector()
+    connector = ConnectionPool()
     await connector.start()
     shared = Shared()
     with pytest.raises(UpstreamError) as caught:
@@ -325,9 +325,9 @@ async def test_everything_that_looks_names_up_does_it_in_these_threads(names: Na
     with pytest.raises(aiohttp.ClientConnectorDNSError):
         await shared.session().get("https://issuer.test/")
     pytest.importorskip("redis")
-    for place in (RedisPlace("redis.test"), RedisPlace("rediss.test", tls=True)):
+    for place in (RedisUrl("redis.test"), RedisUrl("rediss.test", tls=True)):
         with pytest.raises(Exception, match="was not found"):
-            await Script(place).run(1)
+            await RedisScript(place).run(1)
     assert names.threads == [f"look-up of {name}" for name in names.asked]
     assert set(names.asked) == {"resource.test", "proxy.test", "issuer.test", "redis.test", "rediss.test"}
     await connector.close()
@@ -337,7 +337,7 @@ async def test_everything_that_looks_names_up_does_it_in_these_threads(names: Na
 async def test_a_proxy_whose_name_hangs_is_named(names: Names) -> None:
     """The time for its look-up is a part of the time to connect."""
     names.hanging = {"proxy.test"}
-    connector = Connector()
+    connector = ConnectionPool()
     await connector.start()
     through = Resource("east", "https://resource.test", proxy=Proxy("proxy.test", 3128))
     with pytest.raises(UpstreamTimeout) as caught:

@@ -36,7 +36,7 @@ def test_text_for_people_is_printable() -> None:
 def test_masking() -> None:
     """Every occurrence in every text, also in lists."""
     facts = {"message": "key sk-1 of sk-1", "frames": ["at sk-1"], "number": 1}
-    assert logs.masked(facts, ["sk-1"]) == {"message": "key *** of ***", "frames": ["at ***"], "number": 1}
+    assert logs.redacted(facts, ["sk-1"]) == {"message": "key *** of ***", "frames": ["at ***"], "number": 1}
 
 
 class Writes(io.StringIO):

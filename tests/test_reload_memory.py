@@ -20,14 +20,14 @@ from gateway.azure.resources import Pool, Resource, Tls
 from gateway.balancing.circuit_breaker import DeploymentHealth
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.redis_counters import RedisCounters
-from gateway.limits.wait_queue import Turns
+from gateway.limits.wait_queue import WaitQueue
 from gateway.server import Generation
 from gateway.services import Services, Shared
 from gateway.stage import Stage
 from gateway.teams import Team, Teams
 from gateway.testing import FakeAzure
 from gateway.transport.connection_pool import Destination
-from gateway.transport.upstream_connection import Wire
+from gateway.transport.upstream_connection import UpstreamConnection
 from tests.conftest import CHAT, StartGateway, until
 from tests.process.test_reload import FILES, Running, Start, start
 
@@ -35,7 +35,7 @@ __all__ = ("start",)  # the fixture
 
 KINDS = (
     Destination, DeploymentHealth, EntraTokens, Generation, IssuerKeys, Pool, RedisCounters, Resource, Services, Stage,
-    Team, Teams, Tls, Turns, Wire, ssl.SSLContext,
+    Team, Teams, Tls, WaitQueue, UpstreamConnection, ssl.SSLContext,
 )  # fmt: skip
 # A number stands for what changes; of the others each reload changes one kind of thing alone.
 PARTS = {
@@ -166,7 +166,7 @@ async def test_counters_are_closed_when_no_configuration_names_their_store() -> 
         async def close(self) -> None:
             closed.append(self)
 
-    first: Turns | None = shared.counters_at("a", Counted)
+    first: WaitQueue | None = shared.counters_at("a", Counted)
     assert shared.counters_at("a", Counted) is first
     await shared.close_unused()
     assert closed == []

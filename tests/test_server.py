@@ -16,7 +16,7 @@ from gateway.errors import ApiError
 from gateway.settings import Listen
 from gateway.testing import FakeAzure
 from gateway.transport import client_connection as connection
-from gateway.transport.response_head import closing_answer
+from gateway.transport.response_head import closing_response
 from tests.conftest import CHAT, KEY, StartGateway, chat_request, raw_request, raw_upstream, until
 
 pytestmark = pytest.mark.both_loops
@@ -377,12 +377,12 @@ async def test_a_head_that_can_never_become_one_is_not_waited_for(
 
 def test_an_error_that_ends_its_connection_has_its_headers() -> None:
     """Every 503 says when to try again, and one that knows better says so itself."""
-    plain = closing_answer(ApiError(503, "busy"))
+    plain = closing_response(ApiError(503, "busy"))
     assert b"\r\nretry-after: 1\r\n" in plain
-    told = closing_answer(ApiError(503, "busy", headers={"retry-after": "30", "x-other": "a"}))
+    told = closing_response(ApiError(503, "busy", headers={"retry-after": "30", "x-other": "a"}))
     assert b"\r\nretry-after: 30\r\n" in told
     assert b"\r\nx-other: a\r\n" in told
-    assert b"retry-after" not in closing_answer(ApiError(400, "no"))
+    assert b"retry-after" not in closing_response(ApiError(400, "no"))
 
 
 async def test_request_id_is_echoed_or_made(start_gateway: StartGateway, azure: FakeAzure) -> None:

@@ -18,8 +18,8 @@ import trustme
 
 from gateway.azure.resources import Resource
 from gateway.testing import FakeAzure
-from gateway.transport.connection_pool import Connector, Destination
-from gateway.transport.upstream_connection import Wire
+from gateway.transport.connection_pool import ConnectionPool, Destination
+from gateway.transport.upstream_connection import UpstreamConnection
 from tests.conftest import CHAT, RawUpstream, StartGateway, chat_request, hard_close, raw_request, raw_upstream, until
 
 pytestmark = pytest.mark.both_loops
@@ -560,12 +560,12 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
     from aiohttp import connector as module
     from aiohttp.client_reqrep import ConnectionKey
 
-    own = Connector()
+    own = ConnectionPool()
     await own.start()
     connector = own._connector
     assert connector is not None
     assert hasattr(connector, "_factory"), "TCPConnector._factory moved: connector.py makes its protocol through it"
-    assert isinstance(connector._factory(), Wire), "TCPConnector._factory is made by something else now"
+    assert isinstance(connector._factory(), UpstreamConnection), "TCPConnector._factory is made by something else now"
     assert list(inspect.signature(connector.connect).parameters) == ["req", "traces", "timeout"], (
         "TCPConnector.connect() takes other arguments: connector.py calls it"
     )
@@ -593,7 +593,7 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
     }
     missing = {name for name in asked["req"] if not hasattr(destination, name)} - elsewhere
     assert not missing, f"the connector asks a request for {missing}: give it to connector.Destination"
-    wire = Wire(asyncio.get_running_loop())
+    wire = UpstreamConnection(asyncio.get_running_loop())
     unused = {"set_response_params", "read"}
     missing = {name for name in asked["proto"] | asked["protocol"] if not hasattr(wire, name)} - unused
     assert not missing, f"the connector asks a protocol for {missing}: give it to wire.Wire"

@@ -34,7 +34,7 @@ from gateway.config import Loaded
 from gateway.errors import ApiError, StreamBroken, UpstreamTimeout
 from gateway.exchange import Exchange
 from gateway.protocol.headers import Headers
-from gateway.protocol.sse import Event, Splitter
+from gateway.protocol.sse import Event, EventSplitter
 from gateway.request import Request
 from gateway.response import Response
 from gateway.stage import compile_pipeline
@@ -297,7 +297,7 @@ async def _version(asked: _Asked, operation: str) -> str:
 async def _read_stream(response: Response, begun: float) -> tuple[float, bool]:
     """Read a stream to its end; returns when its first byte came, and whether its filter is asynchronous."""
     first = 0.0
-    splitter = Splitter()
+    splitter = EventSplitter()
     asynchronous = False
     async for piece in response.pieces():
         first = first or _ms(begun)

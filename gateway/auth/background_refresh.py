@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-__all__ = ("Fetching",)
+__all__ = ("BackgroundRefresh",)
 
 
-class Fetching:
+class BackgroundRefresh:
     """The fetches of one thing, such as an issuer's keys or an identity's token."""
 
     def __init__(self, fetch: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:

@@ -19,10 +19,10 @@ from urllib.parse import quote_plus
 import aiohttp
 import msgspec
 
-from gateway.auth.background_refresh import Fetching
+from gateway.auth.background_refresh import BackgroundRefresh
 from gateway.auth.credentials import Credential, is_key
 from gateway.errors import GatewayError
-from gateway.logs import get_logger, masked
+from gateway.logs import get_logger, redacted
 
 __all__ = ("EntraIdentity", "EntraTokens", "TokenUnavailable")
 
@@ -112,7 +112,7 @@ class EntraTokens:
         self._reason = "the fetch was stopped"  # what the last failure was, or, before there was one
         self._refused_until = _NEVER
         self._assertion = ""
-        self._fetching = Fetching(self._fetch, f"a token of {identity.client_id}")
+        self._fetching = BackgroundRefresh(self._fetch, f"a token of {identity.client_id}")
 
     @property
     def fetched(self) -> tuple[str]:
@@ -207,7 +207,7 @@ class EntraTokens:
         """Return one line, not too long, without a secret; they go first, since a cut one would not be found."""
         known = (self.identity.client_secret, self.identity.endpoint_header, self._assertion)
         secrets = [form for secret in known if secret for form in (secret, quote_plus(secret))]
-        return " ".join(str(masked({"text": text}, secrets)["text"]).split())[:MAX_REASON]
+        return " ".join(str(redacted({"text": text}, secrets)["text"]).split())[:MAX_REASON]
 
     # -- asking -----------------------------------------------------------------------------------------
 

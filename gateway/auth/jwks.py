@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from gateway.auth.background_refresh import Fetching
+from gateway.auth.background_refresh import BackgroundRefresh
 from gateway.logs import get_logger
 
 __all__ = ("ALGORITHMS", "IssuerKeys", "KeysUnavailable", "SigningKey", "url_problem")
@@ -85,7 +85,7 @@ class IssuerKeys:
         self._keys, self._good_until = self._kept.get(self.place, ({}, 0.0))
         self._forced_until = 0.0
         self._failed = True  # whether the last try did
-        self._fetching = Fetching(self._fetch, f"keys of {issuer}")
+        self._fetching = BackgroundRefresh(self._fetch, f"keys of {issuer}")
 
     def start(self) -> None:
         """Begin to fetch the keys, now and then again and again, in the background."""

@@ -23,7 +23,7 @@ from gateway.auth.jwks import ALGORITHMS, IssuerKeys, KeysUnavailable, SigningKe
 from gateway.errors import ApiError
 from gateway.protocol.headers import Headers
 
-__all__ = ("Claims", "Identity", "Issuer", "Issuers", "Judgement", "unavailable")
+__all__ = ("Claims", "Identity", "Issuer", "Issuers", "TokenVerification", "unavailable")
 
 Claims = Mapping[str, Sequence[str]]
 """What a team wants of a token: the name of a claim -> the values of which it must have one."""
@@ -62,7 +62,7 @@ def _values(name: str, claim: Any) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class TokenVerification:
     """What became of a token: an identity, or the `reason` for none, in words for the log.
 
     `retry_after` is set where the token could not be judged, for now.
@@ -73,7 +73,7 @@ class Judgement:
     retry_after: float | None = None
 
 
-def unavailable(judgement: Judgement) -> ApiError:
+def unavailable(judgement: TokenVerification) -> ApiError:
     """Return what a client is told whose token could not be judged: it may well be good."""
     return ApiError(
         503,
@@ -106,7 +106,7 @@ class _Refused(Exception):
 class _Known:
     """A token that was good: until when, by which key of which issuer."""
 
-    judgement: Judgement
+    judgement: TokenVerification
     until: float
     key: SigningKey
     keys: IssuerKeys
@@ -150,7 +150,7 @@ class Issuers:
         for _, keys in self._issuers.values():
             await keys.stop()
 
-    async def judge(self, headers: Headers) -> Judgement | None:
+    async def judge(self, headers: Headers) -> TokenVerification | None:
         """Return what there is to say of the token that these headers present; None where they present none.
 
         Waits for nothing but, where the issuer's keys are not known yet, those.
@@ -168,11 +168,11 @@ class Issuers:
         try:
             return self._remember(key, await self._verify(key.value))
         except _Refused as exc:
-            return Judgement(reason=str(exc))
+            return TokenVerification(reason=str(exc))
         except KeysUnavailable as exc:
-            return Judgement(reason="token that cannot be checked", retry_after=exc.retry_after)
+            return TokenVerification(reason="token that cannot be checked", retry_after=exc.retry_after)
 
-    def _remember(self, key: Credential, known: _Known) -> Judgement:
+    def _remember(self, key: Credential, known: _Known) -> TokenVerification:
         while len(self._known) >= _MAX_KNOWN:
             del self._known[next(iter(self._known))]
         self._known[key.digest] = known
@@ -212,7 +212,7 @@ class Issuers:
             raise _Refused("token with a wrong signature") from None
         except (jwt.PyJWTError, ValueError):
             raise _Refused("malformed token") from None
-        return _Known(Judgement(Identity(MappingProxyType(claims), caller)), until, key, keys)
+        return _Known(TokenVerification(Identity(MappingProxyType(claims), caller)), until, key, keys)
 
     def _check_claims(self, claims: Mapping[str, Any], issuer: Issuer) -> float:
         """Return when the token is no longer good. Raises _Refused for one that is not good now."""

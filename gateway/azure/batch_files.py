@@ -20,9 +20,9 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import msgspec
 
 from gateway.body.request_body import Body, too_much
-from gateway.body.spooled_file import DISK, Spool
+from gateway.body.spooled_file import DISK, SpooledFile
 from gateway.errors import ApiError
-from gateway.protocol.json_fields import decoded_json
+from gateway.protocol.json_fields import decode_json
 from gateway.protocol.multipart import FormReader, boundary_of
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ async def _read_upload(request: RequestView, lines: _Lines) -> IO[bytes] | None:
     return await _in_thread(came, file.start, file.end, lines, request.holder)
 
 
-def _size(form: Spool | bytes) -> int:
+def _size(form: SpooledFile | bytes) -> int:
     return len(form) if isinstance(form, bytes) else form.size
 
 
-async def _in_thread(form: Spool | bytes, start: int, end: int, lines: _Lines, holder: str) -> IO[bytes]:
+async def _in_thread(form: SpooledFile | bytes, start: int, end: int, lines: _Lines, holder: str) -> IO[bytes]:
     """Write the lines anew in a thread; it stops soon, and leaves nothing, where nobody waits for it any more.
 
     Raises ApiError 503 where too many files are at work, of all callers together or of this one.
@@ -225,7 +225,7 @@ def _read(line: bytes) -> tuple[dict[str, Any], dict[str, Any], Any]:
         body = _fields.decode(fields["body"])
         return fields, body, msgspec.json.decode(body["model"])
     except (msgspec.DecodeError, ValueError):
-        slow = decoded_json(line, msgspec.json.decode)  # which knows what msgspec does not take
+        slow = decode_json(line, msgspec.json.decode)  # which knows what msgspec does not take
     return slow, slow["body"], slow["body"]["model"]
 
 
@@ -241,11 +241,11 @@ def _refused(number: int, why: str, *, code: str | None = "invalid_batch_file", 
     return ApiError(status, f"line {number} of the batch file cannot be used: {why}", param="file", code=code)
 
 
-def _rewritten(form: Spool | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:
+def _rewritten(form: SpooledFile | bytes, start: int, end: int, lines: _Lines) -> IO[bytes]:
     """Return a file with the whole form, and new lines in it from `start` to `end`."""
     made = cast("IO[bytes]", tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, prefix="gateway-"))  # noqa: SIM115 -- its user closes it
     try:
-        if isinstance(form, Spool):
+        if isinstance(form, SpooledFile):
             with form.lock:
                 _write(form.file(), start, end, lines, made)
         else:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from gateway.errors import ApiError
-from gateway.protocol.json_fields import decoded_json
+from gateway.protocol.json_fields import decode_json
 
 if TYPE_CHECKING:
     from gateway.azure.request_view import RequestView
 
-__all__ = ("is_repeatable", "seems_repeatable")
+__all__ = ("is_idempotent", "seems_idempotent")
 
 # What makes an answer, costs tokens, and leaves nothing behind.
 _ANSWERS = frozenset({
@@ -28,14 +28,14 @@ _ANSWERS = frozenset({
 })  # fmt: skip
 
 
-def seems_repeatable(request: RequestView, body: bytes) -> bool:
+def seems_idempotent(request: RequestView, body: bytes) -> bool:
     """Whether a request is repeatable at first sight: without a look at its fields."""
     if request.operation == "chat.completions":
         return b'"store"' not in body
     return request.method in ("GET", "HEAD") or request.operation in _ANSWERS
 
 
-async def is_repeatable(request: RequestView) -> bool:
+async def is_idempotent(request: RequestView) -> bool:
     """Whether a request does no harm if it is processed twice; see `Request.repeatable`."""
     if request.method in ("GET", "HEAD") or request.operation in _ANSWERS:
         return True
@@ -55,7 +55,7 @@ async def is_repeatable(request: RequestView) -> bool:
 def _tools_do_nothing(given: bytes) -> bool:
     """Whether Azure runs none of a response's tools itself: those of others' servers do what they like."""
     try:
-        listed = decoded_json(given, msgspec.json.decode)
+        listed = decode_json(given, msgspec.json.decode)
     except ApiError:
         return False
     if listed is None:

@@ -11,12 +11,12 @@ from gateway.auth.credentials import key_protocols
 from gateway.azure.resources import Target
 from gateway.protocol.headers import Headers
 
-__all__ = ("MASK", "mask_headers", "masked_pieces", "secrets")
+__all__ = ("MASK", "redact_headers", "redact_pieces", "secrets_of")
 
 MASK = b"***"
 
 
-def mask_headers(headers: Headers, secret: bytes) -> None:
+def redact_headers(headers: Headers, secret: bytes) -> None:
     """Mask a secret in the values of header fields."""
     text = secret.decode("latin-1")
     for name, value in list(headers):
@@ -24,7 +24,7 @@ def mask_headers(headers: Headers, secret: bytes) -> None:
             headers.set(name, value.replace(text, MASK.decode()))
 
 
-async def masked_pieces(pieces: AsyncIterator[bytes], secret: bytes) -> AsyncIterator[bytes]:
+async def redact_pieces(pieces: AsyncIterator[bytes], secret: bytes) -> AsyncIterator[bytes]:
     """Return a body with the secret masked, wherever its pieces are cut."""
     kept = b""
     async for data in pieces:
@@ -38,7 +38,7 @@ async def masked_pieces(pieces: AsyncIterator[bytes], secret: bytes) -> AsyncIte
         yield kept
 
 
-def secrets(headers: Headers, target: Target | None) -> list[str]:
+def secrets_of(headers: Headers, target: Target | None) -> list[str]:
     """Return what must not be printed if some text holds it: every value of a request that may be a key."""
     found = [value for name, value in headers if name.lower() in ("authorization", "api-key", "x-api-key")]
     found += [value.rpartition(" ")[2] for value in found]

@@ -17,7 +17,7 @@ import msgspec
 from gateway.azure.batch_files import batch_models, map_batch
 from gateway.azure.resources import common_resource
 from gateway.errors import ApiError
-from gateway.protocol.json_fields import decoded_json, of_fields, raw_fields, with_field
+from gateway.protocol.json_fields import decode_json, encode_fields, raw_fields, with_field
 from gateway.protocol.multipart import FormReader, boundary_of
 from gateway.protocol.sse import Event, EventFilter
 
@@ -34,9 +34,9 @@ __all__ = (
     "map_several",
     "model_in",
     "model_name",
-    "placed",
     "placed_query",
     "read_model",
+    "with_deployment",
 )
 
 # The places of more than one model.
@@ -96,7 +96,7 @@ def model_in(data: bytes, row: Operation) -> str | None:
             return None
         raise ApiError(400, "the body is empty; send a JSON object with a `model`", param="model")
     if row.model == "session.model":
-        session = decoded_json(data, _session.decode, skips=True)
+        session = decode_json(data, _session.decode, skips=True)
         if session.__class__ is not _Session:
             return _checked(_field_of(session, nested=True), row)
         nested = bytes(session.session)
@@ -111,13 +111,13 @@ def _model_of(data: bytes) -> object:
         if len(raw) <= _MAX_RAW_MODEL:
             return _text.decode(raw)
     except (msgspec.DecodeError, RecursionError, ValueError):
-        peeked = decoded_json(data, _peek.decode, skips=True)
+        peeked = decode_json(data, _peek.decode, skips=True)
         if not isinstance(peeked, _Peek):
             return _field_of(peeked, nested=False)
         raw = peeked.model
     if len(raw) > _MAX_RAW_MODEL:
         raise ApiError(400, f"`model` must be text of at most {_MAX_MODEL} characters", param="model")
-    return decoded_json(bytes(raw), msgspec.json.decode)
+    return decode_json(bytes(raw), msgspec.json.decode)
 
 
 def _field_of(fields: Any, *, nested: bool) -> object:
@@ -285,7 +285,7 @@ def map_image_deployment(request: RequestView, find: Callable[[str], Target]) ->
 # -- writing -------------------------------------------------------------------------------------------
 
 
-async def placed(request: RequestView, operation: Operation, target: Target) -> bytes | Body:
+async def with_deployment(request: RequestView, operation: Operation, target: Target) -> bytes | Body:
     """Return the body to send, with the deployment where Azure looks for it.
 
     It stays as it came where the path names the deployment, unless Azure wants no model beside it.
@@ -305,7 +305,7 @@ async def placed(request: RequestView, operation: Operation, target: Target) -> 
             return await as_it_is(request)
     body = await request.body()
     if operation.model == "session.model":
-        fields = decoded_json(body, msgspec.json.decode)
+        fields = decode_json(body, msgspec.json.decode)
         session = fields.get("session") if isinstance(fields, dict) else None
         return with_field(body, "session", json.dumps({**session, "model": deployment}).encode()) if session else body
     if operation.model not in ("body", "form"):
@@ -331,7 +331,7 @@ async def _without_model(request: RequestView, place: str) -> bytes | Body:
         return body
     if place != "session.model":
         return with_field(body, "model", None)
-    fields = decoded_json(body, msgspec.json.decode)
+    fields = decode_json(body, msgspec.json.decode)
     session = fields.get("session") if isinstance(fields, dict) else None
     if isinstance(session, dict):
         session.pop("model", None)
@@ -422,7 +422,7 @@ class FrameModels(EventFilter):
         try:
             return msgspec.json.encode(fields)
         except UnicodeEncodeError:  # half of a surrogate pair in a name
-            return of_fields({name: bytes(value) for name, value in fields.items()})
+            return encode_fields({name: bytes(value) for name, value in fields.items()})
 
     def _replaced(self, raw: bytes) -> bytes:
         """Return the message with another value in the place of its only model."""
@@ -443,7 +443,7 @@ class FrameModels(EventFilter):
     def _deployment(self, model: bytes) -> bytes:
         if len(model) > _MOST_NAME:
             raise ApiError(400, "the model's name is too long", param="model")
-        name = model_name(decoded_json(model, msgspec.json.decode)).strip()
+        name = model_name(decode_json(model, msgspec.json.decode)).strip()
         found = self._find(name)
         asked = self._request.sent_to
         there = found.within(asked.resource) if asked is not None and asked.resource is not None else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.protocol.sse import Event
 
-__all__ = ("Beginning", "StreamError")
+__all__ = ("StreamBeginning", "StreamError")
 
 # What Azure and OpenAI call errors that have a status of their own, where the error names no status.
 _STATUS = {
@@ -82,7 +82,7 @@ def _status_of(error: dict[str, Any], otherwise: int) -> int:
     return otherwise
 
 
-class Beginning:
+class StreamBeginning:
     """Looks through the first bytes of a stream, each event once, for an error before anything that is shown.
 
     With `responses`, events of the Responses API that only say that it has begun are not taken for its answer, and its

@@ -15,7 +15,7 @@ from gateway.azure.operations import Operation, bad_id, plain_path
 from gateway.azure.resources import Target
 from gateway.errors import ApiError
 
-__all__ = ("DEPLOYMENT", "Place", "place_of", "upstream_path")
+__all__ = ("DEPLOYMENT", "ClientPath", "parse_client_path", "upstream_path")
 
 # A rule (no request may leave `/openai/deployments/`): Azure's own names, and nothing a path could misread.
 DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -24,7 +24,7 @@ DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OURS = frozenset({"api-version", "api-key", "subscription-key"})
 
 
-class Place(NamedTuple):
+class ClientPath(NamedTuple):
     """What a path says: the team's prefix, OpenAI's path after `/v1`, and the model, where the path names it."""
 
     prefix: str
@@ -32,13 +32,13 @@ class Place(NamedTuple):
     model: str | None
 
 
-def place_of(path: str) -> Place | None:
+def parse_client_path(path: str) -> ClientPath | None:
     """Read a client's path; None where it is no API's."""
     # Only short ones are kept: what a client makes up must not fill the memory.
     return _short_place(path) if len(path) <= 128 else _place(path)
 
 
-def _place(path: str) -> Place | None:
+def _place(path: str) -> ClientPath | None:
     openai, azure = path.find("/v1/"), path.find("/openai/")
     if azure < 0 or 0 <= openai < azure:
         if openai < 0:
@@ -47,20 +47,20 @@ def _place(path: str) -> Place | None:
         if path.startswith("/engines/"):
             # As the SDKs had it before 1.0, and LangChain for long after.
             return _named(prefix, path[len("/engines") :])
-        return Place(prefix, path, None)
+        return ClientPath(prefix, path, None)
     prefix, path = path[:azure], path[azure + len("/openai") :]
     if path.startswith("/deployments/"):
         return _named(prefix, path[len("/deployments") :])
-    return Place(prefix, path[len("/v1") :] if path.startswith("/v1/") else path, None)
+    return ClientPath(prefix, path[len("/v1") :] if path.startswith("/v1/") else path, None)
 
 
 _short_place = lru_cache(maxsize=1024)(_place)
 
 
-def _named(prefix: str, path: str) -> Place | None:
+def _named(prefix: str, path: str) -> ClientPath | None:
     """Read `/{model}/{operation}`."""
     _, name, rest = [*path.split("/", 2), ""][:3]
-    return Place(prefix, f"/{rest}", unquote(name)) if name and rest else None
+    return ClientPath(prefix, f"/{rest}", unquote(name)) if name and rest else None
 
 
 def upstream_path(operation: Operation, target: Target, path: str, query: str = "") -> str:

@@ -13,10 +13,10 @@ from typing import Protocol
 from gateway.azure.resources import Resource
 from gateway.balancing.circuit_breaker import DeploymentHealth, Health
 from gateway.errors import ApiError, UpstreamError
-from gateway.logs import failure, get_logger
+from gateway.logs import exception_fields, get_logger
 from gateway.response import Response
 
-__all__ = ("Prober",)
+__all__ = ("ActiveProbes",)
 
 # How long, in seconds, a probe may take.
 _PATIENCE = 10.0
@@ -29,7 +29,7 @@ class ListsModels(Protocol):
         """Return the answer, which has begun. Raises UpstreamError, ApiError."""
 
 
-class Prober:
+class ActiveProbes:
     """Probes what rests, as often as the settings of `health` say."""
 
     def __init__(self, health: Health, upstream: ListsModels) -> None:
@@ -67,7 +67,7 @@ class Prober:
         try:
             reason = await self._ask(each)
         except Exception as exc:  # one probe's bug must not end the others
-            get_logger().error("a probe failed", **failure(exc))
+            get_logger().error("a probe failed", **exception_fields(exc))
             return
         # What no probe has found well is not tried by a request until the next one has looked.
         each.probed(time.monotonic(), reason, every + _PATIENCE)

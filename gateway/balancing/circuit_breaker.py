@@ -28,7 +28,7 @@ from gateway.logs import get_logger
 from gateway.protocol.headers import Field
 from gateway.settings import HealthSettings
 
-__all__ = ("DeploymentHealth", "Health", "News")
+__all__ = ("DeploymentHealth", "Health", "HealthEvent")
 
 # The longest rest that Azure can ask for, in seconds: it has asked for a day, and quotas are raised meanwhile.
 MOST_REST = 3600.0
@@ -55,7 +55,7 @@ _LIMITS = frozenset(_REMAINING.values())
 _UTILISATION = b"azure-openai-deployment-utilization"
 
 
-class News(msgspec.Struct, frozen=True, omit_defaults=True):
+class HealthEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one process tells others of a deployment: that it rests for so many seconds, or, with none, no more."""
 
     key: str
@@ -363,7 +363,7 @@ class DeploymentHealth:
                 words=words,
                 seconds=round(seconds, 3),
             )
-            self._health.tell(News(self.key, seconds, self.failing, reason))
+            self._health.tell(HealthEvent(self.key, seconds, self.failing, reason))
 
     def _begin_failing(self) -> None:
         self.failing = self.cautious = True
@@ -380,9 +380,9 @@ class DeploymentHealth:
             self.answered += self._answered_now
             self._answered, self._failed, self._answered_now = [0] * _PARTS, [0] * _PARTS, 0
             get_logger().info("a deployment is back", deployment=str(self.deployment))
-            self._health.tell(News(self.key))
+            self._health.tell(HealthEvent(self.key))
 
-    def hear(self, now: float, news: News) -> None:
+    def hear(self, now: float, news: HealthEvent) -> None:
         """Take what another process knows."""
         if news.seconds > 0:
             until = now + min(news.seconds, MOST_REST)
@@ -447,7 +447,7 @@ class Health:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.settings = HealthSettings()
-        self.told: list[Callable[[News], None]] = []
+        self.told: list[Callable[[HealthEvent], None]] = []
         """Who wants to know what changes here."""
         self._clock = clock
         self._known: dict[str, DeploymentHealth] = {}
@@ -473,22 +473,22 @@ class Health:
         """Return those of the configuration that counts, each once, in its order."""
         return list(dict.fromkeys(self._used))
 
-    def tell(self, news: News) -> None:
+    def tell(self, news: HealthEvent) -> None:
         """Tell everyone who wants to know."""
         for each in self.told:
             each(news)
 
-    def hear(self, news: News) -> None:
+    def hear(self, news: HealthEvent) -> None:
         """Take what another process knows; of a deployment that is not known here it is nothing."""
         found = self._known.get(news.key)
         if found is not None:
             found.hear(self._clock(), news)
 
-    def news(self) -> list[News]:
+    def news(self) -> list[HealthEvent]:
         """Return what a process that is new has to know."""
         now = self._clock()
         return [
-            News(each.key, each.rests_until - now, each.failing, each.reason)
+            HealthEvent(each.key, each.rests_until - now, each.failing, each.reason)
             for each in self.all()
             if each.rests_until > now and not each.trying and not each.holds_back(now)
         ]

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
-from gateway.azure.idempotency import seems_repeatable
+from gateway.azure.idempotency import seems_idempotent
 from gateway.azure.resources import Pool, Resource, Target
 from gateway.balancing.circuit_breaker import Health
-from gateway.balancing.retry_policy import Failure, of_answer, of_error, of_status
-from gateway.balancing.selection import Choice, Chooser
+from gateway.balancing.retry_policy import AttemptFailure, of_answer, of_error, of_status
+from gateway.balancing.selection import Selection, Selector
 from gateway.errors import ApiError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Outcome
 from gateway.request import Request
@@ -28,7 +28,7 @@ from gateway.response import Response
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-__all__ = ("AttemptLimits", "Balancer", "RetryBudget")
+__all__ = ("Retrier", "RetryBudget", "RetryLimits")
 
 CallNext: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -44,7 +44,7 @@ _IMAGES = "x-ms-oai-image-generation-deployment"
 
 
 @dataclass(frozen=True)
-class AttemptLimits:
+class RetryLimits:
     """What bounds the attempts of one request.
 
     `deadline` is in seconds from now until an answer must have begun, and `silence` from an attempt until a stream must
@@ -78,7 +78,7 @@ class RetryBudget:
         return True
 
 
-class Balancer:
+class Retrier:
     """Sends the requests for one pool to its deployments."""
 
     def __init__(
@@ -86,13 +86,13 @@ class Balancer:
         pool: Pool,
         health: Health,
         budget: RetryBudget,
-        limits: AttemptLimits,
+        limits: RetryLimits,
         logger: FilteringBoundLogger,
         seed: int | None = None,
     ) -> None:
         """Send within these limits; under one `seed` the choices are the same each time."""
         self.pool = pool
-        self.chooser = Chooser(pool, health, seed)
+        self.chooser = Selector(pool, health, seed)
         self.budget = budget
         self.limits = limits
         self.logger = logger
@@ -157,12 +157,12 @@ class Balancer:
         request.target, request.begin_by = target, begin_by
         return response
 
-    def until(self, now: float, deadline: float, tried: Sequence[Choice]) -> float:
+    def until(self, now: float, deadline: float, tried: Sequence[Selection]) -> float:
         """Return until when a stream may take to begin: not as long as all may, if there is another to ask."""
         until = now + self.limits.silence
         return until if until < deadline and self.chooser.has_another(now, tried) else deadline
 
-    def _there(self, resource: Resource) -> Choice:
+    def _there(self, resource: Resource) -> Selection:
         """Return the pool's deployment in a resource. Raises ApiError 400 where it has none there."""
         for each in self.chooser.all:
             if each.deployment.resource.name == resource.name:
@@ -172,7 +172,7 @@ class Balancer:
         )
 
 
-def _to(target: Target, choice: Choice) -> Target:
+def _to(target: Target, choice: Selection) -> Target:
     """Return a target at a deployment of its pool."""
     if target.credential is None and target.api_version is None:
         return choice.target
@@ -181,7 +181,7 @@ def _to(target: Target, choice: Choice) -> Target:
 
 def _can_be_cut_short(request: Request, body: bytes) -> bool:
     """Whether a request is for a stream, which begins soon, and may be sent again where that does not."""
-    return _STREAM.search(body) is not None and seems_repeatable(request, body)
+    return _STREAM.search(body) is not None and seems_idempotent(request, body)
 
 
 class _Attempts:
@@ -189,7 +189,7 @@ class _Attempts:
 
     def __init__(
         self,
-        balancer: Balancer,
+        balancer: Retrier,
         request: Request,
         call_next: CallNext,
         saved: tuple[Any, ...],
@@ -218,12 +218,12 @@ class _Attempts:
         self._impatient = impatient
         self._waited = 0.0
         self._count = 0
-        self._tried: list[Choice] = []
-        self._counted: list[Choice] = []  # as failing
+        self._tried: list[Selection] = []
+        self._counted: list[Selection] = []  # as failing
         self._failed: list[dict[str, Any]] = []  # for the log
         # Of the attempt at hand: what is asked, or has answered; the number of the try that it is, if it rested; when
         # it began; until when it may take to begin; how often Azure had been asked before; whether it is by a stream.
-        self._choice: Choice | None = None
+        self._choice: Selection | None = None
         self._trying = 0
         self._begun = self._until = 0.0
         self._asked = 0
@@ -232,12 +232,12 @@ class _Attempts:
 
     # -- one attempt -----------------------------------------------------------------------------------
 
-    def take_over(self, choice: Choice, trying: int, begun: float, asked: int) -> None:
+    def take_over(self, choice: Selection, trying: int, begun: float, asked: int) -> None:
         """Take charge of the first attempt."""
         self._choice, self._trying, self._begun, self._asked = choice, trying, begun, asked
         self._until = self._request.begin_by or self._deadline
 
-    async def _attempt(self, choice: Choice) -> Response:
+    async def _attempt(self, choice: Selection) -> Response:
         """Ask one deployment."""
         request, now = self._request, monotonic()
         meter = request._exchange.meter
@@ -290,7 +290,7 @@ class _Attempts:
         elif self._answering:
             choice.health.succeeded(now)
 
-    def _at_hand(self) -> Choice:
+    def _at_hand(self) -> Selection:
         """Return the deployment at hand."""
         assert self._choice is not None, "none was asked"  # noqa: S101 -- a bug of ours
         return self._choice
@@ -328,7 +328,7 @@ class _Attempts:
                 return self._given_up(best, "the retry budget is used up")
             response = await self._attempt(choice)
 
-    def _note(self, response: Response, failure: Failure) -> None:
+    def _note(self, response: Response, failure: AttemptFailure) -> None:
         """Note a failure, and let go of the deployment."""
         choice, now, tried = self._at_hand(), monotonic(), self._trying
         words = failure.words[:_MOST_WORDS]
@@ -352,7 +352,7 @@ class _Attempts:
         self._tried.append(choice)
         self._choice, self._trying = None, 0
 
-    async def _stop(self, failure: Failure) -> str | None:
+    async def _stop(self, failure: AttemptFailure) -> str | None:
         """Return why the request is not sent again, or None."""
         if failure.again == "never":
             return failure.reason
@@ -368,7 +368,7 @@ class _Attempts:
             return "the deadline is over"
         return None
 
-    async def _next(self) -> Choice | None:
+    async def _next(self) -> Selection | None:
         """Return the next deployment to ask; waits for one to come back where that is soon enough."""
         chooser, now = self._chooser, monotonic()
         until = min(now + self._limits.wait - self._waited, self._deadline)
@@ -425,7 +425,7 @@ class _Attempts:
 
     # -- what an answer means --------------------------------------------------------------------------
 
-    async def _look(self, response: Response) -> tuple[Response, Failure | None]:
+    async def _look(self, response: Response) -> tuple[Response, AttemptFailure | None]:
         """Return an answer, and why it is a failure that another deployment may not have; None where it is none."""
         if response.status == 200 and response.error is None and response.event_stream:
             response, failure = await self._look_into(response)
@@ -444,7 +444,7 @@ class _Attempts:
                 failure = msgspec.structs.replace(failure, fails=False)
         return response, failure
 
-    async def _look_into(self, response: Response) -> tuple[Response, Failure | None]:
+    async def _look_into(self, response: Response) -> tuple[Response, AttemptFailure | None]:
         """Look at the beginning of a stream, which is kept back until it is known to be one."""
         own = self._at_hand().deployment.resource.timeouts
         looked = monotonic()
@@ -485,7 +485,7 @@ class _Attempts:
             response.headers.remove("content-length")
 
 
-def _is_at(target: Target | None, choice: Choice) -> bool:
+def _is_at(target: Target | None, choice: Selection) -> bool:
     """Whether a target is a deployment."""
     there = choice.deployment
     return target is not None and target.resource is there.resource and target.deployment == there.name
@@ -504,7 +504,7 @@ def _more_telling(one: Response | None, other: Response) -> Response:
     return other if one is None or rank(other) >= rank(one) else one
 
 
-def _all_rest(chooser: Chooser, wait: float) -> ApiError:
+def _all_rest(chooser: Selector, wait: float) -> ApiError:
     """Return the error for a request that came while every deployment rests."""
     limited = all(each.health.reason in ("rate_limited", "abuse_penalty") for each in chooser.all)
     when = f"try again in {math.ceil(wait)} s"

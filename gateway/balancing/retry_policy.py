@@ -12,7 +12,7 @@ from gateway.errors import ApiError, UpstreamError
 if TYPE_CHECKING:
     from gateway.response import Response
 
-__all__ = ("Failure", "of_answer", "of_error", "of_status")
+__all__ = ("AttemptFailure", "of_answer", "of_error", "of_status")
 
 # What a 429 says that names no time, in seconds: about what a client waits that is told nothing.
 UNTOLD = 1.0
@@ -24,7 +24,7 @@ _NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))
 _UNREAD = frozenset(("connect", "connect_timeout", "dns", "dns_timeout", "tls", "credential"))
 
 
-class Failure(msgspec.Struct):
+class AttemptFailure(msgspec.Struct):
     """Why an attempt has failed.
 
     `again` says whether the request may be sent again: if it was surely not processed, if it is repeatable, or never.
@@ -47,7 +47,7 @@ class Failure(msgspec.Struct):
         return self.reason in _UNREAD
 
 
-async def of_answer(response: Response, *, own_credential: bool, seconds: float) -> Failure | None:
+async def of_answer(response: Response, *, own_credential: bool, seconds: float) -> AttemptFailure | None:
     """Return what an answer that is no stream means; None where every deployment would answer so.
 
     `own_credential` says that Azure was shown the gateway's, so that a refusal of it is not the client's fault.
@@ -59,10 +59,16 @@ async def of_answer(response: Response, *, own_credential: bool, seconds: float)
         return None  # the gateway's own refusal, or none
     message, code = _words(await _beginning(response, seconds))
     if response.status == 404:
-        return Failure("no_deployment", "surely", certain=True, words=message) if code in _NO_DEPLOYMENT else None
+        return (
+            AttemptFailure("no_deployment", "surely", certain=True, words=message) if code in _NO_DEPLOYMENT else None
+        )
     if response.status in (401, 403):
         # (A 403 may be about what this request is for.)
-        return Failure("refused", "surely", certain=response.status == 401, words=message) if own_credential else None
+        return (
+            AttemptFailure("refused", "surely", certain=response.status == 401, words=message)
+            if own_credential
+            else None
+        )
     return of_status(response, response.status, message)
 
 
@@ -74,26 +80,26 @@ async def _beginning(response: Response, seconds: float) -> bytes:
         return b""
 
 
-def of_error(error: UpstreamError) -> Failure:
+def of_error(error: UpstreamError) -> AttemptFailure:
     """Return what an error of the connection means."""
     if error.fault == "deadline":
-        return Failure("deadline", "never", fails=False, words=error.message)
+        return AttemptFailure("deadline", "never", fails=False, words=error.message)
     # (A kept connection that was closed says nothing of a deployment.)
-    return Failure(
+    return AttemptFailure(
         error.fault, "surely" if error.unsent else "if_repeatable", fails=error.fault != "stale", words=error.message
     )
 
 
-def of_status(response: Response, status: int, message: str) -> Failure | None:
+def of_status(response: Response, status: int, message: str) -> AttemptFailure | None:
     """Return what a status means; None where every deployment would answer so."""
     rest = response.retry_after(message)
     if status == 429:
         penalty = (response.headers.get("x-ratelimit-abusepenalty-active") or "").strip().lower() == "true"
         reason = "abuse_penalty" if penalty else "rate_limited"
         rest = UNTOLD if rest is None else max(rest, _LEAST)
-        return Failure(reason, "never" if penalty else "surely", rest, fails=False, words=message)
+        return AttemptFailure(reason, "never" if penalty else "surely", rest, fails=False, words=message)
     if status == 408 or (status >= 500 and status not in (501, 505)):
-        return Failure(f"status_{status}", rest=rest or None, by_request=True, words=message)
+        return AttemptFailure(f"status_{status}", rest=rest or None, by_request=True, words=message)
     return None
 
 

@@ -18,7 +18,7 @@ from random import Random
 from gateway.azure.resources import Deployment, Pool, Target
 from gateway.balancing.circuit_breaker import DeploymentHealth, Health
 
-__all__ = ("Choice", "Chooser")
+__all__ = ("Selection", "Selector")
 
 # How often, in seconds, it is looked whether a request that tries a deployment has come back.
 _LOOK_AGAIN = 0.05
@@ -26,7 +26,7 @@ _LOOK_AGAIN = 0.05
 _APART = 0.005
 
 
-class Choice:
+class Selection:
     """A deployment that can be chosen."""
 
     __slots__ = ("deployment", "health", "name", "step", "target", "turn", "weight")
@@ -46,14 +46,14 @@ class _Group:
 
     __slots__ = ("choices", "time")
 
-    def __init__(self, choices: list[Choice]) -> None:
+    def __init__(self, choices: list[Selection]) -> None:
         # (What is looked at for each request is at hand without a look at the choice.)
         self.choices = [(each, each.health, each.step) for each in choices]
         self.time = 0.0
 
-    def next(self, now: float, tried: Collection[Choice]) -> Choice | None:
+    def next(self, now: float, tried: Collection[Selection]) -> Selection | None:
         """Return the one whose turn it is: each comes so much later as it has requests in flight."""
-        best: Choice | None = None
+        best: Selection | None = None
         least = math.inf
         at = next_turn = time = self.time
         for each, health, step in self.choices:
@@ -79,24 +79,24 @@ class _Group:
                 self.time = at
         return best
 
-    def nearest(self, now: float, tried: Collection[Choice], key: bytes) -> Choice | None:
+    def nearest(self, now: float, tried: Collection[Selection], key: bytes) -> Selection | None:
         """Return the one that is nearest to a key."""
         found = [each for each, health, _ in self.choices if health.away_until <= now and each not in tried]
         return min(found, key=lambda each: _distance(key, each), default=None)
 
 
-class Chooser:
+class Selector:
     """Chooses among the deployments of one pool; the same choices under the same seed, if all else is the same."""
 
     def __init__(self, pool: Pool, health: Health, seed: int | None = None) -> None:
         # Not to be guessed by nobody, but different in each process, so that all do not begin with the same one.
         self._random = random = Random(None if seed is None else f"{seed} {pool.name}")  # noqa: S311 -- no secret
         self._waiting = 0
-        self.all = [Choice(each, health.of(each), random.random() / each.weight) for each in pool.deployments]
+        self.all = [Selection(each, health.of(each), random.random() / each.weight) for each in pool.deployments]
         priorities = sorted({each.deployment.priority for each in self.all})
         self._groups = [_Group([each for each in self.all if each.deployment.priority == one]) for one in priorities]
 
-    def pick(self, now: float, tried: Collection[Choice] = (), key: bytes | None = None) -> Choice | None:
+    def pick(self, now: float, tried: Collection[Selection] = (), key: bytes | None = None) -> Selection | None:
         """Return one that is available and was not tried, or None. One without room is the last that is taken."""
         for group in self._groups:
             best = group.next(now, tried) if key is None else group.nearest(now, tried, key)
@@ -104,17 +104,17 @@ class Chooser:
                 return best
         return self._pick_full(now, tried)
 
-    def has_another(self, now: float, tried: Collection[Choice]) -> bool:
+    def has_another(self, now: float, tried: Collection[Selection]) -> bool:
         """Whether there is another one that is available and was not tried."""
         return any(each.health.is_available(now) and each not in tried for each in self.all)
 
-    def _pick_full(self, now: float, tried: Collection[Choice]) -> Choice | None:
+    def _pick_full(self, now: float, tried: Collection[Selection]) -> Selection | None:
         for each in self.all:
             if each.health.is_available(now) and each not in tried:
                 return each
         return None
 
-    def pick_held_back(self, now: float, tried: Collection[Choice]) -> Choice | None:
+    def pick_held_back(self, now: float, tried: Collection[Selection]) -> Selection | None:
         """Return one that only its slow start holds back, for a request that cannot wait; or None."""
         return next((each for each in self.all if each.health.holds_back(now) and each not in tried), None)
 
@@ -136,7 +136,7 @@ class Chooser:
         return min(_LOOK_AGAIN if each.health.trying else each.health.available_in(now) for each in self.all)
 
 
-def _distance(key: bytes, choice: Choice) -> float:
+def _distance(key: bytes, choice: Selection) -> float:
     """Return how far a deployment is from a key: each is the nearest to its share of all keys, by its weight."""
     digest = blake2b(key + b"\0" + choice.name.encode(), digest_size=8).digest()
     drawn = (int.from_bytes(digest, "big") + 1) / (2**64 + 1)

@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import os
 
-from gateway.balancing.circuit_breaker import Health, News
+from gateway.balancing.circuit_breaker import Health, HealthEvent
 from gateway.limits.late_timer import within
-from gateway.limits.redis_script import Script
-from gateway.limits.redis_url import RedisPlace
-from gateway.logs import get_logger, masked
+from gateway.limits.redis_script import RedisScript
+from gateway.limits.redis_url import RedisUrl
+from gateway.logs import get_logger, redacted
 
-__all__ = ("Bulletin",)
+__all__ = ("SharedHealth",)
 
 # How often, in seconds, it is read; and how long a call may take, a new connection included.
 _EVERY, _PATIENCE = 1.0, 3.0
@@ -47,16 +47,16 @@ return {string.format('%.0f', now), told}
 """
 
 
-class Bulletin:
+class SharedHealth:
     """One process's side of it."""
 
-    def __init__(self, place: RedisPlace, health: Health) -> None:
+    def __init__(self, place: RedisUrl, health: Health) -> None:
         self._place = place
         self._health = health
-        self._script = Script(place, _SCRIPT)
+        self._script = RedisScript(place, _SCRIPT)
         self._key = f"{place.keys}health".encode()
         self._me = os.urandom(8).hex()
-        self._unsaid: dict[str, tuple[float, News]] = {}
+        self._unsaid: dict[str, tuple[float, HealthEvent]] = {}
         self._heard: dict[bytes, bytes] = {}
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -81,7 +81,7 @@ class Bulletin:
             await asyncio.wait((self._task,))
         await self._script.hang_up()
 
-    def _note(self, news: News) -> None:
+    def _note(self, news: HealthEvent) -> None:
         self._unsaid[news.key] = asyncio.get_running_loop().time(), news
         self._changed.set()
 
@@ -93,7 +93,7 @@ class Bulletin:
             except Exception as exc:  # whatever a library finds to raise: nobody waits for it
                 if not self._away:
                     self._away = True
-                    reason = masked({"reason": f"{type(exc).__name__}: {exc}"}, [self._place.password or ""])
+                    reason = redacted({"reason": f"{type(exc).__name__}: {exc}"}, [self._place.password or ""])
                     get_logger().warning("news of deployments cannot be shared", store=str(self._place), **reason)
                 await self._script.hang_up()
                 self._script.try_another()
@@ -134,7 +134,7 @@ class Bulletin:
         told, until = float(parts[0]), float(parts[1])
         key = name.decode("utf-8", "replace")
         if until <= told:  # it is back
-            self._health.hear(News(key))
+            self._health.hear(HealthEvent(key))
         elif until > now:
             # (Not longer than it was told for, whatever the server's clock has done since.)
-            self._health.hear(News(key, min(until - now, until - told) / 1000, parts[3] == "1", parts[4]))
+            self._health.hear(HealthEvent(key, min(until - now, until - told) / 1000, parts[3] == "1", parts[4]))

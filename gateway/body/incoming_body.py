@@ -15,9 +15,9 @@ from typing import Protocol
 
 from gateway.body.request_body import too_much
 from gateway.errors import ApiError
-from gateway.protocol.http1 import FRAMING_OF_REQUESTS, MOST_LINES, Chunks, too_large
+from gateway.protocol.http1 import FRAMING_OF_REQUESTS, MOST_LINES, ChunkedDecoder, too_large
 
-__all__ = ("LINES_AT_ONCE", "ArrivingBody", "Sender")
+__all__ = ("LINES_AT_ONCE", "BodyTransport", "IncomingBody")
 
 # What may wait to be read before the client is asked to wait.
 _WAITING = 64 * 1024
@@ -25,7 +25,7 @@ LINES_AT_ONCE = 32
 """Lines of framing that are read the moment they arrive: more than the usual client sends in one read (16 chunks)."""
 
 
-class Sender(Protocol):
+class BodyTransport(Protocol):
     """The connection that a body comes from."""
 
     def say_continue(self) -> None:
@@ -41,7 +41,7 @@ class Sender(Protocol):
         """Note whether the client is waited for: the time of the answer does not run meanwhile."""
 
 
-class ArrivingBody:
+class IncomingBody:
     """A body that has not arrived whole. `length` is None where it comes in chunks.
 
     `done` says that all of it has come, `error` why the rest does not, `discarded` that nobody wants it. `unread` are
@@ -77,7 +77,7 @@ class ArrivingBody:
 
     def __init__(
         self,
-        sender: Sender,
+        sender: BodyTransport,
         loop: asyncio.AbstractEventLoop,
         *,
         length: int | None,
@@ -96,7 +96,7 @@ class ArrivingBody:
         self._limit = limit
         self._patience = patience
         self._least = least
-        self._chunks = Chunks(FRAMING_OF_REQUESTS) if length is None else None
+        self._chunks = ChunkedDecoder(FRAMING_OF_REQUESTS) if length is None else None
         self._parts: list[bytes] = []
         self._size = 0  # of the parts
         self._total = 0  # of all that has come

@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol, Self, runtime_checkable
 
-__all__ = ("Peekable", "Peeked")
+__all__ = ("PeekableBody", "PeekedBody")
 
 # What is kept unread, in bytes.
 _MOST = 64 * 1024
 
 
 @runtime_checkable
-class Peekable(Protocol):
+class PeekableBody(Protocol):
     """A body whose beginning can be looked at."""
 
     def peeked(self) -> bytes:
@@ -27,7 +27,7 @@ class Peekable(Protocol):
     async def __anext__(self) -> bytes: ...
 
 
-class Peeked:
+class PeekedBody:
     """A stage's own stream, made one whose beginning can be looked at."""
 
     def __init__(self, source: AsyncIterator[bytes]) -> None:

@@ -11,8 +11,8 @@ import io
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from gateway.body.spooled_file import Account as Kept
-from gateway.body.spooled_file import Spool
+from gateway.body.spooled_file import ByteAccount as Kept
+from gateway.body.spooled_file import SpooledFile
 from gateway.errors import ApiError, BodyConsumed
 from gateway.fair_scheduler import FairScheduler
 from gateway.limits.memory_budget import UNCOUNTED
@@ -20,7 +20,7 @@ from gateway.settings import Limits
 
 __all__ = (
     "Body",
-    "Incoming",
+    "BodySource",
     "Watcher",
 )
 
@@ -32,7 +32,7 @@ _ANNOUNCED = 1024 * 1024
 _SHOWN = 512 * 1024
 
 
-class Incoming(Protocol):
+class BodySource(Protocol):
     """Where a body comes from: the server's connection to the client."""
 
     length: int | None
@@ -61,7 +61,7 @@ class Account(Kept, Protocol):
 class _Replay:
     """What was looked at, with its changes, and then the rest: a body's source again."""
 
-    def __init__(self, spool: Spool, source: Incoming, watch: Watcher) -> None:
+    def __init__(self, spool: SpooledFile, source: BodySource, watch: Watcher) -> None:
         self.length = source.length
         self.ended = False
         self._spool = spool
@@ -147,7 +147,7 @@ class Body:
 
     __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed", "account")
 
-    def __init__(self, source: Incoming | bytes, *, kept: bool = True, most: int = _MOST_LOOKED_AT) -> None:
+    def __init__(self, source: BodySource | bytes, *, kept: bool = True, most: int = _MOST_LOOKED_AT) -> None:
         """Take a body from where it comes, or its bytes: `kept`, or here by chance and to be had once.
 
         `most` is how many bytes may be looked at before they are sent.
@@ -157,7 +157,7 @@ class Body:
         self._source = None if isinstance(source, bytes) else source
         self._kept = kept
         self._streamed = False
-        self._spool: Spool | None = None
+        self._spool: SpooledFile | None = None
         self.account: Account | None = None
         """Who answers for what is kept of it, if it has not arrived."""
 
@@ -211,7 +211,7 @@ class Body:
         self._kept = True
         return self._data
 
-    async def _rest(self, source: Incoming, limit: int | None) -> bytes:
+    async def _rest(self, source: BodySource, limit: int | None) -> bytes:
         """Read all that is still to come; each piece of a large body, or of one of unknown length, is counted first."""
         account = self.account
         if account is None or (source.length is not None and source.length <= _ANNOUNCED):
@@ -249,7 +249,7 @@ class Body:
             if await replay.again(watch):
                 return
         else:
-            self._spool = Spool(account=self.account)
+            self._spool = SpooledFile(account=self.account)
             self._source = replay = _Replay(self._spool, self._source, watch)
         try:
             await replay.look(self._most, advice)
@@ -276,7 +276,7 @@ class Body:
         at_hand = self.at_hand()
         return self if at_hand is None else at_hand
 
-    def looked_at(self) -> Spool | bytes:
+    def looked_at(self) -> SpooledFile | bytes:
         """Return all that was looked at."""
         if self._data is not None:
             return self._data

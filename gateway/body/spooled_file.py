@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Protocol
 
-__all__ = ("DISK", "Account", "Spool")
+__all__ = ("DISK", "ByteAccount", "SpooledFile")
 
 # What is kept in memory, and read back at once, in bytes.
 _IN_MEMORY = 1024 * 1024
@@ -18,7 +18,7 @@ PIECE = 256 * 1024
 DISK = ThreadPoolExecutor(4, "spool")
 
 
-class Account(Protocol):
+class ByteAccount(Protocol):
     """Who answers for the bytes that are kept: the exchange. `hold` and `hold_on_disk` raise ApiError."""
 
     def hold(self, size: int) -> None:
@@ -34,10 +34,10 @@ class Account(Protocol):
         """Count bytes on disk less."""
 
 
-class Spool:
+class SpooledFile:
     """Keeps what is written to it, and gives any of it back. `close` lets go of the file."""
 
-    def __init__(self, in_memory: int = _IN_MEMORY, account: Account | None = None) -> None:
+    def __init__(self, in_memory: int = _IN_MEMORY, account: ByteAccount | None = None) -> None:
         self.size = 0
         self._account = account
         self._in_memory = in_memory

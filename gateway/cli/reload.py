@@ -36,7 +36,7 @@ def _reload(options: argparse.Namespace) -> int:
 
     try:
         report = control.ask(config_path(options.config or options.path), options.user)
-    except control.NobodyThere as exc:
+    except control.GatewayNotRunning as exc:
         print(f"gateway: {exc}", file=sys.stderr)
         return 1
     if report.mistakes:

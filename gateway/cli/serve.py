@@ -70,8 +70,8 @@ def _serve(options: argparse.Namespace) -> int:
     from gateway.config import load  # noqa: PLC0415
     from gateway.process import systemd  # noqa: PLC0415
     from gateway.process.event_loop import run  # noqa: PLC0415
-    from gateway.process.generations import Renewal  # noqa: PLC0415
-    from gateway.process.reload import Reloads, unharmed  # noqa: PLC0415
+    from gateway.process.generations import GenerationSwitch  # noqa: PLC0415
+    from gateway.process.reload import ReloadLoop, log_exceptions  # noqa: PLC0415
     from gateway.process.supervisor import Supervisor, worker_command  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
     from gateway.transport.file_descriptors import raise_limit  # noqa: PLC0415
@@ -102,8 +102,8 @@ def _serve(options: argparse.Namespace) -> int:
         )
     if options.workers == 1:
         server = Server(loaded.teams, settings)
-        renewal = Renewal(server, loaded, read)
-        reloads = Reloads(renewal.reload, notify, path, renewal.state)
+        renewal = GenerationSwitch(server, loaded, read)
+        reloads = ReloadLoop(renewal.reload, notify, path, renewal.state)
         del loaded  # a reload lets go of it
         run(
             lambda: serve(
@@ -111,7 +111,7 @@ def _serve(options: argparse.Namespace) -> int:
                 notify.ready,
                 stopping=notify.stopping,
                 listener=listener,
-                beside=lambda: unharmed(reloads.run()),
+                beside=lambda: log_exceptions(reloads.run()),
             )
         )
         return 0
@@ -127,16 +127,16 @@ def _work(options: argparse.Namespace) -> int:
     from gateway.config import load  # noqa: PLC0415
     from gateway.limits.shared_counters import SharedCounters  # noqa: PLC0415
     from gateway.process.event_loop import run  # noqa: PLC0415
-    from gateway.process.generations import Renewal  # noqa: PLC0415
-    from gateway.process.reload import unharmed  # noqa: PLC0415
-    from gateway.process.worker import Handover, Line  # noqa: PLC0415
+    from gateway.process.generations import GenerationSwitch  # noqa: PLC0415
+    from gateway.process.reload import log_exceptions  # noqa: PLC0415
+    from gateway.process.worker import SupervisorChannel, WorkerInheritance  # noqa: PLC0415
     from gateway.server import Server, serve  # noqa: PLC0415
     from gateway.services import Shared  # noqa: PLC0415
     from gateway.transport.connection_count import ConnectionCount  # noqa: PLC0415
     from gateway.transport.listener import Listener  # noqa: PLC0415
 
-    handover = Handover.parse(options.handover)
-    line = Line(handover.line)
+    handover = WorkerInheritance.parse(options.handover)
+    line = SupervisorChannel(handover.line)
     path = config_path(options.config)
 
     listen = None if options.listen is None else listen_address(options.listen)
@@ -152,9 +152,9 @@ def _work(options: argparse.Namespace) -> int:
         count = ConnectionCount(handover.counts, handover.place)
         server = Server(loaded.teams, dataclasses.replace(loaded.settings, admin=None), count=count)
         line.share(server.shared.health)
-        renewal = Renewal(server, loaded, read)
+        renewal = GenerationSwitch(server, loaded, read)
         del loaded  # a reload lets go of it
-        ready, beside = (lambda: line.ready(renewal.state)), (lambda: unharmed(line.follow(renewal)))
+        ready, beside = (lambda: line.ready(renewal.state)), (lambda: log_exceptions(line.follow(renewal)))
         run(lambda: serve(server, ready, listener=listener, obey=line.obey, beside=beside))
     except (ConfigError, StartError) as exc:
         line.failed(str(exc))

@@ -14,7 +14,7 @@ from typing import Any
 from gateway.auth.credentials import ListedKey
 from gateway.auth.oidc import Issuer, Issuers
 from gateway.azure.resources import Pool, Resource, Target
-from gateway.balancing.shared_health import Bulletin
+from gateway.balancing.shared_health import SharedHealth
 from gateway.config.convert import did_you_mean, fill
 from gateway.config.files import GatewayFile, KeyFile, ListenFile, LogFile, MatchFile, TeamFile
 from gateway.config.go_proxy import Imported, convert, is_go_proxy
@@ -35,8 +35,8 @@ from gateway.config.resources import UNKNOWN, read_resources
 from gateway.config.sources import Sources
 from gateway.config.store import counters_at, read_store
 from gateway.errors import ConfigError, Mistake
-from gateway.limits.redis_url import RedisPlace
-from gateway.limits.wait_queue import Turns
+from gateway.limits.redis_url import RedisUrl
+from gateway.limits.wait_queue import WaitQueue
 from gateway.registry import Registry
 from gateway.services import Services, Shared
 from gateway.settings import Listen, Network, Settings, Timeouts
@@ -71,7 +71,7 @@ class Loaded:
     """Whether a change of the files is a reload."""
     sources: Sources = field(default_factory=Sources)
     """What it was made of."""
-    store: RedisPlace | None = None
+    store: RedisUrl | None = None
     """The Redis in which limits are counted; None is this gateway alone."""
     differences: tuple[Mistake, ...] | None = None
     """None but for a file of the Go proxy's: what it does not mean here, or means otherwise."""
@@ -138,7 +138,7 @@ class _Loader:
         self.teams = 1
         self.deadline = Timeouts().first_byte
         self.prices = Prices()
-        self.counters: Turns | None = None
+        self.counters: WaitQueue | None = None
         self.whole = True
         self.with_identity = False
 
@@ -248,12 +248,12 @@ class _Loader:
             return None
         return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
 
-    def _background(self, store: RedisPlace | None) -> list[Background]:
+    def _background(self, store: RedisUrl | None) -> list[Background]:
         """Return what is done beside requests: fetching tokens, and sharing what is known of deployments."""
         tokens = {id(each.tokens): each.tokens for each in self.resources.values() if each.tokens is not None}
         background: list[Background] = list(tokens.values())
         if store is not None and self.pools:
-            background.append(Bulletin(store, self.shared.health))
+            background.append(SharedHealth(store, self.shared.health))
         return background
 
     # -- teams -----------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ from pathlib import Path
 from gateway.config.files import StoreFile
 from gateway.config.nodes import Node, Reader, value_of
 from gateway.limits.redis_counters import RedisCounters
-from gateway.limits.redis_url import RedisPlace
-from gateway.limits.wait_queue import Turns
+from gateway.limits.redis_url import RedisUrl
+from gateway.limits.wait_queue import WaitQueue
 from gateway.services import Shared
 
 __all__ = ("counters_at", "read_store")
 
 
-def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path) -> RedisPlace | None:
+def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path) -> RedisUrl | None:
     """Return the Redis that is named, or None; what is wrong with it is noted where it stands."""
     if store is None:
         return None
@@ -23,7 +23,7 @@ def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path
         reader.mistake(value_of(node, "ca"), f"store.ca: cannot read {store.ca}: {problem}")
         return None
     try:
-        return RedisPlace.parse(
+        return RedisUrl.parse(
             store.redis.strip(), cluster=store.cluster, ca=ca, timeout=store.timeout, prefix=store.prefix
         )
     except ValueError as exc:
@@ -31,7 +31,7 @@ def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path
         return None
 
 
-def counters_at(shared: Shared, place: RedisPlace | None) -> Turns | None:
+def counters_at(shared: Shared, place: RedisUrl | None) -> WaitQueue | None:
     """Return the counters of a store; None where limits are counted in this process, or on this machine."""
     if place is None:
         return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gateway.errors import GatewayError
-from gateway.limits.token_bucket import Charge, Verdict
+from gateway.limits.token_bucket import Charge, Decision
 
 __all__ = ("Counters", "CountersUnavailable")
 
@@ -18,13 +18,13 @@ class CountersUnavailable(GatewayError):
 class Counters(Protocol):
     """A place where uses are counted."""
 
-    async def take(self, charges: Sequence[Charge]) -> Verdict:
+    async def take(self, charges: Sequence[Charge]) -> Decision:
         """Take all charges, or, where one that is not in the shadow has no room, none.
 
         Raises CountersUnavailable.
         """
 
-    def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
         """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is.
 
         Once for each verdict: a second call does nothing. It is done at once or soon.

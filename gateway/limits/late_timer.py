@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-__all__ = ("Timer", "within")
+__all__ = ("LateTimer", "within")
 
 # Seconds by which a timer is late where the loop stood still, and is not only busy.
 _BEHIND = 0.02
 
 
-class Timer:
+class LateTimer:
     """Calls `expire` after some seconds in which the loop ran.
 
     Where the loop stood still meanwhile, it may have been kept from asking, or from reading an answer that is there: as
@@ -42,7 +42,7 @@ class Timer:
 async def within(seconds: float) -> AsyncIterator[None]:
     """Raise TimeoutError where something takes longer."""
     async with asyncio.timeout(None) as limit:
-        timer = Timer(seconds, lambda: limit.reschedule(asyncio.get_running_loop().time()))
+        timer = LateTimer(seconds, lambda: limit.reschedule(asyncio.get_running_loop().time()))
         try:
             yield
         finally:

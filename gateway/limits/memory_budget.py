@@ -10,7 +10,7 @@ from __future__ import annotations
 from gateway.errors import ApiError
 from gateway.settings import Limits
 
-__all__ = ("BUDGETS", "UNCOUNTED", "BudgetSpent", "Budgets", "Hold", "MemoryBudget")
+__all__ = ("BUDGETS", "UNCOUNTED", "BudgetExhausted", "Budgets", "Hold", "MemoryBudget")
 
 _DEFAULT_MEMORY = Limits().memory
 """The default of `limits: memory`, in bytes."""
@@ -23,7 +23,7 @@ _FORMS = 8
 _DEFAULT_FORM = 256 * 1024 * 1024
 
 
-class BudgetSpent(ApiError):
+class BudgetExhausted(ApiError):
     """There is no room: 503 for the moment, 413 if one request needs more than its caller may ever hold."""
 
 
@@ -100,7 +100,7 @@ class Hold:
         """Hold `size` more bytes. Raises BudgetSpent, and then holds what it held before."""
         if size:
             if self.size + size > self._budget.share:
-                raise BudgetSpent(
+                raise BudgetExhausted(
                     413,
                     f"this request needs more {self._budget.kind} than the {self._budget.share} bytes that one caller "
                     "may hold here; send less at once",
@@ -120,5 +120,5 @@ class Hold:
         self.shrink(self.size)
 
 
-def _full(why: str) -> BudgetSpent:
-    return BudgetSpent(503, f"{why}; try again in a moment", code="overloaded")
+def _full(why: str) -> BudgetExhausted:
+    return BudgetExhausted(503, f"{why}; try again in a moment", code="overloaded")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from gateway.limits.token_bucket import NONE, Charge, Record, Rule, Verdict
+from gateway.limits.token_bucket import NONE, Charge, Decision, Limit, Record
 
 __all__ = ("MemoryCounters",)
 
@@ -20,14 +20,14 @@ class MemoryCounters:
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._records: dict[str, Record] = {}
-        self._rules: dict[str, Rule] = {}
+        self._rules: dict[str, Limit] = {}
         self._sweep_at = _NAMES
 
-    async def take(self, charges: Sequence[Charge]) -> Verdict:
+    async def take(self, charges: Sequence[Charge]) -> Decision:
         """Take all charges, or, where one has no room, none."""
         return self.take_now(charges)
 
-    def take_now(self, charges: Sequence[Charge]) -> Verdict:
+    def take_now(self, charges: Sequence[Charge]) -> Decision:
         """Do what `take` does, at once."""
         now = self._now()
         known = self._records
@@ -38,11 +38,11 @@ class MemoryCounters:
             if level + charge.cost > charge.rule.most and charge.cost:
                 if charge.name in known:
                     known[charge.name] = record  # steps that a clock that was set back begins anew, go on
-                return Verdict(charges, (record,), now, (0,), refused=not charge.shadow)
+                return Decision(charges, (record,), now, (0,), refused=not charge.shadow)
             known[charge.name] = record = (level + charge.cost, since, inflow + charge.cost, born)
             if self._rules.get(charge.name) is not charge.rule or len(known) > self._sweep_at:
                 self._remember(charges, now)
-            return Verdict(charges, (record,), now)
+            return Decision(charges, (record,), now)
         records: list[Record] = []
         over: list[int] = []
         refused = False
@@ -64,9 +64,9 @@ class MemoryCounters:
             known.update(
                 (charge.name, record) for charge, record in zip(charges, records, strict=True) if charge.name in known
             )
-        return Verdict(charges, records, now, over, refused)
+        return Decision(charges, records, now, over, refused)
 
-    def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
         """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is."""
         if verdict.settled:
             return

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from gateway.limits.token_bucket import Charge, Verdict
+from gateway.limits.token_bucket import Charge, Decision
 
-__all__ = ("Refusals",)
+__all__ = ("RecentRefusals",)
 
 # For how many seconds at most: another gateway may have made room.
 _STRETCH = 1.0
@@ -18,13 +18,13 @@ _NAMES = 10_000
 
 
 class _Refusal(msgspec.Struct):
-    verdict: Verdict
+    verdict: Decision
     cost: float
     since: float
     until: float
 
 
-class Refusals:
+class RecentRefusals:
     """The refusals of the last second, by the name that had no room."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +34,7 @@ class Refusals:
     def __len__(self) -> int:
         return len(self._known)
 
-    def of(self, charges: Sequence[Charge]) -> Verdict | None:
+    def of(self, charges: Sequence[Charge]) -> Decision | None:
         """Return the verdict on charges that need no question; None where they do."""
         if not self._known:
             return None
@@ -54,10 +54,10 @@ class Refusals:
                 place for place, each in enumerate(charges) if before.records[place][0] + each.cost > each.rule.most
             ]
             if any(charges[place] is charge for place in over):
-                return Verdict(charges, before.records, before.now + now - refusal.since, over, refused=True)
+                return Decision(charges, before.records, before.now + now - refusal.since, over, refused=True)
         return None
 
-    def note(self, verdict: Verdict) -> None:
+    def note(self, verdict: Decision) -> None:
         """Remember a refusal."""
         now = self._clock()
         for place in verdict.over:

@@ -19,13 +19,13 @@ from struct import Struct
 from typing import NamedTuple
 
 from gateway.limits.counters import CountersUnavailable
-from gateway.limits.late_timer import Timer, within
-from gateway.limits.recent_refusals import Refusals
-from gateway.limits.redis_messages import answers, key, settle_order, take_order
-from gateway.limits.redis_script import SCRIPT, Script
-from gateway.limits.redis_url import RedisPlace
-from gateway.limits.token_bucket import Charge, Rule, Verdict
-from gateway.logs import get_logger, masked
+from gateway.limits.late_timer import LateTimer, within
+from gateway.limits.recent_refusals import RecentRefusals
+from gateway.limits.redis_messages import decode_replies, encode_settle, encode_take, key
+from gateway.limits.redis_script import SCRIPT, RedisScript
+from gateway.limits.redis_url import RedisUrl
+from gateway.limits.token_bucket import Charge, Decision, Limit
+from gateway.logs import get_logger, redacted
 
 __all__ = ("RedisCounters",)
 
@@ -52,7 +52,7 @@ class _Take(NamedTuple):
     charges: Sequence[Charge]
     keys: list[bytes]
     order: bytes
-    done: asyncio.Future[Verdict]
+    done: asyncio.Future[Decision]
 
 
 class _Settle(NamedTuple):
@@ -76,15 +76,15 @@ class _Call:
 class RedisCounters:
     """Counters that several gateways share."""
 
-    def __init__(self, place: RedisPlace, *, script: str = SCRIPT, patience: float = _PATIENCE) -> None:
+    def __init__(self, place: RedisUrl, *, script: str = SCRIPT, patience: float = _PATIENCE) -> None:
         self.place = place
-        self._script = Script(place, script)
+        self._script = RedisScript(place, script)
         self._patience = patience
         self._me = os.urandom(8).hex().encode()
         self._gateways = f"{place.keys}gateways".encode()
         self._last = f"{place.keys}last:{self._me.decode()}".encode()
-        self._refusals = Refusals()
-        self._rules: dict[str, Rule] = {}  # of what was taken last: by them it is settled, also after a reload
+        self._refusals = RecentRefusals()
+        self._rules: dict[str, Limit] = {}  # of what was taken last: by them it is settled, also after a reload
         self._takes: deque[_Take] = deque()
         self._settles: deque[_Settle] = deque()
         self._asked = asyncio.Event()
@@ -95,7 +95,7 @@ class RedisCounters:
         self._odd = False
         self._closing = asyncio.Event()
 
-    async def take(self, charges: Sequence[Charge]) -> Verdict:
+    async def take(self, charges: Sequence[Charge]) -> Decision:
         """Take all charges, or, where one has no room, none. Raises CountersUnavailable."""
         known = self._refusals.of(charges)
         if known is not None:
@@ -110,12 +110,12 @@ class RedisCounters:
                     self._rules.clear()
                 self._rules[charge.name] = charge.rule
         keys = [key(self.place.keys, charge) for charge in charges]
-        take = _Take(charges, keys, take_order(charges), asyncio.get_running_loop().create_future())
+        take = _Take(charges, keys, encode_take(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
         # (Behind a call that is under way it takes its turn.)
         patience = self.place.timeout * (2 if self._call is not None else 1)
-        timer = Timer(patience, lambda: self._late(take))
+        timer = LateTimer(patience, lambda: self._late(take))
         try:
             verdict = await take.done
         except asyncio.CancelledError:
@@ -128,7 +128,7 @@ class RedisCounters:
             self._refusals.note(verdict)
         return verdict
 
-    def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
         """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is."""
         if verdict.settled:
             return
@@ -139,7 +139,7 @@ class RedisCounters:
                 continue
             self._refusals.forget(charge.name)
             charge = Charge(charge.name, self._rules.get(charge.name, charge.rule), charge.cost)  # noqa: PLW2901
-            order = settle_order(charge, verdict.records[place], used)
+            order = encode_settle(charge, verdict.records[place], used)
             of_slots = charge.rule.period == "at_once"
             self._settles.append(_Settle(key(self.place.keys, charge), order, now, of_slots))
         if self._settles:
@@ -252,13 +252,13 @@ class RedisCounters:
         # (Takes are not repeated: nobody waits for them. That they were done is known where the answer is an old one.)
         done = call.takes if not call.repeated or reply[:1] == b"\1" else ()
         try:
-            verdicts = answers(reply, [take.charges for take in done])
+            verdicts = decode_replies(reply, [take.charges for take in done])
         except ValueError:
             verdicts = [None] * len(done)
         for take, verdict in zip(done, verdicts, strict=True):
             self._tell(take, verdict)
 
-    def _tell(self, take: _Take, verdict: Verdict | None) -> None:
+    def _tell(self, take: _Take, verdict: Decision | None) -> None:
         if take.done.done():  # whoever asked has left
             if verdict is not None:
                 self._undo(verdict)
@@ -270,7 +270,7 @@ class RedisCounters:
                 get_logger().warning("Redis holds something else where limits are counted", prefix=self.place.prefix)
             take.done.set_exception(CountersUnavailable(f"{self.place} holds something else under a counter's name"))
 
-    def _undo(self, verdict: Verdict) -> None:
+    def _undo(self, verdict: Decision) -> None:
         self.settle(verdict, [0.0] * len(verdict.charges))
 
     # -- away and back ---------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ class RedisCounters:
         """Note that Redis does not answer: until it does, nobody waits for it."""
         if self._away_since is None:
             self._away_since = time.monotonic()
-            shown = masked({"reason": reason}, [self.place.password] if self.place.password else [])
+            shown = redacted({"reason": reason}, [self.place.password] if self.place.password else [])
             get_logger().warning("the counters of limits are away", store=str(self.place), **shown)
         self._refuse(self._takes)
         self._takes.clear()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from struct import Struct
 
-from gateway.limits.token_bucket import Charge, Record, Verdict
+from gateway.limits.token_bucket import Charge, Decision, Record
 
-__all__ = ("answers", "key", "settle_order", "take_order")
+__all__ = ("decode_replies", "encode_settle", "encode_take", "key")
 
 _PERIODS = {"minute": 0, "day": 1, "month": 2, "at_once": 3}
 _CHARGE = Struct("<BBdddd")
@@ -22,7 +22,7 @@ def key(prefix: str, charge: Charge) -> bytes:
     return f"{prefix}{kind}:{charge.name}".encode("utf-8", "surrogatepass")
 
 
-def take_order(charges: Sequence[Charge]) -> bytes:
+def encode_take(charges: Sequence[Charge]) -> bytes:
     """Return the order to take charges together."""
     parts = [b"T"]
     for charge in charges:
@@ -33,13 +33,13 @@ def take_order(charges: Sequence[Charge]) -> bytes:
     return b"".join(parts)
 
 
-def settle_order(charge: Charge, held: Record, actual: float) -> bytes:
+def encode_settle(charge: Charge, held: Record, actual: float) -> bytes:
     """Return the order to let `actual` take the place of what was taken; `held` is how the record was behind it."""
     rule = charge.rule
     return _SETTLING.pack(b"S", _PERIODS[rule.period], rule.step, rule.per_step, charge.cost, actual, held[2], held[3])
 
 
-def answers(reply: bytes, takes: Sequence[Sequence[Charge]]) -> list[Verdict | None]:
+def decode_replies(reply: bytes, takes: Sequence[Sequence[Charge]]) -> list[Decision | None]:
     """Return what became of the charges of each take: None where Redis holds something else under one of the names.
 
     Raises ValueError where the reply is not about them.
@@ -49,7 +49,7 @@ def answers(reply: bytes, takes: Sequence[Sequence[Charge]]) -> list[Verdict | N
         raise ValueError("the answer is of another length")
     _, now = _TIME.unpack_from(reply)
     at = _TIME.size
-    verdicts: list[Verdict | None] = []
+    verdicts: list[Decision | None] = []
     for charges in takes:
         status = reply[at : at + 1]
         end = at + 1 + _RECORD.size * len(charges)
@@ -62,6 +62,6 @@ def answers(reply: bytes, takes: Sequence[Sequence[Charge]]) -> list[Verdict | N
                 records.append((record[0], record[1], record[2], record[3]))
                 if full:
                     over.append(place)
-            verdicts.append(Verdict(charges, records, now, over, status == b"R"))
+            verdicts.append(Decision(charges, records, now, over, status == b"R"))
         at = end
     return verdicts

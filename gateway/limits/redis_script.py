@@ -11,19 +11,19 @@ from importlib.resources import files
 from typing import Any
 
 from gateway.dns_resolver import connected_socket
-from gateway.limits.redis_url import RedisPlace
+from gateway.limits.redis_url import RedisUrl
 
-__all__ = ("SCRIPT", "Script")
+__all__ = ("SCRIPT", "RedisScript")
 
 SCRIPT = files("gateway.limits").joinpath("redis.lua").read_text(encoding="utf-8")
 # How often a cluster may send a call to another node.
 _HOPS = 4
 
 
-class Script:
+class RedisScript:
     """A script in a Redis. It raises whatever the library does: OSError, RedisError and others."""
 
-    def __init__(self, place: RedisPlace, text: str = SCRIPT) -> None:
+    def __init__(self, place: RedisUrl, text: str = SCRIPT) -> None:
         self._place = place
         self._text = text.encode()
         self._sha = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from yarl import URL
 
-__all__ = ("RedisPlace",)
+__all__ = ("RedisUrl",)
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+")
 _UNIX = re.compile(r"unix://(?:(?P<user>[^@/:]*)(?::(?P<password>[^@/]*))?@)?(?P<path>/[^?#]+)")
@@ -23,7 +23,7 @@ _WANTED = (
 
 
 @dataclass(frozen=True, slots=True)
-class RedisPlace:
+class RedisUrl:
     """A Redis or Valkey server, or a cluster of them; equal ones are asked through one connection."""
 
     host: str = ""
@@ -41,7 +41,7 @@ class RedisPlace:
     @classmethod
     def parse(
         cls, text: str, *, cluster: bool = False, ca: Path | None = None, timeout: float = 0.25, prefix: str = "gateway"
-    ) -> RedisPlace:
+    ) -> RedisUrl:
         """Read `redis://USER:PASSWORD@HOST:PORT/DATABASE`, `rediss://...` or `unix:///PATH`.
 
         Raises ValueError, never repeating the text.
@@ -67,15 +67,15 @@ class RedisPlace:
         return f"{kind} at {self.unix or f'{host}:{self.port}'}"
 
 
-def _of_socket(text: str) -> RedisPlace:
+def _of_socket(text: str) -> RedisUrl:
     found = _UNIX.fullmatch(text)
     if found is None:
         raise ValueError(_WANTED)
     user, password, path = (unquote(each) if each else None for each in found.group("user", "password", "path"))
-    return RedisPlace(unix=path, user=user, password=password)
+    return RedisUrl(unix=path, user=user, password=password)
 
 
-def _of_url(text: str) -> RedisPlace:
+def _of_url(text: str) -> RedisUrl:
     try:
         url = URL(text)
         host, port = url.host or "", url.port or _PORT
@@ -87,7 +87,7 @@ def _of_url(text: str) -> RedisPlace:
     database = url.path.strip("/") or "0"
     if not re.fullmatch("[0-9]{1,5}", database):
         raise ValueError("what stands behind the port is the number of a database, as in redis://HOST:6379/1")
-    return RedisPlace(
+    return RedisUrl(
         host=host,
         port=port,
         database=int(database),

@@ -21,7 +21,7 @@ from pathlib import Path
 from gateway.errors import StartError
 from gateway.limits.counters import CountersUnavailable
 from gateway.limits.shared_memory import make_shared_memory
-from gateway.limits.token_bucket import NONE, Charge, Record, Rule, Verdict
+from gateway.limits.token_bucket import NONE, Charge, Decision, Limit, Record
 from gateway.logs import get_logger
 
 __all__ = ("SharedCounters", "make_table")
@@ -58,8 +58,8 @@ class SharedCounters:
         os.set_inheritable(descriptor, False)  # a stage's own child processes have no business with it
         self._table = mmap.mmap(descriptor, _SIZE)
         self._known: dict[str, tuple[int, bytes]] = {}
-        self._rules: dict[str, Rule] = {}  # of what was taken last: by them it is settled, also after a reload
-        self._waiting: list[tuple[Verdict, Sequence[float | None]]] = []  # to be settled, when the lock can be had
+        self._rules: dict[str, Limit] = {}  # of what was taken last: by them it is settled, also after a reload
+        self._waiting: list[tuple[Decision, Sequence[float | None]]] = []  # to be settled, when the lock can be had
         self._stuck_until = 0.0
         self._full = False  # it was said that the table is
         lockf(descriptor, LOCK_EX)
@@ -68,7 +68,7 @@ class SharedCounters:
         finally:
             lockf(descriptor, LOCK_UN)
 
-    async def take(self, charges: Sequence[Charge]) -> Verdict:
+    async def take(self, charges: Sequence[Charge]) -> Decision:
         """Take all charges, or none. Raises CountersUnavailable where the table cannot be locked for now."""
         now = self._now()
         found: list[tuple[int, bytes, str]] = []
@@ -104,9 +104,9 @@ class SharedCounters:
                         self._put(row, digest, name, charge.rule, record, now)
         finally:
             lockf(self._descriptor, LOCK_UN)
-        return Verdict(charges, records, now, over, refused)
+        return Decision(charges, records, now, over, refused)
 
-    def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
         """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is."""
         if verdict.settled:
             return
@@ -119,7 +119,7 @@ class SharedCounters:
         finally:
             lockf(self._descriptor, LOCK_UN)
 
-    def _settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+    def _settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
         now = self._now()
         for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
             if used is not None and verdict.holds(place):
@@ -224,7 +224,7 @@ class SharedCounters:
                 return row, digest, (level, since, inflow, born)
         return 0, digest, NONE
 
-    def _put(self, row: int, digest: bytes, name: str, rule: Rule, record: Record, now: float) -> None:
+    def _put(self, row: int, digest: bytes, name: str, rule: Limit, record: Record, now: float) -> None:
         """Keep the record of a name, in a row of its own if it has none."""
         if not row:
             row = self._free_row(digest, now)

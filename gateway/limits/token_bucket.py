@@ -1,6 +1,6 @@
 """How much of something may be used in a time, and what that makes of what was used: plain arithmetic.
 
-There is no I/O here and no clock. What is counted under one name is a `Record`; a `Rule` says what becomes of it as
+There is no I/O here and no clock. What is counted under one name is a `Record`; a `Limit` says what becomes of it as
 time passes, how much room there is, and how much of what was held may be given back. Every store of counters does
 the same: that of this process, that which the workers of a machine share, and Redis (whose script says it in Lua).
 """
@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-__all__ = ("NONE", "Charge", "Period", "Record", "Rule", "Verdict")
+__all__ = ("NONE", "Charge", "Decision", "Limit", "Period", "Record")
 
 Period: TypeAlias = Literal["minute", "day", "month", "at_once"]
 
@@ -39,7 +39,7 @@ Record: TypeAlias = tuple[float, float, float, float]
 NONE: Record = (0.0, 0.0, 0.0, 0.0)
 
 
-class Rule:
+class Limit:
     """A limit: so much in a `period`.
 
     A minute's limit is a bucket: `burst` (the limit, if it is left out) may be used at once, and it comes back at the
@@ -77,7 +77,7 @@ class Rule:
         self._start = self._end = 0.0  # of the day or month at hand
 
     def __repr__(self) -> str:
-        return f"Rule({self.limit}, {self.period!r}, {self.burst})"
+        return f"Limit({self.limit}, {self.period!r}, {self.burst})"
 
     def at(self, record: Record, now: float) -> Record:
         """Return what becomes of a record by `now`, in seconds since the epoch, for whoever asks for room.
@@ -185,7 +185,7 @@ class Charge:
 
     __slots__ = ("cost", "name", "rule", "shadow")
 
-    def __init__(self, name: str, rule: Rule, cost: float = 1.0, *, shadow: bool = False) -> None:
+    def __init__(self, name: str, rule: Limit, cost: float = 1.0, *, shadow: bool = False) -> None:
         self.name = name
         self.rule = rule
         self.cost = cost
@@ -195,7 +195,7 @@ class Charge:
         return f"<Charge {self.name} {self.cost:g}>"
 
 
-class Verdict(msgspec.Struct):
+class Decision(msgspec.Struct):
     """What became of charges that were to be taken together.
 
     `records` are theirs behind it, in their order, at `now`. `over` are the places of those without room: where one

@@ -9,18 +9,18 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gateway.limits.token_bucket import Charge, Rule, Verdict
+from gateway.limits.token_bucket import Charge, Decision, Limit
 
 if TYPE_CHECKING:
     from gateway.limits.counters import Counters
 
-__all__ = ("Turns",)
+__all__ = ("WaitQueue",)
 
 # The longest time, in seconds, for which nobody is tried: another machine may have given back what is waited for.
 _LONGEST = 1.0
 
 
-class Turns:
+class WaitQueue:
     """Takes charges from a store of counters: at once, or, for whoever waits, when its turn has come.
 
     There is a queue for each name under which there is no room. Whose turn it is goes round the callers in it, however
@@ -31,7 +31,7 @@ class Turns:
         self.store = store
         self._queues: dict[str, _Queue] = {}
 
-    async def take(self, charges: Sequence[Charge], *, wait: float = 0.0, who: str = "") -> Verdict:
+    async def take(self, charges: Sequence[Charge], *, wait: float = 0.0, who: str = "") -> Decision:
         """Take all charges, or none; where there is no room, `who` waits up to so many seconds for some.
 
         Raises CountersUnavailable.
@@ -62,7 +62,7 @@ class Turns:
         finally:
             waiter.queue.remove(waiter)
 
-    def settle(self, verdict: Verdict, actual: Sequence[float | None]) -> None:
+    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
         """Let what was really used take the place of what was taken, once; whoever waits for it is tried."""
         self.store.settle(verdict, actual)
         if self._queues:
@@ -78,7 +78,7 @@ class Turns:
                 await queue.task
         await self.store.close()
 
-    def _give_back(self, verdict: Verdict) -> None:
+    def _give_back(self, verdict: Decision) -> None:
         self.settle(verdict, [0.0] * len(verdict.charges))
 
     def _ahead(self, charges: Sequence[Charge]) -> _Queue | None:
@@ -92,7 +92,7 @@ class Turns:
         queues = ((self._queues.get(each.name), each.rule) for each in charges if each.cost)
         return next((queue for queue, rule in queues if queue is not None and queue.rule.terms == rule.terms), None)
 
-    def _queue_for(self, verdict: Verdict) -> _Queue:
+    def _queue_for(self, verdict: Decision) -> _Queue:
         """Return the queue for what is full."""
         name, _ = verdict.fullest()
         queue = self._queues.get(name)
@@ -155,12 +155,12 @@ class Turns:
 class _Waiter:
     """One request that waits, and the last verdict on it."""
 
-    def __init__(self, charges: Sequence[Charge], who: str, verdict: Verdict | None, queue: _Queue) -> None:
+    def __init__(self, charges: Sequence[Charge], who: str, verdict: Decision | None, queue: _Queue) -> None:
         self.queue = queue
         self.charges = charges
         self.who = who
         self.verdict = verdict
-        self.future: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
 
     def has_room(self) -> bool:
         """Whether its charges were taken."""
@@ -171,7 +171,7 @@ class _Queue:
     """Those who wait for room under one name: each caller's requests, and the callers in the order of their turns."""
 
     task: asyncio.Task[None]
-    rule: Rule
+    rule: Limit
     """By which the last of them came."""
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ import msgspec
 from gateway.errors import GatewayError
 from gateway.logs import get_logger
 
-__all__ = ("NobodyThere", "Report", "ask", "listen")
+__all__ = ("GatewayNotRunning", "ReloadReport", "ask", "listen")
 
 _ORDER = b"reload\n"
 # How long, in seconds, a client may take to say what it wants, and waits for what becomes of it.
@@ -44,7 +44,7 @@ _TRY_AGAIN = 30.0
 _ACCOUNT = "gateway"
 
 
-class Report(msgspec.Struct, frozen=True):
+class ReloadReport(msgspec.Struct, frozen=True):
     """What became of a reload: why it failed, or that nothing had changed, or what is different now.
 
     `notes` are changes that need a restart.
@@ -56,7 +56,7 @@ class Report(msgspec.Struct, frozen=True):
     notes: list[str] = []
 
 
-class NobodyThere(GatewayError):
+class GatewayNotRunning(GatewayError):
     """No gateway could be asked; the message says why."""
 
 
@@ -100,14 +100,14 @@ def _check_user(sock: socket.socket, config: Path, user: str | None) -> None:
     answering, me = _user(sock), os.geteuid()
     if me != 0:
         if answering != me:
-            raise NobodyThere(
+            raise GatewayNotRunning(
                 "a gateway with this configuration runs here as another user; run this command as that user, or as root"
             )
         return
     if user is None:
         if answering not in _believed(config):
             name = _name_of(answering)
-            raise NobodyThere(
+            raise GatewayNotRunning(
                 f"a process of the user {name} answers for this configuration. Any local user can pose as a gateway, "
                 f"and {name} is neither root, nor {_ACCOUNT}, nor the owner of the file. "
                 f"If the gateway does run as {name}: gateway reload --user {name}"
@@ -116,12 +116,14 @@ def _check_user(sock: socket.socket, config: Path, user: str | None) -> None:
     try:
         expected = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise NobodyThere(f"--user: there is no user {user!r} here") from None
+        raise GatewayNotRunning(f"--user: there is no user {user!r} here") from None
     if answering != expected:
-        raise NobodyThere(f"a process of the user {_name_of(answering)} answers for this configuration, and not {user}")
+        raise GatewayNotRunning(
+            f"a process of the user {_name_of(answering)} answers for this configuration, and not {user}"
+        )
 
 
-async def listen(config: Path, reload: Callable[[], Awaitable[Report]]) -> None:
+async def listen(config: Path, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
     """Let `gateway reload` ask, until cancelled. On other systems than Linux, nobody can.
 
     While the name is taken, or no socket can be had, this is tried again and again.
@@ -175,7 +177,7 @@ def _holder(config: Path) -> str:
     return f"{who}, and can pose as this gateway; end that process"
 
 
-async def _accept(sock: socket.socket, reload: Callable[[], Awaitable[Report]]) -> None:
+async def _accept(sock: socket.socket, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
     try:
@@ -196,7 +198,7 @@ async def _accept(sock: socket.socket, reload: Callable[[], Awaitable[Report]]) 
             task.cancel()
 
 
-async def _answer(client: socket.socket, reload: Callable[[], Awaitable[Report]]) -> None:
+async def _answer(client: socket.socket, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
     loop = asyncio.get_running_loop()
     with client:
         client.setblocking(False)
@@ -214,28 +216,28 @@ async def _answer(client: socket.socket, reload: Callable[[], Awaitable[Report]]
             return  # it has left
 
 
-def ask(config: Path, user: str | None = None) -> Report:
+def ask(config: Path, user: str | None = None) -> ReloadReport:
     """Ask the gateway that runs with this configuration for a reload, and wait for it.
 
     `user` is the name or number of the user that it runs as, where root asks and does not believe any. Raises
     NobodyThere.
     """
     if sys.platform != "linux":
-        raise NobodyThere("`gateway reload` needs Linux; send the gateway SIGHUP instead")
+        raise GatewayNotRunning("`gateway reload` needs Linux; send the gateway SIGHUP instead")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(_CLIENT_PATIENCE)
         try:
             sock.connect(_name(config))
         except OSError:
-            raise NobodyThere(f"no gateway with the configuration {os.path.abspath(config)} runs here") from None
+            raise GatewayNotRunning(f"no gateway with the configuration {os.path.abspath(config)} runs here") from None
         _check_user(sock, config, user)
         try:
             sock.sendall(_ORDER)
-            return msgspec.json.decode(_whole(sock), type=Report)
+            return msgspec.json.decode(_whole(sock), type=ReloadReport)
         except TimeoutError:
-            raise NobodyThere(f"the gateway did not answer within {_CLIENT_PATIENCE:g} s") from None
+            raise GatewayNotRunning(f"the gateway did not answer within {_CLIENT_PATIENCE:g} s") from None
         except (OSError, msgspec.MsgspecError):
-            raise NobodyThere("the gateway ended before it had reloaded") from None
+            raise GatewayNotRunning("the gateway ended before it had reloaded") from None
 
 
 def _whole(sock: socket.socket) -> bytes:
@@ -245,7 +247,7 @@ def _whole(sock: socket.socket) -> bytes:
     while more := sock.recv(65536):
         answer += more
         if len(answer) > _LARGEST:
-            raise NobodyThere("the answer is too large to be a gateway's")
+            raise GatewayNotRunning("the answer is too large to be a gateway's")
         if (left := end - time.monotonic()) <= 0:
             raise TimeoutError
         sock.settimeout(left)

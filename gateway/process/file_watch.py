@@ -10,13 +10,13 @@ import asyncio
 from gateway.config.sources import Sources
 from gateway.logs import get_logger
 
-__all__ = ("until_changed",)
+__all__ = ("wait_for_change",)
 
 # How often, in seconds, the files are looked at.
 _EVERY = 1.0
 
 
-async def until_changed(sources: Sources) -> None:
+async def wait_for_change(sources: Sources) -> None:
     """Return when the files' content is another than what `sources` were read with, and no longer being written.
 
     Two looks in a row must agree, so that a file that is half written is not read.

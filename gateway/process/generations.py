@@ -17,13 +17,13 @@ from gateway.config.diff import diff
 from gateway.config.files import LogFile
 from gateway.config.sources import Sources
 from gateway.errors import ConfigError, StartError
-from gateway.logs import failure, get_logger
-from gateway.process.control_socket import Report
-from gateway.process.reload import Prepared, State
+from gateway.logs import exception_fields, get_logger
+from gateway.process.control_socket import ReloadReport
+from gateway.process.reload import Prepared, WatchedState
 from gateway.server import Generation, Server
 from gateway.services import Shared
 
-__all__ = ("Renewal",)
+__all__ = ("GenerationSwitch",)
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 _PATIENCE = 60.0
 
 
-class Renewal:
+class GenerationSwitch:
     """Replaces the configuration of a server. `load` reads the files anew, and notes what it reads in the sources."""
 
     def __init__(self, server: Server, loaded: Loaded, load: Callable[[Shared, Sources], Loaded]) -> None:
@@ -42,7 +42,7 @@ class Renewal:
         self._ready: tuple[Loaded, Generation] | None = None
 
     @property
-    def state(self) -> State:
+    def state(self) -> WatchedState:
         """What the configuration at hand is made of."""
         return _state(self._loaded)
 
@@ -66,21 +66,21 @@ class Renewal:
         except TimeoutError:
             mistakes = [f"the stages of the new configuration were not ready after {_PATIENCE:g} s"]
         except Exception as exc:
-            facts = failure(exc)
+            facts = exception_fields(exc)
             facts.pop("message")  # it may hold anything that the configuration does
             get_logger().error("reloading failed by a bug", **facts)
             mistakes = [f"{type(exc).__name__}; the log has more"]
         await self.abort()
         if not sources.files:  # it failed before it read one: watching nothing would be the end of the watch
             sources = self._loaded.sources.unread()
-        return Prepared(Report(mistakes=mistakes), State(sources, self._loaded.watch, self._loaded.log))
+        return Prepared(ReloadReport(mistakes=mistakes), WatchedState(sources, self._loaded.watch, self._loaded.log))
 
     async def _prepare(self, sources: Sources) -> Prepared:
         old = self._loaded
         # Reading the files of many teams takes a while, in which requests go on.
         new = await _aside(lambda: self._load(self._server.shared, sources))
         if new.sources.digest == old.sources.digest:
-            return Prepared(Report(same=True), _state(old))
+            return Prepared(ReloadReport(same=True), _state(old))
         changes = await _aside(lambda: diff(old, new))
         notes = []
         if new.settings.listen not in (old.settings.listen, self._listen):
@@ -94,7 +94,7 @@ class Renewal:
             _use(old.log, new.log)
             raise
         self._ready = new, generation
-        return Prepared(Report(changes=changes, notes=notes), _state(new))
+        return Prepared(ReloadReport(changes=changes, notes=notes), _state(new))
 
     def commit(self) -> None:
         """Let the prepared set serve; where nothing had changed, there is none."""
@@ -134,8 +134,8 @@ async def _aside(work: Callable[[], T]) -> T:
     return await done
 
 
-def _state(loaded: Loaded) -> State:
-    return State(loaded.sources, loaded.watch, loaded.log)
+def _state(loaded: Loaded) -> WatchedState:
+    return WatchedState(loaded.sources, loaded.watch, loaded.log)
 
 
 def _use(log: LogFile, instead: LogFile) -> None:

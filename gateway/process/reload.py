@@ -17,20 +17,20 @@ import msgspec
 
 from gateway.config.files import LogFile
 from gateway.config.sources import Sources
-from gateway.logs import failure, get_logger
+from gateway.logs import exception_fields, get_logger
 from gateway.process import control_socket as control
-from gateway.process.control_socket import Report
-from gateway.process.file_watch import until_changed
+from gateway.process.control_socket import ReloadReport
+from gateway.process.file_watch import wait_for_change
 from gateway.process.systemd import Notifier
 
-__all__ = ("Prepared", "Reloads", "State", "unharmed")
+__all__ = ("Prepared", "ReloadLoop", "WatchedState", "log_exceptions")
 
 STOPPING = "the gateway is stopping"
 # How long, in seconds, nothing is tried after a failure that nothing accounts for.
 _PAUSE = 1.0
 
 
-class State(msgspec.Struct, frozen=True):
+class WatchedState(msgspec.Struct, frozen=True):
     """What of a configuration counts for who watches over it: what it was made of, and its own settings."""
 
     sources: Sources = msgspec.field(default_factory=Sources)
@@ -41,32 +41,36 @@ class State(msgspec.Struct, frozen=True):
 class Prepared(msgspec.Struct, frozen=True):
     """What came of an attempt, and the state after it; the sources are those that were tried."""
 
-    report: Report
-    state: State
+    report: ReloadReport
+    state: WatchedState
 
 
-class Reloads:
+class ReloadLoop:
     """Asks for reloads and tells what became of them. `state` is what is watched (`watch` sets it); None is nothing."""
 
     def __init__(
-        self, reload: Callable[[], Awaitable[Prepared]], notify: Notifier, config: Path, state: State | None = None
+        self,
+        reload: Callable[[], Awaitable[Prepared]],
+        notify: Notifier,
+        config: Path,
+        state: WatchedState | None = None,
     ) -> None:
         self.state = state
         self._reload = reload
         self._notify = notify
         self._config = config
-        self._waiting: list[asyncio.Future[Report]] = []
+        self._waiting: list[asyncio.Future[ReloadReport]] = []
         self._asked = asyncio.Event()
         self._other = asyncio.Event()  # another state is to be watched
 
-    def watch(self, state: State | None) -> None:
+    def watch(self, state: WatchedState | None) -> None:
         """Watch the files of another configuration, which came to serve without a reload."""
         self.state = state
         self._other.set()
 
-    def ask(self) -> asyncio.Future[Report]:
+    def ask(self) -> asyncio.Future[ReloadReport]:
         """Ask for a reload that begins from now on; returns what becomes of it."""
-        asked: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
+        asked: asyncio.Future[ReloadReport] = asyncio.get_running_loop().create_future()
         self._waiting.append(asked)
         self._asked.set()
         return asked
@@ -74,20 +78,20 @@ class Reloads:
     async def run(self) -> None:
         """Reload whenever something asks for it, until cancelled."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.ask)
-        listening = asyncio.create_task(unharmed(control.listen(self._config, self.ask)))
+        listening = asyncio.create_task(log_exceptions(control.listen(self._config, self.ask)))
         try:
             while True:
                 try:
                     if await self._wait():
                         await self._once()
                 except Exception as exc:  # of a thread that could not be had, for instance: the next one may do better
-                    get_logger().error("reloading failed by a bug; it goes on", **failure(exc))
+                    get_logger().error("reloading failed by a bug; it goes on", **exception_fields(exc))
                     await asyncio.sleep(_PAUSE)
         finally:
             listening.cancel()
             for each in self._waiting:
                 if not each.done():
-                    each.set_result(Report(mistakes=[STOPPING]))
+                    each.set_result(ReloadReport(mistakes=[STOPPING]))
 
     async def _wait(self) -> bool:
         """Return True when a reload was asked for, or the files have changed; False when others are to be watched."""
@@ -95,7 +99,7 @@ class Reloads:
         other = asyncio.create_task(self._other.wait())
         tasks: set[asyncio.Task[Any]] = {other, asyncio.create_task(self._asked.wait())}
         if self.state is not None and self.state.watch:
-            tasks.add(asyncio.create_task(until_changed(self.state.sources)))
+            tasks.add(asyncio.create_task(wait_for_change(self.state.sources)))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
@@ -108,14 +112,14 @@ class Reloads:
     async def _once(self) -> None:
         self._asked.clear()
         waiting, self._waiting = self._waiting, []
-        report = Report(mistakes=[STOPPING])
+        report = ReloadReport(mistakes=[STOPPING])
         self._notify.reloading()
         try:
             prepared = await self._reload()
             report, self.state = prepared.report, prepared.state
             _tell(report)
         except Exception as exc:
-            report = Report(mistakes=[f"{type(exc).__name__}; the log has more"])
+            report = ReloadReport(mistakes=[f"{type(exc).__name__}; the log has more"])
             self._notify.ready()
             raise
         finally:
@@ -125,7 +129,7 @@ class Reloads:
         self._notify.ready()
 
 
-def _tell(report: Report) -> None:
+def _tell(report: ReloadReport) -> None:
     log = get_logger().bind(pid=os.getpid())
     if report.mistakes:
         log.error("reload failed; the configuration at hand stays", mistakes=report.mistakes)
@@ -137,9 +141,9 @@ def _tell(report: Report) -> None:
         log.warning("a restart is needed", reason=note)
 
 
-async def unharmed(work: Coroutine[Any, Any, None]) -> None:
+async def log_exceptions(work: Coroutine[Any, Any, None]) -> None:
     """Do what is done beside clients' requests; a bug in it is logged, and harms nothing else."""
     try:
         await work
     except Exception as exc:
-        get_logger().error("reloading has ended", **failure(exc))
+        get_logger().error("reloading has ended", **exception_fields(exc))

@@ -20,12 +20,12 @@ import msgspec
 
 from gateway import logs
 from gateway.admin.listener import Admin, merged
-from gateway.balancing.circuit_breaker import News
+from gateway.balancing.circuit_breaker import HealthEvent
 from gateway.errors import ApiError, StartError
 from gateway.limits.shared_counters import make_table
 from gateway.logs import get_logger
-from gateway.process.control_socket import Report
-from gateway.process.reload import Prepared, Reloads, State, unharmed
+from gateway.process.control_socket import ReloadReport
+from gateway.process.reload import Prepared, ReloadLoop, WatchedState, log_exceptions
 from gateway.process.systemd import Notifier
 from gateway.process.worker import (
     ABORT,
@@ -41,8 +41,8 @@ from gateway.process.worker import (
     READY,
     REPORT,
     REPORTED,
-    Handover,
-    Said,
+    SupervisorMessage,
+    WorkerInheritance,
 )
 from gateway.settings import Listen
 from gateway.transport.connection_count import Places
@@ -77,16 +77,16 @@ class _Worker:
         self, process: asyncio.subprocess.Process, heard: asyncio.StreamReader, line: asyncio.StreamWriter
     ) -> None:
         self.process = process
-        self.state: State | None = None
+        self.state: WatchedState | None = None
         """Its configuration's, once it serves."""
         self.report: list[dict[str, Any]] | None = None
         """What it told last of deployments."""
         self._heard = heard
         self._line = line
-        self.on_news: Callable[[News], None] | None = None
+        self.on_news: Callable[[HealthEvent], None] | None = None
         """What becomes of what it tells the others."""
         self._listening: asyncio.Task[None] | None = None  # from when it serves until its end of the line is closed
-        self._asked: dict[tuple[str, int], asyncio.Future[Said | None]] = {}
+        self._asked: dict[tuple[str, int], asyncio.Future[SupervisorMessage | None]] = {}
 
     @classmethod
     async def start(cls, command: Sequence[str], listener: Listener, table: int, counts: int, place: int) -> _Worker:
@@ -95,7 +95,7 @@ class _Worker:
         try:
             with theirs:
                 sockets = tuple(sock.fileno() for sock in listener.sockets)
-                handover = Handover(sockets, table, counts, place, theirs.fileno())
+                handover = WorkerInheritance(sockets, table, counts, place, theirs.fileno())
                 process = await asyncio.create_subprocess_exec(
                     *command,
                     "--handover",
@@ -124,10 +124,10 @@ class _Worker:
         reason = said.reason if said is not None else None
         return reason or f"a worker ended before it was ready: {_fate(self.process)}"
 
-    async def _hear(self) -> Said | None:
+    async def _hear(self) -> SupervisorMessage | None:
         """Return what it says next; None where it has said all."""
         try:
-            said: Said = msgspec.json.decode(await self._heard.readline(), type=Said)
+            said: SupervisorMessage = msgspec.json.decode(await self._heard.readline(), type=SupervisorMessage)
         except (ConnectionError, ValueError):
             return None
         return said
@@ -153,11 +153,11 @@ class _Worker:
         """Whether it has become ready, and has not begun to leave since."""
         return self._listening is not None
 
-    async def ask(self, order: str, number: int, word: str, patience: float) -> Said | None:
+    async def ask(self, order: str, number: int, word: str, patience: float) -> SupervisorMessage | None:
         """Order something and return its answer, or None where it has ended. Raises TimeoutError."""
         if not self.serves:
             return None
-        asked: asyncio.Future[Said | None] = asyncio.get_running_loop().create_future()
+        asked: asyncio.Future[SupervisorMessage | None] = asyncio.get_running_loop().create_future()
         self._asked[word, number] = asked
         try:
             self.order(f"{order} {number}")
@@ -297,13 +297,13 @@ class Supervisor:
         self._stopping = False
         self._again = asyncio.Event()
         """A signal asks for something: a rolling restart, unless it is time to stop."""
-        self._reloads = Reloads(self._reload, notify, config)
+        self._reloads = ReloadLoop(self._reload, notify, config)
         self._reloading: asyncio.Task[None] | None = None
         self._busy = asyncio.Lock()  # held by a rolling restart, or by a reload
         self._number = 0  # of the last reload, or report
         self._admin = Admin(self._report)
         self._admin_listen = admin
-        self._news: dict[str, tuple[float, News]] = {}  # what a worker that is new has to know, and since when
+        self._news: dict[str, tuple[float, HealthEvent]] = {}  # what a worker that is new has to know, and since when
 
     async def run(self) -> None:
         """Supervise until a signal says to stop. Raises StartError where the first workers cannot serve."""
@@ -319,7 +319,7 @@ class Supervisor:
                 self._current = await self._start()
                 self._know()
                 self._tell_ready()
-                self._reloading = self._group.create_task(unharmed(self._reloads.run()))
+                self._reloading = self._group.create_task(log_exceptions(self._reloads.run()))
                 while True:
                     await self._again.wait()
                     if self._stopping:
@@ -397,7 +397,7 @@ class Supervisor:
                 del self._news[key]
         self._compare()
 
-    def _pass_on(self, teller: _Worker, news: News) -> None:
+    def _pass_on(self, teller: _Worker, news: HealthEvent) -> None:
         self._news[news.key] = asyncio.get_running_loop().time(), news
         for worker in self._serving():
             if worker is not teller:
@@ -443,11 +443,11 @@ class Supervisor:
             prepared = await self._try() or await self._try()
         if prepared is not None:
             return prepared
-        state = self._reloads.state or State()
+        state = self._reloads.state or WatchedState()
         # What was read is as good as unread, so that the watcher has it tried again.
         return Prepared(
-            Report(mistakes=["the files changed while they were read; they are read again"]),
-            State(state.sources.unread(), state.watch, state.log),
+            ReloadReport(mistakes=["the files changed while they were read; they are read again"]),
+            WatchedState(state.sources.unread(), state.watch, state.log),
         )
 
     async def _try(self) -> Prepared | None:
@@ -493,12 +493,12 @@ class Supervisor:
 
     async def _failed(self, reason: str) -> Prepared:
         """Return a failure that no worker tells of; the files as they are now are not tried again."""
-        state = self._reloads.state or State()
+        state = self._reloads.state or WatchedState()
         try:
             sources = await asyncio.to_thread(state.sources.now)
         except (OSError, RuntimeError):  # no descriptor is left, or no thread can be had
             sources = state.sources.unread()
-        return Prepared(Report(mistakes=[reason]), State(sources, state.watch, state.log))
+        return Prepared(ReloadReport(mistakes=[reason]), WatchedState(sources, state.watch, state.log))
 
     # -- what others are told --------------------------------------------------------------------------
 
@@ -523,7 +523,7 @@ class Supervisor:
         self._again.set()
 
 
-def _tell(worker: _Worker, news: News) -> None:
+def _tell(worker: _Worker, news: HealthEvent) -> None:
     worker.order(f"{HEAR} {msgspec.json.encode(news).decode()}")
 
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.balancing.circuit_breaker import Health, News
-from gateway.process.reload import Prepared, State
+from gateway.balancing.circuit_breaker import Health, HealthEvent
+from gateway.process.reload import Prepared, WatchedState
 
 if TYPE_CHECKING:
-    from gateway.process.generations import Renewal
+    from gateway.process.generations import GenerationSwitch
 
 __all__ = (
     "ABORT",
@@ -38,9 +38,9 @@ __all__ = (
     "READY",
     "REPORT",
     "REPORTED",
-    "Handover",
-    "Line",
-    "Said",
+    "SupervisorChannel",
+    "SupervisorMessage",
+    "WorkerInheritance",
 )
 
 # What the supervisor orders; the last three with the number of the reload that they are of.
@@ -56,7 +56,7 @@ NEWS, REPORTED = "news", "reported"
 _PATIENCE = 10.0
 
 
-class Said(msgspec.Struct, frozen=True, omit_defaults=True):
+class SupervisorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a worker says, one JSON object a line.
 
     `ready` comes with its state, `failed` with the reason, `prepared` with what came of it, `news` with what others are
@@ -66,14 +66,14 @@ class Said(msgspec.Struct, frozen=True, omit_defaults=True):
     word: str
     number: int = 0
     reason: str | None = None
-    state: State | None = None
+    state: WatchedState | None = None
     prepared: Prepared | None = None
-    news: News | None = None
+    news: HealthEvent | None = None
     report: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
-class Handover:
+class WorkerInheritance:
     """What a worker inherits, as descriptors: the sockets, the counters' table, the array of counts, and its line.
 
     `place` is the worker's in the array.
@@ -94,13 +94,13 @@ class Handover:
         return (*self.sockets, self.table, self.counts, self.line)
 
     @classmethod
-    def parse(cls, text: str) -> Handover:
+    def parse(cls, text: str) -> WorkerInheritance:
         """Read what `str` wrote. Raises ValueError."""
         *sockets, table, counts, place, line = map(int, text.split(","))
         return cls(tuple(sockets), table, counts, place, line)
 
 
-class Line:
+class SupervisorChannel:
     """A worker's end of the line to its supervisor."""
 
     def __init__(self, descriptor: int) -> None:
@@ -112,20 +112,20 @@ class Line:
         self._orders: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._health: Health | None = None
 
-    def ready(self, state: State) -> None:
+    def ready(self, state: WatchedState) -> None:
         """Say that the worker serves, and with what."""
-        self._say(Said(READY, state=state))
+        self._say(SupervisorMessage(READY, state=state))
 
     def failed(self, reason: str) -> None:
         """Say why it cannot."""
-        self._say(Said(FAILED, reason=reason))
+        self._say(SupervisorMessage(FAILED, reason=reason))
 
     def share(self, health: Health) -> None:
         """Tell the other workers, through the supervisor, what changes here, and hear what changes there."""
         self._health = health
-        health.told.append(lambda news: self._say(Said(NEWS, news=news)))
+        health.told.append(lambda news: self._say(SupervisorMessage(NEWS, news=news)))
 
-    def _say(self, said: Said) -> None:
+    def _say(self, said: SupervisorMessage) -> None:
         with contextlib.suppress(OSError):  # the supervisor is gone, which `obey` sees too, or does not listen
             self._socket.sendall(msgspec.json.encode(said) + b"\n")
 
@@ -146,10 +146,10 @@ class Line:
                 word, _, number = order.decode().partition(" ")
                 if word == HEAR:
                     if self._health is not None:
-                        self._health.hear(msgspec.json.decode(number, type=News))
+                        self._health.hear(msgspec.json.decode(number, type=HealthEvent))
                 elif word == REPORT:
                     report = self._health.report() if self._health is not None else []
-                    self._say(Said(REPORTED, int(number), report=report))
+                    self._say(SupervisorMessage(REPORTED, int(number), report=report))
                 elif word in (DRAIN, AT_ONCE):
                     stop.set()
                     if word == AT_ONCE:
@@ -162,7 +162,7 @@ class Line:
             loop.add_signal_handler(each, stop.set)
         loop.add_signal_handler(signal.SIGUSR2, lambda: None)  # the supervisor's business, as SIGHUP is
 
-    async def follow(self, renewal: Renewal) -> None:
+    async def follow(self, renewal: GenerationSwitch) -> None:
         """Reload as the supervisor says, until cancelled; what is prepared then is stopped."""
         preparing: asyncio.Task[None] | None = None
         try:
@@ -170,7 +170,7 @@ class Line:
                 word, number = await self._orders.get()
                 if word == COMMIT:
                     renewal.commit()
-                    self._say(Said(COMMITTED, number))
+                    self._say(SupervisorMessage(COMMITTED, number))
                     continue
                 await _end(preparing)
                 preparing = None
@@ -179,12 +179,12 @@ class Line:
                 else:
                     await renewal.abort()
         finally:
-            self._say(Said(LEAVING))
+            self._say(SupervisorMessage(LEAVING))
             await _end(preparing)
             await renewal.abort()
 
-    async def _prepare(self, renewal: Renewal, number: int) -> None:
-        self._say(Said(PREPARED, number, prepared=await renewal.prepare()))
+    async def _prepare(self, renewal: GenerationSwitch, number: int) -> None:
+        self._say(SupervisorMessage(PREPARED, number, prepared=await renewal.prepare()))
 
 
 async def _end(task: asyncio.Task[None] | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ("DOWN", "FRAMING", "KEY", "OURS", "UP", "WRITTEN", "hops")
+__all__ = ("DOWN", "FRAMING", "KEY", "OURS", "UP", "WRITTEN", "policy_of")
 
 # Bits: it goes up to Azure, it goes down to clients; it says something about the message itself; it is read from
 # a request; it presents a key; and what a client gets of it, the server writes or looks at.
@@ -42,7 +42,7 @@ _BITS = {
 }
 
 
-def hops(name: bytes) -> int:
+def policy_of(name: bytes) -> int:
     """Return the bits of a field's name, which is in lower case."""
     up = not (name in _NOT_UP or name.startswith(b"x-forwarded-") or b"_" in name)
     return (UP if up else 0) | (DOWN if name not in _NOT_DOWN else 0) | _BITS.get(name, 0)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple, Self
 
-from gateway.protocol.header_policy import KEY, UP, hops
+from gateway.protocol.header_policy import KEY, UP, policy_of
 
 __all__ = ("Field", "Headers")
 
@@ -16,7 +16,7 @@ _UNSAFE = re.compile(r"[\r\n\0]")
 
 
 class Field(NamedTuple):
-    """One field: its name in lower case, its value, its line as it goes on the wire, and the bits of `hops.py`.
+    """One field: its name in lower case, its value, its line as it goes on the wire, and the bits of `policy_of.py`.
 
     What every hop asks of a field is worked out once, here; fields of the wire are kept and found again by
     their line (see `http1.py`).
@@ -41,7 +41,7 @@ _new = tuple.__new__
 @lru_cache(maxsize=1024)
 def _of_name(name: bytes) -> tuple[bytes, int]:
     lowered = name.lower()
-    return lowered, hops(lowered)
+    return lowered, policy_of(lowered)
 
 
 @lru_cache(maxsize=1024)

@@ -25,10 +25,10 @@ __all__ = (
     "MAX_HEAD",
     "MAX_LINE",
     "MOST_LINES",
-    "Chunks",
+    "ChunkedDecoder",
     "HeadCheck",
     "HeadReader",
-    "Malformed",
+    "MalformedMessage",
     "RequestHead",
     "ResponseHead",
     "is_never_head",
@@ -73,11 +73,11 @@ _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~-]*)(:[0-9]{1,5})?")
 _Line = TypeVar("_Line", bound=tuple[object, ...])
 
 
-class Malformed(GatewayError):
+class MalformedMessage(GatewayError):
     """What came is not HTTP/1.1, or might be read in two ways. The message never shows it."""
 
 
-class LineTooLong(Malformed):
+class LineTooLong(MalformedMessage):
     """A line of a head is longer than `MAX_LINE`."""
 
     def __init__(self) -> None:
@@ -135,19 +135,19 @@ def _read_field(line: bytes) -> Field:
         raise LineTooLong
     found = _FIELD.fullmatch(line)
     if found is None:
-        raise Malformed("a line of the head is no header field")
+        raise MalformedMessage("a line of the head is no header field")
     name, value = found.groups()
     field = make_field(name, value.rstrip(b" \t"))
     name, value, _, bits = field
     if bits & FRAMING:
         # Sound once is sound for ever: what these may say is looked at before the line is kept.
         if name == b"content-length" and not (value.isdigit() and len(value) <= 19):
-            raise Malformed("the Content-Length is not one number")
+            raise MalformedMessage("the Content-Length is not one number")
         if name == b"transfer-encoding" and b"\t" in found.group(2):
             # Sound by RFC 9112, but llhttp takes the tab for a part of the coding's name.
-            raise Malformed("a tab follows the transfer coding")
+            raise MalformedMessage("a tab follows the transfer coding")
         if name == b"host" and not _HOST.fullmatch(value):
-            raise Malformed("the Host is not one host name")
+            raise MalformedMessage("the Host is not one host name")
     if _SECRET.search(name) is None:
         _keep(_fields, line, field)
     return field
@@ -346,7 +346,7 @@ def _request_fields(lines: list[bytes]) -> list[Field]:
         return _read_fields(lines)
     except LineTooLong:
         raise _field_too_long() from None
-    except Malformed as exc:
+    except MalformedMessage as exc:
         raise malformed_request(str(exc)) from None
 
 
@@ -385,7 +385,7 @@ def parse_response(head: bytes) -> ResponseHead:
     line, *lines = head.split(b"\r\n")
     status, old = _status_lines.get(line) or _read_status_line(line)
     if len(lines) > MAX_FIELDS:
-        raise Malformed("there are too many header fields")
+        raise MalformedMessage("there are too many header fields")
     fields = _read_fields(lines)
     length: int | None = None
     chunked, close, coding = False, old, b""
@@ -395,18 +395,18 @@ def parse_response(head: bytes) -> ResponseHead:
             continue
         if name == b"content-length":
             if length is not None:
-                raise Malformed("there are several lengths")
+                raise MalformedMessage("there are several lengths")
             length = int(value)
         elif name == b"connection":
             named.update(_tokens(value))
         elif name == b"transfer-encoding":
             if chunked or old or value.lower() != b"chunked":
-                raise Malformed("the transfer coding is another one than chunked")
+                raise MalformedMessage("the transfer coding is another one than chunked")
             chunked = True
         elif name == b"content-encoding" and _COMPRESSED.search(value):
             coding = coding + b", " + value if coding else value
     if chunked and length is not None:
-        raise Malformed("there is a Content-Length beside a transfer coding")
+        raise MalformedMessage("there is a Content-Length beside a transfer coding")
     if named:
         close = close or b"close" in named
         fields = [field for field in fields if field[0] not in named]
@@ -418,7 +418,7 @@ def parse_response(head: bytes) -> ResponseHead:
 def _read_status_line(line: bytes) -> tuple[int, bool]:
     found = _STATUS_LINE.fullmatch(line)
     if found is None:
-        raise Malformed("there is no status line")
+        raise MalformedMessage("there is no status line")
     read = int(found.group(2)), found.group(1) == b"0"
     _keep(_status_lines, line, read)
     return read
@@ -449,14 +449,14 @@ _sizes: dict[bytes, int] = {}
 def _read_size(line: bytes) -> int:
     found = _SIZE.fullmatch(line)
     if found is None:
-        raise Malformed("a chunk's size is no number")
+        raise MalformedMessage("a chunk's size is no number")
     size = int(found.group(1), 16)
     if len(line) <= 3 and line.isalnum():
         _sizes[line] = size
     return size
 
 
-class Chunks:
+class ChunkedDecoder:
     """Undoes the chunked transfer coding (RFC 9112, 7.1).
 
     An empty result of `feed` says nothing about the end of the body: only `done` does, and `extra` then holds the
@@ -512,15 +512,15 @@ class Chunks:
                 left = left or _AT_TRAILER
             elif left == _AT_END:
                 if line:
-                    raise Malformed("a chunk is longer than its size")
+                    raise MalformedMessage("a chunk is longer than its size")
                 left = _AT_SIZE
             elif not line:
                 self.done, self.extra = True, data[place:]
                 break
             elif not _FIELD.fullmatch(line):
-                raise Malformed("a trailer is no header field")
+                raise MalformedMessage("a trailer is no header field")
             if self._framing < 0:
-                raise Malformed("the chunks are nearly all framing; send larger chunks")
+                raise MalformedMessage("the chunks are nearly all framing; send larger chunks")
         self._left = left
         return out[0] if len(out) == 1 else b"".join(out)
 
@@ -528,9 +528,9 @@ class Chunks:
         """Keep the beginning of a line, unless it can be none."""
         rest = data[place:]
         if b"\n" in rest or b"\r" in rest[:-1] or (left == _AT_END and rest != b"\r"):
-            raise Malformed("a line of the chunks' framing ends wrongly")
+            raise MalformedMessage("a line of the chunks' framing ends wrongly")
         if left == _AT_SIZE and not _SIZE_BEGUN.fullmatch(rest):
-            raise Malformed("a chunk's size is no number")
+            raise MalformedMessage("a chunk's size is no number")
         if len(rest) > _MAX_LINE:
-            raise Malformed("a line of the chunks' framing is too long")
+            raise MalformedMessage("a line of the chunks' framing is too long")
         self._rest = rest

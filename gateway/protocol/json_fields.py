@@ -13,14 +13,14 @@ import msgspec
 
 from gateway.errors import ApiError
 
-__all__ = ("decoded_json", "encoded_json", "of_fields", "raw_fields", "with_field")
+__all__ = ("decode_json", "encode_fields", "encode_json", "raw_fields", "with_field")
 
 # The most values that JSON may be decoded into. A small object takes some 70 bytes for 3 bytes of JSON; text is cheap.
 _MOST_VALUES = 1_000_000
 _raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def decoded_json(data: bytes, decode: Callable[[bytes], Any], *, skips: bool = False) -> Any:
+def decode_json(data: bytes, decode: Callable[[bytes], Any], *, skips: bool = False) -> Any:
     r"""Return what `decode` makes of JSON.
 
     Raises ApiError 400 if it is none, and 413 where it has more values than may be decoded, unless `decode` `skips`
@@ -59,7 +59,7 @@ def check_values(data: bytes) -> None:
             )
 
 
-def encoded_json(content: object) -> bytes:
+def encode_json(content: object) -> bytes:
     """Return JSON; half of a surrogate pair is written as it came."""
     try:
         return msgspec.json.encode(content)
@@ -105,7 +105,7 @@ def raw_fields(body: bytes, names: tuple[str, ...] = ()) -> dict[str, bytes]:
     """
     if names:
         decode, none = _named(names)
-        found = decoded_json(body, decode, skips=True)
+        found = decode_json(body, decode, skips=True)
         if found == none:  # nearly always
             return {}
     else:
@@ -122,10 +122,10 @@ def _all_fields(body: bytes) -> Any:
     """Decode the fields of a JSON object, whose values stay bytes. Raises ApiError 400, and 413 for too many fields."""
     if len(body) > _MOST_VALUES and body.count(b":") > _MOST_VALUES:
         check_values(body)
-    return decoded_json(body, _raw_fields.decode, skips=True)
+    return decode_json(body, _raw_fields.decode, skips=True)
 
 
-def of_fields(fields: Mapping[str, bytes]) -> bytes:
+def encode_fields(fields: Mapping[str, bytes]) -> bytes:
     """Return the JSON object of fields whose values are JSON already."""
     try:
         return msgspec.json.encode({name: msgspec.Raw(value) for name, value in fields.items()})

@@ -4,7 +4,7 @@ Rule 1: nothing here does I/O or looks at a clock; bytes in, bytes out.
 Rule 2: an event that no filter changes leaves as the bytes it came as, terminator and all.
 Rule 3: memory is bounded; what an event may weigh is `MAX_EVENT`.
 
-Theory of operation: `link` turns the filters of a response into one object with `feed` and `close`.
+Theory of operation: `chain_filters` turns the filters of a response into one object with `feed` and `close`.
 Neighbouring event filters share one splitter, so that a stream is cut into events once. An event ends with a
 blank line (WHATWG HTML, 9.2.6); lines end with LF, CRLF or CR. A CR at the end of a read may be half a CRLF:
 the event is let go at once, and if a LF comes next it follows its event.
@@ -21,9 +21,19 @@ import msgspec
 
 from gateway.errors import ApiError, StreamBroken
 from gateway.protocol.content_coding import BadCoding, Inflater, is_identity
-from gateway.protocol.json_fields import decoded_json, encoded_json
+from gateway.protocol.json_fields import decode_json, encode_json
 
-__all__ = ("CutShort", "Event", "EventFilter", "Filter", "Linked", "Splitter", "link", "through", "unfinished_event")
+__all__ = (
+    "Event",
+    "EventFilter",
+    "EventSplitter",
+    "Filter",
+    "FilterChain",
+    "FilterFailed",
+    "chain_filters",
+    "run_filters",
+    "unfinished_event",
+)
 
 MAX_EVENT = 64 * 1024 * 1024
 
@@ -80,7 +90,7 @@ class Event:
         """Return the data as JSON, decoded once; None where it is not JSON (such as `[DONE]`)."""
         if not self._parsed:
             try:
-                self._json = decoded_json(self.data, msgspec.json.decode)
+                self._json = decode_json(self.data, msgspec.json.decode)
             except ApiError:
                 self._json = None
             self._parsed = True
@@ -95,7 +105,7 @@ class Event:
             for line in _LINE.split(self.raw.removeprefix(b"\xef\xbb\xbf"))
             if line and line.partition(b":")[0] != b"data"
         ]
-        lines.append(b"data: " + encoded_json(content))
+        lines.append(b"data: " + encode_json(content))
         self.raw = newline.join(lines) + newline * 2
         self._json = content
         self._parsed = True
@@ -104,7 +114,7 @@ class Event:
         return f"<Event of {len(self.raw)} bytes>"
 
 
-class CutShort(Exception):
+class FilterFailed(Exception):
     """A filter raised `cause` in the middle of some bytes; `left` is what the filters made of those before."""
 
     def __init__(self, left: bytes, cause: Exception) -> None:
@@ -143,7 +153,7 @@ def wanted(each: EventFilter, raw: bytes) -> bool:
     return any(needle in raw for needle in each.finds) or any(needle not in raw for needle in each.lacks)
 
 
-def through(filters: Sequence[EventFilter], event: Event, first: int = 0) -> Iterator[Event]:
+def run_filters(filters: Sequence[EventFilter], event: Event, first: int = 0) -> Iterator[Event]:
     """Yield what filters, from `first` on, make of an event, each as soon as it is through all of them."""
     kind = type(event)
     for place in range(first, len(filters)):
@@ -155,13 +165,13 @@ def through(filters: Sequence[EventFilter], event: Event, first: int = 0) -> Ite
         events = [one if isinstance(one, kind) else kind(one.raw) for one in made]
         if len(events) != 1:
             for one in events:
-                yield from through(filters, one, place + 1)
+                yield from run_filters(filters, one, place + 1)
             return
         event = events[0]
     yield event
 
 
-class Splitter:
+class EventSplitter:
     """Cuts bytes into events, terminators and all. Blank lines between events are pieces of their own."""
 
     __slots__ = ("_after_cr", "_scan", "half", "rest")
@@ -226,7 +236,7 @@ class _Events(Filter):
     def __init__(self, filters: Sequence[EventFilter], before: Filter | None = None) -> None:
         self._filters = filters
         self._before = before
-        self._splitter = Splitter()
+        self._splitter = EventSplitter()
         self._between = True  # what comes next begins an event
         self._half_sent = False  # the last event ended with a CR that went on, so a LF next does too
         self._settle()
@@ -287,7 +297,7 @@ class _Events(Filter):
             for piece in pieces:
                 self._pass_on(Event(piece), 0, out)
         except Exception as exc:
-            raise CutShort(b"".join(out), exc) from exc
+            raise FilterFailed(b"".join(out), exc) from exc
         if pieces:
             self._settle()
         return b"".join(out)
@@ -299,7 +309,7 @@ class _Events(Filter):
             out.append(event.raw)
             return
         self._half_sent = False
-        for one in through(self._filters, event, first):
+        for one in run_filters(self._filters, event, first):
             out.append(one.raw)
             self._half_sent = one.raw.endswith(b"\r")
 
@@ -315,7 +325,7 @@ class _Events(Filter):
                 for event in each.close():
                     self._pass_on(event, place + 1, out)
         except Exception as exc:
-            raise CutShort(b"".join(out), exc) from exc
+            raise FilterFailed(b"".join(out), exc) from exc
         return b"".join(out)
 
 
@@ -346,7 +356,7 @@ class _Decoded(Filter):
         return b""
 
 
-class Linked:
+class FilterChain:
     """The filters of one response, as one: `feed` bytes, and `close` once at the clean end.
 
     Where a filter fails in the middle of some bytes both raise CutShort, with what is to be sent before the failure.
@@ -369,8 +379,8 @@ class Linked:
         try:
             for place in range(first, len(self._filters)):
                 data = self._filters[place].feed(data)
-        except CutShort as exc:
-            raise CutShort(self._feed(exc.left, place + 1), exc.cause) from exc.cause
+        except FilterFailed as exc:
+            raise FilterFailed(self._feed(exc.left, place + 1), exc.cause) from exc.cause
         return data
 
     def close(self) -> bytes:
@@ -381,8 +391,8 @@ class Linked:
                 if left:
                     left = each.feed(left)
                 left += each.close()
-            except CutShort as exc:
-                raise CutShort(self._feed(exc.left, place + 1), exc.cause) from exc.cause
+            except FilterFailed as exc:
+                raise FilterFailed(self._feed(exc.left, place + 1), exc.cause) from exc.cause
         return left
 
     def cut(self) -> bytes:
@@ -398,11 +408,11 @@ class Linked:
         """Feed a whole body and close. Raises what a filter raises."""
         try:
             return self.feed(data) + self.close()
-        except CutShort as exc:
+        except FilterFailed as exc:
             raise exc.cause from None
 
 
-def link(filters: Sequence[Filter | EventFilter], content_encoding: str | None = None) -> Linked:
+def chain_filters(filters: Sequence[Filter | EventFilter], content_encoding: str | None = None) -> FilterChain:
     """Link filters in their order, undoing the content encoding first where there is anything to run.
 
     Raises StreamBroken where filters are to read an encoding that nobody here can undo.
@@ -421,7 +431,7 @@ def link(filters: Sequence[Filter | EventFilter], content_encoding: str | None =
         linked.append(each)
     if together:
         linked.append(_Events(together, linked.pop() if linked else None))
-    return Linked(linked)
+    return FilterChain(linked)
 
 
 def unfinished_event(tail: bytes) -> bytes:

@@ -23,14 +23,14 @@ __all__ = (
     "PING",
     "PONG",
     "TEXT",
-    "BadFrame",
     "Control",
+    "FrameError",
+    "FrameParser",
     "FrameWriter",
-    "Frames",
     "Message",
-    "Passed",
-    "close_frame",
-    "frame",
+    "PassedFrames",
+    "encode_close_frame",
+    "encode_frame",
 )
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -45,7 +45,7 @@ _FRAMING = 4096
 _SHARE = 4
 
 
-class BadFrame(Exception):
+class FrameError(Exception):
     """What came is no frame that may come here. `code` is the close code that says so."""
 
     def __init__(self, code: int, reason: str) -> None:
@@ -54,7 +54,7 @@ class BadFrame(Exception):
         self.reason = reason
 
 
-class Passed(NamedTuple):
+class PassedFrames(NamedTuple):
     """Bytes of data frames that are passed on as they came; `messages` of them end here."""
 
     data: bytes
@@ -81,7 +81,7 @@ class Message(NamedTuple):
     payload: bytes
 
 
-class Frames:
+class FrameParser:
     """Reads the frames of one side. `masked` says that it is the client, whose frames are masked.
 
     With `whole`, messages are kept until they are whole; else data frames pass as they arrive, and only control frames
@@ -123,7 +123,7 @@ class Frames:
         self._framing = 0  # bytes that heads of its fragments may still take
         self.closed = False
         """It has said goodbye, or sent bytes that are no frame."""
-        self.error: BadFrame | None = None
+        self.error: FrameError | None = None
         """Why the last bytes were refused; the frames before them were returned."""
         self.unread = False
         """Whether there are bytes to be parsed that the last call did not get to."""
@@ -155,12 +155,14 @@ class Frames:
         self._data, self._place, self._message = b"", 0, bytearray()
         self.unread, self.closed = False, True
 
-    def feed(self, data: bytes = b"", frames: int = MOST_UNITS, size: int = STEP) -> list[Passed | Control | Message]:
+    def feed(
+        self, data: bytes = b"", frames: int = MOST_UNITS, size: int = STEP
+    ) -> list[PassedFrames | Control | Message]:
         """Take bytes; return the next frames in order: at most so many frames, and bytes.
 
         Where bytes are no frame, `error` says so from then on. `unread` says that another call has more to return.
         """
-        out: list[Passed | Control | Message] = []
+        out: list[PassedFrames | Control | Message] = []
         place = 0
         if self._data:
             if data:
@@ -212,13 +214,13 @@ class Frames:
                     start = place
                     continue
                 if not final or length > 125:
-                    raise BadFrame(1002, "a control frame is fragmented or too long")
+                    raise FrameError(1002, "a control frame is fragmented or too long")
                 if after > there:
                     end = 0
                     break
                 frames -= 1
                 if place > start:
-                    out.append(Passed(data[start:place], messages))
+                    out.append(PassedFrames(data[start:place], messages))
                     messages = 0
                 start = place
                 payload = data[after - length : after]
@@ -226,10 +228,10 @@ class Frames:
                     payload = mask(payload, data[after - length - 4 : after - length])
                 out.append(self._control(opcode, payload, data[place:after]))
                 place = start = after
-            except BadFrame as exc:
+            except FrameError as exc:
                 self.error, self.closed = exc, True
         if place > start:
-            out.append(Passed(data[start:place], messages))
+            out.append(PassedFrames(data[start:place], messages))
         self.unread = False
         if place < there and not self.closed:
             self.unread = end > 0
@@ -239,15 +241,15 @@ class Frames:
     def _begin(self, final: bool, opcode: int, head: int, length: int) -> None:
         """Note the head of a data frame. Raises BadFrame."""
         if (opcode == CONTINUATION) != self._in_message:
-            raise BadFrame(1002, "the fragments of a message are out of order")
+            raise FrameError(1002, "the fragments of a message are out of order")
         if self._size + length > self._most:
-            raise BadFrame(1009, f"a message is larger than {self._most} bytes")
+            raise FrameError(1009, f"a message is larger than {self._most} bytes")
         if opcode:
             self._opcode, self._framing = opcode, _FRAMING
         if not (final and opcode):
             self._framing += _SHARE * length - head
             if self._framing < 0:
-                raise BadFrame(1008, "a message is nearly all framing; send it in fewer fragments")
+                raise FrameError(1008, "a message is nearly all framing; send it in fewer fragments")
         self._size = 0 if final else self._size + length
         self._in_message = not final
 
@@ -270,11 +272,11 @@ class Frames:
         if opcode == CLOSE:
             code = control.code
             if len(payload) == 1 or (code is not None and code not in _CODES and not 3000 <= code <= 4999):
-                raise BadFrame(1002, "a close frame has a code that must not be sent")
+                raise FrameError(1002, "a close frame has a code that must not be sent")
             try:
                 payload[2:].decode()
             except UnicodeDecodeError:
-                raise BadFrame(1007, "the reason of a close frame is no text") from None
+                raise FrameError(1007, "the reason of a close frame is no text") from None
             self.closed = True
         return control
 
@@ -286,9 +288,9 @@ def _read_head(data: bytes, place: int, masked: bool) -> tuple[bool, int, int, i
     first, second = data[place], data[place + 1]
     opcode = first & 0x0F
     if first & 0x70 or opcode not in _OPCODES:
-        raise BadFrame(1002, "a frame has reserved bits or an unknown opcode")
+        raise FrameError(1002, "a frame has reserved bits or an unknown opcode")
     if bool(second & 0x80) is not masked:
-        raise BadFrame(1002, "a client's frames are masked, a server's are not")
+        raise FrameError(1002, "a client's frames are masked, a server's are not")
     length, head = second & 0x7F, 2
     if length >= 126:
         more = 2 if length == 126 else 8
@@ -297,7 +299,7 @@ def _read_head(data: bytes, place: int, masked: bool) -> tuple[bool, int, int, i
         length = int.from_bytes(data[place + 2 : place + 2 + more])
         head += more
         if length < (126 if more == 2 else 65536) or length >> 63:
-            raise BadFrame(1002, "a frame's length is not as short as it can be")
+            raise FrameError(1002, "a frame's length is not as short as it can be")
     if masked:
         head += 4
         if len(data) - place < head:
@@ -312,7 +314,7 @@ def mask(payload: bytes, key: bytes) -> bytes:
     return (int.from_bytes(payload, "little") ^ int.from_bytes(keys[:size], "little")).to_bytes(size, "little")
 
 
-def frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
+def encode_frame(opcode: int, payload: bytes, *, masked: bool) -> bytes:
     """Return a whole frame; `masked` as a client's must be."""
     if not masked:
         return _head(opcode, len(payload), 0) + payload
@@ -357,7 +359,7 @@ class FrameWriter:
         return head + (mask(piece, self._key) if self._key else piece)
 
 
-def close_frame(code: int, reason: str, *, masked: bool) -> bytes:
+def encode_close_frame(code: int, reason: str, *, masked: bool) -> bytes:
     """Return a close frame; what is too long of the reason is left out."""
     text = reason.encode()[:_MAX_REASON].decode("utf-8", "ignore").encode()
-    return frame(CLOSE, struct.pack("!H", code) + text, masked=masked)
+    return encode_frame(CLOSE, struct.pack("!H", code) + text, masked=masked)

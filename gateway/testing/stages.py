@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from gateway.auth.credentials import ListedKey
-from gateway.auth.oidc import Claims, Identity, Judgement
+from gateway.auth.oidc import Claims, Identity, TokenVerification
 from gateway.azure.operations import find_operation
 from gateway.azure.resources import Pool, Resource, Target
 from gateway.body.request_body import Body
@@ -20,16 +20,16 @@ from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.protocol.headers import Headers
-from gateway.protocol.sse import CutShort, Event, EventFilter, Filter, link, through
+from gateway.protocol.sse import Event, EventFilter, Filter, FilterFailed, chain_filters, run_filters
 from gateway.request import Request
 from gateway.response import Response
 from gateway.response_writer import note_end
 from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
-from gateway.transport.upstream_connection import Wire
+from gateway.transport.upstream_connection import UpstreamConnection
 from gateway.transport.websocket_handshake import WebSocket
 from gateway.transport.websocket_relay import MessageEvent, error_event
-from gateway.usage.accounting import METERED, Meter, Watch
+from gateway.usage.accounting import METERED, UsageMeter, UsageReader
 from gateway.usage.prices import Price, Prices
 
 __all__ = ("Running", "Sent", "Talked", "every_split", "post", "running", "send", "talk")
@@ -131,7 +131,7 @@ class Running:
             body = msgspec.json.encode(json)
         exchange = Exchange()
         if self._metered:
-            exchange.meter = Meter()
+            exchange.meter = UsageMeter()
         outcomes: list[Outcome] = []
         exchange.defer(outcomes.append)
         request = Request(
@@ -146,7 +146,7 @@ class Running:
             target=self._target,
             exchange=exchange,
             address=lambda: client,
-            judgement=Judgement(reason=identity) if isinstance(identity, str) else Judgement(identity),
+            judgement=TokenVerification(reason=identity) if isinstance(identity, str) else TokenVerification(identity),
         )
         exchange.request = request
         self._reached = None
@@ -159,7 +159,7 @@ class Running:
 
     async def _receive(self, response: Response, exchange: Exchange, leave_after: int | None) -> bytes:
         """Take the answer's bytes as the server would write them."""
-        linked = link(response.filters, response.headers.get("content-encoding"))
+        linked = chain_filters(response.filters, response.headers.get("content-encoding"))
         received = bytearray()
         exchange.status = response.status
         exchange.first_byte_at = time.monotonic()
@@ -173,7 +173,7 @@ class Running:
                         if leave_after is not None and len(received) >= leave_after:
                             return bytes(received[:leave_after])
                 received += linked.close()
-            except CutShort as exc:
+            except FilterFailed as exc:
                 received += exc.left
                 raise exc.cause from None
             note_end(exchange, response.error)
@@ -246,7 +246,7 @@ async def running(
         await shared.close()
 
 
-async def _watched(body: AsyncIterator[bytes], watch: Watch) -> AsyncIterator[bytes]:
+async def _watched(body: AsyncIterator[bytes], watch: UsageReader) -> AsyncIterator[bytes]:
     async for chunk in body:
         watch.feed(chunk)
         yield chunk
@@ -291,17 +291,17 @@ async def talk(
     for content in up:
         message = msgspec.json.encode(content)
         try:
-            to_azure += through(socket.up, MessageEvent(message))
+            to_azure += run_filters(socket.up, MessageEvent(message))
         except ApiError as exc:
             to_client.append(MessageEvent(error_event(exc, message)))
     filters = [each for each in sent.response.filters if isinstance(each, EventFilter)]
     for content in down:
-        to_client += through(filters, MessageEvent(msgspec.json.encode(content)))
+        to_client += run_filters(filters, MessageEvent(msgspec.json.encode(content)))
     return Talked([each.json() for each in to_azure], [each.json() for each in to_client], sent)
 
 
 def _opened() -> WebSocket:
-    return WebSocket(Wire(asyncio.get_running_loop()))
+    return WebSocket(UpstreamConnection(asyncio.get_running_loop()))
 
 
 def every_split(data: bytes, make: Callable[[], Filter | EventFilter]) -> Iterator[tuple[list[bytes], bytes]]:
@@ -310,6 +310,6 @@ def every_split(data: bytes, make: Callable[[], Filter | EventFilter]) -> Iterat
     cuts += [[data[:place], data[place:]] for place in range(1, len(data))]
     cuts.append([data[place : place + 1] for place in range(len(data))])
     for pieces in cuts:
-        linked = link([make()])
+        linked = chain_filters([make()])
         out = b"".join([linked.feed(piece) for piece in pieces])
         yield pieces, out + linked.close()

@@ -17,31 +17,31 @@ from typing import TYPE_CHECKING
 
 from aiohttp.base_protocol import BaseProtocol
 
-from gateway.body.incoming_body import LINES_AT_ONCE, ArrivingBody
+from gateway.body.incoming_body import LINES_AT_ONCE, IncomingBody
 from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
-from gateway.logs import failure, get_logger
+from gateway.logs import exception_fields, get_logger
 from gateway.protocol.http1 import (
     HEAD_END,
     MAX_HEAD,
     MOST_LINES,
     HeadCheck,
     HeadReader,
-    Malformed,
+    MalformedMessage,
     RequestHead,
     malformed_request,
 )
 from gateway.settings import Limits, Timeouts
 from gateway.transport.deadline import Deadline
-from gateway.transport.response_head import closing_answer
-from gateway.transport.write_buffer import Outbox
-from gateway.transport.write_timeout import Patience
+from gateway.transport.response_head import closing_response
+from gateway.transport.write_buffer import WriteBuffer
+from gateway.transport.write_timeout import WriteTimeout
 
 if TYPE_CHECKING:
     from aiohttp.web_server import Server
 
-__all__ = ("PROBES", "Arrived", "Connection", "Handler")
+__all__ = ("PROBES", "ClientConnection", "Handler", "IncomingRequest")
 
 PROBES = ("/healthz", "/readyz")
 """The paths that an orchestrator asks, and that are answered when no other request is."""
@@ -70,12 +70,12 @@ _LEAVE_CHECK = 0.5
 _ESTABLISHED, _SYN_RECEIVED = 1, 3
 
 
-class Arrived:
+class IncomingRequest:
     """A request as it arrived: its head, its body, and the connection to answer on."""
 
     __slots__ = ("body", "connection", "head", "headers")
 
-    def __init__(self, connection: Connection, head: RequestHead, body: Body) -> None:
+    def __init__(self, connection: ClientConnection, head: RequestHead, body: Body) -> None:
         self.connection = connection
         self.head = head
         self.headers = head.headers
@@ -83,10 +83,10 @@ class Arrived:
 
 
 # Handles a request; returns whether the connection may go on.
-Handler = Callable[[Arrived], Awaitable[bool]]
+Handler = Callable[[IncomingRequest], Awaitable[bool]]
 
 
-class Connection(BaseProtocol):
+class ClientConnection(BaseProtocol):
     """The protocol of one client's connection."""
 
     __slots__ = (
@@ -120,18 +120,18 @@ class Connection(BaseProtocol):
         loop: asyncio.AbstractEventLoop,
         limits: Limits,
         timeouts: Timeouts,
-        outbox: Outbox,
+        outbox: WriteBuffer,
     ) -> None:
         super().__init__(loop)
         self._outbox = outbox
         self._unsent = b""
-        self._closer: Patience | None = None  # until what is still to be written is taken
+        self._closer: WriteTimeout | None = None  # until what is still to be written is taken
         self._manager = manager
         self._handle = handle
         self._limits = limits
         self._timeouts = timeouts
         self._buffer = b""  # a head that has not ended, or what follows the request at hand
-        self._arriving: ArrivingBody | None = None  # the body that has not arrived whole
+        self._arriving: IncomingBody | None = None  # the body that has not arrived whole
         self._task_handler: asyncio.Task[None] | None = None  # the request at hand; aiohttp's server asks
         self._closing = False  # nothing more is taken from this client
         self._heads = HeadReader()
@@ -165,7 +165,7 @@ class Connection(BaseProtocol):
             self._expect_in(min(_SPARE_HEAD, self._timeouts.head))
         else:
             # (No lingering close: it would keep the descriptor.)
-            self.write(closing_answer(_overloaded()))
+            self.write(closing_response(_overloaded()))
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -202,7 +202,7 @@ class Connection(BaseProtocol):
         if self.transport is not None:
             self.transport.close()
             # A client that takes nothing more would never let it be closed.
-            self._closer = self._closer or Patience(self, self._timeouts.client, self._abort)
+            self._closer = self._closer or WriteTimeout(self, self._timeouts.client, self._abort)
 
     def _abort(self) -> None:
         if self.transport is not None:
@@ -315,10 +315,10 @@ class Connection(BaseProtocol):
             self.data_received(extra)
         return arriving.goes_on
 
-    def _feed(self, arriving: ArrivingBody, data: bytes, most: int) -> bytes:
+    def _feed(self, arriving: IncomingBody, data: bytes, most: int) -> bytes:
         try:
             extra = arriving.feed(data, most)
-        except Malformed as exc:
+        except MalformedMessage as exc:
             arriving.fail(malformed_request(str(exc)))
             extra = b""
         if arriving.error is not None:
@@ -363,7 +363,7 @@ class Connection(BaseProtocol):
             body = Body(data[end : end + length], kept=False)
             self._buffer = data[end + length :]
         else:
-            arriving = ArrivingBody(
+            arriving = IncomingBody(
                 self,
                 self._loop,
                 length=length,
@@ -385,7 +385,7 @@ class Connection(BaseProtocol):
         self._head_begun = False
         self._deadline.clear()
         # Named, because the name that asyncio makes for each costs a tenth of the task.
-        self._task_handler = asyncio.Task(self._run(Arrived(self, head, body)), loop=self._loop, name="request")
+        self._task_handler = asyncio.Task(self._run(IncomingRequest(self, head, body)), loop=self._loop, name="request")
 
     def _wait_for_head(self, data: bytes) -> None:
         """Keep the beginning of a head, unless it can never become one."""
@@ -403,7 +403,7 @@ class Connection(BaseProtocol):
             self._head_begun = True
             self._expect_in(self._timeouts.head)
 
-    async def _run(self, arrived: Arrived) -> None:
+    async def _run(self, arrived: IncomingRequest) -> None:
         keep = False
         try:
             keep = await self._handle(arrived)
@@ -414,7 +414,7 @@ class Connection(BaseProtocol):
             # keep the body and all else of the request until the collector finds it.
             pass
         except Exception as exc:
-            facts = failure(exc)
+            facts = exception_fields(exc)
             facts.pop("message", None)
             get_logger().error("connection failed", **facts)
             if self.transport is not None:
@@ -472,7 +472,7 @@ class Connection(BaseProtocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer what is no request that can be handled, and close."""
         get_logger().info("refused before any team", status=error.status, error=error.code, reason=str(error))
-        self.write(closing_answer(error))
+        self.write(closing_response(error))
         if self._spare:
             self.force_close()  # its place is for the next probe
         else:

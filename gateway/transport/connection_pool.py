@@ -18,15 +18,15 @@ from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from yarl import URL
 
 from gateway.azure.resources import Resource
-from gateway.dns_resolver import LookUpFailed, LookUpTimeout, Resolver
+from gateway.dns_resolver import LookupFailed, LookupTimeout, Resolver
 from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.protocol.proxy_url import Proxy
 from gateway.transport import file_descriptors as descriptors
 from gateway.transport.proxy_tunnel import open_tunnel
-from gateway.transport.upstream_connection import Wire
-from gateway.transport.write_buffer import Outbox
+from gateway.transport.upstream_connection import UpstreamConnection
+from gateway.transport.write_buffer import WriteBuffer
 
-__all__ = ("Connector", "Destination")
+__all__ = ("ConnectionPool", "Destination")
 
 # How long, in seconds, a connection is kept that nobody uses: Azure closes on it after a minute or more.
 _KEPT = 55.0
@@ -68,7 +68,7 @@ class Destination:
         default = 443 if self.is_ssl() else 80
         host = f"[{self.host}]" if ":" in self.host else self.host
         self.host_header = (host if self.port == default else f"{host}:{self.port}").encode()
-        self.kept: list[Wire] = []  # the one used last at the end
+        self.kept: list[UpstreamConnection] = []  # the one used last at the end
         self.forgotten = False
         """Whether no configuration names it any more: its connections are not kept."""
 
@@ -77,14 +77,14 @@ class Destination:
         return self.url.scheme == "https"
 
 
-class Connector:
+class ConnectionPool:
     """The connections to every resource, and how they are made."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self._context = context or ssl.create_default_context()
         self._destinations: dict[object, Destination] = {}
         self._connector: aiohttp.TCPConnector | None = None
-        self._outbox: Outbox | None = None
+        self._outbox: WriteBuffer | None = None
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -92,9 +92,9 @@ class Connector:
         self._connector = aiohttp.TCPConnector(
             limit=0, use_dns_cache=False, force_close=True, resolver=Resolver.of(asyncio.get_running_loop())
         )
-        self._outbox = Outbox(asyncio.get_running_loop())
+        self._outbox = WriteBuffer(asyncio.get_running_loop())
         # The only way to give aiohttp a protocol of our own.
-        factory = functools.partial(Wire, asyncio.get_running_loop())
+        factory = functools.partial(UpstreamConnection, asyncio.get_running_loop())
         self._connector._factory = cast("functools.partial[ResponseHandler]", factory)
 
     async def close(self) -> None:
@@ -136,7 +136,7 @@ class Connector:
         if self._connector is not None:
             self._connector.clear_dns_cache()  # aiohttp keeps every name that it has ever looked up
 
-    def kept(self, destination: Destination, old_too: Callable[[], bool]) -> Wire | None:
+    def kept(self, destination: Destination, old_too: Callable[[], bool]) -> UpstreamConnection | None:
         """Return a connection that was kept, if there is one that is still open.
 
         One that has been idle may have been closed at the other end, and a request on it be lost: `old_too` is asked
@@ -152,7 +152,7 @@ class Connector:
                 return None
         return None
 
-    def put(self, wire: Wire) -> None:
+    def put(self, wire: UpstreamConnection) -> None:
         """Keep a connection for the next request, unless something of the last one is left on it."""
         destination: Destination = wire.destination  # type: ignore[assignment] # it was settled with one
         if not wire.is_clean() or destination.forgotten:
@@ -176,7 +176,7 @@ class Connector:
         if any(destination.kept for destination in self._destinations.values()):
             self._sweeper = loop.call_later(_SWEEP, self._sweep)
 
-    async def connect(self, destination: Destination, seconds: float) -> Wire:
+    async def connect(self, destination: Destination, seconds: float) -> UpstreamConnection:
         """Make a new connection in so many seconds.
 
         Raises UpstreamError (502) and UpstreamTimeout (504), saying why it cannot; they are `unsent`. Raises ApiError
@@ -192,7 +192,7 @@ class Connector:
                 exc.fault = "connect"
             raise
 
-    async def _connect(self, destination: Destination, seconds: float) -> Wire:
+    async def _connect(self, destination: Destination, seconds: float) -> UpstreamConnection:
         assert self._connector is not None, "Connector.start() was not awaited"  # noqa: S101 -- a bug of ours
         assert self._outbox is not None, "Connector.start() was not awaited"  # noqa: S101 -- a bug of ours
         name = destination.name
@@ -206,12 +206,12 @@ class Connector:
             if proxy is None:
                 async with asyncio.timeout_at(end):
                     connection = await self._connector.connect(cast(ClientRequest, destination), [], _NO_LIMIT)
-                wire = cast(Wire, connection.protocol)
+                wire = cast(UpstreamConnection, connection.protocol)
             else:
                 wire = await self._connect_through(destination, proxy, end, seconds)
-        except LookUpFailed as exc:
+        except LookupFailed as exc:
             owner = f"{'' if proxy is None else 'the proxy of '}the Azure resource {name!r}"
-            if isinstance(exc, LookUpTimeout):
+            if isinstance(exc, LookupTimeout):
                 raise UpstreamTimeout(exc.of(owner), fault="dns_timeout") from None
             raise UpstreamError(exc.of(owner), fault="dns") from None
         except TimeoutError:
@@ -231,7 +231,9 @@ class Connector:
         wire.settle(connection, self, destination, self._outbox)
         return wire
 
-    async def _connect_through(self, destination: Destination, proxy: Proxy, end: float, seconds: float) -> Wire:
+    async def _connect_through(
+        self, destination: Destination, proxy: Proxy, end: float, seconds: float
+    ) -> UpstreamConnection:
         """Make a connection through a proxy. Raises UpstreamError; other errors are not the proxy's fault."""
         loop = asyncio.get_running_loop()
         try:
@@ -245,7 +247,7 @@ class Connector:
         tls = destination.is_ssl()
         async with asyncio.timeout_at(end):
             _, wire = await loop.create_connection(
-                functools.partial(Wire, loop),
+                functools.partial(UpstreamConnection, loop),
                 sock=sock,
                 ssl=destination.ssl if tls else None,
                 server_hostname=destination.host.rstrip(".") if tls else None,

@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from gateway.protocol.sse import Splitter
+from gateway.protocol.sse import EventSplitter
 
 __all__ = ("Pacer",)
 
@@ -26,7 +26,7 @@ class Pacer:
         self._delay = delay
         self._put = put
         self._loop = loop
-        self._splitter = Splitter()
+        self._splitter = EventSplitter()
         self._waiting: deque[bytes] = deque()
         self._size = 0
         self._pace = delay

@@ -10,9 +10,9 @@ import socket
 from base64 import b64encode
 from typing import Any
 
-from gateway.dns_resolver import LookUpFailed, connected_socket
+from gateway.dns_resolver import LookupFailed, connected_socket
 from gateway.errors import UpstreamError
-from gateway.protocol.http1 import HEAD_END, MAX_HEAD, Malformed, parse_response
+from gateway.protocol.http1 import HEAD_END, MAX_HEAD, MalformedMessage, parse_response
 from gateway.protocol.proxy_url import Proxy
 
 __all__ = ("open_tunnel",)
@@ -45,7 +45,7 @@ async def open_tunnel(proxy: Proxy, host: str, port: int, resource: str) -> sock
 async def _connect(proxy: Proxy, of: str) -> socket.socket:
     try:
         return await connected_socket(proxy.host, proxy.port)
-    except LookUpFailed:
+    except LookupFailed:
         raise
     except OSError:
         raise UpstreamError(f"could not connect to {of}") from None
@@ -68,7 +68,7 @@ async def _http_connect(sock: socket.socket, proxy: Proxy, host: str, port: int,
             raise UpstreamError(f"what {of} answered is not a whole answer of an HTTP proxy")
     try:
         status = parse_response(answer[:end]).status
-    except Malformed as exc:
+    except MalformedMessage as exc:
         raise UpstreamError(f"what {of} answered is not valid HTTP: {exc}") from None
     if not 200 <= status <= 299:
         hint = ": it wants another user name or password" if status == 407 else ""

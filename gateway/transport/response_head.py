@@ -8,13 +8,13 @@ from http import HTTPStatus
 
 from gateway.errors import ApiError
 
-__all__ = ("closing_answer", "date_line", "status_line")
+__all__ = ("closing_response", "date_line", "status_line")
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}".encode() for status in HTTPStatus}
 _date_line = (0, b"")
 
 
-def closing_answer(error: ApiError) -> bytes:
+def closing_response(error: ApiError) -> bytes:
     """Return the bytes of an error whose connection ends with it."""
     body = error.body()
     fields = "".join([f"{name}: {value}\r\n" for name, value in error.headers.items()])

@@ -1,12 +1,12 @@
 """One connection to Azure: what is asked on it, the answer as it comes, and whether it may be used again.
 
 It may if the answer ended exactly where its bytes ended, neither side wants it closed, and it is clean
-(`Wire.is_clean`): the next request then finds it as if it were new. On any byte that arrives while nothing was asked
-it is closed: such bytes would be the next caller's answer.
+(`UpstreamConnection.is_clean`): the next request then finds it as if it were new. On any byte that arrives while
+nothing was asked it is closed: such bytes would be the next caller's answer.
 
 An answer of known and moderate length is handed over whole: a break then becomes a clean 502, and the
 connection is free again sooner. Of a longer one, or a stream, the pieces are either asked for one by one, or
-handed to a sink (`Answer.pump`) the moment they arrive, with no task between: that is the way of every stream
+handed to a sink (`UpstreamResponse.pump`) the moment they arrive, with no task between: that is the way of every stream
 that the server writes.
 
 A large read is not handled at once: reading pauses, the bytes wait in a backlog, and the fair scheduler has them
@@ -28,16 +28,24 @@ from gateway.body.request_body import Body
 from gateway.errors import GatewayError, UpstreamError, UpstreamTimeout
 from gateway.fair_scheduler import MOST_UNITS, SMALL, STEP, FairScheduler
 from gateway.protocol.content_coding import BadCoding, Inflater, UnknownCoding
-from gateway.protocol.http1 import HEAD_END, MAX_HEAD, Chunks, Malformed, ResponseHead, is_never_head, parse_response
+from gateway.protocol.http1 import (
+    HEAD_END,
+    MAX_HEAD,
+    ChunkedDecoder,
+    MalformedMessage,
+    ResponseHead,
+    is_never_head,
+    parse_response,
+)
 from gateway.transport.deadline import Deadline
 
 if TYPE_CHECKING:
     import aiohttp
 
     from gateway.protocol.headers import Field
-    from gateway.transport.write_buffer import Outbox
+    from gateway.transport.write_buffer import WriteBuffer
 
-__all__ = ("Answer", "Home", "Wire")
+__all__ = ("IdlePool", "UpstreamConnection", "UpstreamResponse")
 
 # An answer of known length up to this size is handed over whole.
 _WHOLE = 1024 * 1024
@@ -58,10 +66,10 @@ _MOST_INFLATED = 16 * 1024 * 1024
 _LEAST_STEP = 256
 
 
-class Home(Protocol):
+class IdlePool(Protocol):
     """Where a connection goes when its answer has ended: the connector."""
 
-    def put(self, wire: Wire) -> None:
+    def put(self, wire: UpstreamConnection) -> None:
         """Keep a connection that may be used again."""
 
 
@@ -82,7 +90,7 @@ class WebSocketSink(Protocol):
         """Note whether writing is paused."""
 
 
-class Answer:
+class UpstreamResponse:
     """One answer of Azure. Its head is there after `await begun()`; its body is iterated over or pumped.
 
     `whole` is the body where it is short and of known length. The request's exchange owns an answer, and so
@@ -99,7 +107,7 @@ class Answer:
     upgrade = False  # a WebSocket was asked for
     watch: Callable[[bytes], None] | None = None  # sees the body's bytes as they come
     inflated = False  # its body was compressed, and is plain here
-    _chunks: Chunks | None = None
+    _chunks: ChunkedDecoder | None = None
     _inflater: Inflater | None = None
     _ended = False  # all of a compressed body has come,
     _extra = b""  # and this follows it
@@ -110,8 +118,8 @@ class Answer:
     _sink: Callable[[bytes], None] | None = None
     _waiter: asyncio.Future[None] | None = None
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire: Wire | None = wire
+    def __init__(self, wire: UpstreamConnection) -> None:
+        self._wire: UpstreamConnection | None = wire
         self._parts: list[bytes] = []
 
     async def begun(self) -> None:
@@ -135,7 +143,7 @@ class Answer:
         """Take the head. Raises BadCoding if the body is compressed in an unknown way."""
         self.status, self.fields, length, chunked, self.close, coding = head
         if chunked:
-            self._chunks = Chunks()
+            self._chunks = ChunkedDecoder()
         elif length is None:
             self._left = -1
         else:
@@ -260,7 +268,7 @@ class Answer:
         """Whether the request's body is still on its way."""
         return self.upload is not None and not self.upload.done()
 
-    def switched(self) -> Wire:
+    def switched(self) -> UpstreamConnection:
         """Hand over the connection, which has become a WebSocket."""
         wire, self._wire = self._wire, None
         assert wire is not None, "a connection is handed over twice"  # noqa: S101 -- a bug of ours
@@ -340,7 +348,7 @@ class Answer:
         self.abort()
 
 
-class Wire(BaseProtocol):
+class UpstreamConnection(BaseProtocol):
     """The protocol of one connection to Azure."""
 
     __slots__ = (
@@ -383,12 +391,12 @@ class Wire(BaseProtocol):
         self.lost = False  # it was closed on
         self.idle_since = 0.0
         self.closed: asyncio.Future[None] | None = None  # aiohttp's connector asks
-        self._home: Home | None = None
-        self._outbox: Outbox | None = None
+        self._home: IdlePool | None = None
+        self._outbox: WriteBuffer | None = None
         self._unsent = b""
         self._relay: WebSocketSink | None = None
         self._early: bytes | None = None  # what came behind a 101, until the relay takes it
-        self._answer: Answer | None = None
+        self._answer: UpstreamResponse | None = None
         self._buffer = b""  # a head that has not ended
         self._backlog: list[bytes] = []  # received bytes of a body that no step has handled yet
         self._held = False  # the response's reader wants no more for now
@@ -401,20 +409,20 @@ class Wire(BaseProtocol):
         self._deadline = Deadline(loop)
 
     def settle(
-        self, connection: aiohttp.connector.Connection | None, home: Home, destination: object, outbox: Outbox
+        self, connection: aiohttp.connector.Connection | None, home: IdlePool, destination: object, outbox: WriteBuffer
     ) -> None:
         """Tell a new connection where it belongs; `connection` is aiohttp's own idea of it, if it made it."""
         self.connection, self._home, self.destination, self._outbox = connection, home, destination, outbox
 
     # -- asking ----------------------------------------------------------------------------------------
 
-    def ask(self, first_byte: float, idle: float) -> Answer:
+    def ask(self, first_byte: float, idle: float) -> UpstreamResponse:
         """Get ready for one answer: `first_byte` seconds to its head, `idle` seconds from piece to piece."""
         self.received = False
         self._interim = 0
         self._first_byte, self._idle = first_byte, idle
         self._expire_in(first_byte)
-        self._answer = answer = Answer(self)
+        self._answer = answer = UpstreamResponse(self)
         return answer
 
     def expect(self, first_byte: float) -> None:
@@ -518,7 +526,7 @@ class Wire(BaseProtocol):
         elif not self._held:
             self._expire_in(self._idle)
 
-    def _fed(self, answer: Answer, extra: bytes) -> None:
+    def _fed(self, answer: UpstreamResponse, extra: bytes) -> None:
         """Go on after some of the body: `extra` follows its end."""
         if answer.done:
             self._end(answer, extra)
@@ -600,7 +608,7 @@ class Wire(BaseProtocol):
             if self.is_connected():
                 self.transport.resume_reading()  # type: ignore[union-attr] # it is connected
 
-    def _take_head(self, answer: Answer, data: bytes) -> bytes | None:
+    def _take_head(self, answer: UpstreamResponse, data: bytes) -> bytes | None:
         """Read the head; returns what follows it, or None where it is not whole yet. Raises Malformed."""
         if self._buffer:
             data, self._buffer = self._buffer + data, b""
@@ -608,11 +616,11 @@ class Wire(BaseProtocol):
             end = data.find(HEAD_END)
             if end < 0 or end > MAX_HEAD:
                 if not data.startswith(b"HTTP/1."[: len(data)]):
-                    raise Malformed("there is no status line")
+                    raise MalformedMessage("there is no status line")
                 if len(data) > MAX_HEAD:
-                    raise Malformed("the head is too large")
+                    raise MalformedMessage("the head is too large")
                 if is_never_head(data):
-                    raise Malformed("the head has a control character, or half a line break")
+                    raise MalformedMessage("the head has a control character, or half a line break")
                 self._buffer = data
                 return None
             head = parse_response(data[:end])
@@ -621,11 +629,11 @@ class Wire(BaseProtocol):
                 break
             self._interim += 1
             if head.status == 101 or not 100 <= head.status < 200 or self._interim > _MAX_INTERIM:
-                raise Malformed(f"the status {head.status} is none that was asked for")
+                raise MalformedMessage(f"the status {head.status} is none that was asked for")
         answer.begin(head)
         return data
 
-    def _switch(self, answer: Answer, early: bytes) -> None:
+    def _switch(self, answer: UpstreamResponse, early: bytes) -> None:
         """Become a WebSocket; what has come of it waits for the relay."""
         self._answer = None
         self._deadline.clear()
@@ -672,7 +680,7 @@ class Wire(BaseProtocol):
         if self._relay is not None:
             self._relay.azure_flow(False)
 
-    def _end(self, answer: Answer, extra: bytes) -> None:
+    def _end(self, answer: UpstreamResponse, extra: bytes) -> None:
         """Send the connection home after an answer, or close it.
 
         The last bytes have been handed on by now: what raises on them must not find the connection in the pool.
@@ -799,7 +807,7 @@ class Wire(BaseProtocol):
 
 def _explained(exc: Exception) -> Exception:
     """Return the error of a response that cannot be read; a filter's own stays as it is."""
-    if isinstance(exc, Malformed):
+    if isinstance(exc, MalformedMessage):
         return UpstreamError(f"what Azure answered is not valid HTTP: {exc}")
     if isinstance(exc, UnknownCoding):
         return UpstreamError(str(exc), code="unsupported_encoding", fault="encoding")

@@ -17,7 +17,7 @@ from gateway.auth.credentials import KEY_PROTOCOL
 from gateway.errors import ApiError, UpstreamError
 from gateway.protocol.headers import Field, Headers
 from gateway.protocol.sse import EventFilter
-from gateway.transport.upstream_connection import Wire
+from gateway.transport.upstream_connection import UpstreamConnection
 
 __all__ = (
     "WebSocket",
@@ -44,7 +44,7 @@ class WebSocket:
 
     __slots__ = ("ended", "protocol", "up", "watch", "wire")
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self, wire: UpstreamConnection) -> None:
         self.wire = wire
         self.protocol: str | None = None
         self.up: list[EventFilter] = []

@@ -25,28 +25,28 @@ import msgspec
 from gateway.errors import ApiError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Exchange
 from gateway.fair_scheduler import SMALL, STEP, FairScheduler
-from gateway.logs import failure, get_logger, masked
-from gateway.protocol.json_fields import decoded_json, encoded_json, raw_fields
-from gateway.protocol.sse import Event, EventFilter, through
+from gateway.logs import exception_fields, get_logger, redacted
+from gateway.protocol.json_fields import decode_json, encode_json, raw_fields
+from gateway.protocol.sse import Event, EventFilter, run_filters
 from gateway.protocol.websocket_frames import (
     CLOSE,
     PING,
     PONG,
     TEXT,
-    BadFrame,
     Control,
-    Frames,
+    FrameError,
+    FrameParser,
     FrameWriter,
     Message,
-    Passed,
-    close_frame,
-    frame,
+    PassedFrames,
+    encode_close_frame,
+    encode_frame,
 )
-from gateway.transport.client_connection import Connection
-from gateway.transport.upstream_connection import Wire
-from gateway.transport.write_timeout import Patience
+from gateway.transport.client_connection import ClientConnection
+from gateway.transport.upstream_connection import UpstreamConnection
+from gateway.transport.write_timeout import WriteTimeout
 
-__all__ = ("MOST_KEPT", "ControlBucket", "MessageEvent", "Relay", "error_event")
+__all__ = ("MOST_KEPT", "ControlFrameLimit", "MessageEvent", "WebSocketRelay", "error_event")
 
 MOST_KEPT = 21 * 1024 * 1024
 """The largest message that is kept for filters, in bytes.
@@ -92,12 +92,12 @@ class MessageEvent(Event):
 
     def set_json(self, content: object) -> None:
         """Replace the message."""
-        self.raw = encoded_json(content)
+        self.raw = encode_json(content)
         self._json = content
         self._parsed = True
 
 
-class ControlBucket:
+class ControlFrameLimit:
     """A token bucket for the pings and pongs of one side."""
 
     __slots__ = ("_left", "_refilled")
@@ -111,7 +111,7 @@ class ControlBucket:
         self._left = min(_CONTROLS, self._left + (now - self._refilled) * _CONTROLS_PER_SECOND) - 1
         self._refilled = now
         if self._left < 0:
-            raise BadFrame(1008, f"more pings and pongs than {_CONTROLS} at once and {_CONTROLS_PER_SECOND} a second")
+            raise FrameError(1008, f"more pings and pongs than {_CONTROLS} at once and {_CONTROLS_PER_SECOND} a second")
 
 
 class _Side:
@@ -121,7 +121,7 @@ class _Side:
 
     def __init__(
         self,
-        relay: Relay,
+        relay: WebSocketRelay,
         *,
         client: bool,
         filters: Sequence[EventFilter],
@@ -133,7 +133,7 @@ class _Side:
         self._relay = relay
         self.client = client
         self.filters = filters  # on what it sends
-        self.frames = Frames(masked=client, most=min(most, MOST_KEPT) if filters else most, whole=bool(filters))
+        self.frames = FrameParser(masked=client, most=min(most, MOST_KEPT) if filters else most, whole=bool(filters))
         self.write = write
         self._hold = hold
         self._release = release
@@ -147,8 +147,8 @@ class _Side:
         self.lost = False
         self.told = False  # it was sent a close frame
         self.messages = 0  # that it has sent
-        self.timer: asyncio.TimerHandle | Patience | None = None  # while it takes nothing
-        self.controls = ControlBucket()
+        self.timer: asyncio.TimerHandle | WriteTimeout | None = None  # while it takes nothing
+        self.controls = ControlFrameLimit()
 
     def hold(self, why: str) -> None:
         """Stop reading from it, until `release` for the same reason."""
@@ -196,13 +196,13 @@ class _Side:
         return self.frames.between_messages and not self.unwritten
 
 
-class Relay:
+class WebSocketRelay:
     """The two directions of one WebSocket."""
 
     def __init__(
         self,
-        connection: Connection,
-        wire: Wire,
+        connection: ClientConnection,
+        wire: UpstreamConnection,
         exchange: Exchange,
         request_id: str,
         *,
@@ -364,7 +364,7 @@ class Relay:
         """Handle the next frames of a side."""
         try:
             for each in side.frames.feed(data):
-                if isinstance(each, Passed):
+                if isinstance(each, PassedFrames):
                     side.messages += each.messages
                     self._put(side, each.data)
                 elif isinstance(each, Message):
@@ -372,12 +372,14 @@ class Relay:
                     self._filter(side, each)
                 else:
                     self._control(side, each)
-        except BadFrame as exc:
+        except FrameError as exc:
             self._refuse(side, exc)
         except ApiError as exc:
             self._fail(exc)
         except Exception as exc:
-            get_logger().error("a filter failed", request_id=self._request_id, **masked(failure(exc), self._hidden))
+            get_logger().error(
+                "a filter failed", request_id=self._request_id, **redacted(exception_fields(exc), self._hidden)
+            )
             self._fail(
                 ApiError(
                     500,
@@ -421,7 +423,7 @@ class Relay:
         side.held = size
         return True
 
-    def _refuse(self, side: _Side, wrong: BadFrame) -> None:
+    def _refuse(self, side: _Side, wrong: FrameError) -> None:
         """End it because of a frame that may not be sent."""
         if side.client:
             code = {1008: "policy_violation", 1009: "message_too_large"}.get(wrong.code, "malformed_frame")
@@ -438,7 +440,7 @@ class Relay:
             return
         for place, each in enumerate(side.filters):
             for left in each.close():
-                self._send(side, TEXT, through(side.filters, left, place + 1))
+                self._send(side, TEXT, run_filters(side.filters, left, place + 1))
         self._tell(other, last=True)  # nothing of a message may follow a close frame
         if self._exchange.close_code is None:
             self._exchange.close_code = control.code or 1005
@@ -462,12 +464,12 @@ class Relay:
     def _filter(self, side: _Side, message: Message) -> None:
         event = MessageEvent(message.payload)
         try:
-            events = list(through(side.filters, event))
+            events = list(run_filters(side.filters, event))
         except ApiError as exc:
             if not side.client:
                 raise
             # The client is told, as the API tells it of what it cannot do, and may go on.
-            side.answers.append(frame(TEXT, error_event(exc, message.payload), masked=False))
+            side.answers.append(encode_frame(TEXT, error_event(exc, message.payload), masked=False))
             self._tell(side)
             return
         self._send(side, message.opcode, events)
@@ -496,12 +498,12 @@ class Relay:
 
     def _send(self, side: _Side, opcode: int, events: Iterable[Event]) -> None:
         """Send messages on, from a side to the other; a large one in pieces, in later turns."""
-        masked = side.client
+        redacted = side.client
         for each in events:
             if len(each.raw) > STEP:
-                side.unwritten.append(FrameWriter(opcode, each.raw, masked=masked))
+                side.unwritten.append(FrameWriter(opcode, each.raw, masked=redacted))
             else:
-                self._put(side, frame(opcode, each.raw, masked=masked))
+                self._put(side, encode_frame(opcode, each.raw, masked=redacted))
 
     def _put(self, side: _Side, data: bytes) -> None:
         """Send bytes on, from a side to the other, after those that are still to be written."""
@@ -538,7 +540,7 @@ class Relay:
         if paused:
             other.hold(_FLOW)
             if side.client:
-                side.timer = Patience(self._connection, self._patience[0], self._client_takes_nothing)
+                side.timer = WriteTimeout(self._connection, self._patience[0], self._client_takes_nothing)
             else:
                 side.timer = self._loop.call_later(self._patience[1], self._azure_takes_nothing)
         else:
@@ -569,7 +571,7 @@ class Relay:
                 return
             elif other.between:
                 side.pinged = True
-                side.write(frame(PING, self._ours, masked=not side.client))
+                side.write(encode_frame(PING, self._ours, masked=not side.client))
 
     def _silent(self, side: _Side) -> None:
         if side.client:
@@ -602,7 +604,7 @@ class Relay:
         for side, other in ((self._client, self._azure), (self._azure, self._client)):
             if not side.told and not side.lost and other.between:
                 side.told = True
-                side.write(close_frame(code, reason, masked=not side.client))
+                side.write(encode_close_frame(code, reason, masked=not side.client))
         if self._exchange.close_code is None:
             self._exchange.close_code = code
 
@@ -614,5 +616,5 @@ def error_event(error: ApiError, message: bytes) -> bytes:
         # The rest of a message, which may be long, is not decoded.
         sent = raw_fields(message, ("event_id",)).get("event_id", b"")
         if sent.startswith(b'"') and len(sent) <= _MOST_EVENT_ID:
-            told["event_id"] = decoded_json(sent, msgspec.json.decode)
+            told["event_id"] = decode_json(sent, msgspec.json.decode)
     return msgspec.json.encode({"type": "error", "status": error.status, "error": told})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-__all__ = ("Outbox", "Sender")
+__all__ = ("Sender", "WriteBuffer")
 
 
 class Sender(Protocol):
@@ -21,7 +21,7 @@ class Sender(Protocol):
         """Write it."""
 
 
-class Outbox:
+class WriteBuffer:
     """The connections of one loop that have something to write at the end of this turn."""
 
     __slots__ = ("_loop", "_waiting")

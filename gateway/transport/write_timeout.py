@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ("Patience",)
+__all__ = ("WriteTimeout",)
 
 
-class Writes(Protocol):
+class WritableConnection(Protocol):
     """A connection that is written to."""
 
     @property
@@ -17,12 +17,12 @@ class Writes(Protocol):
         """The number of bytes that the client has not taken yet."""
 
 
-class Patience:
+class WriteTimeout:
     """Calls `give_up` when a client has taken nothing for so many seconds; `cancel` where it need not be waited for."""
 
     __slots__ = ("_connection", "_give_up", "_seconds", "_timer", "_unsent")
 
-    def __init__(self, connection: Writes, seconds: float, give_up: Callable[[], None]) -> None:
+    def __init__(self, connection: WritableConnection, seconds: float, give_up: Callable[[], None]) -> None:
         self._connection = connection
         self._seconds = seconds
         self._give_up = give_up

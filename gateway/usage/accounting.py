@@ -13,7 +13,7 @@ from gateway.protocol.json_fields import raw_fields
 from gateway.usage.response_text import text_of_events, texts_of_json
 from gateway.usage.tokenizer import COUNTED_AT_ONCE, Source, count_tokens, most_output, prompt_tokens
 
-__all__ = ("METERED", "PROMPTED", "UNTOLD", "Meter", "Usage", "Watch")
+__all__ = ("METERED", "PROMPTED", "UNTOLD", "Usage", "UsageMeter", "UsageReader")
 
 # What has a prompt of text; and all that uses tokens. Not all that has a `usage` in its answer does: a file may hold
 # thousands, and a stored answer has an old one.
@@ -172,7 +172,7 @@ def _object(data: bytes, start: int) -> bytes | None:
 _NO_TEXT = StringIO()
 
 
-class Watch:
+class UsageReader:
     """Sees one answer's bytes pass, and finds the usage in them. Of several in one answer the last one counts.
 
     Of a stream the tokens of its text are counted as it comes, piece by piece, in case it breaks off.
@@ -310,17 +310,17 @@ def _in_background(body: bytes) -> bool:
         return False
 
 
-class Meter:
+class UsageMeter:
     """What one exchange used, over all that Azure was asked for it."""
 
     __slots__ = ("_asked",)
 
     def __init__(self) -> None:
-        self._asked: list[tuple[Watch, str, bytes | None, str | None]] = []
+        self._asked: list[tuple[UsageReader, str, bytes | None, str | None]] = []
 
-    def watch(self, operation: str, body: bytes | None, model: str | None) -> Watch:
+    def watch(self, operation: str, body: bytes | None, model: str | None) -> UsageReader:
         """Return what is to see the answer that Azure is now asked for, with this body."""
-        watch = Watch(model, each=operation in ("realtime.connect", "responses.connect"))
+        watch = UsageReader(model, each=operation in ("realtime.connect", "responses.connect"))
         self._asked.append((watch, operation, body, model))
         return watch
 
@@ -346,7 +346,7 @@ class Meter:
         return used
 
     def _of(
-        self, watch: Watch, operation: str, body: bytes | None, model: str | None, *, abandoned: bool
+        self, watch: UsageReader, operation: str, body: bytes | None, model: str | None, *, abandoned: bool
     ) -> Usage | None:
         if watch.found is not None:
             return watch.found

@@ -9,9 +9,9 @@ import msgspec
 
 from gateway.errors import ApiError
 from gateway.protocol.json_fields import raw_fields, with_field
-from gateway.protocol.sse import Event, Filter, Splitter
+from gateway.protocol.sse import Event, EventSplitter, Filter
 
-__all__ = ("STREAMED", "HiddenUsage", "with_usage_asked")
+__all__ = ("STREAMED", "HideUsage", "request_stream_usage")
 
 # What streams its usage only to those who ask; the Responses API always does.
 STREAMED = frozenset({"chat.completions", "completions"})
@@ -34,7 +34,7 @@ _STREAM = re.compile(rb'"stream"')
 _ASKED = b'"stream_options":{"include_usage":true}'
 
 
-def with_usage_asked(body: bytes, api_version: str) -> bytes | None:
+def request_stream_usage(body: bytes, api_version: str) -> bytes | None:
     """Return the body of a streamed completion that asks for its usage; None where it does, or must not.
 
     Older api-versions refuse `stream_options`, and so do requests with `data_sources` ("on your data").
@@ -62,7 +62,7 @@ def with_usage_asked(body: bytes, api_version: str) -> bytes | None:
     return with_field(body, "stream_options", with_field(given, "include_usage", b"true"))
 
 
-class HiddenUsage(Filter):
+class HideUsage(Filter):
     """Takes out of a stream what its client did not ask for: the chunk of the usage, and `"usage":null` elsewhere.
 
     An event of JSON is kept until it is whole; all else goes on as it comes.
@@ -74,7 +74,7 @@ class HiddenUsage(Filter):
         self._rest = b""  # an event of JSON that has not ended
         self._inside = b""  # the last byte of another event that has not ended
         self.between = True
-        self._splitter: Splitter | None = None  # of a stream whose lines do not end with LF, as Azure's do
+        self._splitter: EventSplitter | None = None  # of a stream whose lines do not end with LF, as Azure's do
 
     def feed(self, data: bytes) -> bytes:
         """Return the events without their usage."""
@@ -112,7 +112,7 @@ class HiddenUsage(Filter):
     def _split(self, data: bytes) -> bytes:
         """Do it event by event."""
         if self._splitter is None:
-            self._splitter, self._inside = Splitter(), b""
+            self._splitter, self._inside = EventSplitter(), b""
             self.between = False
             data, self._rest = self._rest + data, b""
         return b"".join([self._hidden(each) for each in self._splitter.feed(data) if not _tells_usage(each)])

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from gateway.errors import ApiError
-from gateway.protocol.json_fields import decoded_json, encoded_json
+from gateway.protocol.json_fields import decode_json, encode_json
 
 try:
     import toktok
@@ -116,13 +116,13 @@ def prompt_tokens(body: bytes, model: str | None, most: int = _MOST_COUNTED) -> 
     if len(body) > most or toktok is None:
         return _estimated(body), "estimated"
     try:
-        fields = decoded_json(body, msgspec.json.decode)
+        fields = decode_json(body, msgspec.json.decode)
     except ApiError:
         fields = None
     if not isinstance(fields, dict):
         return _estimated(body), "estimated"
     try:
-        texts = [encoded_json(fields[name]).decode("utf-8", "replace") for name in _SCHEMAS if fields.get(name)]
+        texts = [encode_json(fields[name]).decode("utf-8", "replace") for name in _SCHEMAS if fields.get(name)]
     except ApiError:  # nested too deeply
         return _estimated(body), "estimated"
     more = 0
@@ -213,11 +213,11 @@ _asked = msgspec.json.Decoder(_Asked)
 def most_output(body: bytes) -> int | None:
     """Return how many tokens an answer may have at most, all choices together; None where the request does not say."""
     try:
-        asked = decoded_json(body, _asked.decode, skips=True)
+        asked = decode_json(body, _asked.decode, skips=True)
     except ApiError:
         return None
     if not isinstance(asked, _Asked):
-        asked = _Asked(**{name: msgspec.Raw(encoded_json(asked.get(name))) for name in _Asked.__struct_fields__})
+        asked = _Asked(**{name: msgspec.Raw(encode_json(asked.get(name))) for name in _Asked.__struct_fields__})
     given = [
         min(int(number), _MOST)
         for number in (_number(raw) for raw in (asked.max_completion_tokens, asked.max_tokens, asked.max_output_tokens))
@@ -234,7 +234,7 @@ def _number(raw: msgspec.Raw) -> float:
     if raw is _NULL or len(raw) > _MOST_DIGITS:
         return 0
     try:
-        value = decoded_json(bytes(raw), msgspec.json.decode)
+        value = decode_json(bytes(raw), msgspec.json.decode)
     except ApiError:
         return 0
     return value if type(value) in (int, float) else 0
@@ -245,7 +245,7 @@ def _prompts(raw: bytes) -> int:
     if not raw.startswith(b"["):
         return 1
     try:
-        prompts = decoded_json(raw, msgspec.json.decode)
+        prompts = decode_json(raw, msgspec.json.decode)
     except ApiError:  # too many to decode, and so at most as many as this
         return raw.count(b",") + 1
     return 1 if not prompts or type(prompts[0]) is int else len(prompts)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from gateway.auth.background_refresh import Fetching
+from gateway.auth.background_refresh import BackgroundRefresh
 
 
 class Slow:
@@ -29,7 +29,7 @@ class Slow:
 async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
     """Who comes while it is under way begins none; who gives up waiting does not end it for the others."""
     slow = Slow()
-    fetching = Fetching(slow, "keys")
+    fetching = BackgroundRefresh(slow, "keys")
     under_way = [fetching.under_way]
     waiting = [asyncio.create_task(fetching.refresh()) for _ in range(3)]
     await asyncio.sleep(0)
@@ -48,7 +48,7 @@ async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
 async def test_what_keeps_it_fresh_ends_with_it() -> None:
     """And so does a fetch under way; to stop what never began is no mistake."""
     slow = Slow()
-    fetching = Fetching(slow, "keys")
+    fetching = BackgroundRefresh(slow, "keys")
     await fetching.stop()
 
     async def keep_fresh() -> None:

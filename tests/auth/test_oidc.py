@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.auth.credentials import key_digest
-from gateway.auth.oidc import Identity, Issuer, Issuers, Judgement
+from gateway.auth.oidc import Identity, Issuer, Issuers, TokenVerification
 from gateway.config import identity as config_identity
 from gateway.config import load
 from gateway.errors import ApiError, ConfigError
@@ -67,7 +67,7 @@ def bearer(token: str) -> Headers:
     return Headers({"Authorization": f"Bearer {token}"})
 
 
-async def judged(issuers: Issuers, token: str) -> Judgement:
+async def judged(issuers: Issuers, token: str) -> TokenVerification:
     judgement = await issuers.judge(bearer(token))
     assert judgement is not None
     return judgement
@@ -144,7 +144,7 @@ async def test_what_a_token_must_say(
 ) -> None:
     """Who made it, for whom, and until when; the log gets the reason, and no key is asked for in vain."""
     token = made({"alg": "RS256", "kid": "first"}, claims_of(issuer.url, **changed))
-    assert await judged(issuers, token) == Judgement(reason=reason)
+    assert await judged(issuers, token) == TokenVerification(reason=reason)
     assert not issuer.asked
 
 
@@ -657,7 +657,7 @@ async def test_asking_for_an_identity_that_cannot_be_judged_is_an_error() -> Non
     request = sent.reached
     assert request is not None
     assert (request.identity, request.unidentified) == (None, None)
-    request._judgement = Judgement(reason="token that cannot be checked", retry_after=0.2)
+    request._judgement = TokenVerification(reason="token that cannot be checked", retry_after=0.2)
     with pytest.raises(ApiError) as raised:
         _ = request.copy().identity
     assert (raised.value.status, raised.value.headers) == (503, {"retry-after": "1"})

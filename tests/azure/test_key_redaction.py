@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.azure.key_redaction import mask_headers, masked_pieces
+from gateway.azure.key_redaction import redact_headers, redact_pieces
 from gateway.protocol.headers import Headers
 from tests.conftest import CHAT, KEY, StartGateway, raw_upstream
 
@@ -32,7 +32,7 @@ def test_it_is_found_wherever_pieces_are_cut(pieces: list[str]) -> None:
             yield piece.encode()
 
     async def read() -> bytes:
-        return b"".join([piece async for piece in masked_pieces(cut(), b"abc")])
+        return b"".join([piece async for piece in redact_pieces(cut(), b"abc")])
 
     whole = "".join(pieces).encode()
     assert asyncio.run(read()) == whole.replace(b"abc", b"***")
@@ -41,7 +41,7 @@ def test_it_is_found_wherever_pieces_are_cut(pieces: list[str]) -> None:
 def test_header_fields_are_masked() -> None:
     """Only those that hold it change."""
     headers = Headers({"www-authenticate": f"Bearer error={SECRET}", "x-other": "stays"})
-    mask_headers(headers, SECRET.encode())
+    redact_headers(headers, SECRET.encode())
     assert dict(headers) == {"www-authenticate": "Bearer error=***", "x-other": "stays"}
 
 

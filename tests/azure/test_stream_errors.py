@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.azure.stream_errors import Beginning, StreamError
+from gateway.azure.stream_errors import StreamBeginning, StreamError
 from tests.chunks import PLAIN, PROMPT, event
 
 CREATED = {"type": "response.created", "response": {"id": "resp_1", "status": "in_progress"}}
@@ -21,7 +21,7 @@ LIMIT = {"error": {"code": "429", "message": "Try again in 2 seconds."}}
 def found(*events: Any, responses: bool = False) -> tuple[bool, int | None]:
     """Return whether these events are enough to tell, and the status of the error that they begin with."""
     data = b"".join(event(each) for each in events)
-    beginning = Beginning(responses=responses)
+    beginning = StreamBeginning(responses=responses)
     enough = beginning.is_enough(data)
     error = beginning.error_in(data)
     return enough, error.status if error is not None else None
@@ -54,7 +54,7 @@ def test_it_is_the_same_however_the_bytes_come() -> None:
     """Fed byte by byte, with any of the line endings."""
     for newline in (b"\n", b"\r\n", b"\r"):
         data = (event(CREATED) + event(FAILED)).replace(b"\n", newline)
-        beginning = Beginning(responses=True)
+        beginning = StreamBeginning(responses=True)
         for end in range(len(data) + 1):
             beginning.is_enough(data[:end])
         error = beginning.error_in(data)
@@ -65,7 +65,7 @@ def test_it_is_the_same_however_the_bytes_come() -> None:
 def test_an_error_without_an_end_is_one() -> None:
     """Also where a gateway on the way sends plain JSON, whatever it calls it."""
     for data in (b"data: " + json.dumps(LIMIT).encode(), json.dumps(LIMIT, indent=1).encode()):
-        error = Beginning().error_in(data)
+        error = StreamBeginning().error_in(data)
         assert error is not None
         assert error.error == LIMIT["error"]
 

@@ -12,7 +12,7 @@ from yarl import URL
 
 from gateway import ApiError, Headers, Request, Target
 from gateway.azure.operations import BY_NAME, OPERATIONS, Operation
-from gateway.azure.urls import place_of, upstream_path
+from gateway.azure.urls import parse_client_path, upstream_path
 from gateway.body.request_body import Body
 from gateway.exchange import Exchange
 
@@ -43,7 +43,7 @@ CHAT = BY_NAME["chat.completions"]
 )
 def test_openai_s_and_azure_s_paths_say_the_same(path: str, place: tuple[str, str, str | None] | None) -> None:
     """A prefix for the team, the path of the operation, and the model where the path names it."""
-    assert place_of(path) == place
+    assert parse_client_path(path) == place
 
 
 @pytest.mark.parametrize(

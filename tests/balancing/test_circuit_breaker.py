@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.azure.resources import Deployment, Resource
-from gateway.balancing.circuit_breaker import DeploymentHealth, Health, News
+from gateway.balancing.circuit_breaker import DeploymentHealth, Health, HealthEvent
 from gateway.protocol.headers import Headers
 from gateway.settings import HealthSettings
 
@@ -179,11 +179,11 @@ def test_what_azure_asked_for_outlasts_all_else() -> None:
     east.cool_down(clock.now, 60, "rate_limited")  # of a request that was asked before
     east.failed(clock.now, "connect", tried=tried)
     assert east.available_in(clock.now) == 60
-    health.hear(News(east.key))
+    health.hear(HealthEvent(east.key))
     assert east.available_in(clock.now) == 60
     clock.now += 60
     tried = failing()
-    health.hear(News(east.key, 30, reason="rate_limited"))
+    health.hear(HealthEvent(east.key, 30, reason="rate_limited"))
     east.left(clock.now, tried)
     assert east.available_in(clock.now) == 30
     east.probed(clock.now, None, 5)
@@ -273,31 +273,31 @@ def test_room_without_a_limit_is_of_the_most_that_was_left() -> None:
 def test_what_others_are_told_and_hear() -> None:
     """A rest, and its end; what is heard is not told again, and shortens nothing that is known here."""
     east, clock, health = made(failures=1, rest=2)
-    told: list[News] = []
+    told: list[HealthEvent] = []
     health.told.append(told.append)
     east.failed(clock.now, "connect")
-    assert told == [News(east.key, 2, failing=True, reason="connect")]
+    assert told == [HealthEvent(east.key, 2, failing=True, reason="connect")]
     assert health.news() == told
     west, there, other = made(rest=2)
-    heard: list[News] = []
+    heard: list[HealthEvent] = []
     other.told.append(heard.append)
     other.hear(told[0])
     assert (west.available_in(there.now), west.failing, west.reason) == (2, True, "connect")
-    other.hear(News(east.key, 1, failing=True, reason="dns"))
+    other.hear(HealthEvent(east.key, 1, failing=True, reason="dns"))
     assert west.available_in(there.now) == 2
     clock.now += 2
     east.begin(clock.now)
     east.succeeded(clock.now, east._try)
     other.hear(told[1])
     assert (west.is_available(there.now), west.failing) == (True, False)
-    other.hear(News("nobody/knows it", 5))
+    other.hear(HealthEvent("nobody/knows it", 5))
     assert heard == []
 
 
 def test_small_steps_are_not_told() -> None:
     """A hundred requests that meet the same 429 are one piece of news."""
     east, clock, health = made()
-    told: list[News] = []
+    told: list[HealthEvent] = []
     health.told.append(told.append)
     for _ in range(100):
         east.cool_down(clock.now, 10, "rate_limited")
@@ -430,7 +430,7 @@ def test_a_deployment_that_was_tried_and_is_back_is_not_overrun() -> None:
         east.failed(clock.now, "connect")
         clock.now += 1
         if heard:
-            health.hear(News(east.key))
+            health.hear(HealthEvent(east.key))
         else:
             east.succeeded(clock.now, east.begin(clock.now))
         assert not east.failing
@@ -440,7 +440,7 @@ def test_a_deployment_that_was_tried_and_is_back_is_not_overrun() -> None:
 def test_a_rest_that_another_process_told_of_ends_in_a_slow_start_too() -> None:
     """All of them would begin at once."""
     east, clock, health = made()
-    health.hear(News(east.key, 2, reason="rate_limited"))
+    health.hear(HealthEvent(east.key, 2, reason="rate_limited"))
     clock.now += 2
     assert sent(east, clock.now) == 1
 

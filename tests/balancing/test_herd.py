@@ -16,7 +16,7 @@ from gateway.auth.credentials import Credential
 from gateway.azure.operations import find_operation
 from gateway.azure.resources import Deployment, Pool, Resource, Target
 from gateway.balancing.circuit_breaker import Health
-from gateway.balancing.retries import AttemptLimits, Balancer, RetryBudget
+from gateway.balancing.retries import Retrier, RetryBudget, RetryLimits
 from gateway.body.request_body import Body
 from gateway.exchange import Exchange
 from gateway.logs import get_logger
@@ -70,8 +70,8 @@ def simulated(
     deployment = Deployment(Resource("east", "https://east.invalid", credential=Credential("k")), "m")
     health.use(HealthSettings(), [deployment])
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    limits = AttemptLimits(600, wait=wait)
-    balancer = Balancer(Pool("p", (deployment,)), health, RetryBudget(100), limits, get_logger(), seed)
+    limits = RetryLimits(600, wait=wait)
+    balancer = Retrier(Pool("p", (deployment,)), health, RetryBudget(100), limits, get_logger(), seed)
 
     async def one() -> int:
         exchange = Exchange()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gateway.azure.resources import Deployment, Pool, Resource
 from gateway.balancing.circuit_breaker import Health
-from gateway.balancing.selection import Chooser
+from gateway.balancing.selection import Selector
 from gateway.protocol.headers import Headers
 
 NOW = 1000.0
@@ -32,7 +32,7 @@ def pool(*weights: float, priorities: tuple[int, ...] = ()) -> Pool:
     )
 
 
-def names(chooser: Chooser, times: int) -> list[str]:
+def names(chooser: Selector, times: int) -> list[str]:
     """Return who is chosen, one after another, each done at once."""
     picked = [chooser.pick(NOW) for _ in range(times)]
     return [each.name for each in picked if each is not None]
@@ -41,7 +41,7 @@ def names(chooser: Chooser, times: int) -> list[str]:
 @given(st.lists(st.sampled_from([0.5, 1.0, 2.0, 3.0, 10.0]), min_size=1, max_size=6), st.integers(0, 1000))
 def test_shares_are_by_weight(weights: list[float], seed: int) -> None:
     """Of any number of requests, each deployment's count is within two of its exact share."""
-    chooser = Chooser(pool(*weights), Health(), seed)
+    chooser = Selector(pool(*weights), Health(), seed)
     counts = Counter(names(chooser, 200))
     for choice in chooser.all:
         assert abs(counts[choice.name] - 200 * choice.weight / sum(weights)) <= 2
@@ -51,7 +51,7 @@ def test_shares_are_by_weight(weights: list[float], seed: int) -> None:
 def test_the_least_loaded_for_its_weight_is_chosen(weights: list[float], ends: list[int]) -> None:
     """However requests begin and end: nobody else has less in flight for its weight, but for a turn of either."""
     health = Health()
-    chooser = Chooser(pool(*weights), health, 1)
+    chooser = Selector(pool(*weights), health, 1)
     running: list[int] = []
     for end in ends:
         chosen = chooser.pick(NOW)
@@ -67,7 +67,7 @@ def test_the_least_loaded_for_its_weight_is_chosen(weights: list[float], ends: l
 @pytest.mark.parametrize("rate", [0.2, 1.0, 4.0])
 def test_shares_are_by_weight_where_few_run_at_once(rate: float) -> None:
     """Nobody gets more for having nothing in flight just now: the smallest would hit its quota."""
-    chooser = Chooser(pool(5, 1, 0.5), Health(), 1)
+    chooser = Selector(pool(5, 1, 0.5), Health(), 1)
     random = Random(7)
     ends: list[tuple[float, int]] = []
     counts = [0, 0, 0]
@@ -89,16 +89,16 @@ def test_shares_are_by_weight_where_few_run_at_once(rate: float) -> None:
 def test_the_same_seed_is_the_same_order_and_another_another() -> None:
     """And with none, processes do not begin with the same one."""
     made = pool(1, 1, 1, 1)
-    assert names(Chooser(made, Health(), 3), 20) == names(Chooser(made, Health(), 3), 20)
-    firsts = {names(Chooser(made, Health(), seed), 1)[0] for seed in range(40)}
+    assert names(Selector(made, Health(), 3), 20) == names(Selector(made, Health(), 3), 20)
+    firsts = {names(Selector(made, Health(), seed), 1)[0] for seed in range(40)}
     assert firsts == {"a/x", "b/x", "c/x", "d/x"}
-    assert len({names(Chooser(made, Health()), 1)[0] for _ in range(100)}) > 1
+    assert len({names(Selector(made, Health()), 1)[0] for _ in range(100)}) > 1
 
 
 def test_one_that_rested_does_not_make_up_for_it() -> None:
     """It gets its share from now on, and no flood."""
     health = Health()
-    chooser = Chooser(pool(1, 1), health, 1)
+    chooser = Selector(pool(1, 1), health, 1)
     chooser.all[0].health.rests_until = NOW + 5
     assert names(chooser, 50) == ["b/x"] * 50
     chooser.all[0].health.rests_until = 0.0
@@ -108,7 +108,7 @@ def test_one_that_rested_does_not_make_up_for_it() -> None:
 def test_priorities() -> None:
     """The next priority is for when nobody of the one before is available, was not tried, and has room."""
     health = Health()
-    chooser = Chooser(pool(1, 1, 1, priorities=(1, 2, 2)), health, 1)
+    chooser = Selector(pool(1, 1, 1, priorities=(1, 2, 2)), health, 1)
     first, second, third = chooser.all
     assert set(names(chooser, 10)) == {"a/x"}
     assert chooser.pick(NOW, (first,)) in (second, third)
@@ -127,7 +127,7 @@ def test_priorities() -> None:
 def test_room_is_weight() -> None:
     """Half the quota left is half the weight; utilisation of provisioned throughput counts the same."""
     health = Health()
-    chooser = Chooser(pool(1, 1), health, 1)
+    chooser = Selector(pool(1, 1), health, 1)
     fields = Headers({"x-ratelimit-remaining-tokens": "250", "x-ratelimit-limit-tokens": "1000"}).fields
     chooser.all[0].health.observe(NOW, fields)
     chooser.all[1].health.observe(NOW, Headers({"azure-openai-deployment-utilization": "50.0%"}).fields)
@@ -143,7 +143,7 @@ def test_room_is_weight() -> None:
 def test_one_whose_room_is_back_gets_its_share_at_once(left: str) -> None:
     """Once Azure says so, or has said nothing for as long as it is believed: a quota is new each minute."""
     for told in (True, False):
-        chooser = Chooser(pool(1, 1), Health(), 1)
+        chooser = Selector(pool(1, 1), Health(), 1)
         one = chooser.all[0].health
         room = {"x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": left}
         one.observe(NOW, Headers(room).fields)
@@ -160,7 +160,7 @@ def test_one_whose_room_is_back_gets_its_share_at_once(left: str) -> None:
 @given(st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=2, max_size=6), st.binary(min_size=1, max_size=8))
 def test_a_key_has_a_home(weights: list[float], key: bytes) -> None:
     """It is the same under every seed; where the home rests, it is another, and only for its own keys."""
-    one, other = Chooser(pool(*weights), Health(), 1), Chooser(pool(*weights), Health(), 2)
+    one, other = Selector(pool(*weights), Health(), 1), Selector(pool(*weights), Health(), 2)
     home, same = one.pick(NOW, (), key), other.pick(NOW, (), key)
     assert home is not None
     assert same is not None
@@ -175,14 +175,14 @@ def test_a_key_has_a_home(weights: list[float], key: bytes) -> None:
 
 def test_keys_are_shared_by_weight() -> None:
     """A deployment of three times the weight is the home of three times as many."""
-    chooser = Chooser(pool(1, 3), Health(), 1)
+    chooser = Selector(pool(1, 3), Health(), 1)
     homes = Counter(choice.name for number in range(4000) if (choice := chooser.pick(NOW, (), b"%d" % number)))
     assert 0.7 < homes["b/x"] / 4000 < 0.8
 
 
 def test_those_that_wait_wake_apart() -> None:
     """The more there are the further apart, under one seed always the same; never later than they can wait."""
-    one, other = (Chooser(pool(1.0), Health(), 7) for _ in range(2))
+    one, other = (Selector(pool(1.0), Health(), 7) for _ in range(2))
     assert [one.jitter(5), other.jitter(5)] == [0, 0], "nobody waits"
     with ExitStack() as waiting:
         for chooser in (one, other):
@@ -197,7 +197,7 @@ def test_those_that_wait_wake_apart() -> None:
 
 def test_one_that_is_held_back_is_found_for_those_that_cannot_wait() -> None:
     """One that rests is not."""
-    chooser = Chooser(pool(1.0, 1.0), Health(), 1)
+    chooser = Selector(pool(1.0, 1.0), Health(), 1)
     one, other = chooser.all
     for each in (one, other):
         each.health.cool_down(NOW, 1, "rate_limited")

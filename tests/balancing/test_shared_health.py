@@ -13,8 +13,8 @@ import structlog
 
 from gateway.azure.resources import Deployment, Resource
 from gateway.balancing.circuit_breaker import DeploymentHealth, Health
-from gateway.balancing.shared_health import Bulletin
-from gateway.limits.redis_url import RedisPlace
+from gateway.balancing.shared_health import SharedHealth
+from gateway.limits.redis_url import RedisUrl
 from gateway.settings import HealthSettings
 from tests.cluster import cluster, pool_yaml
 from tests.conftest import CHAT, StartGateway, until
@@ -41,7 +41,7 @@ class Peer:
         health = Health()
         health.use(HealthSettings(failures=1, rest=30), [EAST])
         self.east: DeploymentHealth = health.of(EAST)
-        self.bulletin = Bulletin(RedisPlace.parse(server.url), health)
+        self.bulletin = SharedHealth(RedisUrl.parse(server.url), health)
 
     async def __aenter__(self) -> Peer:
         self.bulletin.start()
@@ -121,6 +121,6 @@ def test_a_server_s_clock_that_steps_back_makes_no_rest_longer() -> None:
     """It is as long as it was told for, at most."""
     health = Health()
     health.use(HealthSettings(), [EAST])
-    bulletin = Bulletin(RedisPlace.parse("redis://127.0.0.1:1"), health)
+    bulletin = SharedHealth(RedisUrl.parse("redis://127.0.0.1:1"), health)
     bulletin._hear(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
     assert health.of(EAST).available_in(time.monotonic()) <= 1.0

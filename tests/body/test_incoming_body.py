@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.body.incoming_body import LINES_AT_ONCE, ArrivingBody
+from gateway.body.incoming_body import LINES_AT_ONCE, IncomingBody
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
 from gateway.protocol.http1 import MOST_LINES
 from gateway.settings import Limits, Timeouts
 from gateway.testing import FakeAzure
 from gateway.transport import client_connection as connection
-from gateway.transport.client_connection import Arrived, Connection
-from gateway.transport.write_buffer import Outbox
+from gateway.transport.client_connection import ClientConnection, IncomingRequest
+from gateway.transport.write_buffer import WriteBuffer
 from tests.azure.test_model_field import BOUNDARY, form
 from tests.conftest import KEY, Gateway, StartGateway, chat_request, raw_request, until
 from tests.test_costs import Pipe, settle
@@ -45,7 +45,7 @@ class Client:
         http = gateway.server._http
         assert http is not None
         self.pipe = Pipe()
-        self.connection = cast(Connection, http())
+        self.connection = cast(ClientConnection, http())
         self.connection.connection_made(self.pipe)
 
     async def send(self, *reads: bytes) -> None:
@@ -246,9 +246,9 @@ class Quiet:
     def waits(self, waiting: bool) -> None: ...
 
 
-def arriving(sender: Quiet, length: int | None = None) -> ArrivingBody:
+def arriving(sender: Quiet, length: int | None = None) -> IncomingBody:
     loop = asyncio.get_running_loop()
-    return ArrivingBody(sender, loop, length=length, expects=False, limit=1 << 30, patience=5, least=500)
+    return IncomingBody(sender, loop, length=length, expects=False, limit=1 << 30, patience=5, least=500)
 
 
 SMALL_CHUNK = b"3\r\nxyz\r\n"
@@ -260,16 +260,16 @@ async def test_a_read_of_many_chunks_is_handled_some_at_a_time(start_gateway: St
     client = Client(gateway)
     path, kind, _ = chat(b"")
     counts = []
-    feed = ArrivingBody.feed
+    feed = IncomingBody.feed
 
-    def counted(self: ArrivingBody, data: bytes, most: int = MOST_LINES) -> bytes:
+    def counted(self: IncomingBody, data: bytes, most: int = MOST_LINES) -> bytes:
         before = self._total
         extra = feed(self, data, most)
         counts.append((self._total - before) // 3)
         return extra
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ArrivingBody, "feed", counted)
+        patch.setattr(IncomingBody, "feed", counted)
         client.connection.data_received(head(path, kind, "Transfer-Encoding: chunked") + SMALL_CHUNK * 1000)
         assert counts == [LINES_AT_ONCE // 2]
         assert not client.pipe.reading
@@ -312,7 +312,7 @@ async def test_a_body_in_chunks_goes_on_when_its_reader_does() -> None:
     pieces: list[bytes] = []
     go_on = asyncio.Event()
 
-    async def handle(arrived: Arrived) -> bool:
+    async def handle(arrived: IncomingRequest) -> bool:
         await go_on.wait()
         async for piece in arrived.body.stream():
             pieces.append(piece)
@@ -321,7 +321,7 @@ async def test_a_body_in_chunks_goes_on_when_its_reader_does() -> None:
 
     loop = asyncio.get_running_loop()
     limits, timeouts = Limits(), Timeouts()
-    client = Connection(cast("Server", Nobody()), handle, loop, limits, timeouts, Outbox(loop))
+    client = ClientConnection(cast("Server", Nobody()), handle, loop, limits, timeouts, WriteBuffer(loop))
     pipe = Pipe()
     client.connection_made(pipe)
     client.data_received(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -436,7 +436,7 @@ async def test_another_rest_ends_the_connection_and_is_never_parsed(
     assert b" 401 " in answer
     assert b"connection: close" in answer
     [held] = gateway.server._http.connections  # type: ignore[union-attr]
-    assert cast(Connection, held)._arriving is None
+    assert cast(ClientConnection, held)._arriving is None
     writer.write(b"\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     async with asyncio.timeout(10):
         rest = await reader.read()
@@ -548,7 +548,7 @@ async def test_a_body_that_stops_is_given_up_from_its_last_byte_on(start_gateway
     """The time without a byte begins with the last one, not with the time-out before it."""
     loop = asyncio.get_running_loop()
     sender = Quiet()
-    body = ArrivingBody(sender, loop, length=100, expects=False, limit=1000, patience=50, least=1)
+    body = IncomingBody(sender, loop, length=100, expects=False, limit=1000, patience=50, least=1)
     waiting = asyncio.create_task(body.rest(None))
     await settle()
     body._begun -= 40.0  # it has waited for 40 s when the next byte comes

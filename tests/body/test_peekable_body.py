@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from gateway import Response
-from gateway.body.peekable_body import Peeked
+from gateway.body.peekable_body import PeekedBody
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, StartGateway, raw_upstream
 
@@ -68,7 +68,7 @@ async def test_closing_closes_the_source() -> None:
 
     response = Response(200, waits())
     assert await response.peek(lambda data: b"b" in data, 0.01) == b"a"
-    assert isinstance(response.body, Peeked)
+    assert isinstance(response.body, PeekedBody)
     await response.body.aclose()
     assert closed.is_set()
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.body.spooled_file import Spool
+from gateway.body.spooled_file import SpooledFile
 from gateway.errors import ApiError
 from tests.conftest import until
 
@@ -29,7 +29,7 @@ def open_files() -> set[str]:
 @given(st.lists(st.binary(max_size=40), max_size=20), st.integers(0, 100), st.integers(0, 100))
 async def test_what_was_written_is_read_back(pieces: list[bytes], start: int, size: int) -> None:
     """Any part of it, in any order, wherever memory ended."""
-    spool = Spool(in_memory=16)
+    spool = SpooledFile(in_memory=16)
     for piece in pieces:
         await spool.write(piece)
         whole = b"".join(pieces)[: spool.size]
@@ -46,7 +46,7 @@ async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
     """The file has no name, and is gone when it is closed."""
     gc.collect()  # files of other tests, whose numbers would be given again in between
     before = open_files()
-    spool = Spool(in_memory=1000)
+    spool = SpooledFile(in_memory=1000)
     await spool.write(b"x" * 900)
     assert open_files() == before
     await spool.write(b"x" * 900)
@@ -84,7 +84,7 @@ class Account:
 async def test_each_byte_is_counted_once_where_it_is(sizes: list[int], room: int) -> None:
     """In memory, or on disk; none after the end, also where there was no room for it."""
     account = Account(room)
-    spool = Spool(in_memory=16, account=account)
+    spool = SpooledFile(in_memory=16, account=account)
     with contextlib.suppress(ApiError):
         for size in sizes:
             await spool.write(b"x" * size)
@@ -98,7 +98,7 @@ async def test_each_byte_is_counted_once_where_it_is(sizes: list[int], room: int
 @pytest.mark.parametrize("in_memory", [10, 100])
 async def test_what_was_closed_is_gone_and_not_empty(in_memory: int) -> None:
     """A reader is told: nothing at all would be the end of a body that is cut short."""
-    spool = Spool(in_memory=in_memory)
+    spool = SpooledFile(in_memory=in_memory)
     await spool.write(b"x" * 20)
     spool.close()
     await until(lambda: spool._file is None)
@@ -110,7 +110,7 @@ async def test_what_was_closed_is_gone_and_not_empty(in_memory: int) -> None:
 
 async def test_a_file_that_lost_bytes_is_not_taken_for_whole() -> None:
     """What was written and cannot be read is an error, not an end."""
-    spool = Spool(in_memory=10)
+    spool = SpooledFile(in_memory=10)
     await spool.write(b"x" * 20)
     assert spool._file is not None
     spool._file.truncate(5)

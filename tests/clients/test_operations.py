@@ -19,7 +19,7 @@ import pytest
 from openai._resource import SyncAPIResource
 
 from gateway.azure.operations import OPERATIONS, Operation, find_operation
-from gateway.azure.urls import place_of
+from gateway.azure.urls import parse_client_path
 from gateway.testing import FakeAzure
 from tests.conftest import KEY, Gateway, StartGateway
 
@@ -139,7 +139,7 @@ async def node_calls(gateway: Gateway, mode: str) -> list[Call]:
 
 def checked(call: Call, version: str, azure: FakeAzure) -> Operation:
     """Check one call against the table and what the fake Azure saw; return its line."""
-    place = place_of(call.path)
+    place = parse_client_path(call.path)
     assert place is not None, call
     row = find_operation(call.method, place.path)
     assert row is not None, f"{call.method} {place.path} ({call.name}): operations.txt says neither yes nor no of it"

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from gateway.config import load
 from gateway.config.diff import diff
-from gateway.process.generations import Renewal
+from gateway.process.generations import GenerationSwitch
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, Gateway, StartGateway, raw_upstream, until, write_files
 
@@ -215,7 +215,7 @@ async def test_a_key_in_a_file_is_read_again(azure: FakeAzure, tmp_path: Path, s
     path = tmp_path / "gateway.yaml"
     env = {"ENDPOINT": azure.endpoint}
     loaded = load(path, env, gateway.server.shared)
-    renewal = Renewal(gateway.server, loaded, lambda shared, sources: load(path, env, shared, sources=sources))
+    renewal = GenerationSwitch(gateway.server, loaded, lambda shared, sources: load(path, env, shared, sources=sources))
     assert (await ask(gateway))[0] == 401
     (tmp_path / "key").write_text("azure-key\n")
     assert loaded.sources.now() != loaded.sources
@@ -231,7 +231,9 @@ async def test_tokens_outlive_a_reload(azure: FakeAzure, tmp_path: Path, start_g
         await until(lambda: entra.forms)
         path, env = tmp_path / "gateway.yaml", {"ENDPOINT": azure.endpoint}
         loaded = load(path, env, gateway.server.shared)
-        renewal = Renewal(gateway.server, loaded, lambda shared, sources: load(path, env, shared, sources=sources))
+        renewal = GenerationSwitch(
+            gateway.server, loaded, lambda shared, sources: load(path, env, shared, sources=sources)
+        )
         assert (await ask(gateway))[0] == 200
         path.write_text((YAML % identity(entra)).replace("2024-10-21", "2024-06-01"))
         assert not (await renewal.reload()).report.mistakes

@@ -16,8 +16,8 @@ from gateway.config.show import show
 from gateway.errors import ConfigError
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.redis_counters import RedisCounters
-from gateway.limits.redis_url import RedisPlace
-from gateway.limits.wait_queue import Turns
+from gateway.limits.redis_url import RedisUrl
+from gateway.limits.wait_queue import WaitQueue
 from gateway.services import Shared
 from tests.conftest import write_files
 
@@ -40,8 +40,8 @@ pipeline: [auth_passthrough, model_map, api_version]
 )
 def test_urls_that_name_a_redis(text: str, expected: dict[str, object]) -> None:
     """Of each kind, with what a password may hold in percent escapes; neither is shown."""
-    place = RedisPlace.parse(text)
-    assert place == RedisPlace(**expected)  # type: ignore[arg-type] # of several types
+    place = RedisUrl.parse(text)
+    assert place == RedisUrl(**expected)  # type: ignore[arg-type] # of several types
     assert str(place).startswith("Redis over TLS at " if place.tls else "Redis at ")
     assert not {place.user, place.password} & set(re.split("[ @:]", str(place)))
     assert not place.password or place.password not in repr(place)
@@ -68,7 +68,7 @@ def test_urls_that_name_a_redis(text: str, expected: dict[str, object]) -> None:
 def test_what_is_no_redis_is_a_mistake_that_does_not_repeat_it(text: str, more: dict[str, object], words: str) -> None:
     """It may hold a password."""
     with pytest.raises(ValueError, match=words) as caught:
-        RedisPlace.parse(text, **more)  # type: ignore[arg-type] # of several types
+        RedisUrl.parse(text, **more)  # type: ignore[arg-type] # of several types
     assert "sesame" not in str(caught.value)
 
 
@@ -104,7 +104,7 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
     assert "sesame" not in show(loaded)
     assert "u:" not in show(loaded)
     loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("STORE", "redis://redis")}))
-    assert loaded.store == RedisPlace("redis")
+    assert loaded.store == RedisUrl("redis")
     loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("store: STORE", "")}))
     assert loaded.store is None
 
@@ -112,7 +112,7 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
 async def test_counters_outlive_a_reload(tmp_path: Path) -> None:
     """Each store that was named goes on as it is, and each configuration counts in its own."""
 
-    def read(store: str) -> Turns:
+    def read(store: str) -> WaitQueue:
         loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("store: STORE", store)}), shared=shared)
         return next(iter(loaded.teams.default.services.values())).counters
 

@@ -21,10 +21,10 @@ from gateway.protocol.http1 import (
     FRAMING_OF_REQUESTS,
     HEAD_END,
     MAX_HEAD,
-    Chunks,
+    ChunkedDecoder,
     HeadCheck,
     HeadReader,
-    Malformed,
+    MalformedMessage,
     parse_response,
 )
 
@@ -79,7 +79,7 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
     heads = HeadReader()
     check: HeadCheck | None = None
     data, offset, came = b"", 0, 0  # not read yet, where it begins, and where it ends
-    body: Chunks | int | None = None
+    body: ChunkedDecoder | int | None = None
     for piece in pieces:
         data += piece
         came += len(piece)
@@ -88,7 +88,7 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
                 message = reading.messages[-1]
                 try:
                     taken, data, done = _take(body, data)
-                except Malformed as exc:
+                except MalformedMessage as exc:
                     return _refused(reading, str(exc))
                 if isinstance(body, int):
                     body -= len(taken)
@@ -124,7 +124,7 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
                 if head.length == 0:
                     message.end = offset
                 else:
-                    body = head.length or Chunks(FRAMING_OF_REQUESTS)
+                    body = head.length or ChunkedDecoder(FRAMING_OF_REQUESTS)
                     if not data:
                         break
             if message.end is not None and (head.close or head.upgrade):
@@ -136,7 +136,7 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
     """Read the response to a GET or a POST as a connection to Azure does: interim ones are skipped, and one is read."""
     reading = Reading()
     data, offset, came = b"", 0, 0
-    body: Chunks | int | None = None
+    body: ChunkedDecoder | int | None = None
     until_close = False
     for piece in pieces:
         data += piece
@@ -148,7 +148,7 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
                 message = reading.messages[0]
                 try:
                     taken, data, done = _take(body, data) if body is not None else (data, b"", False)
-                except Malformed as exc:
+                except MalformedMessage as exc:
                     return _refused(reading, str(exc))
                 if isinstance(body, int):
                     body -= len(taken)
@@ -165,7 +165,7 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
                 break
             try:
                 head = parse_response(data[:end])
-            except Malformed as exc:
+            except MalformedMessage as exc:
                 return _refused(reading, str(exc))
             offset += end + 4
             data = data[end + 4 :]
@@ -179,7 +179,7 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
                 message.end = offset
                 return reading
             until_close = head.length is None and not head.chunked
-            body = Chunks() if head.chunked else head.length
+            body = ChunkedDecoder() if head.chunked else head.length
     if eof and until_close:
         reading.messages[0].end = came
     if not reading.messages and re.search(rb"(?<!\r)\n", data):
@@ -188,7 +188,7 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
     return reading
 
 
-def _take(body: Chunks | int, data: bytes) -> tuple[bytes, bytes, bool]:
+def _take(body: ChunkedDecoder | int, data: bytes) -> tuple[bytes, bytes, bool]:
     """Return the bytes of a body, what follows its end, and whether it has ended. Raises Malformed."""
     if isinstance(body, int):
         return data[:body], data[body:], len(data) >= body

@@ -22,21 +22,21 @@ from gateway.limits import shared_counters as shared_module
 from gateway.limits.counters import CountersUnavailable
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.shared_counters import SharedCounters, make_table
-from gateway.limits.token_bucket import NONE, Charge, Rule, Verdict, calendar
-from gateway.limits.wait_queue import Turns
+from gateway.limits.token_bucket import NONE, Charge, Decision, Limit, calendar
+from gateway.limits.wait_queue import WaitQueue
 from tests.conftest import until
 from tests.counting import Model, close_to
 
 START = 1_800_000_000.0
 RULES = [
-    Rule(60, "minute"),
-    Rule(100, "minute", 7),
-    Rule(7, "minute"),
-    Rule(1, "minute"),
-    Rule(90_000, "minute", 1000),
-    Rule(50, "day"),
-    Rule(500, "month"),
-    Rule(4, "at_once"),
+    Limit(60, "minute"),
+    Limit(100, "minute", 7),
+    Limit(7, "minute"),
+    Limit(1, "minute"),
+    Limit(90_000, "minute", 1000),
+    Limit(50, "day"),
+    Limit(500, "month"),
+    Limit(4, "at_once"),
 ]
 
 
@@ -83,7 +83,7 @@ EVENTS = st.lists(
 async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool) -> None:
     """Let events happen to counters and to the model, and compare what they say."""
     model = Model()
-    taken: list[tuple[Verdict, list[Any]]] = []
+    taken: list[tuple[Decision, list[Any]]] = []
     told = list(range(len(RULES)))
     for kind, what in events:
         if kind == "pass":
@@ -144,10 +144,10 @@ def test_as_the_exact_model_says_among_workers(events: list[Any], in_order: bool
 
 
 @given(
-    st.sampled_from([Rule(60, "minute"), Rule(600, "minute", 30), Rule(7, "minute")]),
+    st.sampled_from([Limit(60, "minute"), Limit(600, "minute", 30), Limit(7, "minute")]),
     st.lists(st.tuples(st.integers(0, 64 * 20), st.integers(1, 30), st.floats(0, 1), st.integers(0, 3)), max_size=80),
 )
-def test_what_is_used_never_passes_the_limit(rule: Rule, uses: list[tuple[int, int, float, int]]) -> None:
+def test_what_is_used_never_passes_the_limit(rule: Limit, uses: list[tuple[int, int, float, int]]) -> None:
     """In no time is more used than the burst and what the rate gives in it, if no use was more than its estimate.
 
     However many run at once, and in whatever order they end: that is the bound that `rate_limit` promises.
@@ -156,7 +156,7 @@ def test_what_is_used_never_passes_the_limit(rule: Rule, uses: list[tuple[int, i
     async def run() -> None:
         clock = Clock()
         counters = MemoryCounters(clock)
-        running: list[tuple[Verdict, float, float]] = []
+        running: list[tuple[Decision, float, float]] = []
         done: list[tuple[float, float]] = []
         for passed, cost, share, ends in uses:
             clock.now += passed / 64
@@ -183,7 +183,7 @@ def test_what_is_used_never_passes_the_limit(rule: Rule, uses: list[tuple[int, i
 async def test_all_or_none(make: Make) -> None:
     """Where one charge has no room, nothing is taken of the others."""
     counters = make(Clock())
-    small, large = Rule(2, "minute"), Rule(100, "minute")
+    small, large = Limit(2, "minute"), Limit(100, "minute")
     for _ in range(2):
         assert not (await counters.take([Charge("a", small), Charge("b", large)])).refused
     refused = await counters.take([Charge("b", large), Charge("a", small)])
@@ -196,7 +196,7 @@ async def test_a_shadow_is_counted_and_refuses_nothing(make: Make) -> None:
     """It is over where it would have refused, and not counted then, as a refused one is not."""
     counters = make(Clock())
     for number in range(4):
-        verdict = await counters.take([Charge("a", Rule(2, "minute"), shadow=True), Charge("b", Rule(9, "minute"))])
+        verdict = await counters.take([Charge("a", Limit(2, "minute"), shadow=True), Charge("b", Limit(9, "minute"))])
         assert not verdict.refused
         assert list(verdict.over) == ([0] if number > 1 else [])
         assert verdict.left(1) == 8 - number
@@ -205,17 +205,17 @@ async def test_a_shadow_is_counted_and_refuses_nothing(make: Make) -> None:
 async def test_a_verdict_is_settled_once(make: Make) -> None:
     """A second time changes nothing."""
     counters = make(Clock())
-    verdict = await counters.take([Charge("a", Rule(10, "day"), 8.0)])
+    verdict = await counters.take([Charge("a", Limit(10, "day"), 8.0)])
     for _ in range(3):
         counters.settle(verdict, [3.0])
-    assert (await counters.take([Charge("a", Rule(10, "day"), 0.0)])).left(0) == 7
+    assert (await counters.take([Charge("a", Limit(10, "day"), 0.0)])).left(0) == 7
 
 
 async def test_what_has_drained_does_not_come_back() -> None:
     """A reservation that failed after a minute makes no room for others: it takes up none any more."""
     clock = Clock()
     counters = MemoryCounters(clock)
-    rule = Rule(60, "minute")
+    rule = Limit(60, "minute")
     first = await counters.take([Charge("a", rule, 60.0)])
     clock.now += 60
     assert not (await counters.take([Charge("a", rule, 60.0)])).refused
@@ -227,7 +227,7 @@ async def test_what_was_used_beyond_the_estimate_counts() -> None:
     """The room it took has to come back first."""
     clock = Clock()
     counters = MemoryCounters(clock)
-    rule = Rule(60, "minute")
+    rule = Limit(60, "minute")
     verdict = await counters.take([Charge("a", rule, 10.0)])
     counters.settle(verdict, [100.0])
     refused = await counters.take([Charge("a", rule, 1.0)])
@@ -239,7 +239,7 @@ async def test_days_and_months_are_the_calendar_s(make: Make) -> None:
     clock = Clock()
     clock.now = datetime.datetime(2028, 2, 28, 23, 59, 30, tzinfo=datetime.UTC).timestamp()
     counters = make(clock)
-    charges = [Charge("day", Rule(10, "day"), 10.0), Charge("month", Rule(25, "month"), 10.0)]
+    charges = [Charge("day", Limit(10, "day"), 10.0), Charge("month", Limit(25, "month"), 10.0)]
     verdict = await counters.take(charges)
     assert (verdict.reset(0), verdict.reset(1)) == (30.0, 86_430.0)
     assert (await counters.take(charges)).refused
@@ -268,37 +268,37 @@ async def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing(make: Ma
     """The steps begin anew."""
     clock = Clock()
     counters = make(clock)
-    await counters.take([Charge("a", Rule(60, "minute"), 60.0)])
+    await counters.take([Charge("a", Limit(60, "minute"), 60.0)])
     clock.now -= 3600
-    assert (await counters.take([Charge("a", Rule(60, "minute"))])).refused
+    assert (await counters.take([Charge("a", Limit(60, "minute"))])).refused
     clock.now += 10
-    assert not (await counters.take([Charge("a", Rule(60, "minute"), 10.0)])).refused
+    assert not (await counters.take([Charge("a", Limit(60, "minute"), 10.0)])).refused
 
 
 async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
     """What was used under a name counts, whatever the rule is now: a reload does not begin anew."""
     counters = make(Clock())
-    await counters.take([Charge("a", Rule(100, "minute"), 50.0)])
-    assert (await counters.take([Charge("a", Rule(60, "minute"), 11.0)])).refused
-    assert not (await counters.take([Charge("a", Rule(60, "minute"), 10.0)])).refused
+    await counters.take([Charge("a", Limit(100, "minute"), 50.0)])
+    assert (await counters.take([Charge("a", Limit(60, "minute"), 11.0)])).refused
+    assert not (await counters.take([Charge("a", Limit(60, "minute"), 10.0)])).refused
 
 
 async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> None:
     """What was used by the old one has not to be made up for in hours: in ten minutes at most."""
     clock = Clock()
     counters = make(clock)
-    await counters.take([Charge("a", Rule(100_000, "minute"), 100_000.0)])
-    refused = await counters.take([Charge("a", Rule(1000, "minute"))])
+    await counters.take([Charge("a", Limit(100_000, "minute"), 100_000.0)])
+    refused = await counters.take([Charge("a", Limit(1000, "minute"))])
     assert (refused.refused, refused.wait(0)) == (True, 610.0)
     clock.now += 700
-    assert not (await counters.take([Charge("a", Rule(1000, "minute"))])).refused
+    assert not (await counters.take([Charge("a", Limit(1000, "minute"))])).refused
 
 
 async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make) -> None:
     """The old one's rate would make room that the new one does not have."""
     clock = Clock()
     counters = make(clock)
-    old, new = Rule(60_000, "minute"), Rule(600, "minute")
+    old, new = Limit(60_000, "minute"), Limit(600, "minute")
     before = await counters.take([Charge("a", old, 10.0)])
     await counters.take([Charge("a", old, 500.0)])
     assert (await counters.take([Charge("a", new, 90.0)])).left(0) == 0
@@ -312,7 +312,7 @@ async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: py
     monkeypatch.setattr(memory_module, "_NAMES", 50)
     monkeypatch.setattr(memory_module, "_MOST_NAMES", 200)
     counters = MemoryCounters(Clock())
-    rule = Rule(100, "day")
+    rule = Limit(100, "day")
     await counters.take([Charge("used up", rule, 100.0)])
     for number in range(2000):
         await counters.take([Charge(f"made up {number}", rule)])
@@ -326,10 +326,10 @@ async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pyte
     clock = Clock()
     counters = MemoryCounters(clock)
     for number in range(100):
-        await counters.take([Charge(f"a{number}", Rule(60, "minute"))])
+        await counters.take([Charge(f"a{number}", Limit(60, "minute"))])
     clock.now += 3600
     for number in range(10):
-        await counters.take([Charge(f"b{number}", Rule(60, "minute"))])
+        await counters.take([Charge(f"b{number}", Limit(60, "minute"))])
     assert len(counters._records) == len(counters._rules) == 10
 
 
@@ -338,27 +338,27 @@ async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.
     monkeypatch.setattr(memory_module, "_NAMES", 10)
     clock = Clock()
     counters = MemoryCounters(clock)
-    late = await counters.take([Charge("late", Rule(60, "minute"), 50.0)])
+    late = await counters.take([Charge("late", Limit(60, "minute"), 50.0)])
     clock.now += 3600
     for number in range(12):
-        await counters.take([Charge(f"a{number}", Rule(60, "minute"))])
-    assert not (await counters.take([Charge("late", Rule(60, "minute"), 60.0)])).refused
+        await counters.take([Charge(f"a{number}", Limit(60, "minute"))])
+    assert not (await counters.take([Charge("late", Limit(60, "minute"), 60.0)])).refused
     counters.settle(late, [0.0])
-    assert (await counters.take([Charge("late", Rule(60, "minute"), 1.0)])).refused
-    later = await counters.take([Charge("later", Rule(60, "minute"))])
+    assert (await counters.take([Charge("late", Limit(60, "minute"), 1.0)])).refused
+    later = await counters.take([Charge("later", Limit(60, "minute"))])
     clock.now += 3600
     for number in range(30):
-        await counters.take([Charge(f"b{number}", Rule(60, "minute"))])
+        await counters.take([Charge(f"b{number}", Limit(60, "minute"))])
     counters.settle(later, [9.0])
     clock.now += 3600
     for number in range(30):
-        await counters.take([Charge(f"c{number}", Rule(60, "minute"))])
+        await counters.take([Charge(f"c{number}", Limit(60, "minute"))])
 
 
 async def test_one_that_can_never_pass_keeps_nobody() -> None:
     """Behind others it is refused at once, and so is one for which a reload has lowered the limit meanwhile."""
-    turns = Turns(MemoryCounters())
-    rule = Rule(1000, "day")
+    turns = WaitQueue(MemoryCounters())
+    rule = Limit(1000, "day")
     await turns.take([Charge("a", rule, 500.0)])
     waiting = asyncio.create_task(turns.take([Charge("a", rule, 600.0)], wait=0.3, who="x"))
     await asyncio.sleep(0.01)
@@ -372,8 +372,8 @@ async def test_one_that_can_never_pass_keeps_nobody() -> None:
 
 async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
     """Those behind it need not wait for the next look."""
-    turns = Turns(MemoryCounters())
-    rule = Rule(10, "day")
+    turns = WaitQueue(MemoryCounters())
+    rule = Limit(10, "day")
     await turns.take([Charge("a", rule, 5.0)])
     large = asyncio.create_task(turns.take([Charge("a", rule, 6.0)], wait=3600, who="x"))
     await asyncio.sleep(0.01)
@@ -400,7 +400,7 @@ async def two_workers(clock: Clock) -> AsyncIterator[tuple[SharedCounters, Share
 async def test_workers_share_every_limit() -> None:
     """What one has taken is taken; what it holds at once as well, until it gives it back or is gone."""
     async with two_workers(Clock()) as (one, two):
-        for rule in (Rule(3, "minute"), Rule(3, "day"), Rule(3, "at_once")):
+        for rule in (Limit(3, "minute"), Limit(3, "day"), Limit(3, "at_once")):
             charge = [Charge(rule.period, rule)]
             verdicts = [await each.take(charge) for each in (one, two, one)]
             assert not any(each.refused for each in verdicts)
@@ -413,7 +413,7 @@ async def test_workers_share_every_limit() -> None:
 WORKER = """
 import asyncio, sys
 from gateway.limits.counters import CountersUnavailable
-from gateway.limits.token_bucket import Charge, Rule
+from gateway.limits.token_bucket import Charge, Limit
 from gateway.limits.shared_counters import SharedCounters
 
 async def main():
@@ -430,9 +430,9 @@ async def main():
     sys.stdin.readline()
     taken = 0
     for _ in range(3000):
-        taken += not (await take(Charge("x", Rule(5000, "day")), Charge("y", Rule(10**6, "day")))).refused
+        taken += not (await take(Charge("x", Limit(5000, "day")), Charge("y", Limit(10**6, "day")))).refused
     for _ in range(2):
-        await take(Charge("held", Rule(10, "at_once")))
+        await take(Charge("held", Limit(10, "at_once")))
     print(taken, flush=True)
     sys.stdin.readline()
 
@@ -474,7 +474,7 @@ async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, li
         say(each)
     assert sum(int(hear(each)) for each in processes) == 5000
     counters = SharedCounters(table)
-    held = [Charge("held", Rule(10, "at_once"))]
+    held = [Charge("held", Limit(10, "at_once"))]
     assert (await counters.take(held)).refused is False
     for each in processes:
         each.kill()
@@ -499,7 +499,7 @@ async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
     """While it has the lock: limits are not counted then, as when a store is away, and what was to be settled waits."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
-    charge = [Charge("x", Rule(10, "day"), 8.0)]
+    charge = [Charge("x", Limit(10, "day"), 8.0)]
     verdict = await counters.take(charge)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(table)], pass_fds=[table], stdout=subprocess.PIPE, text=True
@@ -515,7 +515,7 @@ async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
     finally:
         holder.kill()
         holder.communicate()
-    assert (await counters.take([Charge("x", Rule(10, "day"), 0.0)])).left(0) == 9
+    assert (await counters.take([Charge("x", Limit(10, "day"), 0.0)])).left(0) == 9
     await counters.close()
 
 
@@ -523,12 +523,12 @@ async def test_a_process_of_the_same_number_is_another() -> None:
     """By when it began: what the one before it held is free."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
-    await counters.take([Charge("x", Rule(3, "at_once"), 2.0)])
+    await counters.take([Charge("x", Limit(3, "at_once"), 2.0)])
     place, number, began = shared_module._PLACE.unpack_from(counters._table, 0)
     assert (place, number, began) == (os.getpid(), 1, shared_module._began(os.getpid()))
     shared_module._PLACE.pack_into(counters._table, 0, os.getpid(), 1, began - 1)
     after = SharedCounters(os.dup(table))
-    assert (await after.take([Charge("x", Rule(3, "at_once"), 3.0)])).refused is False
+    assert (await after.take([Charge("x", Limit(3, "at_once"), 3.0)])).refused is False
     await after.close()
 
 
@@ -537,15 +537,15 @@ async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.Monk
     monkeypatch.setattr(shared_module, "_ROWS", 64)
     clock = Clock()
     counters = SharedCounters(make_table(), clock)
-    await counters.take([Charge("used up", Rule(60, "minute"), 60.0)])
+    await counters.take([Charge("used up", Limit(60, "minute"), 60.0)])
     with pytest.MonkeyPatch.context():
         for number in range(300):
-            assert not (await counters.take([Charge(f"a{number}", Rule(1000, "day"))])).refused
+            assert not (await counters.take([Charge(f"a{number}", Limit(1000, "day"))])).refused
         clock.now += 86_400
         for number in range(30):
-            await counters.take([Charge(f"b{number}", Rule(10, "day"), 9.0)])
+            await counters.take([Charge(f"b{number}", Limit(10, "day"), 9.0)])
         assert all(
-            [(await counters.take([Charge(f"b{number}", Rule(10, "day"), 2.0)])).refused for number in range(30)]
+            [(await counters.take([Charge(f"b{number}", Limit(10, "day"), 2.0)])).refused for number in range(30)]
         )
     await counters.close()
 
@@ -555,8 +555,8 @@ async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.Monk
 
 async def test_one_who_waits_gets_what_is_given_back() -> None:
     """As soon as it is."""
-    turns = Turns(MemoryCounters())
-    charge = [Charge("a", Rule(1, "at_once"))]
+    turns = WaitQueue(MemoryCounters())
+    charge = [Charge("a", Limit(1, "at_once"))]
     first = await turns.take(charge)
     waiting = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
     await asyncio.sleep(0.01)
@@ -569,8 +569,8 @@ async def test_one_who_waits_gets_what_is_given_back() -> None:
 
 async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
     """A limit of a minute gives room at its next step."""
-    turns = Turns(MemoryCounters())
-    charge = [Charge("a", Rule(600, "minute", 1))]
+    turns = WaitQueue(MemoryCounters())
+    charge = [Charge("a", Limit(600, "minute", 1))]
     assert not (await turns.take(charge)).refused
     async with asyncio.timeout(30):
         assert not (await turns.take(charge, wait=4)).refused
@@ -578,8 +578,8 @@ async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
 
 async def test_who_waits_in_vain_is_refused() -> None:
     """After the time that it was willing to wait, and behind others as well."""
-    turns = Turns(MemoryCounters())
-    charge = [Charge("a", Rule(1, "day"))]
+    turns = WaitQueue(MemoryCounters())
+    charge = [Charge("a", Limit(1, "day"))]
     await turns.take(charge)
     verdicts = await asyncio.gather(*[turns.take(charge, wait=0.05, who=who) for who in "xxyz"])
     assert [each.refused for each in verdicts] == [True] * 4
@@ -588,19 +588,19 @@ async def test_who_waits_in_vain_is_refused() -> None:
 
 async def test_what_never_fits_does_not_wait() -> None:
     """No time gives room for more than the limit."""
-    turns = Turns(MemoryCounters())
+    turns = WaitQueue(MemoryCounters())
     async with asyncio.timeout(30):
-        assert (await turns.take([Charge("a", Rule(10, "minute"), 11.0)], wait=3600)).refused
+        assert (await turns.take([Charge("a", Limit(10, "minute"), 11.0)], wait=3600)).refused
 
 
 async def test_callers_take_turns() -> None:
     """One with many requests keeps nobody from the next place; each caller's own stay in their order."""
-    turns = Turns(MemoryCounters())
-    charge = [Charge("a", Rule(1, "at_once"))]
+    turns = WaitQueue(MemoryCounters())
+    charge = [Charge("a", Limit(1, "at_once"))]
     verdict = await turns.take(charge)
     order: list[str] = []
 
-    async def wait(name: str) -> Verdict:
+    async def wait(name: str) -> Decision:
         taken = await turns.take(charge, wait=3600, who=name[0])
         order.append(name)
         return taken
@@ -618,13 +618,13 @@ async def test_callers_take_turns() -> None:
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
-RULE_OF_TEN = Rule(10, "at_once")
+RULE_OF_TEN = Limit(10, "at_once")
 
 
-@pytest.mark.parametrize("newer", [RULE_OF_TEN, Rule(10, "at_once")], ids=["one limit", "equal ones of two stages"])
-async def test_nobody_who_waits_is_overtaken(newer: Rule) -> None:
+@pytest.mark.parametrize("newer", [RULE_OF_TEN, Limit(10, "at_once")], ids=["one limit", "equal ones of two stages"])
+async def test_nobody_who_waits_is_overtaken(newer: Limit) -> None:
     """Who comes while others wait is behind them, though there may be room; of teams that share a counter, too."""
-    turns = Turns(MemoryCounters())
+    turns = WaitQueue(MemoryCounters())
     verdict = await turns.take([Charge("a", RULE_OF_TEN, 8.0)])
     large = asyncio.create_task(turns.take([Charge("a", RULE_OF_TEN, 5.0)], wait=3600, who="x"))
     await asyncio.sleep(0.01)
@@ -639,8 +639,8 @@ async def test_nobody_who_waits_is_overtaken(newer: Rule) -> None:
 
 async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
     """Its own limit, of another name, is not everybody's."""
-    turns = Turns(MemoryCounters())
-    shared, own = Rule(1, "at_once"), Rule(1, "day")
+    turns = WaitQueue(MemoryCounters())
+    shared, own = Limit(1, "at_once"), Limit(1, "day")
     await turns.take([Charge("own of x", own)])
     verdict = await turns.take([Charge("shared", shared)])
     one = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="w"))
@@ -660,8 +660,8 @@ async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
 
 async def test_who_waits_for_two_things_is_not_starved() -> None:
     """It stands in the queue of what is really full, in turn with those who came later."""
-    turns = Turns(MemoryCounters())
-    team, key = Rule(1, "at_once"), Rule(600, "minute", 1)
+    turns = WaitQueue(MemoryCounters())
+    team, key = Limit(1, "at_once"), Limit(600, "minute", 1)
     verdict = await turns.take([Charge("team", team)])
     await turns.take([Charge("key", key)])
     both = asyncio.create_task(turns.take([Charge("team", team), Charge("key", key)], wait=3600, who="k"))
@@ -682,20 +682,20 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
 
 async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
     """They are not behind those who wait by the old one."""
-    turns = Turns(MemoryCounters())
-    await turns.take([Charge("a", Rule(1, "at_once"))])
-    old = asyncio.create_task(turns.take([Charge("a", Rule(1, "at_once"))], wait=0.3, who="x"))
+    turns = WaitQueue(MemoryCounters())
+    await turns.take([Charge("a", Limit(1, "at_once"))])
+    old = asyncio.create_task(turns.take([Charge("a", Limit(1, "at_once"))], wait=0.3, who="x"))
     await asyncio.sleep(0.01)
     async with asyncio.timeout(30):
-        assert not (await turns.take([Charge("a", Rule(100, "at_once"))], wait=3600, who="y")).refused
+        assert not (await turns.take([Charge("a", Limit(100, "at_once"))], wait=3600, who="y")).refused
     assert (await old).refused
 
 
 async def test_whoever_leaves_takes_nothing() -> None:
     """A client that hangs up while it waits, even at the moment when its turn comes."""
     for moment in range(4):
-        turns = Turns(MemoryCounters())
-        charge = [Charge("a", Rule(1, "at_once"))]
+        turns = WaitQueue(MemoryCounters())
+        charge = [Charge("a", Limit(1, "at_once"))]
         verdict = await turns.take(charge)
         leaving = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
         staying = asyncio.create_task(turns.take(charge, wait=3600, who="y"))
@@ -716,14 +716,14 @@ async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
     class Failing(MemoryCounters):
         fails = False
 
-        async def take(self, charges: Any) -> Verdict:
+        async def take(self, charges: Any) -> Decision:
             if self.fails:
                 raise RuntimeError("away")
             return await super().take(charges)
 
     store = Failing()
-    turns = Turns(store)
-    charge = [Charge("a", Rule(1, "at_once"))]
+    turns = WaitQueue(store)
+    charge = [Charge("a", Limit(1, "at_once"))]
     verdict = await turns.take(charge)
     waiting = asyncio.create_task(turns.take(charge, wait=3600))
     await asyncio.sleep(0.01)
@@ -735,8 +735,8 @@ async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
 
 async def test_closing_lets_nobody_wait() -> None:
     """A gateway that stops."""
-    turns = Turns(MemoryCounters())
-    charge = [Charge("a", Rule(1, "at_once"))]
+    turns = WaitQueue(MemoryCounters())
+    charge = [Charge("a", Limit(1, "at_once"))]
     await turns.take(charge)
     waiting = asyncio.create_task(turns.take(charge, wait=3600))
     await asyncio.sleep(0.01)

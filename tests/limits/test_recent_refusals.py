@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 
 from gateway.limits.memory_counters import MemoryCounters
-from gateway.limits.recent_refusals import Refusals
-from gateway.limits.token_bucket import Charge, Rule, Verdict
+from gateway.limits.recent_refusals import RecentRefusals
+from gateway.limits.token_bucket import Charge, Decision, Limit
 
-RULE = Rule(600, "minute", 10)
+RULE = Limit(600, "minute", 10)
 
 
 class Time:
@@ -25,11 +25,11 @@ class Asker:
 
     def __init__(self) -> None:
         self.time = Time()
-        self.refusals = Refusals(self.time)
+        self.refusals = RecentRefusals(self.time)
         self.counters = MemoryCounters(self.time)
         self.asked = 0
 
-    def take(self, charges: Sequence[Charge]) -> Verdict:
+    def take(self, charges: Sequence[Charge]) -> Decision:
         known = self.refusals.of(charges)
         if known is not None:
             return known
@@ -67,7 +67,7 @@ def test_who_insists_costs_no_question(asker: Asker) -> None:
 
 def test_it_lasts_a_second_at_most(asker: Asker) -> None:
     """Another gateway may have given something back: however long the wait, it is asked again after a second."""
-    day = [Charge("day", Rule(1, "day"), 2)]
+    day = [Charge("day", Limit(1, "day"), 2)]
     for _ in range(10):
         asker.take(day)
     assert asker.asked == 2
@@ -86,7 +86,7 @@ def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
     for charges in (
         [Charge("a", RULE, 1.5)],
         [Charge("a", RULE, 2), Charge("b", RULE)],
-        [Charge("a", Rule(600, "minute", 100), 2)],
+        [Charge("a", Limit(600, "minute", 100), 2)],
         [Charge("a", RULE, 2, shadow=True)],
         [Charge("b", RULE, 2)],
     ):
@@ -105,13 +105,13 @@ def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
 def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
     """The verdict is on all charges: the records of those with room are those of a moment ago."""
     charges = [
-        Charge("wide", Rule(100, "day"), 5),
+        Charge("wide", Limit(100, "day"), 5),
         Charge("a", RULE, 2),
-        Charge("shade", Rule(1, "day"), 2, shadow=True),
+        Charge("shade", Limit(1, "day"), 2, shadow=True),
     ]
     first = asker.take(charges)
     again = asker.take(
-        [Charge("wide", Rule(100, "day"), 5), Charge("a", RULE, 3), Charge("shade", Rule(1, "day"), 2, shadow=True)]
+        [Charge("wide", Limit(100, "day"), 5), Charge("a", RULE, 3), Charge("shade", Limit(1, "day"), 2, shadow=True)]
     )
     assert asker.asked == 2
     assert list(first.over) == list(again.over) == [1, 2]
@@ -122,5 +122,5 @@ def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
 def test_they_are_not_kept_without_end(asker: Asker) -> None:
     """A caller who is refused under ever new names fills no memory."""
     for place in range(25_000):
-        asker.take([Charge(f"name{place}", Rule(1, "day"), 2)])
+        asker.take([Charge(f"name{place}", Limit(1, "day"), 2)])
     assert len(asker.refusals) <= 10_000

@@ -20,8 +20,8 @@ from gateway.limits.counters import CountersUnavailable
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.redis_counters import RedisCounters
 from gateway.limits.redis_script import SCRIPT
-from gateway.limits.redis_url import RedisPlace
-from gateway.limits.token_bucket import Charge, Period, Rule, Verdict, calendar
+from gateway.limits.redis_url import RedisUrl
+from gateway.limits.token_bucket import Charge, Decision, Limit, Period, calendar
 from gateway.testing import FakeAzure
 from tests.conftest import Gateway, RawUpstream, StartGateway
 from tests.redis_server import RedisServer, free_port, tls_in_front
@@ -52,7 +52,7 @@ async def open_counters() -> AsyncIterator[Callable[..., RedisCounters]]:
     def make(server: RedisServer | str, timeout: float = 5.0, **more: Any) -> RedisCounters:
         url = server if isinstance(server, str) else server.url
         own = {name: more.pop(name) for name in ("script", "patience") if name in more}
-        counters = RedisCounters(RedisPlace.parse(url, timeout=timeout, **more), **own)
+        counters = RedisCounters(RedisUrl.parse(url, timeout=timeout, **more), **own)
         made.append(counters)
         return counters
 
@@ -90,7 +90,7 @@ def clock(server: RedisServer) -> Iterator[Clock]:
     clock.close()
 
 
-def told(verdict: Verdict) -> tuple[Any, ...]:
+def told(verdict: Decision) -> tuple[Any, ...]:
     """Return what a verdict says, to a millionth; what is held at once has only its level in common."""
     records = [
         [round(each, 6) for each in (record[:1] if charge.rule.period == "at_once" else record)]
@@ -114,14 +114,14 @@ async def test_the_script_counts_as_the_rules_do(
     rng = random.Random(seed)
     memory, counters = MemoryCounters(clock), open_counters(server, script=TURNED)
     rules = {
-        "bucket": Rule(600, "minute", 30),
-        "wide": Rule(100_000, "minute"),
-        "odd": Rule(7, "minute", 3),
-        "day": Rule(500, "day"),
-        "month": Rule(2_000, "month"),
-        "at-once": Rule(6, "at_once"),
+        "bucket": Limit(600, "minute", 30),
+        "wide": Limit(100_000, "minute"),
+        "odd": Limit(7, "minute", 3),
+        "day": Limit(500, "day"),
+        "month": Limit(2_000, "month"),
+        "at-once": Limit(6, "at_once"),
     }
-    held: list[tuple[Verdict, Verdict]] = []
+    held: list[tuple[Decision, Decision]] = []
     for _ in range(250):
         if rng.random() < 0.5:
             clock.set(clock.now + rng.choice([0, 0.001, rng.random(), 7.5, 60 * rng.random(), 40_000 * rng.random()]))
@@ -177,7 +177,7 @@ async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, c
             assert list(struct.iter_unpack("<dd", told)) == expected
 
 
-async def level(counters: RedisCounters, name: str, rule: Rule) -> float:
+async def level(counters: RedisCounters, name: str, rule: Limit) -> float:
     """Return what is counted under a name."""
     verdict = await counters.take([Charge(name, rule, 0.0, shadow=True)])
     return verdict.records[0][0]
@@ -186,7 +186,7 @@ async def level(counters: RedisCounters, name: str, rule: Rule) -> float:
 async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters: OpenCounters) -> None:
     """One without room keeps the others from being counted; one in the shadow does not, and is not counted itself."""
     counters = open_counters(server)
-    wide, narrow, slots = Rule(1_000, "day"), Rule(1, "day"), Rule(5, "at_once")
+    wide, narrow, slots = Limit(1_000, "day"), Limit(1, "day"), Limit(5, "at_once")
     charges = [Charge("wide", wide, 10), Charge("narrow", narrow), Charge("slots", slots)]
     assert not (await counters.take(charges)).refused
     verdict = await counters.take(charges)
@@ -208,9 +208,9 @@ async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_cou
     """Of 2,000 takes at once through two gateways as many are let through as the limit says, of each of its limits."""
     gateways = [open_counters(server), open_counters(server)]
     charges = [
-        Charge("requests", Rule(700, "day")),
-        Charge("at once", Rule(650, "at_once")),
-        Charge("all", Rule(10**9, "month"), 3.0),
+        Charge("requests", Limit(700, "day")),
+        Charge("at once", Limit(650, "at_once")),
+        Charge("all", Limit(10**9, "month"), 3.0),
     ]
     verdicts = await asyncio.gather(*[gateways[place % 2].take(charges) for place in range(2_000)])
     taken = [verdict for verdict in verdicts if not verdict.refused]
@@ -227,7 +227,7 @@ async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_cou
 async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
     """A settlement goes before what is asked for behind it, and is heard by another gateway."""
     one, other = open_counters(server), open_counters(server)
-    slot = [Charge("slot", Rule(1, "at_once"))]
+    slot = [Charge("slot", Limit(1, "at_once"))]
     verdict = await one.take(slot)
     for _ in range(20):
         assert (await other.take(slot)).refused
@@ -243,7 +243,7 @@ async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_c
 async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
     """A second settlement of the same does nothing."""
     counters = open_counters(server)
-    rule = Rule(100, "day")
+    rule = Limit(100, "day")
     first, second = await counters.take([Charge("a", rule, 10)]), await counters.take([Charge("a", rule, 10)])
     counters.settle(first, [4.0])
     counters.settle(first, [0.0])
@@ -259,7 +259,7 @@ async def test_what_has_drained_is_not_given_back(
 ) -> None:
     """Neither what drained while a request ran, nor what was held under a name that was forgotten meanwhile."""
     counters = open_counters(server, script=TURNED)
-    rule = Rule(600, "minute")
+    rule = Limit(600, "minute")
     early = await counters.take([Charge("a", rule, 300)])
     clock.set(clock.now + 20)  # 200 of them have drained
     late = await counters.take([Charge("a", rule, 300)])
@@ -281,7 +281,7 @@ async def test_what_has_drained_is_not_given_back(
 async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: OpenCounters, clock: Clock) -> None:
     """Steps begin anew then, and go on, also for a caller who is refused all the time."""
     counters = open_counters(server, script=TURNED)
-    charges = [Charge("a", Rule(60, "minute"), 60)]
+    charges = [Charge("a", Limit(60, "minute"), 60)]
     assert not (await counters.take(charges)).refused
     clock.set(clock.now - 86_400)
     for seconds in range(0, 61, 5):
@@ -294,7 +294,7 @@ async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: Open
 async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: OpenCounters) -> None:
     """Budgets in millionths of a currency's unit are large; not one of them is lost on the way."""
     counters = open_counters(server)
-    rule = Rule(2**52, "month")
+    rule = Limit(2**52, "month")
     for cost in (2**51 + 1, 123_456_789_012_345, 1, 7):
         await counters.take([Charge("budget", rule, cost)])
     assert await level(counters, "budget", rule) == 2**51 + 1 + 123_456_789_012_345 + 8
@@ -304,11 +304,11 @@ async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: Open
     """Every key expires by itself: a minute's when it is empty again, a month's at the month's end."""
     counters = open_counters(server)
     rules = {
-        "minute": Rule(60_000, "minute", 10),
-        "long": Rule(1, "minute", 10**9),
-        "day": Rule(9, "day"),
-        "month": Rule(9, "month"),
-        "slots": Rule(9, "at_once"),
+        "minute": Limit(60_000, "minute", 10),
+        "long": Limit(1, "minute", 10**9),
+        "day": Limit(9, "day"),
+        "month": Limit(9, "month"),
+        "slots": Limit(9, "at_once"),
     }
     verdict = await counters.take([Charge(name, rule, 5) for name, rule in rules.items()])
     assert not verdict.refused
@@ -331,7 +331,7 @@ async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: Open
 # -- Redis is away ---------------------------------------------------------------------------------------
 
 
-async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> Verdict | None:
+async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> Decision | None:
     """Take; None where the counters are away. Anything else that is raised, or a hang, fails the test."""
     async with asyncio.timeout(30):
         try:
@@ -340,7 +340,7 @@ async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> Ve
             return None
 
 
-async def back(counters: RedisCounters, charges: list[Charge]) -> Verdict:
+async def back(counters: RedisCounters, charges: list[Charge]) -> Decision:
     """Wait until the counters answer again."""
     async with asyncio.timeout(30):
         while True:
@@ -350,8 +350,8 @@ async def back(counters: RedisCounters, charges: list[Charge]) -> Verdict:
             await asyncio.sleep(0.02)
 
 
-SLOTS = [Charge("slots", Rule(3, "at_once"))]
-DAY = [Charge("day", Rule(10**9, "day"))]
+SLOTS = [Charge("slots", Limit(3, "at_once"))]
+DAY = [Charge("day", Limit(10**9, "day"))]
 
 
 async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_path: Path) -> None:
@@ -453,7 +453,7 @@ async def test_killed_paused_and_restarted_under_load(
     """Whatever becomes of the server, each take ends; and once it is there again, no slot is lost and none too many."""
     rng = random.Random(seed)
     gateways = [open_counters(server, timeout=0.3), open_counters(server, timeout=0.3)]
-    slots = [Charge("slots", Rule(40, "at_once")), *DAY]
+    slots = [Charge("slots", Limit(40, "at_once")), *DAY]
     stop = False
     outcomes: set[str] = set()
 
@@ -661,13 +661,16 @@ async def test_closing_settles_what_is_left(server: RedisServer, open_counters: 
     """All of it, in as many calls as it takes; and what the gateway held at once is free."""
     counters, watching = open_counters(server), open_counters(server)
     verdicts = await asyncio.gather(
-        *[counters.take([Charge("day", DAY[0].rule, 10), Charge("slot", Rule(10**6, "at_once"))]) for _ in range(1_000)]
+        *[
+            counters.take([Charge("day", DAY[0].rule, 10), Charge("slot", Limit(10**6, "at_once"))])
+            for _ in range(1_000)
+        ]
     )
     for verdict in verdicts:
         counters.settle(verdict, [3.0, None])
     await counters.close()
     assert await level(watching, "day", DAY[0].rule) == 3_000
-    assert await level(watching, "slot", Rule(10**6, "at_once")) == 0
+    assert await level(watching, "slot", Limit(10**6, "at_once")) == 0
     assert await refused_or_taken(counters, DAY) is None
     await counters.close()
 
@@ -751,7 +754,7 @@ async def test_something_else_under_a_name(
     command, value = words
     server.command(command, "{gateway}:used:bad", value)
     server.command(command, "{gateway}:held:bad", value)
-    for rule in (Rule(5, "day"), Rule(5, "minute"), Rule(5, "at_once")):
+    for rule in (Limit(5, "day"), Limit(5, "minute"), Limit(5, "at_once")):
         bad = Charge("bad", rule)
         results = await asyncio.gather(
             refused_or_taken(counters, [*DAY, bad]), refused_or_taken(counters, DAY), refused_or_taken(counters, [bad])
@@ -798,10 +801,10 @@ async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: Ope
             wrong._gone("a library that says opensesame")
         assert logs[0]["reason"] == "a library that says ***"
         right = open_counters(f"redis://gw:sesame@127.0.0.1:{server.port}")
-        verdict = await right.take([*SLOTS, *DAY, Charge("minute", Rule(60, "minute"))])
+        verdict = await right.take([*SLOTS, *DAY, Charge("minute", Limit(60, "minute"))])
         right.settle(verdict, [0.0, 0.0, 0.0])
         await settled(right)
-        assert await level(right, "minute", Rule(60, "minute")) == 0
+        assert await level(right, "minute", Limit(60, "minute")) == 0
     finally:
         server.kill()
 
@@ -856,7 +859,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
             while not all("cluster_state:ok" in server.command("CLUSTER", "INFO") for server in servers):
                 await asyncio.sleep(0.05)
         gateways = [open_counters(server, cluster=True) for server in servers]
-        charges = [Charge("requests", Rule(50, "day")), Charge("slots", Rule(1_000, "at_once"))]
+        charges = [Charge("requests", Limit(50, "day")), Charge("slots", Limit(1_000, "at_once"))]
         verdicts = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
         assert len([verdict for verdict in verdicts if not verdict.refused]) == 50
         owner = next(server for server in servers if "MovedError" not in server.command("GET", "{gateway}:x"))
@@ -984,7 +987,7 @@ async def test_nothing_that_is_to_be_settled_is_dropped(
     monkeypatch.setattr("gateway.limits.redis_counters._KEPT", 20)
     monkeypatch.setattr("gateway.limits.redis_counters._SETTLES", 3)
     counters = open_counters(server)
-    charges = [Charge("slots", Rule(1000, "at_once")), Charge("tokens", Rule(10**6, "day"), 100.0)]
+    charges = [Charge("slots", Limit(1000, "at_once")), Charge("tokens", Limit(10**6, "day"), 100.0)]
     verdicts = [await counters.take(charges) for _ in range(50)]
     for verdict in verdicts:
         counters.settle(verdict, [0.0, 1.0])
@@ -1002,11 +1005,11 @@ async def test_slots_are_given_back_however_late(
     monkeypatch.setattr("gateway.limits.redis_counters._KEPT_FOR", 0.2)
     monkeypatch.setattr("gateway.limits.redis_counters._RETRY", 0.1)
     counters = open_counters(server, timeout=0.3)
-    charges = [Charge("tokens", Rule(10**6, "day"), 100.0), Charge("slots", Rule(1, "at_once"))]
+    charges = [Charge("tokens", Limit(10**6, "day"), 100.0), Charge("slots", Limit(1, "at_once"))]
     verdict = await counters.take(charges)
     server.pause()
     with pytest.raises(CountersUnavailable):
-        await counters.take([Charge("other", Rule(5, "day"))])
+        await counters.take([Charge("other", Limit(5, "day"))])
     counters.settle(verdict, [1.0, 0.0])
     await asyncio.sleep(1)
     server.resume()

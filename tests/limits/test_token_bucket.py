@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.limits.memory_counters import MemoryCounters
-from gateway.limits.token_bucket import Charge, Rule
+from gateway.limits.token_bucket import Charge, Limit
 
 
 class Time:
@@ -19,7 +19,7 @@ def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
     """A first use is born when it is made: what others held under that name before has drained with it."""
     time = Time()
     counters = MemoryCounters(time)
-    rule = Rule(600, "minute")
+    rule = Limit(600, "minute")
     early = counters.take_now([Charge("a", rule, 300)])
     counters._records.clear()  # as names are forgotten when there are many
     time.now += 60
@@ -34,7 +34,7 @@ def test_what_is_said_to_be_left_can_be_taken(limit: int) -> None:
     """Where a step's share is no whole number as well, however the steps were looked at."""
     time = Time()
     counters = MemoryCounters(time)
-    rule = Rule(limit, "minute")
+    rule = Limit(limit, "minute")
     counters.take_now([Charge("a", rule, limit)])
     for _ in range(5):
         time.now += 10

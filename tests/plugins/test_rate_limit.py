@@ -12,13 +12,13 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from gateway import ApiError, CountersUnavailable, Price, Response, Verdict
+from gateway import ApiError, CountersUnavailable, Decision, Price, Response
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.services import Services, Shared
 from gateway.testing import FakeAzure, Seen, Sent, running
 from plugins.auth_passthrough import AuthPassthrough
 from plugins.model_map import ModelMap
-from plugins.rate_limit import Limit, RateLimit, duration
+from plugins.rate_limit import LimitSettings, RateLimit, duration
 from tests.chunks import event
 from tests.conftest import CHAT, StartGateway
 
@@ -283,7 +283,7 @@ PRICES = {"gpt-4o*": Price(input=2.5, output=10.0, cached_input=1.25), "dall-e":
 
 async def test_what_may_be_spent() -> None:
     """In the prices' currency, estimated before and settled after; a model without a price is refused."""
-    stage = RateLimit(spend_per_day=0.01, per="team", limits=[Limit(spend_per_month=1.0, per="key")])
+    stage = RateLimit(spend_per_day=0.01, per="team", limits=[LimitSettings(spend_per_month=1.0, per="key")])
     async with running(stage, answer=used(1000, 500), prices=PRICES, now=Clock()) as run:
         # 1000 x 2.5 + 500 x 10 millionths: three quarters of the day's hundredth
         assert (await run.post({**CHAT, "max_tokens": 500})).status == 200
@@ -374,7 +374,10 @@ async def test_several_limits_hold_at_once() -> None:
     stage = RateLimit(
         requests_per_minute=100,
         per="team",
-        limits=[Limit(requests_per_day=4, per=["key", "model"]), Limit(requests_per_minute=3, per="model")],
+        limits=[
+            LimitSettings(requests_per_day=4, per=["key", "model"]),
+            LimitSettings(requests_per_minute=3, per="model"),
+        ],
     )
     async with running(AuthPassthrough(), stage, now=Clock()) as run:
 
@@ -391,7 +394,7 @@ async def test_several_limits_hold_at_once() -> None:
 
 async def test_a_shadow_refuses_nothing() -> None:
     """What it would have refused is counted, and named in the log event; clients are told nothing of it."""
-    stage = RateLimit(limits=[Limit(requests_per_minute=1, per="team", shadow=True)])
+    stage = RateLimit(limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)])
     async with running(stage, now=Clock()) as run:
         first = await run.post()
         second = await run.post()
@@ -405,7 +408,9 @@ async def test_a_shadow_refuses_nothing() -> None:
 
 async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
     """Of the same kind, for the same: each counts for itself, and names itself."""
-    stage = RateLimit(requests_per_minute=3, per="team", limits=[Limit(requests_per_minute=1, per="team", shadow=True)])
+    stage = RateLimit(
+        requests_per_minute=3, per="team", limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)]
+    )
     async with running(stage, now=Clock()) as run:
         sents = [await run.post() for _ in range(4)]
     assert [each.status for each in sents] == [200, 200, 200, 429]
@@ -435,7 +440,7 @@ async def test_a_stage_of_shadows_alone() -> None:
 class Away(MemoryCounters):
     """Counters that cannot be asked."""
 
-    async def take(self, charges: object) -> Verdict:
+    async def take(self, charges: object) -> Decision:
         raise CountersUnavailable("away")
 
 
@@ -503,13 +508,18 @@ pipeline:
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        (RateLimit(requests_per_minute=1, limits=[Limit()]), "limits nothing"),
-        (RateLimit(limits=[Limit(tokens_per_day=1, token_burst=5)]), "tokens_per_minute"),
-        (RateLimit(limits=[Limit(in_flight=1, per=[])]), "names nobody"),
+        (RateLimit(requests_per_minute=1, limits=[LimitSettings()]), "limits nothing"),
+        (RateLimit(limits=[LimitSettings(tokens_per_day=1, token_burst=5)]), "tokens_per_minute"),
+        (RateLimit(limits=[LimitSettings(in_flight=1, per=[])]), "names nobody"),
         (RateLimit(spend_per_day=1.0), "prices"),
-        (RateLimit(in_flight=1, limits=[Limit(in_flight=2)]), "already"),
+        (RateLimit(in_flight=1, limits=[LimitSettings(in_flight=2)]), "already"),
         (
-            RateLimit(limits=[Limit(in_flight=1, per=["team", "key"]), Limit(in_flight=2, per=["key", "team"])]),
+            RateLimit(
+                limits=[
+                    LimitSettings(in_flight=1, per=["team", "key"]),
+                    LimitSettings(in_flight=2, per=["key", "team"]),
+                ]
+            ),
             "already",
         ),
     ],
@@ -525,9 +535,9 @@ class Settled(MemoryCounters):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[int] = []
-        self._verdicts: list[Verdict] = []  # so that no two have one id
+        self._verdicts: list[Decision] = []  # so that no two have one id
 
-    def settle(self, verdict: Verdict, actual: Any) -> None:
+    def settle(self, verdict: Decision, actual: Any) -> None:
         self._verdicts.append(verdict)
         self.calls.append(id(verdict))
         super().settle(verdict, actual)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Event, EventFilter, Response
-from gateway.protocol.sse import link
+from gateway.protocol.sse import chain_filters
 from gateway.testing import every_split, post
 from plugins.sse_newline import CompleteEvents, SseNewline
 from tests.chunks import Count, cuts
@@ -37,7 +37,7 @@ def reference(stream: bytes) -> list[bytes]:
 
 
 def repaired(pieces: list[bytes]) -> bytes:
-    linked = link([CompleteEvents()])
+    linked = chain_filters([CompleteEvents()])
     return b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
 
 
@@ -66,7 +66,7 @@ def test_last_event_is_completed_in_the_stream_s_own_ending(ending: bytes, body:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_done_is_completed_the_moment_it_is_there(ending: bytes) -> None:
     """A reader need not wait for the stream to end: the blank line follows the line at once."""
-    linked = link([CompleteEvents()])
+    linked = chain_filters([CompleteEvents()])
     first = b"data: 1\n\n".replace(b"\n", ending)
     assert first == linked.feed(first)
     assert b"data: [DONE]" + ending * 2 == linked.feed(b"data: [DONE]" + ending)
@@ -179,7 +179,7 @@ def test_an_end_that_was_mended_is_counted(ending: bytes, end: str, mended: int)
     stream = BODY.replace(b"\n", ending) + end.encode().replace(b"\n", ending)
     for size in (1, 2, 3, len(stream)):
         count = Count()
-        linked = link([CompleteEvents(count)])
+        linked = chain_filters([CompleteEvents(count)])
         for place in range(0, len(stream), size):
             linked.feed(stream[place : place + size])
         linked.close()
@@ -206,11 +206,11 @@ def test_leaving_it_out_where_it_has_nothing_to_do_changes_nothing(parts: list[b
 
     pieces = cuts(b"".join(parts), places)
     apart, together = Count(), Count()
-    first, second = CompleteEvents(apart), link([Mark()])
+    first, second = CompleteEvents(apart), chain_filters([Mark()])
     expected = b"".join([second.feed(first.feed(piece)) for piece in pieces])
     if left := first.close():
         expected += second.feed(left)
     expected += second.close()
-    linked = link([CompleteEvents(together), Mark()])
+    linked = chain_filters([CompleteEvents(together), Mark()])
     assert expected == b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
     assert together.calls == apart.calls

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway import Response, UpstreamError
 from gateway.errors import ConfigError
-from gateway.protocol.sse import CutShort, link
+from gateway.protocol.sse import FilterFailed, chain_filters
 from gateway.testing import FakeAzure, Seen, post
 from plugins.openai_errors import OpenAIErrors
 from plugins.stream_errors import StreamErrors
@@ -76,9 +76,9 @@ async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
     both = await post(StreamErrors(), answer=pieces(sent_on + event(FILTERED)), json={})  # in one read
     assert (both.status, both.body, both.outcome.ended_by) == (200, sent_on, "upstream")
     answer = await post(StreamErrors(), answer=pieces(sent_on), json={})
-    linked = link(answer.response.filters)
+    linked = chain_filters(answer.response.filters)
     assert linked.feed(sent_on) == sent_on
-    with pytest.raises(CutShort, match="filtered") as caught:
+    with pytest.raises(FilterFailed, match="filtered") as caught:
         linked.feed(event(FILTERED))
     assert isinstance(caught.value.cause, UpstreamError)
     assert (caught.value.cause.code, caught.value.cause.param) == ("content_filter", "prompt")
@@ -201,8 +201,8 @@ async def test_an_error_after_output_says_what_it_was() -> None:
     """Its code, be it a number, and the type that its status means."""
     for code, kind in ((429, "requests"), ("content_filter", "invalid_request_error"), (None, "server_error")):
         error = {"error": {"code": code, "message": "m", "param": "prompt"}}
-        linked = link((await post(StreamErrors(), answer=pieces(stream(*PLAIN)), json={})).response.filters)
-        with pytest.raises(CutShort) as caught:
+        linked = chain_filters((await post(StreamErrors(), answer=pieces(stream(*PLAIN)), json={})).response.filters)
+        with pytest.raises(FilterFailed) as caught:
             linked.feed(event(error))
         cause = caught.value.cause
         assert isinstance(cause, UpstreamError)

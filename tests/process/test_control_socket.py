@@ -19,7 +19,7 @@ import pytest
 from gateway import logs
 from gateway.cli import main
 from gateway.process import control_socket as control
-from gateway.process.control_socket import NobodyThere, Report
+from gateway.process.control_socket import GatewayNotRunning, ReloadReport
 from tests.conftest import until
 
 STRANGER = 54321
@@ -49,8 +49,8 @@ def squatter(path: Path, answer: bytes = b"{}") -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def listening(path: Path) -> AsyncIterator[None]:
-    async def reload() -> Report:
-        return Report(changes=["mine"])
+    async def reload() -> ReloadReport:
+        return ReloadReport(changes=["mine"])
 
     task = asyncio.create_task(control.listen(path, reload))
     try:
@@ -103,7 +103,7 @@ def test_who_is_believed(
         if refused is None:
             assert control.ask(path, user).changes == ["yes"]
         else:
-            with pytest.raises(NobodyThere, match=f"(?i){refused}"):
+            with pytest.raises(GatewayNotRunning, match=f"(?i){refused}"):
                 control.ask(path, user)
 
 
@@ -126,9 +126,9 @@ def test_root_is_told_how_to_ask_a_gateway_of_another_user(
 def test_an_answer_has_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And an answer that is no report is no reload."""
     monkeypatch.setattr(control, "_LARGEST", 100_000)
-    with squatter(path, b" " * 200_000), pytest.raises(NobodyThere, match="too large"):
+    with squatter(path, b" " * 200_000), pytest.raises(GatewayNotRunning, match="too large"):
         control.ask(path)
-    with squatter(path, b"hello"), pytest.raises(NobodyThere, match="ended before it had reloaded"):
+    with squatter(path, b"hello"), pytest.raises(GatewayNotRunning, match="ended before it had reloaded"):
         control.ask(path)
 
 

@@ -55,7 +55,7 @@ async def noticed(sources: Sources, change: Callable[[], object]) -> bool:
         return look()
 
     sources.stats = stats  # type: ignore[method-assign] # it counts
-    waiting = asyncio.create_task(watch.until_changed(sources))
+    waiting = asyncio.create_task(watch.wait_for_change(sources))
     await until(lambda: looks >= 3)
     assert not waiting.done()
     change()
@@ -133,7 +133,7 @@ async def test_what_was_missing_is_watched_for(missing: str, text: str, tmp_path
 async def test_a_file_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
     """It counts as changed when two looks in a row find the same."""
     path = write_files(tmp_path, FILES)
-    waiting = asyncio.create_task(watch.until_changed(sources_of(path)))
+    waiting = asyncio.create_task(watch.wait_for_change(sources_of(path)))
     await asyncio.sleep(0.1)
     for number in range(60):
         path.write_text(YAML + "#" * number)

@@ -26,11 +26,11 @@ from gateway.config.sources import Sources
 from gateway.process import control_socket as control
 from gateway.process import file_watch as watch
 from gateway.process import generations as renewal
-from gateway.process.control_socket import NobodyThere, Report
-from gateway.process.generations import Renewal
-from gateway.process.reload import Prepared, Reloads, State
+from gateway.process.control_socket import GatewayNotRunning, ReloadReport
+from gateway.process.generations import GenerationSwitch
+from gateway.process.reload import Prepared, ReloadLoop, WatchedState
 from gateway.process.systemd import Notifier
-from gateway.process.worker import Line
+from gateway.process.worker import SupervisorChannel
 from gateway.services import Shared
 from gateway.testing import FakeAzure
 from tests.cli.test_cli import CLEAN, run
@@ -95,12 +95,12 @@ class Running:
         self.gateway = gateway
         self.path = path
         self.env = env
-        self.renewal = Renewal(gateway.server, self.load(), self.load)
+        self.renewal = GenerationSwitch(gateway.server, self.load(), self.load)
 
     def load(self, shared: Shared | None = None, sources: Sources | None = None) -> Loaded:
         return load(self.path, self.env, shared, sources=sources)
 
-    async def reload(self, *changes: tuple[str, str], yaml: str = YAML) -> Report:
+    async def reload(self, *changes: tuple[str, str], yaml: str = YAML) -> ReloadReport:
         """Reload with other text in gateway.yaml."""
         for old, new in changes:
             assert old in yaml
@@ -137,7 +137,7 @@ async def test_new_requests_are_the_new_configuration_s(start: Start) -> None:
     running = await start()
     assert await running.name() == "first"
     report = await running.reload(("mark: first", "mark: second"))
-    assert report == Report(changes=["team default: mark.name: first -> second"])
+    assert report == ReloadReport(changes=["team default: mark.name: first -> second"])
     assert await running.name() == "second"
     await until(lambda: running.marks("stopped") == ["first"])
     assert running.marks("started") == ["first", "second"]
@@ -236,9 +236,9 @@ async def test_a_bug_keeps_the_old_set_and_tells_no_secret(start: Start, monkeyp
 async def test_the_same_content_starts_nothing(start: Start) -> None:
     """Nothing is swapped; another comment is another content, though no setting is another."""
     running = await start()
-    assert await running.reload() == Report(same=True)
+    assert await running.reload() == ReloadReport(same=True)
     assert running.marks("started") == ["first"]
-    assert await running.reload(yaml=YAML + "# more\n") == Report()
+    assert await running.reload(yaml=YAML + "# more\n") == ReloadReport()
     await until(lambda: running.marks("stopped") == ["first"])
 
 
@@ -385,12 +385,12 @@ async def test_100_reloads_under_load_fail_no_request(start: Start, azure: FakeA
 # -- what asks for a reload ----------------------------------------------------------------------------
 
 
-def reloads(tmp_path: Path, reload: Callable[[], Awaitable[Prepared]], sources: Sources | None = None) -> Reloads:
-    return Reloads(reload, Notifier({}), tmp_path / "gateway.yaml", State(sources or Sources()))
+def reloads(tmp_path: Path, reload: Callable[[], Awaitable[Prepared]], sources: Sources | None = None) -> ReloadLoop:
+    return ReloadLoop(reload, Notifier({}), tmp_path / "gateway.yaml", WatchedState(sources or Sources()))
 
 
 @contextlib.asynccontextmanager
-async def going(asking: Reloads) -> AsyncIterator[None]:
+async def going(asking: ReloadLoop) -> AsyncIterator[None]:
     task = asyncio.create_task(asking.run())
     try:
         await asyncio.sleep(0.02)
@@ -409,7 +409,7 @@ async def test_one_reload_at_a_time(tmp_path: Path) -> None:
         begun += 1
         number = begun
         await go.wait()
-        return Prepared(Report(changes=[str(number)]), State())
+        return Prepared(ReloadReport(changes=[str(number)]), WatchedState())
 
     asking = reloads(tmp_path, reload)
     async with going(asking):
@@ -438,7 +438,7 @@ async def test_files_that_failed_are_tried_again_when_they_change(
     async def reload() -> Prepared:
         sources = Sources()
         tried.append(sources.read(tmp_path / "file").decode())
-        return Prepared(Report(mistakes=["wrong"]), State(sources, watch=tried[-1] != "2"))
+        return Prepared(ReloadReport(mistakes=["wrong"]), WatchedState(sources, watch=tried[-1] != "2"))
 
     sources = Sources()
     sources.read(tmp_path / "file")
@@ -459,27 +459,27 @@ async def test_only_root_and_the_gateway_s_user_may_ask(tmp_path: Path, monkeypa
     async def reload() -> Prepared:
         nonlocal asked
         asked += 1
-        return Prepared(Report(same=True), State())
+        return Prepared(ReloadReport(same=True), WatchedState())
 
     path = tmp_path / "gateway.yaml"
     async with going(reloads(tmp_path, reload)):
         assert (await asyncio.to_thread(control.ask, path)).same
         monkeypatch.setattr(control, "_user", lambda sock: 12345)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
-        with pytest.raises(NobodyThere):
+        with pytest.raises(GatewayNotRunning):
             await asyncio.to_thread(control.ask, path)
         assert asked == 1
         monkeypatch.setattr(os, "geteuid", lambda: 99)
-        with pytest.raises(NobodyThere, match="as another user"):
+        with pytest.raises(GatewayNotRunning, match="as another user"):
             await asyncio.to_thread(control.ask, path)
         monkeypatch.undo()
         monkeypatch.setattr(control, "_ORDER", b"stop!!\n")
         answered = asyncio.create_task(asyncio.to_thread(control.ask, path))
         await asyncio.sleep(0)
         monkeypatch.undo()
-        with contextlib.suppress(NobodyThere):
+        with contextlib.suppress(GatewayNotRunning):
             await answered
-    with pytest.raises(NobodyThere, match=r"no gateway with the configuration .*gateway\.yaml runs here"):
+    with pytest.raises(GatewayNotRunning, match=r"no gateway with the configuration .*gateway\.yaml runs here"):
         control.ask(path)
 
 
@@ -490,7 +490,7 @@ async def test_a_second_gateway_on_one_file_goes_on_without_a_socket(
     logs.configure("info", "json", sys.stderr)
 
     async def reload(which: int) -> Prepared:
-        return Prepared(Report(changes=[str(which)]), State())
+        return Prepared(ReloadReport(changes=[str(which)]), WatchedState())
 
     async with going(reloads(tmp_path, lambda: reload(1))), going(second := reloads(tmp_path, lambda: reload(2))):
         assert (await asyncio.to_thread(control.ask, tmp_path / "gateway.yaml")).changes == ["1"]
@@ -503,7 +503,7 @@ async def test_a_worker_that_stops_stops_what_it_had_prepared(start: Start) -> N
     """And what a new order takes the place of; only what was committed serves."""
     running = await start()
     ours, theirs = socket.socketpair()
-    line, (heard, said) = Line(theirs.detach()), await asyncio.open_unix_connection(sock=ours)
+    line, (heard, said) = SupervisorChannel(theirs.detach()), await asyncio.open_unix_connection(sock=ours)
     line.obey(asyncio.Event(), asyncio.Event())
     following = asyncio.create_task(line.follow(running.renewal))
     for number, name in enumerate(("second", "third", "fourth"), 1):
@@ -823,7 +823,7 @@ def test_what_another_process_says_does_not_steer_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Any user of the machine may have taken the name before the gateway did."""
-    monkeypatch.setattr(control, "ask", lambda path, user: Report(changes=["\x1b[2J"], notes=["listen: \r"]))
+    monkeypatch.setattr(control, "ask", lambda path, user: ReloadReport(changes=["\x1b[2J"], notes=["listen: \r"]))
     assert main(["reload", "--config", str(tmp_path / "gateway.yaml")]) == 0
     printed = capsys.readouterr()
     assert printed.out == "'\\x1b[2J'\n"
@@ -934,10 +934,10 @@ async def test_a_pipe_that_says_nothing_does_not_keep_the_gateway(start: Start, 
 async def test_a_worker_says_what_is_long(tmp_path: Path) -> None:
     """More than fits between it and its supervisor, on a descriptor that does not wait: that is how loops leave it."""
     ours, theirs = socket.socketpair()
-    line = Line(theirs.detach())
+    line = SupervisorChannel(theirs.detach())
     os.set_blocking(line._socket.fileno(), False)
     names = {f"/etc/gateway/teams/{number:05}.yaml": "0" * 64 for number in range(20_000)}
-    said = asyncio.create_task(asyncio.to_thread(line.ready, State(Sources(names))))
+    said = asyncio.create_task(asyncio.to_thread(line.ready, WatchedState(Sources(names))))
     with ours:
         ours.setblocking(False)
         await asyncio.sleep(0.1)
@@ -997,7 +997,7 @@ async def test_a_reload_that_fails_by_a_bug_is_not_the_last(tmp_path: Path, monk
         tried += 1
         if tried == 1:
             raise RuntimeError("can't start new thread")
-        return Prepared(Report(changes=["x"]), State())
+        return Prepared(ReloadReport(changes=["x"]), WatchedState())
 
     async with going(running := reloads(tmp_path, reload)):
         assert (await running.ask()).mistakes == ["RuntimeError; the log has more"]
@@ -1020,7 +1020,7 @@ async def test_the_watch_outlives_a_reload_that_read_nothing(
     assert prepared.state.sources.files.keys() == before.files.keys()
     monkeypatch.setattr(watch, "_EVERY", 0.01)
     async with asyncio.timeout(20):
-        await watch.until_changed(prepared.state.sources)
+        await watch.wait_for_change(prepared.state.sources)
 
 
 async def test_a_watch_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1042,5 +1042,5 @@ async def test_a_watch_without_threads_goes_on(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(asyncio, "to_thread", without)
     async with asyncio.timeout(20):
-        await watch.until_changed(sources)
+        await watch.wait_for_change(sources)
     assert left < -1

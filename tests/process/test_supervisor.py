@@ -18,7 +18,7 @@ import pytest
 from gateway.cli import main
 from gateway.errors import StartError
 from gateway.process import supervisor as workers
-from gateway.process.control_socket import Report
+from gateway.process.control_socket import ReloadReport
 from gateway.process.supervisor import Supervisor
 from gateway.process.systemd import Notifier
 from gateway.settings import Listen
@@ -542,18 +542,18 @@ for order in line.makefile("r"):
 @pytest.mark.parametrize(
     ("other", "said", "heard"),
     [
-        ("prepared('new')", Report(changes=["new"]), "prepare 1, commit 1"),
-        ("pass", Report(mistakes=["a worker had not prepared it after 2 s"]), "prepare 1, abort 1"),
-        ("sys.exit(3)", Report(mistakes=["a worker ended while it prepared it"]), "prepare 1, abort 1"),
-        ("prepared('old' if number == '1' else 'new')", Report(changes=["new"]),
+        ("prepared('new')", ReloadReport(changes=["new"]), "prepare 1, commit 1"),
+        ("pass", ReloadReport(mistakes=["a worker had not prepared it after 2 s"]), "prepare 1, abort 1"),
+        ("sys.exit(3)", ReloadReport(mistakes=["a worker ended while it prepared it"]), "prepare 1, abort 1"),
+        ("prepared('old' if number == '1' else 'new')", ReloadReport(changes=["new"]),
          "prepare 1, abort 1, prepare 2, commit 2"),
-        ("prepared('old')", Report(mistakes=["the files changed while they were read; they are read again"]),
+        ("prepared('old')", ReloadReport(mistakes=["the files changed while they were read; they are read again"]),
          "prepare 1, abort 1, prepare 2, abort 2"),
     ],
     ids=["well", "late", "dies", "changed-once", "changed-again"],
 )  # fmt: skip
 async def test_all_workers_take_the_same_files_over_or_none(
-    other: str, said: Report, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    other: str, said: ReloadReport, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that takes too long, ends meanwhile, or has read other files, keeps the others from it."""
     monkeypatch.setattr(workers, "_FIRST_DELAY", 30.0)

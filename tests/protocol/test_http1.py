@@ -13,10 +13,10 @@ from gateway.protocol import http1
 from gateway.protocol.headers import Field
 from gateway.protocol.http1 import (
     FRAMING_OF_REQUESTS,
-    Chunks,
+    ChunkedDecoder,
     HeadCheck,
     HeadReader,
-    Malformed,
+    MalformedMessage,
     parse_request,
     parse_response,
 )
@@ -42,7 +42,7 @@ def cuts(data: bytes) -> list[list[bytes]]:
     ]
 
 
-def feed_all(chunks: Chunks, pieces: list[bytes]) -> None:
+def feed_all(chunks: ChunkedDecoder, pieces: list[bytes]) -> None:
     for piece in pieces:
         chunks.feed(piece)
         while chunks.unread:
@@ -330,7 +330,7 @@ def test_how_a_response_s_body_ends() -> None:
 )
 def test_responses_that_cannot_be_believed(head: bytes) -> None:
     """What could be read in two ways, or is no HTTP/1.1, is malformed."""
-    with pytest.raises(Malformed):
+    with pytest.raises(MalformedMessage):
         parse_response(head)
 
 
@@ -349,7 +349,7 @@ def test_responses_that_cannot_be_believed(head: bytes) -> None:
 def test_chunks_at_every_cut(wire: bytes, body: bytes) -> None:
     """The body is the same however the wire's bytes are cut, and what follows its end is told apart."""
     for pieces in cuts(wire + b"next"):
-        chunks = Chunks()
+        chunks = ChunkedDecoder()
         out = extra = b""
         for piece in pieces:
             if chunks.done:
@@ -387,15 +387,15 @@ def test_chunks_at_every_cut(wire: bytes, body: bytes) -> None:
 def test_chunks_that_are_none(wire: bytes) -> None:
     """Bare line ends, signs, wrong sizes, framing without end: malformed, at whatever byte they are cut."""
     for pieces in cuts(wire) if len(wire) < 100 else ([wire], [wire[:3000], wire[3000:]]):
-        with pytest.raises(Malformed):
-            feed_all(Chunks(), pieces)
+        with pytest.raises(MalformedMessage):
+            feed_all(ChunkedDecoder(), pieces)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(1, 30), max_size=20))
 def test_chunks_of_any_body(pieces: list[bytes], sizes: list[int]) -> None:
     """Whatever the body, whatever the cuts: what comes out is what went in."""
     wire = chunked(*pieces)
-    chunks = Chunks()
+    chunks = ChunkedDecoder()
     out = []
     for size in [*sizes, len(wire)]:
         out.append(chunks.feed(wire[:size]))
@@ -408,7 +408,7 @@ def test_chunks_of_any_body(pieces: list[bytes], sizes: list[int]) -> None:
 
 def test_one_call_reads_a_bounded_number_of_chunks() -> None:
     """What is above the bound stays unread, in order, and nothing is lost over the calls."""
-    chunks = Chunks()
+    chunks = ChunkedDecoder()
     wire, out, calls = b"1\r\nx\r\n" * 1000 + b"0\r\n\r\nnext", b"", 0
     while not chunks.done:
         piece = chunks.feed(wire, 10)
@@ -421,7 +421,7 @@ def test_one_call_reads_a_bounded_number_of_chunks() -> None:
 def test_a_body_that_is_mostly_framing_is_refused() -> None:
     """More than the allowance and two bytes of framing for each byte; a response may have more."""
     tiny, small = b"1\r\nx\r\n" * 5000, b"3\r\nxyz\r\n" * 5000
-    with pytest.raises(Malformed):
-        feed_all(Chunks(FRAMING_OF_REQUESTS), [tiny])
-    feed_all(Chunks(FRAMING_OF_REQUESTS), [small])
-    feed_all(Chunks(), [tiny])
+    with pytest.raises(MalformedMessage):
+        feed_all(ChunkedDecoder(FRAMING_OF_REQUESTS), [tiny])
+    feed_all(ChunkedDecoder(FRAMING_OF_REQUESTS), [small])
+    feed_all(ChunkedDecoder(), [tiny])

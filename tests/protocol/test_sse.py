@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gateway import Event, EventFilter, Filter
 from gateway.errors import StreamBroken
-from gateway.protocol.sse import MAX_EVENT, CutShort, link, through, unfinished_event
+from gateway.protocol.sse import MAX_EVENT, FilterFailed, chain_filters, run_filters, unfinished_event
 from gateway.testing import every_split
 
 EVENTS = (
@@ -44,7 +44,7 @@ class Upper(Filter):
 
 
 def fed(filters: list[Filter | EventFilter], pieces: list[bytes], encoding: str | None = None) -> bytes:
-    linked = link(filters, encoding)
+    linked = chain_filters(filters, encoding)
     return b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
 
 
@@ -81,7 +81,7 @@ def test_any_mix_of_line_endings_passes_unchanged(lines: list[bytes], endings: l
 def test_events_leave_as_soon_as_they_are_whole() -> None:
     """An event is not held until the next one begins."""
     for event in (b"data: 1\n\n", b"data: 1\r\n\r\n", b"data: 1\r\r", b"data: 1\r\n\r"):
-        assert event == link([Keep()]).feed(event)
+        assert event == chain_filters([Keep()]).feed(event)
 
 
 def test_filters_run_in_the_order_in_which_they_were_put_on() -> None:
@@ -165,8 +165,8 @@ def test_of_several_events_in_the_place_of_one_those_before_a_failure_are_not_lo
         def event(self, event: Event) -> Event:
             raise ValueError("bad")
 
-    with pytest.raises(CutShort) as caught:
-        link([Split(), Fail()]).feed(b"data: bad\n\n")
+    with pytest.raises(FilterFailed) as caught:
+        chain_filters([Split(), Fail()]).feed(b"data: bad\n\n")
     assert caught.value.left == b"data: held\n\n"
 
 
@@ -182,7 +182,7 @@ def test_what_filters_make_of_a_message_stays_one() -> None:
     class Kind(Event):
         pass
 
-    made = list(through([Mark(search=False), Mark(search=False)], Kind(b"x")))
+    made = list(run_filters([Mark(search=False), Mark(search=False)], Kind(b"x")))
     assert [type(each) for each in made] == [Kind] * len(made)
 
 
@@ -239,16 +239,16 @@ def test_what_came_before_a_filter_failed_is_not_lost(cuts: list[int], more: boo
     stream = b"data: a\n\ndata: b\n\ndata: bad\n\ndata: c\n\n"
     places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     behind: list[Filter | EventFilter] = [Upper(), Keep()] if more else []
-    linked = link([Filter(), Fail(), *behind])
+    linked = chain_filters([Filter(), Fail(), *behind])
     out = b""
-    with pytest.raises(CutShort) as caught:  # noqa: PT012 -- it may be raised by any of them
+    with pytest.raises(FilterFailed) as caught:  # noqa: PT012 -- it may be raised by any of them
         for start, end in itertools.pairwise(places):
             out += linked.feed(stream[start:end])
     assert isinstance(caught.value.cause, ValueError)
     expected = b"data: a\n\ndata: b\n\n"
     assert out + caught.value.left == (expected.upper() if more else expected)
     with pytest.raises(ValueError, match="bad"):
-        link([Fail()]).whole(stream)
+        chain_filters([Fail()]).whole(stream)
 
 
 def test_json_of_an_event_is_lazy_and_none_where_it_is_no_json() -> None:
@@ -269,7 +269,7 @@ def test_half_a_surrogate_pair_is_json() -> None:
 
 def test_event_without_end_is_bounded() -> None:
     """A stream that never ends an event is broken off before it fills the memory."""
-    linked = link([Keep()])
+    linked = chain_filters([Keep()])
     block = b"x" * (8 * 1024 * 1024)
     for _ in range(MAX_EVENT // len(block)):
         linked.feed(block)
@@ -279,7 +279,7 @@ def test_event_without_end_is_bounded() -> None:
 
 def test_ten_megabytes_byte_by_byte_is_linear() -> None:
     """A large event in very many reads costs a scan of each byte, not of all before it."""
-    linked = link([Keep()])
+    linked = chain_filters([Keep()])
     piece = b"x" * 100
     for _ in range(100_000):
         assert linked.feed(piece) == b""
@@ -299,7 +299,7 @@ def test_filters_see_text_where_azure_compresses(encoding: str) -> None:
     with pytest.raises(StreamBroken):
         fed([Upper()], [b"nonsense"], encoding)
     with pytest.raises(StreamBroken):
-        link([Upper()], "br")
+        chain_filters([Upper()], "br")
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ from gateway.protocol.websocket_frames import (
     PONG,
     TEXT,
     Control,
-    Frames,
+    FrameParser,
     FrameWriter,
     Message,
-    Passed,
-    close_frame,
+    PassedFrames,
+    encode_close_frame,
     mask,
 )
-from gateway.protocol.websocket_frames import frame as made
+from gateway.protocol.websocket_frames import encode_frame as made
 
 MOST = 1_000_000
 
@@ -43,7 +43,7 @@ def raw(opcode: int, payload: bytes, *, final: bool = True, masked: bool = True,
     return head + key + bytes(byte ^ key[place % 4] if masked else byte for place, byte in enumerate(payload))
 
 
-def read(frames: Frames, data: bytes) -> list[Passed | Control | Message]:
+def read(frames: FrameParser, data: bytes) -> list[PassedFrames | Control | Message]:
     """Read all of it, in as many calls as that takes."""
     found = frames.feed(data)
     while frames.unread:
@@ -73,14 +73,14 @@ def test_frames_pass_as_they_came_at_every_split(masked: bool) -> None:
     """Byte for byte, mask and all; control frames are told apart, and messages counted."""
     data = sent(masked)
     for cut in range(len(data)):
-        frames = Frames(masked=masked, most=MOST)
+        frames = FrameParser(masked=masked, most=MOST)
         found = frames.feed(data[:cut]) + frames.feed(data[cut:])
-        passed = b"".join(each.data if isinstance(each, Passed) else each.raw for each in found
+        passed = b"".join(each.data if isinstance(each, PassedFrames) else each.raw for each in found
                           if not isinstance(each, Message))  # fmt: skip
         assert passed == data, cut
         controls = [(each.opcode, each.payload) for each in found if isinstance(each, Control)]
         assert controls == [(opcode, payload) for opcode, payload, _ in MIX if opcode >= CLOSE]
-        assert sum(each.messages for each in found if isinstance(each, Passed)) == 4
+        assert sum(each.messages for each in found if isinstance(each, PassedFrames)) == 4
         assert frames.closed
 
 
@@ -91,13 +91,13 @@ def test_whole_messages_are_joined_and_unmasked_at_every_split(masked: bool) -> 
     pieces = [[data[:cut], data[cut:]] for cut in range(len(data))]
     pieces.append([data[place : place + 1] for place in range(len(data))])
     for each in pieces:
-        frames = Frames(masked=masked, most=MOST, whole=True)
+        frames = FrameParser(masked=masked, most=MOST, whole=True)
         found = list(itertools.chain.from_iterable(map(frames.feed, each)))
         assert [one for one in found if isinstance(one, Message)] == [
             Message(TEXT, MIX[0][1]), Message(BINARY, b"\x00" * 200), Message(TEXT, b"first " + b"last" * 40),
             Message(TEXT, b""),
         ]  # fmt: skip
-        assert not any(isinstance(one, Passed) for one in found)
+        assert not any(isinstance(one, PassedFrames) for one in found)
         assert [one.opcode for one in found if isinstance(one, Control)] == [PING, PONG, CLOSE]
 
 
@@ -105,7 +105,7 @@ def test_whole_messages_are_joined_and_unmasked_at_every_split(masked: bool) -> 
 def test_what_is_written_is_read_again(payload: bytes, masked: bool) -> None:
     """Of every length, with a mask and without."""
     written = made(BINARY, payload, masked=masked)
-    assert Frames(masked=masked, most=MOST, whole=True).feed(written, size=100_000) == [Message(BINARY, payload)]
+    assert FrameParser(masked=masked, most=MOST, whole=True).feed(written, size=100_000) == [Message(BINARY, payload)]
     if not masked:
         assert written == raw(BINARY, payload, masked=False)
 
@@ -148,7 +148,7 @@ def test_what_the_rfc_forbids_is_refused(data: bytes, code: int) -> None:
     """With the close code that says why, whether messages are kept whole or not, and cut anywhere."""
     for whole in (False, True):
         for size in (len(data), 1) if len(data) < 1000 else (len(data),):
-            frames = Frames(masked=True, most=MOST, whole=whole)
+            frames = FrameParser(masked=True, most=MOST, whole=whole)
             pieces = [data[place : place + size] for place in range(0, len(data), size)]
             for piece in pieces:
                 read(frames, piece)
@@ -161,7 +161,7 @@ def test_what_came_before_it_is_not_lost(whole: bool) -> None:
     """However reads end: a whole message, or the rest of a frame that was passed on in part."""
     sound = raw(TEXT, b"last words") + raw(PING, b"p")
     for cut in range(len(sound)):
-        frames = Frames(masked=True, most=MOST, whole=whole)
+        frames = FrameParser(masked=True, most=MOST, whole=whole)
         found = frames.feed(sound[:cut]) + frames.feed(sound[cut:] + b"\xff\xff\xff\xff")
         assert frames.error is not None
         assert frames.between
@@ -169,7 +169,7 @@ def test_what_came_before_it_is_not_lost(whole: bool) -> None:
         if whole:
             assert found[0] == Message(TEXT, b"last words")
         else:
-            assert b"".join(each.data if isinstance(each, Passed) else each.raw for each in found
+            assert b"".join(each.data if isinstance(each, PassedFrames) else each.raw for each in found
                             if not isinstance(each, Message)) == sound  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def test_what_came_before_it_is_not_lost(whole: bool) -> None:
 def test_a_message_that_is_nearly_all_framing_is_refused(whole: bool, payload: bytes, most: int) -> None:
     """After an allowance, which each message has; one whose fragments carry something never is."""
     for first in (raw(TEXT, b"whole"), raw(TEXT, b"", final=False) + raw(0, b"")):
-        frames = Frames(masked=True, most=MOST, whole=whole)
+        frames = FrameParser(masked=True, most=MOST, whole=whole)
         read(frames, first)
         begun = raw(TEXT, payload, final=False)
         read(frames, begun + raw(0, payload, final=False) * (most - 1))
@@ -200,14 +200,14 @@ FRAMES = {
 @pytest.mark.parametrize("kind", FRAMES)
 def test_one_call_reads_a_bounded_number_of_frames(kind: str, whole: bool) -> None:
     """Exactly as many as it may, and the next call goes on where it ended; nothing waits for more bytes to arrive."""
-    frames = Frames(masked=True, most=MOST, whole=whole)
+    frames = FrameParser(masked=True, most=MOST, whole=whole)
     if kind == "empty continuations":
         frames.feed(raw(TEXT, b"", final=False))
     one, calls, passed = FRAMES[kind], 0, 0
     found = frames.feed(one * 640, 64)
     while True:
         calls += 1
-        passed += sum(len(each.data) if isinstance(each, Passed) else len(one) for each in found)
+        passed += sum(len(each.data) if isinstance(each, PassedFrames) else len(one) for each in found)
         if kind != "empty continuations" or not whole:
             assert passed == calls * 64 * len(one)
         if not frames.unread:
@@ -219,11 +219,13 @@ def test_one_call_reads_a_bounded_number_of_frames(kind: str, whole: bool) -> No
 @pytest.mark.parametrize("whole", [False, True])
 def test_one_call_reads_a_bounded_number_of_bytes(whole: bool) -> None:
     """Of a large payload, or of many small frames; whatever comes in one read."""
-    frames = Frames(masked=True, most=MOST, whole=whole)
+    frames = FrameParser(masked=True, most=MOST, whole=whole)
     large = made(BINARY, bytes(100_000), masked=True)
     found, handled = frames.feed(large + raw(TEXT, b"next"), 64, 10_000), []
     while True:
-        handled.append(frames.kept if whole else sum(len(each.data) for each in found if isinstance(each, Passed)))
+        handled.append(
+            frames.kept if whole else sum(len(each.data) for each in found if isinstance(each, PassedFrames))
+        )
         if not frames.unread:
             break
         found = frames.feed(frames=64, size=10_000)
@@ -237,7 +239,7 @@ def test_one_call_reads_a_bounded_number_of_bytes(whole: bool) -> None:
 
 def test_a_length_that_is_announced_reserves_nothing() -> None:
     """Memory is taken as the payload arrives; none above the largest message."""
-    frames = Frames(masked=True, most=60_000_000, whole=True)
+    frames = FrameParser(masked=True, most=60_000_000, whole=True)
     frames.feed(b"\x01\xff" + (60_000_000).to_bytes(8) + b"\x00\x00\x00\x00" + b"a" * 1000)
     assert frames.kept == 1000
     assert frames._message.__sizeof__() < 3000
@@ -261,17 +263,17 @@ def test_bounds_change_nothing_of_what_is_read(
         if MIX[kind][0] != CLOSE
     )
 
-    def told(found: list[Passed | Control | Message]) -> list[object]:
+    def told(found: list[PassedFrames | Control | Message]) -> list[object]:
         out: list[object] = []
         for each in found:
-            if isinstance(each, Passed) and out and isinstance(out[-1], Passed):
-                each = Passed(out[-1].data + each.data, out.pop().messages + each.messages)  # type: ignore[attr-defined] # noqa: PLW2901
+            if isinstance(each, PassedFrames) and out and isinstance(out[-1], PassedFrames):
+                each = PassedFrames(out[-1].data + each.data, out.pop().messages + each.messages)  # type: ignore[attr-defined] # noqa: PLW2901
             out.append(each)
         return out
 
-    at_once, in_steps = (Frames(masked=masked, most=MOST, whole=whole) for _ in range(2))
+    at_once, in_steps = (FrameParser(masked=masked, most=MOST, whole=whole) for _ in range(2))
     wanted = told(at_once.feed(data, 1000, 1_000_000))
-    found: list[Passed | Control | Message] = []
+    found: list[PassedFrames | Control | Message] = []
     place = 0
     for cut in [*cuts, len(data)]:
         piece = data[place : place + cut]
@@ -294,28 +296,28 @@ def test_a_frame_written_in_pieces_is_a_frame(payload: bytes, quarter: int, mask
     pieces = [writer.piece(4 * quarter)]
     while not writer.done:
         pieces.append(writer.piece(4 * quarter))
-    assert Frames(masked=masked, most=MOST, whole=True).feed(b"".join(pieces)) == [Message(TEXT, payload)]
+    assert FrameParser(masked=masked, most=MOST, whole=True).feed(b"".join(pieces)) == [Message(TEXT, payload)]
     assert all(len(piece) <= 4 * quarter for piece in pieces[1:])
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1003, 1008, 1011, 1013, 3000, 4999])
 def test_codes_that_may_be_sent(code: int) -> None:
     """Those of the RFC, the registered ones, and those of libraries and programs."""
-    (control,) = Frames(masked=True, most=MOST).feed(close_frame(code, "because", masked=True))
+    (control,) = FrameParser(masked=True, most=MOST).feed(encode_close_frame(code, "because", masked=True))
     assert isinstance(control, Control)
     assert (control.code, control.payload[2:]) == (code, b"because")
 
 
 def test_a_close_may_say_nothing() -> None:
     """Then it has no code."""
-    (control,) = Frames(masked=True, most=MOST).feed(raw(CLOSE, b""))
+    (control,) = FrameParser(masked=True, most=MOST).feed(raw(CLOSE, b""))
     assert isinstance(control, Control)
     assert control.code is None
 
 
 def test_a_large_message_in_many_reads_is_linear() -> None:
     """What is kept is joined once, not with each read."""
-    frames = Frames(masked=False, most=100_000_000, whole=True)
+    frames = FrameParser(masked=False, most=100_000_000, whole=True)
     data = made(BINARY, bytes(50_000_000), masked=False)
     found = [each for place in range(0, len(data), 1000) for each in read(frames, data[place : place + 1000])]
     assert [len(each.payload) for each in found if isinstance(each, Message)] == [50_000_000]
@@ -323,22 +325,22 @@ def test_a_large_message_in_many_reads_is_linear() -> None:
 
 def test_nothing_is_read_behind_a_close() -> None:
     """What a side sends after it is nobody's business."""
-    frames = Frames(masked=False, most=MOST)
+    frames = FrameParser(masked=False, most=MOST)
     assert len(frames.feed(raw(CLOSE, b"", masked=False) + b"junk")) == 1
     assert frames.feed(b"more junk") == []
 
 
 def test_a_reason_is_cut_where_it_is_too_long() -> None:
     """Between two characters, so that it stays text."""
-    frames = Frames(masked=False, most=MOST)
-    (control,) = frames.feed(close_frame(1011, "ä" * 100, masked=False))
+    frames = FrameParser(masked=False, most=MOST)
+    (control,) = frames.feed(encode_close_frame(1011, "ä" * 100, masked=False))
     assert isinstance(control, Control)
     assert control.payload[2:].decode() == "ä" * 61
 
 
 def test_where_another_message_may_be_put() -> None:
     """Not between the fragments of one, where a control frame may stand."""
-    frames = Frames(masked=False, most=MOST)
+    frames = FrameParser(masked=False, most=MOST)
     frames.feed(raw(TEXT, b"a", final=False, masked=False))
     seen = [(frames.between, frames.between_messages)]
     frames.feed(raw(0, b"b", masked=False))
@@ -348,7 +350,7 @@ def test_where_another_message_may_be_put() -> None:
 
 def test_where_another_frame_may_be_put() -> None:
     """Not in the middle of one that was passed on in part; the head of one that is kept is no matter."""
-    frames = Frames(masked=False, most=MOST)
+    frames = FrameParser(masked=False, most=MOST)
     data = raw(BINARY, b"x" * 1000, masked=False)
     seen = [frames.between]
     for piece in (data[:100], data[100:], data[:3]):
@@ -360,8 +362,8 @@ def test_where_another_frame_may_be_put() -> None:
 @given(st.binary(max_size=400), st.booleans(), st.booleans())
 def test_any_bytes_are_frames_or_refused(data: bytes, masked: bool, whole: bool) -> None:
     """Nothing else is ever raised, and no byte that was passed on was not there."""
-    frames = Frames(masked=masked, most=100_000, whole=whole)
+    frames = FrameParser(masked=masked, most=100_000, whole=whole)
     found = frames.feed(data)
     if not whole:
-        assert data.startswith(b"".join(each.data if isinstance(each, Passed) else each.raw for each in found
+        assert data.startswith(b"".join(each.data if isinstance(each, PassedFrames) else each.raw for each in found
                                         if not isinstance(each, Message)))  # fmt: skip

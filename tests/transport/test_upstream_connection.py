@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from gateway.errors import UpstreamError
 from gateway.fair_scheduler import STEP
-from gateway.transport.connection_pool import Connector, Destination
-from gateway.transport.upstream_connection import _MOST_INFLATED, _MOST_LINES, Answer, Wire
-from gateway.transport.write_buffer import Outbox
+from gateway.transport.connection_pool import ConnectionPool, Destination
+from gateway.transport.upstream_connection import _MOST_INFLATED, _MOST_LINES, UpstreamConnection, UpstreamResponse
+from gateway.transport.write_buffer import WriteBuffer
 from tests.test_costs import Pipe
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
@@ -29,18 +29,18 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-class Home(Connector):
+class Home(ConnectionPool):
     """The pool of connections, to one place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.there = cast(Destination, SimpleNamespace(kept=[], forgotten=False))
 
-    def connection(self) -> tuple[Wire, Pipe]:
+    def connection(self) -> tuple[UpstreamConnection, Pipe]:
         loop = asyncio.get_running_loop()
-        wire, pipe = Wire(loop), Pipe()
+        wire, pipe = UpstreamConnection(loop), Pipe()
         wire.connection_made(pipe)
-        wire.settle(None, self, self.there, Outbox(loop))
+        wire.settle(None, self, self.there, WriteBuffer(loop))
         return wire, pipe
 
     async def close(self) -> None:
@@ -61,7 +61,7 @@ async def test_a_connection_is_pooled_only_if_it_is_as_new() -> None:
     """Each way not to be: being read no more, waited for, told of bytes, half parsed, timed, closed or behind."""
     home = Home()
 
-    def put(spoil: Callable[[Wire, Pipe], object]) -> bool:
+    def put(spoil: Callable[[UpstreamConnection, Pipe], object]) -> bool:
         wire, pipe = home.connection()
         spoil(wire, pipe)
         home.put(wire)
@@ -70,7 +70,7 @@ async def test_a_connection_is_pooled_only_if_it_is_as_new() -> None:
     async def nothing() -> None: ...
 
     assert put(lambda wire, pipe: None)
-    ways: list[Callable[[Wire, Pipe], object]] = [
+    ways: list[Callable[[UpstreamConnection, Pipe], object]] = [
         lambda wire, _: wire.hold(),
         lambda wire, _: wire._pause_reading(),
         lambda wire, _: wire.ask(10, 10),
@@ -130,7 +130,7 @@ async def test_a_response_that_ends_while_its_reader_is_behind_leaves_the_connec
     await home.close()
 
 
-def fed(answer: Answer) -> list[bytes]:
+def fed(answer: UpstreamResponse) -> list[bytes]:
     """Pump an answer into a list."""
     out: list[bytes] = []
     answer._sink = out.append

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import websockets
 from aiohttp import WSMsgType, web
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import ClientConnection as WebSocketClient
+from websockets.asyncio.client import connect
 
 from gateway.errors import ApiError
 from gateway.fair_scheduler import MOST_UNITS, STEP, FairScheduler
@@ -27,18 +28,18 @@ from gateway.protocol.websocket_frames import (
     PING,
     PONG,
     TEXT,
-    BadFrame,
     Control,
-    Frames,
+    FrameError,
+    FrameParser,
     FrameWriter,
     Message,
-    Passed,
-    close_frame,
-    frame,
+    PassedFrames,
+    encode_close_frame,
+    encode_frame,
 )
 from gateway.testing import FakeAzure, Seen
-from gateway.transport.client_connection import Connection
-from gateway.transport.websocket_relay import ControlBucket, Relay, error_event
+from gateway.transport.client_connection import ClientConnection
+from gateway.transport.websocket_relay import ControlFrameLimit, WebSocketRelay, error_event
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
 pytestmark = pytest.mark.both_loops
@@ -85,7 +86,7 @@ async def refused(gateway: Gateway, path: str = URL, **more: Any) -> tuple[int, 
     return answer.status_code, json.loads(answer.body)["error"]
 
 
-async def events(opened: ClientConnection, until_type: str) -> list[dict[str, Any]]:
+async def events(opened: WebSocketClient, until_type: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     while not found or found[-1]["type"] != until_type:
         found.append(json.loads(await opened.recv()))
@@ -154,7 +155,7 @@ async def test_headers_go_both_ways(start_gateway: StartGateway, monkeypatch: py
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
         writer.write(
-            switching(head, b"x-ms-region: East US 2\r\nset-cookie: a=b\r\n") + frame(TEXT, b"hi", masked=False)
+            switching(head, b"x-ms-region: East US 2\r\nset-cookie: a=b\r\n") + encode_frame(TEXT, b"hi", masked=False)
         )
         await reader.read()
 
@@ -349,11 +350,11 @@ async def test_azure_s_fragments_and_pings_reach_the_client(
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
-        data = b"\x01\x03one" + frame(PING, b"p", masked=False) + b"\x00\x01 " + b"\x80\x03two"
+        data = b"\x01\x03one" + encode_frame(PING, b"p", masked=False) + b"\x00\x01 " + b"\x80\x03two"
         for byte in switching(head) + data:
             writer.write(bytes([byte]))
             await asyncio.sleep(0)
-        frames = Frames(masked=True, most=1000)
+        frames = FrameParser(masked=True, most=1000)
         while chunk := await reader.read(100):
             if any(isinstance(each, Control) and each.payload == b"p" for each in frames.feed(chunk)):
                 ponged.set()
@@ -369,7 +370,7 @@ async def test_what_came_with_the_handshake_is_not_lost(start_gateway: StartGate
     """A client that does not wait for the answer is too early, and harmless."""
     gateway = await start_gateway(echoing.endpoint, REALTIME)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-    writer.write(HANDSHAKE + frame(TEXT, b"early", masked=True))
+    writer.write(HANDSHAKE + encode_frame(TEXT, b"early", masked=True))
     await reader.readuntil(b"\r\n\r\n")
     assert await reader.readexactly(7) == b"\x81\x05early"
     writer.close()
@@ -452,7 +453,7 @@ async def test_azure_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
     """The client is told by a close frame that it was no good end."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(switching(await upstream.request(reader)) + frame(TEXT, b"hello", masked=False))
+        writer.write(switching(await upstream.request(reader)) + encode_frame(TEXT, b"hello", masked=False))
         await writer.drain()
         await asyncio.sleep(0.02)
         if reset:
@@ -474,7 +475,7 @@ async def test_azure_hangs_up_in_the_middle_of_a_frame(start_gateway: StartGatew
     """No close frame can be put there: the connection ends, and the client sees that the message is not whole."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(switching(await upstream.request(reader)) + frame(TEXT, b"x" * 1000, masked=False)[:500])
+        writer.write(switching(await upstream.request(reader)) + encode_frame(TEXT, b"x" * 1000, masked=False)[:500])
         await writer.drain()
         await asyncio.sleep(0.02)
 
@@ -492,7 +493,7 @@ async def test_azure_hangs_up_in_the_middle_of_a_frame(start_gateway: StartGatew
         (b"\x81\x05plain", 1002),
         (b"\xc1\x80\x00\x00\x00\x00", 1002),
         (b"\x88\x82\x00\x00\x00\x00\x03\xee", 1002),
-        (frame(BINARY, b"x" * 5000, masked=True), 1009),
+        (encode_frame(BINARY, b"x" * 5000, masked=True), 1009),
         (b"GET / HTTP/1.1\r\n\r\n", 1002),
     ],
 )
@@ -505,7 +506,7 @@ async def test_what_is_no_frame_of_a_client_ends_it(
     writer.write(HANDSHAKE)
     await reader.readuntil(b"\r\n\r\n")
     writer.write(data)
-    (control,) = Frames(masked=False, most=1000).feed(await reader.read())
+    (control,) = FrameParser(masked=False, most=1000).feed(await reader.read())
     writer.close()
     assert isinstance(control, Control)
     assert (control.opcode, control.code) == (CLOSE, code)
@@ -657,8 +658,8 @@ async def test_azure_that_never_reads_is_given_up(start_gateway: StartGateway) -
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(HANDSHAKE)
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(frame(BINARY, bytes(100_000), masked=True) * 200)
-        (control,) = Frames(masked=False, most=1000).feed(await reader.read(1000))
+        writer.write(encode_frame(BINARY, bytes(100_000), masked=True) * 200)
+        (control,) = FrameParser(masked=False, most=1000).feed(await reader.read(1000))
         writer.transport.abort()
         assert isinstance(control, Control)
         assert (control.code, control.payload[2:]) == (1011, b"Azure took nothing for 0.3 s")
@@ -732,11 +733,11 @@ async def test_two_hundred_at_once_leave_nothing_open(start_gateway: StartGatewa
         await reader.readuntil(b"\r\n\r\n")
         for _ in range(5):
             message = os.urandom(200)
-            writer.write(frame(BINARY, message, masked=True))
+            writer.write(encode_frame(BINARY, message, masked=True))
             assert (await reader.readexactly(204))[4:] == message
         await asyncio.sleep(0.05)
         if number % 3 == 0:
-            writer.write(close_frame(1000, "", masked=True))
+            writer.write(encode_close_frame(1000, "", masked=True))
             await reader.read()
         elif number % 3 == 1:
             writer.write(b"\xff\xff")
@@ -938,7 +939,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
 ) -> None:
     """It is put neither into a frame that has come in part, nor between the fragments of a message."""
     asked, told = asyncio.Event(), asyncio.Event()
-    whole = b"\x01\x03one\x80\x03two" if fragments else frame(TEXT, b"x" * 1000, masked=False)
+    whole = b"\x01\x03one\x80\x03two" if fragments else encode_frame(TEXT, b"x" * 1000, masked=False)
     cut = 5 if fragments else 500
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -966,7 +967,7 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
         writer.write(switching(await upstream.request(reader)) + b"\x01\x02ab")
         await asyncio.wait_for(asked.wait(), 30)
         await asyncio.sleep(0.05)
-        writer.write(b"\x80\x02cd" + close_frame(1000, "bye", masked=False))
+        writer.write(b"\x80\x02cd" + encode_close_frame(1000, "bye", masked=False))
         await reader.read()
 
     async with RawUpstream(script) as upstream:
@@ -974,15 +975,15 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(HANDSHAKE.replace(b"/v1/realtime?model=gpt-4o", b"/v1/responses"))
         await reader.readuntil(b"\x01\x02ab")
-        writer.write(frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
+        writer.write(encode_frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
         asked.set()
-        frames = Frames(masked=False, most=10_000, whole=True)
+        frames = FrameParser(masked=False, most=10_000, whole=True)
         frames.feed(b"\x01\x02ab")
         found: list[Any] = []
         while not frames.closed:
             found += frames.feed(await reader.read(1000))
-        writer.write(frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
-        writer.write(close_frame(1000, "", masked=True))
+        writer.write(encode_frame(TEXT, b'{"type":"response.create","model":5}', masked=True))
+        writer.write(encode_close_frame(1000, "", masked=True))
         rest = await reader.read()
         writer.close()
     assert [getattr(each, "payload", b"")[:10] for each in found[:2]] == [b"abcd", b'{"type":"e']
@@ -1002,7 +1003,7 @@ async def test_a_client_that_does_not_read_what_it_is_told_is_not_read_from(
         await loop.sock_sendall(raw, HANDSHAKE.replace(b"/v1/realtime?model=gpt-4o", b"/v1/responses"))
         await until(lambda: any(connection._relay for connection in gateway.server._http.connections))  # type: ignore[union-attr]
         (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
-        block = frame(TEXT, b'"model"', masked=True) * 5000
+        block = encode_frame(TEXT, b'"model"', masked=True) * 5000
         most = 0
         with contextlib.suppress(TimeoutError, ConnectionError):
             async with asyncio.timeout(20):
@@ -1029,7 +1030,7 @@ async def test_what_came_before_a_bad_frame_goes_on(start_gateway: StartGateway)
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(HANDSHAKE)
         await reader.readuntil(b"\r\n\r\n")
-        sound = frame(TEXT, b"0123456789" * 10, masked=True)
+        sound = encode_frame(TEXT, b"0123456789" * 10, masked=True)
         writer.write(sound[:-10])
         await asyncio.sleep(0.05)
         writer.write(sound[-10:] + b"\xff\xff\xff\xff")
@@ -1040,7 +1041,7 @@ async def test_what_came_before_a_bad_frame_goes_on(start_gateway: StartGateway)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
-        writer.write(switching(head) + frame(TEXT, b"last words", masked=False) + b"\xff\xff")
+        writer.write(switching(head) + encode_frame(TEXT, b"last words", masked=False) + b"\xff\xff")
         await reader.read()
 
     async with RawUpstream(script) as upstream:
@@ -1195,12 +1196,12 @@ class Steps:
         self.frames: list[int] = []
         self.written: list[int] = []  # bytes of large messages, in each step
         self.turns = 0
-        feed, run, piece = Frames.feed, FairScheduler._run, FrameWriter.piece
+        feed, run, piece = FrameParser.feed, FairScheduler._run, FrameWriter.piece
 
-        def counted_feed(frames: Frames, data: bytes = b"", most: int = MOST_UNITS, size: int = STEP) -> list[Any]:
+        def counted_feed(frames: FrameParser, data: bytes = b"", most: int = MOST_UNITS, size: int = STEP) -> list[Any]:
             found = feed(frames, data, most, size)
             if most == MOST_UNITS:  # else it is the test that reads
-                self.frames.append(sum(each.messages if isinstance(each, Passed) else 1 for each in found))
+                self.frames.append(sum(each.messages if isinstance(each, PassedFrames) else 1 for each in found))
             return found
 
         def counted_run(scheduler: FairScheduler) -> None:
@@ -1212,7 +1213,7 @@ class Steps:
             self.written.append(len(made))
             return made
 
-        monkeypatch.setattr(Frames, "feed", counted_feed)
+        monkeypatch.setattr(FrameParser, "feed", counted_feed)
         monkeypatch.setattr(FairScheduler, "_run", counted_run)
         monkeypatch.setattr(FrameWriter, "piece", counted_piece)
 
@@ -1224,7 +1225,7 @@ async def test_others_are_served_while_one_side_floods(
 ) -> None:
     """No call handles more frames than it may; another WebSocket and a plain request come in between; none is lost."""
     count, others = 30_000, asyncio.Event()
-    flood = frame(TEXT, b"1", masked=from_client) * count
+    flood = encode_frame(TEXT, b"1", masked=from_client) * count
     received = 0
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1235,18 +1236,18 @@ async def test_others_are_served_while_one_side_floods(
             await reader.read()
             return
         writer.write(switching(head))
-        frames = Frames(masked=True, most=1000, whole=True)
+        frames = FrameParser(masked=True, most=1000, whole=True)
         while data := await reader.read(65536):
             for each in read_all(frames, data):
                 if each == Message(TEXT, b"1"):
                     received += 1
                 elif isinstance(each, Message):
-                    writer.write(flood if each.payload == b"flood" else frame(TEXT, each.payload, masked=False))
+                    writer.write(flood if each.payload == b"flood" else encode_frame(TEXT, each.payload, masked=False))
                     others.set()
                 elif each.opcode == CLOSE:
-                    writer.write(close_frame(1000, "", masked=False))
+                    writer.write(encode_close_frame(1000, "", masked=False))
 
-    def read_all(frames: Frames, data: bytes) -> list[Any]:
+    def read_all(frames: FrameParser, data: bytes) -> list[Any]:
         found = frames.feed(data, 1_000_000, 1_000_000)
         assert not frames.unread
         return found
@@ -1258,7 +1259,7 @@ async def test_others_are_served_while_one_side_floods(
             writer.write(handshake)
             await reader.readuntil(b"\r\n\r\n")
             steps = Steps(monkeypatch)
-            writer.write(flood if from_client else frame(TEXT, b"flood", masked=True))
+            writer.write(flood if from_client else encode_frame(TEXT, b"flood", masked=True))
             if not from_client:
                 await others.wait()
             await other.send("hello")
@@ -1266,7 +1267,7 @@ async def test_others_are_served_while_one_side_floods(
             async with gateway.post() as answer:
                 assert answer.status == 200
             handled_meanwhile = sum(steps.frames)
-            frames = Frames(masked=False, most=1000, whole=True)
+            frames = FrameParser(masked=False, most=1000, whole=True)
             while not from_client and received < count:
                 received += len(read_all(frames, await reader.read(65536)))
             await until(lambda: received == count, 20)
@@ -1293,7 +1294,7 @@ async def test_frames_of_a_client_that_leaves_are_not_lost(
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
-        frames = Frames(masked=True, most=1_000_000, whole=True)
+        frames = FrameParser(masked=True, most=1_000_000, whole=True)
         while data := await reader.read(65536):
             for each in frames.feed(data, 1_000_000, 1_000_000):
                 if isinstance(each, Message):
@@ -1307,9 +1308,9 @@ async def test_frames_of_a_client_that_leaves_are_not_lost(
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(handshake)
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"".join(frame(TEXT, each, masked=True) for each in sent))
+        writer.write(b"".join(encode_frame(TEXT, each, masked=True) for each in sent))
         if goodbye:
-            writer.write(close_frame(4001, "", masked=True))
+            writer.write(encode_close_frame(4001, "", masked=True))
         writer.close()
         await until(lambda: code, 15)
         await gateway.idle()
@@ -1328,8 +1329,8 @@ async def test_frames_of_azure_that_leaves_are_not_lost(
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
-        last = {"goodbye": close_frame(4001, "", masked=False), "loss": b"", "bad frame": b"\xff\xff"}[end]
-        writer.write(switching(head) + b"".join(frame(TEXT, each, masked=False) for each in sent) + last)
+        last = {"goodbye": encode_close_frame(4001, "", masked=False), "loss": b"", "bad frame": b"\xff\xff"}[end]
+        writer.write(switching(head) + b"".join(encode_frame(TEXT, each, masked=False) for each in sent) + last)
         await writer.drain()
 
     yaml = TWO if handshake is HANDSHAKE else FILTERED_DOWN
@@ -1340,12 +1341,12 @@ async def test_frames_of_azure_that_leaves_are_not_lost(
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(handshake)
         await reader.readuntil(b"\r\n\r\n")
-        frames = Frames(masked=False, most=1_000_000, whole=True)
+        frames = FrameParser(masked=False, most=1_000_000, whole=True)
         found: list[Any] = []
         while not frames.closed:
             found += frames.feed(await reader.read(65536), 1_000_000, 1_000_000)
         if end == "goodbye":
-            writer.write(close_frame(4001, "", masked=True))
+            writer.write(encode_close_frame(4001, "", masked=True))
         await reader.read()
         writer.close()
         await gateway.idle()
@@ -1430,12 +1431,12 @@ async def test_messages_that_are_kept_are_held(
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(RESPONSES)
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"\x02" + frame(BINARY, b"x" * size, masked=True)[1:])
+        writer.write(b"\x02" + encode_frame(BINARY, b"x" * size, masked=True)[1:])
         clients.append((reader, writer))
         if len(clients) != 2:
             await until(lambda: sum(budget.held for budget in budgets) in (60_000, 90_000))
             continue
-        (control,) = Frames(masked=False, most=1000).feed(await reader.read())
+        (control,) = FrameParser(masked=False, most=1000).feed(await reader.read())
         assert isinstance(control, Control)
         assert control.code == 1013
         assert control.payload[2:].startswith(b"your requests hold as much of the gateway's memory as one caller may")
@@ -1470,7 +1471,7 @@ async def test_nothing_is_kept_of_a_websocket_that_has_ended(start_gateway: Star
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(RESPONSES)
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"\x02" + frame(BINARY, b"x" * 100_000, masked=True)[1:])
+        writer.write(b"\x02" + encode_frame(BINARY, b"x" * 100_000, masked=True)[1:])
         (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
         relay = connection._relay.__self__  # type: ignore[union-attr]
         await until(lambda: relay._client.held == 100_000)
@@ -1500,12 +1501,12 @@ async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: St
         nonlocal got
         writer.write(switching(await upstream.request(reader)))
         await go_on.wait()
-        frames = Frames(masked=True, most=len(data), whole=True)
+        frames = FrameParser(masked=True, most=len(data), whole=True)
         while not got:
             for each in frames.feed(await reader.read(1_000_000), 1000, 1_000_000):
                 assert isinstance(each, Message)
                 got = each.payload
-        writer.write(close_frame(1000, "", masked=False))
+        writer.write(encode_close_frame(1000, "", masked=False))
         await reader.read()
 
     async with RawUpstream(script) as upstream:
@@ -1537,10 +1538,10 @@ async def test_a_message_that_is_kept_has_a_limit_of_its_own(
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(RESPONSES)
     await reader.readuntil(b"\r\n\r\n")
-    writer.write(frame(BINARY, b"x" * 5000, masked=True))
+    writer.write(encode_frame(BINARY, b"x" * 5000, masked=True))
     assert len(await reader.readexactly(5004)) == 5004
-    writer.write(frame(BINARY, b"x" * 5001, masked=True)[:8])
-    (control,) = Frames(masked=False, most=1000).feed(await reader.read())
+    writer.write(encode_frame(BINARY, b"x" * 5001, masked=True)[:8])
+    (control,) = FrameParser(masked=False, most=1000).feed(await reader.read())
     writer.close()
     assert isinstance(control, Control)
     assert (control.code, control.payload[2:]) == (1009, b"a message is larger than 5000 bytes")
@@ -1566,12 +1567,12 @@ async def test_too_many_pings_end_it(
 ) -> None:
     """A hundred at once go through; the next ends the WebSocket, and the client and the log are told why."""
     monkeypatch.setattr("gateway.transport.websocket_relay._CONTROLS_PER_SECOND", 0)
-    flood = frame(opcode, b"p", masked=from_client) * 101
+    flood = encode_frame(opcode, b"p", masked=from_client) * 101
     heard: list[Any] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + (b"" if from_client else flood))
-        frames = Frames(masked=True, most=1000)
+        frames = FrameParser(masked=True, most=1000)
         while data := await reader.read(65536):
             heard.extend(frames.feed(data, 1000))
 
@@ -1583,7 +1584,7 @@ async def test_too_many_pings_end_it(
         if from_client:
             writer.write(flood)
         found: list[Any] = []
-        found += Frames(masked=False, most=1000).feed(await reader.read(), 1000)
+        found += FrameParser(masked=False, most=1000).feed(await reader.read(), 1000)
         writer.close()
         await until(lambda: upstream.open == 0)
     passed, ended = (heard, found) if from_client else (found, heard)
@@ -1598,17 +1599,17 @@ async def test_too_many_pings_end_it(
 
 def test_pings_are_counted_by_a_token_bucket() -> None:
     """A hundred at once, then twenty a second, and never more than a hundred saved up."""
-    bucket = ControlBucket()
+    bucket = ControlFrameLimit()
     for now, allowed in ((1000.0, 100), (1001.0, 20), (1001.5, 10), (2000.0, 100)):
         for _ in range(allowed):
             bucket.take(now)
-        with pytest.raises(BadFrame) as caught:
+        with pytest.raises(FrameError) as caught:
             bucket.take(now)
         assert caught.value.code == 1008
         bucket._left += 1  # the one that was refused
 
 
-def relay_of(gateway: Gateway) -> tuple[Connection, Relay]:
+def relay_of(gateway: Gateway) -> tuple[ClientConnection, WebSocketRelay]:
     """Return the only WebSocket that is open, and its client's connection."""
     connections: list[Any] = gateway.server._http.connections  # type: ignore[union-attr]
     (connection,) = (each for each in connections if each._relay is not None)
@@ -1625,7 +1626,7 @@ async def test_a_loss_is_seen_after_the_frames_before_it(
     heard: list[Any] = []
 
     async def read(reader: asyncio.StreamReader, masked: bool) -> None:
-        frames = Frames(masked=masked, most=1000, whole=True)
+        frames = FrameParser(masked=masked, most=1000, whole=True)
         while not frames.closed:
             heard.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
 
@@ -1641,7 +1642,7 @@ async def test_a_loss_is_seen_after_the_frames_before_it(
         writer.write(handshake)
         await reader.readuntil(b"\r\n\r\n")
         connection, relay = relay_of(gateway)
-        flood = frame(TEXT, b"1", masked=from_client) * count
+        flood = encode_frame(TEXT, b"1", masked=from_client) * count
         (relay.from_client if from_client else relay.from_azure)(flood)
         lost = connection.transport if from_client else relay._wire.transport
         assert lost is not None
@@ -1665,7 +1666,7 @@ async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, ec
         looked_at = []
         relay.azure_flow(True)
         looked_at.append(connection._leave_timer is not None)  # whether the client is still there
-        relay.from_client(frame(TEXT, b"held", masked=True))
+        relay.from_client(encode_frame(TEXT, b"held", masked=True))
         assert relay._client.frames.unread
         assert relay._client.messages == 0
         relay.azure_flow(False)
@@ -1673,7 +1674,7 @@ async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, ec
         assert looked_at == [True, False]
         assert await client.recv() == "held"
         assert not connection._held
-        relay.from_client(frame(TEXT, b"turn", masked=True) * 1000)
+        relay.from_client(encode_frame(TEXT, b"turn", masked=True) * 1000)
         assert (connection._held, connection._leave_timer) == (True, None)
         assert [await client.recv() for _ in range(1000)] == ["turn"] * 1000
 
@@ -1684,8 +1685,8 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
     large = b'{"model":"gpt-4o","x":"%b"}' % (b"a" * 3_000_000)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(switching(await upstream.request(reader)) + close_frame(4002, "", masked=False))
-        frames = Frames(masked=True, most=10_000_000, whole=True)
+        writer.write(switching(await upstream.request(reader)) + encode_close_frame(4002, "", masked=False))
+        frames = FrameParser(masked=True, most=10_000_000, whole=True)
         while data := await reader.read(65536):
             heard.extend(frames.feed(data, 1_000_000, 1_000_000))
 
@@ -1694,7 +1695,7 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(RESPONSES)
         await reader.readuntil(b"\r\n\r\n\x88\x02\x0f\xa2")
-        writer.write(frame(TEXT, large, masked=True) + close_frame(4002, "", masked=True))
+        writer.write(encode_frame(TEXT, large, masked=True) + encode_close_frame(4002, "", masked=True))
         await until(lambda: gateway.exchanges(), 20)
         await until(lambda: upstream.open == 0)
         writer.close()

@@ -19,7 +19,7 @@ from gateway import Next, Outcome, Request, Response, Stage, UpstreamError
 from gateway.azure.operations import BY_NAME
 from gateway.testing import FakeAzure, post, send
 from gateway.usage import tokenizer as tokens
-from gateway.usage.accounting import _KEPT_TEXT, METERED, PROMPTED, UNTOLD, Meter, Usage, Watch
+from gateway.usage.accounting import _KEPT_TEXT, METERED, PROMPTED, UNTOLD, Usage, UsageMeter, UsageReader
 from gateway.usage.response_text import text_of_events
 from gateway.usage.tokenizer import count_tokens, load_encodings, prompt_tokens
 from tests.chunks import event as sse
@@ -73,11 +73,11 @@ def test_the_usage_of_every_api_at_every_split(name: str) -> None:
     """However the answer is cut: in the words of each API, and never what only looks like one."""
     body, expected = BODIES[name]
     for place in range(len(body) + 1):
-        watch = Watch()
+        watch = UsageReader()
         watch.feed(body[:place])
         watch.feed(body[place:])
         assert watch.found == expected, place
-    watch = Watch()
+    watch = UsageReader()
     for place in range(len(body)):
         watch.feed(body[place : place + 1])
     assert watch.found == expected
@@ -87,7 +87,7 @@ def test_the_usage_of_every_api_at_every_split(name: str) -> None:
 def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
     """What was found does not depend on how the bytes came."""
     body, expected = BODIES[name]
-    watch = Watch()
+    watch = UsageReader()
     for size in sizes:
         watch.feed(body[:size])
         body = body[size:]
@@ -98,7 +98,7 @@ def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
 def test_the_answers_of_a_websocket_are_summed() -> None:
     """Each of its responses uses tokens; of one answer the last usage counts."""
     for each, expected in ((True, Usage(20, 40, 4, 0, 12, 30)), (False, Usage(10, 20, 2, 0, 6, 15))):
-        watch = Watch(each=each)
+        watch = UsageReader(each=each)
         watch.feed(BODIES["realtime"][0] * 2)
         assert watch.found == expected
 
@@ -108,7 +108,7 @@ def test_what_a_tool_is_described_by_is_no_usage() -> None:
     tools = [{"parameters": {"properties": {"usage": {"input_tokens": 0, "output_tokens": 0}}}}]
     created = sse({"type": "response.created", "response": {"tools": tools, "usage": None}})
     for place in range(len(created)):
-        watch = Watch()
+        watch = UsageReader()
         watch.feed(created[:place])
         watch.feed(created[place:])
         assert watch.found is None
@@ -119,7 +119,7 @@ def test_what_a_tool_is_described_by_is_no_usage() -> None:
 def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
     """Whatever came in its first read, and whatever its lines end with."""
     data = (WORD * 3).replace(b"\n", newline)
-    watch = Watch()
+    watch = UsageReader()
     watch.feed(data[:first])
     watch.feed(data[first:])
     assert watch.output()[0] == count_tokens(" word" * 3, "gpt-4o")[0]
@@ -127,7 +127,7 @@ def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
 
 def test_a_picture_in_a_stream_is_not_kept() -> None:
     """What follows it is counted."""
-    watch = Watch()
+    watch = UsageReader()
     watch.feed(b'data: {"type":"image_generation.partial_image","b64_json":"')
     for _ in range(500):
         watch.feed(b"A" * 16_384)
@@ -163,7 +163,7 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
     """Neither its events nor its text, whose tokens are counted, or estimated, in pieces as it comes."""
     if not counted:
         monkeypatch.setattr(tokens, "toktok", None)
-    watch, most, text = Watch("gpt-4o"), 0, ""
+    watch, most, text = UsageReader("gpt-4o"), 0, ""
     for number in range(20_000):
         word = f" word {number % 700}"
         text += word
@@ -179,7 +179,7 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_a_long_answer_is_estimated_by_its_length() -> None:
     """It tells its usage at its end, and broke off before."""
-    watch = Watch()
+    watch = UsageReader()
     for _ in range(100):
         watch.feed(b'{"data": "' + b"x" * 4000)
     assert sum(map(len, watch._kept)) < 70_000
@@ -396,7 +396,7 @@ async def test_the_usage_of_a_broken_stream(start_gateway: StartGateway) -> None
 
 def test_a_meter_that_saw_nothing_knows_nothing() -> None:
     """Azure was not asked, or could not be."""
-    meter = Meter()
+    meter = UsageMeter()
     assert meter.usage(abandoned=True) is None
     meter.watch("chat.completions", b"{}", None)
     assert meter.usage(abandoned=True) is None

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.protocol.sse import link
+from gateway.protocol.sse import chain_filters
 from gateway.testing import every_split
-from gateway.usage.stream_usage import HiddenUsage, with_usage_asked
+from gateway.usage.stream_usage import HideUsage, request_stream_usage
 from tests.chunks import event as sse
 
 CHUNK: dict[str, Any] = {"choices": [{"delta": {"content": 'a "usage":null, {"usage":{'}}], "id": "c", "usage": None}
@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def ask(fields: dict[str, Any], version: str = "2024-10-21") -> Any:
-    made = with_usage_asked(json.dumps(fields).encode(), version)
+    made = request_stream_usage(json.dumps(fields).encode(), version)
     return None if made is None else json.loads(made)
 
 
@@ -36,7 +36,7 @@ def test_a_stream_is_asked(version: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("body", [b'{"str\\u0065am":true}', b'{"stream":true,"data_sources":null}'])
 def test_a_stream_is_asked_however_it_is_written(body: bytes) -> None:
     """As JSON allows it."""
-    asked = with_usage_asked(body, "v1")
+    asked = request_stream_usage(body, "v1")
     assert asked is not None
     assert json.loads(asked)["stream_options"] == {"include_usage": True}
 
@@ -69,13 +69,13 @@ def test_what_must_not_be_asked(fields: dict[str, Any], version: str) -> None:
 @pytest.mark.parametrize("body", [b"", b"{", b'{"stream":true', b'["stream"]', b'"stream"', b'{"stream":true}}'])
 def test_what_is_no_json_stays(body: bytes) -> None:
     """Azure says what is wrong with it."""
-    assert with_usage_asked(body, "v1") is None
+    assert request_stream_usage(body, "v1") is None
 
 
 def test_the_rest_of_the_body_stays_byte_for_byte() -> None:
     """Numbers, spaces and escapes as they came."""
     body = b'{ "stream" : true, "seed": 12345678901234567890123, "x": 1.10, "s":"\\u00e9\\/" } \n'
-    asked = with_usage_asked(body, "v1")
+    asked = request_stream_usage(body, "v1")
     assert asked is not None
     assert asked.startswith(body.rstrip()[:-1])
     assert json.loads(asked)["stream_options"] == {"include_usage": True}
@@ -87,14 +87,14 @@ HIDDEN = sse(FIRST) + sse({"choices": CHUNK["choices"], "id": "c"}) * 2 + DONE
 
 def test_the_usage_is_hidden_at_every_split() -> None:
     """The chunk that was added is gone, and so is the field; every other byte stays."""
-    for pieces, out in every_split(STREAM, HiddenUsage):
+    for pieces, out in every_split(STREAM, HideUsage):
         assert out == HIDDEN, pieces
 
 
 @given(st.lists(st.integers(1, 200)))
 def test_the_usage_is_hidden_in_pieces_of_any_size(sizes: list[int]) -> None:
     """However they come."""
-    linked = link([HiddenUsage()])
+    linked = chain_filters([HideUsage()])
     data, out = STREAM, b""
     for size in sizes:
         out += linked.feed(data[:size])
@@ -114,13 +114,13 @@ def test_the_usage_is_hidden_in_pieces_of_any_size(sizes: list[int]) -> None:
 )
 def test_everything_else_stays(data: bytes) -> None:
     """A usage beside text, events of other kinds, other line endings (which are not Azure's), ends of any kind."""
-    for pieces, out in every_split(data, HiddenUsage):
+    for pieces, out in every_split(data, HideUsage):
         assert out == data, pieces
 
 
 def test_only_an_event_of_json_waits_for_its_end() -> None:
     """The last line of a stream that does not end goes on at once; a break leaves nothing behind."""
-    hidden = HiddenUsage()
+    hidden = HideUsage()
     assert hidden.feed(b"data: [DONE]\n") == b"data: [DONE]\n"
     assert hidden.feed(b"\ndata: ") == b"\n"
     assert not hidden.between
@@ -131,20 +131,20 @@ def test_only_an_event_of_json_waits_for_its_end() -> None:
 def test_a_usage_chunk_in_another_order_of_fields() -> None:
     """As servers behind v1 write it."""
     chunk = {"id": "c", "usage": {"prompt_tokens": 1}, "object": "chat.completion.chunk", "choices": []}
-    assert link([HiddenUsage()]).whole(sse(chunk) + DONE) == DONE
+    assert chain_filters([HideUsage()]).whole(sse(chunk) + DONE) == DONE
     spaced = json.dumps(chunk).encode()
-    assert link([HiddenUsage()]).whole(b"data: " + spaced + b"\n\n" + DONE) == DONE
+    assert chain_filters([HideUsage()]).whole(b"data: " + spaced + b"\n\n" + DONE) == DONE
 
 
 @pytest.mark.parametrize("before", [b": comment\n", b"id: 7\n", b"\n", b"\xef\xbb\xbf", b"event: x\n"])
 def test_a_usage_chunk_with_lines_before_it(before: bytes) -> None:
     """Of comments, ids and the like."""
-    assert b'"usage"' not in link([HiddenUsage()]).whole(sse({"a": 1}) + before + sse(USAGE) + DONE)
+    assert b'"usage"' not in chain_filters([HideUsage()]).whole(sse({"a": 1}) + before + sse(USAGE) + DONE)
 
 
 def test_a_stream_that_breaks_behind_the_usage_shows_none() -> None:
     """Its blank line did not come."""
-    hidden = HiddenUsage()
+    hidden = HideUsage()
     out = hidden.feed(sse(CHUNK) + sse(USAGE).rstrip()) + hidden.cut()
     assert out == sse({"choices": CHUNK["choices"], "id": "c"})
 
@@ -153,7 +153,7 @@ def test_a_stream_that_breaks_behind_the_usage_shows_none() -> None:
 def test_the_usage_is_hidden_whatever_lines_end_with(newline: bytes) -> None:
     """As a proxy on the way may have changed them."""
     data = STREAM.replace(b"\n", newline)
-    for pieces, out in every_split(data, HiddenUsage):
+    for pieces, out in every_split(data, HideUsage):
         assert b'"usage":{"prompt' not in out, pieces
         assert out.count(b"usage") == out.count(b'\\"usage') + 1  # in the first chunk's findings
         assert out.endswith(DONE.replace(b"\n", newline))
