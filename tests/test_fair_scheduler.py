@@ -40,6 +40,18 @@ async def test_a_turn_has_a_bounded_number_of_steps() -> None:
     assert "".join(seen) == "abcabc"
 
 
+async def test_one_connection_alone_gets_two_steps() -> None:
+    """Until another one has work, too."""
+    seen: list[str] = []
+    scheduler = FairScheduler.of(asyncio.get_running_loop())
+    alone = Counting("a", 100, seen)
+    scheduler.add(alone)
+    assert max(map(len, await turns(seen, 4))) == 2
+    scheduler.add(Counting("b", 3, seen))
+    assert max(map(len, await turns(seen, 4))) == 1
+    scheduler.remove(alone)
+
+
 async def test_what_is_removed_runs_no_more() -> None:
     """And what is added again goes on behind the others."""
     seen: list[str] = []

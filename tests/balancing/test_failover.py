@@ -37,6 +37,7 @@ class Told:
     status: int = 0
     whole: bool = False
     body: bytes = b""
+    over: bool = False
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Run:
                 told.whole = True
         except aiohttp.ClientError:
             pass
+        told.over = True
 
     async def clients(self, over: asyncio.Event) -> None:
         """Send requests, one behind the other for each client, until all were sent and the script is over."""
@@ -88,6 +90,10 @@ class Run:
             self.heal(region)
             await asyncio.sleep(PAUSE)
         region = next(turn)
+        # A request that it has taken must not be cut off without an answer: it would be sent again, and rightly so.
+        region.fault = "unavailable"
+        taken = {json.loads(each.body)["user"] for _, fault, each in region.saw if fault is None}
+        await until(lambda: all(told.over for told in self.told if f"r{told.number}" in taken))
         await region.azure.stop()
         await asyncio.sleep(dead)
         await region.azure.start()
