@@ -335,8 +335,8 @@ async def test_connections_above_the_limit_are_bounded_too(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some are taken for the sake of probes; one more is told 503 and closed on at once, whatever it asks."""
-    monkeypatch.setattr(connection, "_SPARE", 2)
-    monkeypatch.setattr(connection, "_SPARE_HEAD", 30.0)
+    monkeypatch.setattr(connection, "PROBE_CONNECTIONS", 2)
+    monkeypatch.setattr(connection, "PROBE_HEAD_TIMEOUT", 30.0)
     gateway = await start_gateway(azure.endpoint, limits={"connections": 1}, timeouts={"head": 30})
     held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(3)]
     await until(lambda: len(gateway.server._http.connections) == 3)  # type: ignore[union-attr]
@@ -661,22 +661,22 @@ pipeline: [access_log, spoils, auth_passthrough, model_map, api_version]
 
 
 async def test_aiohttp_still_has_what_the_server_uses(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """What aiohttp keeps private and connection.py relies on; an upgrade that moves it must fail here first."""
+    """What aiohttp keeps private and the gateway relies on; an upgrade that moves it must fail here first."""
     import inspect
 
     from aiohttp.base_protocol import BaseProtocol
 
     for name in ("connections", "connection_made", "connection_lost", "shutdown"):
-        assert hasattr(aiohttp.web.Server, name), f"web.Server.{name} moved: server.py keeps its connections there"
+        assert hasattr(aiohttp.web.Server, name), f"web.Server.{name} moved: http_server.py uses it"
     asked = inspect.getsource(aiohttp.web.Server)
-    assert "_task_handler" in asked, "web.Server no longer asks for _task_handler: connection.py names its task so"
+    assert "_task_handler" in asked, "web.Server no longer asks for _task_handler: client_connection.py uses that name"
     gateway = await start_gateway(azure.endpoint)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     await until(lambda: gateway.server._http.connections)  # type: ignore[union-attr]
     [connection] = gateway.server._http.connections  # type: ignore[union-attr]
     assert isinstance(connection, BaseProtocol), "web.Server.__call__ no longer makes the connections"
     for name in ("_loop", "_paused", "_drain_helper", "writing_paused", "transport"):
-        assert hasattr(connection, name), f"aiohttp's BaseProtocol.{name} moved: connection.py and wire.py use it"
+        assert hasattr(connection, name), f"aiohttp's BaseProtocol.{name} moved: gateway/transport uses it"
     writer.close()
 
 

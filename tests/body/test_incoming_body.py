@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.body.incoming_body import LINES_AT_ONCE, IncomingBody
+from gateway.body.incoming_body import INLINE_FRAMING_LINES, IncomingBody
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
 from gateway.protocol.http1 import MOST_LINES
@@ -234,21 +234,21 @@ class Quiet:
     held = False
     released = 0
 
-    def say_continue(self) -> None: ...
+    def send_continue(self) -> None: ...
 
-    def hold(self) -> None:
+    def pause_input(self) -> None:
         self.held = True
 
-    def release(self) -> None:
+    def resume_input(self) -> None:
         self.held = False
         self.released += 1
 
-    def waits(self, waiting: bool) -> None: ...
+    def client_awaited(self, awaited: bool) -> None: ...
 
 
 def arriving(sender: Quiet, length: int | None = None) -> IncomingBody:
     loop = asyncio.get_running_loop()
-    return IncomingBody(sender, loop, length=length, expects=False, limit=1 << 30, patience=5, least=500)
+    return IncomingBody(sender, loop, length=length, expects_continue=False, limit=1 << 30, timeout=5, min_rate=500)
 
 
 SMALL_CHUNK = b"3\r\nxyz\r\n"
@@ -262,16 +262,16 @@ async def test_a_read_of_many_chunks_is_handled_some_at_a_time(start_gateway: St
     counts = []
     feed = IncomingBody.feed
 
-    def counted(self: IncomingBody, data: bytes, most: int = MOST_LINES) -> bytes:
+    def counted(self: IncomingBody, data: bytes, max_lines: int = MOST_LINES) -> bytes:
         before = self._total
-        extra = feed(self, data, most)
+        extra = feed(self, data, max_lines)
         counts.append((self._total - before) // 3)
         return extra
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(IncomingBody, "feed", counted)
         client.connection.data_received(head(path, kind, "Transfer-Encoding: chunked") + SMALL_CHUNK * 1000)
-        assert counts == [LINES_AT_ONCE // 2]
+        assert counts == [INLINE_FRAMING_LINES // 2]
         assert not client.pipe.reading
         await until(lambda: client.pipe.reading)
         assert counts == [16, *[128] * 7, 88]
@@ -289,10 +289,10 @@ async def test_a_body_whose_reader_is_behind_is_not_parsed_further() -> None:
     body.feed(wire * 300)
     taken = body._total
     assert taken == 128 * 1000
-    assert (sender.held, body.full, body.goes_on) == (True, True, False)
+    assert (sender.held, body.full, body.has_work) == (True, True, False)
     read = await body.read()
     assert read == piece * 128
-    assert (body.goes_on, sender.released) == (True, 1)
+    assert (body.has_work, sender.released) == (True, 1)
     assert len(body.unread) == len(wire) * (300 - 128)
 
 
@@ -303,7 +303,7 @@ class Nobody:
 
     def connection_lost(self, *_: object) -> None: ...
 
-    def above(self, _: int) -> int:
+    def excess(self, _: int) -> int:
         return 0
 
 
@@ -367,7 +367,7 @@ async def test_two_connections_take_turns(start_gateway: StartGateway, azure: Fa
     path, kind, _ = chat(b"")
     for client in (first, second):
         client.connection.data_received(head(path, kind, "Transfer-Encoding: chunked") + SMALL_CHUNK * 2000)
-    bodies = [client.connection._arriving for client in (first, second)]
+    bodies = [client.connection._body for client in (first, second)]
     left = []
     while not (first.pipe.reading and second.pipe.reading):
         await asyncio.sleep(0)
@@ -436,7 +436,7 @@ async def test_another_rest_ends_the_connection_and_is_never_parsed(
     assert b" 401 " in answer
     assert b"connection: close" in answer
     [held] = gateway.server._http.connections  # type: ignore[union-attr]
-    assert cast(ClientConnection, held)._arriving is None
+    assert cast(ClientConnection, held)._body is None
     writer.write(b"\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     async with asyncio.timeout(10):
         rest = await reader.read()
@@ -448,7 +448,7 @@ async def test_a_client_that_goes_on_sending_is_read_only_so_long(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lingering close is bounded in bytes: 32 MiB, here 100 KB."""
-    monkeypatch.setattr(connection, "_MOST_LINGERED", 100_000)
+    monkeypatch.setattr(connection, "_LINGERING_CLOSE_BYTES", 100_000)
     gateway = await start_gateway(azure.endpoint, YAML)
     client = Client(gateway)
     client.pipe.can_write_eof = lambda: True  # type: ignore[method-assign]
@@ -467,7 +467,7 @@ async def test_a_client_that_goes_on_dripping_is_closed_on(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A lingering close is bounded in time, in all: each byte does not begin it again."""
-    monkeypatch.setattr(connection, "_LINGER", 0.3)
+    monkeypatch.setattr(connection, "_LINGERING_CLOSE_TIMEOUT", 0.3)
     gateway = await start_gateway(azure.endpoint, YAML)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(refused("Transfer-Encoding: chunked"))
@@ -523,7 +523,7 @@ async def test_a_body_that_drips_is_a_408(kind: str, start_gateway: StartGateway
     received = await drip(gateway.port, *SLOW[kind])
     assert received.startswith(b"HTTP/1.1 408 "), received
     assert b"connection: close" in received
-    assert b"500 bytes per second" in received or b"no more of the body" in received
+    assert b"500 bytes per second" in received or b"no byte arrived" in received
     assert b"Azure" not in received
     await gateway.idle()
     [event] = gateway.exchanges()
@@ -548,18 +548,18 @@ async def test_a_body_that_stops_is_given_up_from_its_last_byte_on(start_gateway
     """The time without a byte begins with the last one, not with the time-out before it."""
     loop = asyncio.get_running_loop()
     sender = Quiet()
-    body = IncomingBody(sender, loop, length=100, expects=False, limit=1000, patience=50, least=1)
+    body = IncomingBody(sender, loop, length=100, expects_continue=False, limit=1000, timeout=50, min_rate=1)
     waiting = asyncio.create_task(body.rest(None))
     await settle()
-    body._begun -= 40.0  # it has waited for 40 s when the next byte comes
+    body._wait_started -= 40.0  # it has waited for 40 s when the next byte comes
     body.feed(b"x")
     assert body._timer is not None
-    assert body._due() == pytest.approx(body._begun + 51), "50 s in all, and one for the byte"
+    assert body._due() == pytest.approx(body._wait_started + 51), "50 s in all, and one for the byte"
     body._waited, body._total = -1000.0, 1
-    assert body._due() == body._came + 50, "50 s from the byte"
-    body._came -= 51.0
-    body._look()
-    with pytest.raises(ApiError, match="no more of the body arrived for 50 s"):
+    assert body._due() == body._last_byte_at + 50, "50 s from the byte"
+    body._last_byte_at -= 51.0
+    body._check_timeout()
+    with pytest.raises(ApiError, match="no byte arrived for 50 s"):
         await waiting
 
 

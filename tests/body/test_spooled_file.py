@@ -102,9 +102,9 @@ async def test_what_was_closed_is_gone_and_not_empty(in_memory: int) -> None:
     await spool.write(b"x" * 20)
     spool.close()
     await until(lambda: spool._file is None)
-    with pytest.raises(OSError, match="is over"):
+    with pytest.raises(OSError, match="has ended"):
         await spool.read(0, 20)
-    with spool.lock, pytest.raises(OSError, match="is over"):
+    with spool.lock, pytest.raises(OSError, match="has ended"):
         spool.file()
 
 

@@ -62,26 +62,26 @@ def raised(cause: BaseException) -> UpstreamError:
 
 def test_a_lack_is_known_by_what_led_to_an_error() -> None:
     """Whatever it is wrapped in; other errors are other errors, while descriptors are left."""
-    assert descriptors.none_left(NONE)
-    assert descriptors.none_left(raised(NONE))
-    assert descriptors.none_left(raised(OSError(errno.ENFILE, "x")))
-    assert not descriptors.none_left(raised(ConnectionRefusedError(errno.ECONNREFUSED, "x")))
-    assert not descriptors.none_left(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
-    assert not descriptors.none_left(ValueError("x"))
-    assert not descriptors.none_left(None)
+    assert descriptors.caused_by_exhaustion(NONE)
+    assert descriptors.caused_by_exhaustion(raised(NONE))
+    assert descriptors.caused_by_exhaustion(raised(OSError(errno.ENFILE, "x")))
+    assert not descriptors.caused_by_exhaustion(raised(ConnectionRefusedError(errno.ECONNREFUSED, "x")))
+    assert not descriptors.caused_by_exhaustion(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
+    assert not descriptors.caused_by_exhaustion(ValueError("x"))
+    assert not descriptors.caused_by_exhaustion(None)
 
 
 def test_a_look_up_that_could_open_nothing_is_a_lack(exhausted: None) -> None:
     """It only says that it failed, so the system is asked whether anything can be opened."""
-    assert descriptors.none_left(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
-    assert not descriptors.none_left(ValueError("x"))
+    assert descriptors.caused_by_exhaustion(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
+    assert not descriptors.caused_by_exhaustion(ValueError("x"))
 
 
 def test_clients_leave_room_for_what_else_there_is() -> None:
     """Each may need a connection to Azure; some are left for files, and one client is always let in."""
-    assert descriptors.clients_allowed(65_536) == 32_752
-    assert descriptors.clients_allowed(64) == 16
-    assert descriptors.clients_allowed(8) == 1
+    assert descriptors.client_capacity(65_536) == 32_752
+    assert descriptors.client_capacity(64) == 16
+    assert descriptors.client_capacity(8) == 1
 
 
 async def test_a_client_is_told_that_the_gateway_is_overloaded(
@@ -106,8 +106,8 @@ async def test_a_client_is_told_that_the_gateway_is_overloaded(
         rows = gateway.server.shared.health.report()
         assert {row["state"] for row in rows} == {"available"}
         assert all(row["counts"] == {"answered": 0} or not sum(row["counts"].values()) for row in rows)
-        (event,) = [each for each in gateway.events if each["event"] == "no file descriptor is left"]
-        assert event["limit"] == descriptors.limit()
+        (event,) = [each for each in gateway.events if each["event"] == "file_descriptors_exhausted"]
+        assert event["limit"] == descriptors.descriptor_limit()
         assert {each["error"] for each in gateway.events if each["event"] == "exchange"} == {"overloaded"}
         async with gateway.post(json=CHAT) as answer:
             assert answer.status == 200
@@ -191,7 +191,7 @@ async def test_clients_are_refused_before_descriptors_run_out(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With 503 and Retry-After; where even that could take the last one, the connection is closed at once."""
-    monkeypatch.setattr("gateway.server.descriptors_allowed", lambda: 36)  # enough for 2
+    monkeypatch.setattr("gateway.transport.http_server.descriptor_limit", lambda: 36)  # enough for 2
     gateway = await start_gateway(azure.endpoint)
     host, port = gateway.server.address.host, gateway.server.address.port
     opened = []

@@ -118,10 +118,10 @@ def test_nothing_leaves_while_the_client_takes_nothing() -> None:
     clock, left = Clock(), list[bytes]()
     pacer = paced(0.5, clock, left.append)
     pacer.take(event(1) + event(2) + event(3))
-    pacer.hold()
+    pacer.pause()
     clock.run_to(10)
     assert left == [event(1)]
-    pacer.release()
+    pacer.resume()
     assert b"".join(left) == event(1) + event(2) + event(3)
 
 

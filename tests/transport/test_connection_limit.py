@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.testing import FakeAzure
-from gateway.transport.connection_count import ConnectionCount, Places
+from gateway.transport.connection_limit import ConnectionCount, WorkerSlots
 from tests.conftest import until
 from tests.process.test_supervisor import YAML, Fleet, fleet
 
@@ -20,24 +20,24 @@ LIMITED = "limits: {connections: 4}\n" + YAML
 
 def test_processes_count_together() -> None:
     """Each has a place of its own; that of one that has ended is cleared and given to another."""
-    places = Places()
-    first, second = places.take(), places.take()
-    one, two = ConnectionCount(places.descriptor, first), ConnectionCount(places.descriptor, second)
+    slots = WorkerSlots()
+    first, second = slots.acquire(), slots.acquire()
+    one, two = ConnectionCount(slots.descriptor, first), ConnectionCount(slots.descriptor, second)
     assert one.set(3) == 3
     assert two.set(2) == 5
     assert one.set(1) == 3
-    places.give_back(second)
+    slots.release(second)
     assert one.set(1) == 1
-    assert places.take() == second
+    assert slots.acquire() == second
     assert ConnectionCount().set(7) == 7  # a process alone
 
 
 def test_there_are_not_more_workers_than_places() -> None:
     """The error is one that a supervisor tells, and waits after."""
-    places = Places()
-    assert len({places.take() for _ in range(512)}) == 512
+    slots = WorkerSlots()
+    assert len({slots.acquire() for _ in range(512)}) == 512
     with pytest.raises(OSError, match="more than 512 workers"):
-        places.take()
+        slots.acquire()
 
 
 async def status(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
