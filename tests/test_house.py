@@ -48,7 +48,6 @@ TESTED_ELSEWHERE = {
     "balancing/retry_policy": "a part of balance's tests",
     "config/credentials": "a part of test_config",
     "config/pools": "a part of test_config",
-    "transport/client_connection": "one side of test_server and test_hostile",
     "services": "used by stages in test_stage",
     "transport/write_timeout": "slow and stopped clients of test_server and test_relay",
     "testing/serving": "a part of test_testing and test_docs",

@@ -25,13 +25,19 @@ PROBE_CONNECTIONS = 256
 """Connections above the limit that are accepted anyway, for the probes of an orchestrator alone."""
 PROBE_HEAD_TIMEOUT = 1.0
 """Timeout of the head on such a connection, in seconds."""
+_RETRY_AFTER = "1"  # seconds
 _MAX_WORKERS = 512  # those included that drain after a rolling restart
 _SIZE = 8 * _MAX_WORKERS
 
 
 def connection_limit_reached() -> ApiError:
-    """Return the 503 for a connection above the limit."""
-    return ApiError(503, "the gateway's connection limit is reached; retry shortly", code="overloaded")
+    """Return the 503, with Retry-After, for a connection above the limit."""
+    return ApiError(
+        503,
+        "the gateway's connection limit is reached; retry shortly",
+        code="overloaded",
+        headers={"retry-after": _RETRY_AFTER},
+    )
 
 
 class ConnectionCount:
