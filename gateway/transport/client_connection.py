@@ -111,8 +111,10 @@ class ClientConnection(BaseProtocol):
     | (connected)       | far above the connection limit                       | `CLOSED`          |
     | `IDLE`            | the beginning of a head arrives                      | `READING_HEAD`    |
     | `IDLE`            | `timeouts.keep_alive` expires                        | `CLOSED`          |
-    | both              | a head is complete                                   | `RUNNING`         |
-    | both              | a head is rejected, or `timeouts.head` expires       | `LINGERING_CLOSE` |
+    | `IDLE`            | a head is complete                                   | `RUNNING`         |
+    | `IDLE`            | a request is rejected                                | `LINGERING_CLOSE` |
+    | `READING_HEAD`    | the head is complete                                 | `RUNNING`         |
+    | `READING_HEAD`    | the request is rejected, or `timeouts.head` expires  | `LINGERING_CLOSE` |
     | `RUNNING`         | response and request body are complete               | `IDLE`            |
     | `RUNNING`         | response complete, a short rest of the body missing  | `DISCARDING_BODY` |
     | `RUNNING`         | response complete, a long rest of the body missing   | `LINGERING_CLOSE` |
@@ -128,7 +130,7 @@ class ClientConnection(BaseProtocol):
 
     A request's task runs in `RUNNING`, `UPGRADED` and `MUST_CLOSE`, and may still run in `CLOSED`. Input is parsed in
     `IDLE` and `READING_HEAD`, buffered in `RUNNING` (pipelined requests), passed to the relay in `UPGRADED` and
-    discarded in the other states. Above the connection limit, a rejected head closes without lingering.
+    discarded in the other states. Above the connection limit, a rejected request closes without lingering.
     """
 
     __slots__ = (

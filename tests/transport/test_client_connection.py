@@ -97,7 +97,7 @@ async def test_a_kept_connection_goes_round() -> None:
     assert await client.send(b"P") is State.READING_HEAD
     assert client.requests == 2
     client.connection.connection_lost(None)
-    assert client.state is State.CLOSED
+    assert client.connection._state is State.CLOSED
 
 
 async def test_timeouts_close() -> None:
