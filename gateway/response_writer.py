@@ -1,6 +1,6 @@
-"""Writing one answer to a client: its head, its body through the filters, and an end that says how it ended.
+"""The response writer: writes a response's head and body to the client, and ends it as complete or as broken.
 
-Nothing else writes to clients, so that no second head can get out, least of all into a stream.
+No other code writes responses of exchanges. So no second head can follow the first, or end up in a stream.
 """
 
 from __future__ import annotations
@@ -8,46 +8,33 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any, cast
 
 from gateway.azure.key_redaction import secrets_of
 from gateway.errors import ApiError, StreamBroken, UpstreamError
-from gateway.limits.memory_budget import UNCOUNTED, BudgetExhausted
 from gateway.logs import exception_fields, get_logger, redacted
 from gateway.protocol.header_policy import WRITTEN
-from gateway.protocol.sse import EventFilter, FilterChain, FilterFailed, chain_filters, unfinished_event
+from gateway.protocol.sse import EventFilter, FilterChain, chain_filters, unfinished_event
 from gateway.response import Response, check_body
-from gateway.transport.pacing import Pacer
+from gateway.stream_writer import ClientDisconnected, StreamWriter, drain, write_counted
 from gateway.transport.response_head import date_line, status_line
-from gateway.transport.upstream_connection import UpstreamResponse
 from gateway.transport.websocket_handshake import WebSocket, accepted, chosen_protocol, offered_protocols
 from gateway.transport.websocket_relay import WebSocketRelay
-from gateway.transport.write_timeout import WriteTimeout
 
 if TYPE_CHECKING:
     from gateway.exchange import Exchange
     from gateway.settings import Limits, Timeouts
     from gateway.transport.client_connection import ClientConnection, IncomingRequest
 
-__all__ = (
-    "ClientDisconnected",
-    "note_end",
-    "write_response",
-)
+__all__ = ("note_end", "write_response")
 
-_LAST_CHUNK = b"0\r\n\r\n"
-# Their responses have no body (RFC 9110, 15.3.5, 15.3.6, 15.4.5), and that of a 204 no Content-Length either (8.6).
+# Statuses without a body (RFC 9110, 15.3.5, 15.3.6, 15.4.5); a 204 has no Content-Length either (8.6).
 _WITHOUT_BODY = (204, 205, 304)
 
 
-class ClientDisconnected(Exception):
-    """The client left, or did not take what was sent to it in time."""
-
-
 async def write_response(
-    arrived: IncomingRequest,
+    incoming: IncomingRequest,
     response: Response,
     exchange: Exchange,
     *,
@@ -56,67 +43,67 @@ async def write_response(
     timeouts: Timeouts,
     limits: Limits,
 ) -> bool:
-    """Write an answer and its whole body; returns whether the connection goes on.
+    """Write a response and its whole body; returns whether the connection is kept alive.
 
-    The bytes, the times and who ended it are noted on the exchange. A stream that breaks ends with an SSE
-    `error` event, where it is one, and never with the last chunk, so that nobody takes it for whole.
+    Records the bytes, the times and the end on the exchange. A broken stream ends with an SSE `error` event if it is an
+    event stream, and never with the last chunk, so that no client takes it for complete.
     """
-    connection, request = arrived.connection, arrived.head
-    old = request.old
-    close = close or request.close or connection.ends_after_answer()
-    if isinstance(opened := response.body, WebSocket):
+    connection, request = incoming.connection, incoming.head
+    http_1_0 = request.old
+    close = close or request.close or connection.closes_after_response()
+    if isinstance(websocket := response.body, WebSocket):
         try:
-            _check_socket(response)
+            _check_websocket(response)
         except TypeError as exc:
-            response = _unreadable(exc, _secrets(arrived, exchange), request_id)
+            response = _failed_response(exc, _secrets(incoming, exchange), request_id)
         else:
-            return await _relay(arrived, response, opened, exchange, request_id, timeouts, limits)
-    linked: FilterChain | None = None
-    patience = timeouts.client
+            return await _relay_websocket(incoming, response, websocket, exchange, request_id, timeouts, limits)
+    filters: FilterChain | None = None
     try:
-        if old and not response.event_stream and _over_unix_socket(connection):
-            # There the end of the connection is all that ends a body, and it cannot be told from a break.
+        if http_1_0 and not response.event_stream and _over_unix_socket(connection):
+            # Only the end of the connection ends such a body, and on a Unix socket it looks the same if it broke.
             await response.read()
         body = cast("bytes | AsyncIterator[bytes]", response.body)
-        _check(response)
+        _check_response(response)
         if response.filters:
-            linked = chain_filters(response.filters, response.headers.get("content-encoding"))
+            filters = chain_filters(response.filters, response.headers.get("content-encoding"))
             response.headers.remove("content-encoding")
             if isinstance(body, bytes):
-                body = linked.whole(body)
+                body = filters.whole(body)
     except Exception as exc:
-        response = _unreadable(exc, _secrets(arrived, exchange), request_id)
+        response = _failed_response(exc, _secrets(incoming, exchange), request_id)
         body = cast(bytes, response.body)
     exchange.status = response.status
     no_body = request.method == "HEAD" or response.status in _WITHOUT_BODY
     if isinstance(body, bytes):
-        head = _head(response, request_id, close=close, chunked=False, length=None if no_body else len(body))
-        _write(connection, exchange, head, b"" if no_body else body)
+        head = _response_head(response, request_id, close=close, chunked=False, length=None if no_body else len(body))
+        write_counted(connection, exchange, head, b"" if no_body else body)
         if connection.writing_paused:
-            await _drained(connection, exchange, patience)
+            await drain(connection, exchange, timeouts.client)
         note_end(exchange, response.error)
         return not close
-    chunked = not old and not no_body and "content-length" not in response.headers
-    writer = _Writer(connection, exchange, patience, linked, chunked=chunked, pace=response.pace)
+    chunked = not http_1_0 and not no_body and "content-length" not in response.headers
+    writer = StreamWriter(connection, exchange, timeouts.client, filters, chunked=chunked, pace=response.pace)
     try:
-        _write(connection, exchange, _head(response, request_id, close=close, chunked=chunked, length=None), b"")
+        head = _response_head(response, request_id, close=close, chunked=chunked, length=None)
+        write_counted(connection, exchange, head, b"")
         if not no_body:
             await writer.stream(body)
     except ClientDisconnected:
         raise
     except asyncio.CancelledError:
         if writer.ended and connection.transport is not None and (task := asyncio.current_task()) is not None:
-            # All is written: nothing may follow it, and the answer is whole for whoever takes the rest.
+            # The whole response is written. It is complete, and nothing may follow it.
             task.uncancel()
             note_end(exchange, response.error)
             return False
         if connection.transport is not None:
-            # The gateway ends this, not the client: it is told.
-            stopped = ApiError(503, "the gateway is stopping and cut this answer off", code="shutting_down")
-            _break_off(writer, response, stopped, exchange, [], request_id, old=old)
+            # The gateway ends the stream, not the client: say so.
+            stopped = ApiError(503, "the gateway is shutting down and ended this response; retry", code="shutting_down")
+            _abort_stream(writer, response, stopped, exchange, [], request_id, http_1_0=http_1_0)
         raise
     except Exception as exc:
-        _break_off(writer, response, exc, exchange, _secrets(arrived, exchange), request_id, old=old)
+        _abort_stream(writer, response, exc, exchange, _secrets(incoming, exchange), request_id, http_1_0=http_1_0)
         return False
     finally:
         if (aclose := getattr(body, "aclose", None)) is not None:
@@ -125,72 +112,73 @@ async def write_response(
     return not close
 
 
-def _check(response: Any) -> None:
-    """Refuse what a stage without types may have made of a response."""
+def _check_response(response: Any) -> None:
+    """Check the types of a response: a stage without type hints may have set anything."""
     if not isinstance(response.status, int):
-        raise TypeError(f"a stage set the status {response.status!r}, which is no number")
+        raise TypeError(f"a stage set the status {response.status!r}, which is not a number")
     if response.status == 101:
-        raise TypeError("a stage answered with status 101 and no WebSocket")
+        raise TypeError("a stage returned status 101 without a WebSocket")
     check_body(response.body)
 
 
-def _check_socket(response: Response) -> None:
-    """Refuse what cannot be done with a WebSocket."""
+def _check_websocket(response: Response) -> None:
+    """Check the status and the filters of a WebSocket's response."""
     if response.status != 101:
-        raise TypeError(f"a stage gave a WebSocket the status {response.status}")
+        raise TypeError(f"a stage returned a WebSocket with status {response.status}, not 101")
     if not all(isinstance(each, EventFilter) for each in response.filters):
-        raise TypeError("a stage put a filter on a WebSocket that is no event filter")
+        raise TypeError("a stage added a filter to a WebSocket that is not an EventFilter")
 
 
-async def _relay(
-    arrived: IncomingRequest,
+async def _relay_websocket(
+    incoming: IncomingRequest,
     response: Response,
-    socket: WebSocket,
+    websocket: WebSocket,
     exchange: Exchange,
     request_id: str,
     timeouts: Timeouts,
     limits: Limits,
 ) -> bool:
-    """Tell the client that its WebSocket is open, and relay it to its end; the connection ends with it."""
-    connection = arrived.connection
+    """Accept the client's WebSocket, and relay it until it closes; returns False, as the connection closes with it."""
+    connection = incoming.connection
     relay = WebSocketRelay(
         connection,
-        socket.wire,
+        websocket.wire,
         exchange,
         request_id,
-        up=socket.up,
+        up=websocket.up,
         down=[each for each in response.filters if isinstance(each, EventFilter)],
         most=limits.body,
         ping=timeouts.ping,
         patience=(timeouts.client, timeouts.idle),
-        hidden=_secrets(arrived, exchange),
-        watch=socket.watch,
+        hidden=_secrets(incoming, exchange),
+        watch=websocket.watch,
     )
     response.headers.remove("content-length")  # RFC 9110, 8.6
     for name, value in (
         ("connection", "Upgrade"),
         ("upgrade", "websocket"),
-        ("sec-websocket-accept", accepted(arrived.headers.get("sec-websocket-key") or "").decode()),
-        ("sec-websocket-protocol", chosen_protocol(offered_protocols(arrived.headers), socket.protocol)),
+        ("sec-websocket-accept", accepted(incoming.headers.get("sec-websocket-key") or "").decode()),
+        ("sec-websocket-protocol", chosen_protocol(offered_protocols(incoming.headers), websocket.protocol)),
     ):
         if value is not None:
             response.headers.set(name, value)
     exchange.status = response.status
-    _write(connection, exchange, _head(response, request_id, close=False, chunked=False, length=None), b"")
+    head = _response_head(response, request_id, close=False, chunked=False, length=None)
+    write_counted(connection, exchange, head, b"")
     try:
         await relay.run()
         note_end(exchange, None)
     except ApiError as exc:
         note_end(exchange, exc)
     finally:
-        socket.ended = True
+        websocket.ended = True
     if connection.writing_paused:
-        await _drained(connection, exchange, timeouts.client)
+        await drain(connection, exchange, timeouts.client)
     return False
 
 
 def note_end(exchange: Exchange, error: BaseException | None) -> None:
-    """Note who ended an exchange, given what went wrong with it, if anything did."""
+    """Record which side ended an exchange, and why if it failed."""
     if error is None:
         exchange.ended_by = "complete"
         return
@@ -199,232 +187,37 @@ def note_end(exchange: Exchange, error: BaseException | None) -> None:
     exchange.reason = error.message if isinstance(error, ApiError) else None
 
 
-def _write(connection: ClientConnection, exchange: Exchange, before: bytes, data: bytes) -> None:
-    """Write `data` of the body behind `before`. Raises ClientGone where the client has left."""
-    if connection.gone:
-        raise ClientDisconnected
-    connection.write_soon(before + data)
-    if exchange.first_byte_at is None:
-        exchange.first_byte_at = time.monotonic()
-    exchange.sent += len(data)
-
-
-async def _drained(connection: ClientConnection, exchange: Exchange, patience: float) -> None:
-    """Wait until the client has taken enough. Raises ClientGone where it takes nothing for too long, or leaves."""
-    waiting = WriteTimeout(connection, patience, lambda: _give_up(connection, exchange))
-    try:
-        await connection._drain_helper()
-    except ConnectionError:
-        raise ClientDisconnected from None
-    finally:
-        waiting.cancel()
-
-
-def _give_up(connection: ClientConnection, exchange: Exchange) -> None:
-    """Close on a client that does not read; the loss of its connection ends the rest."""
-    exchange.error = "client_not_reading"
-    if connection.transport is not None:
-        connection.transport.abort()
-
-
-class _Writer:
-    """Writes one answer to one client, counting.
-
-    A client that does not read is waited for: where the body is pumped from Azure, Azure is told to wait.
-    """
-
-    __slots__ = (
-        "_exchange",
-        "_held",
-        "_linked",
-        "_pacer",
-        "_patience",
-        "_pumped",
-        "_waiting",
-        "chunked",
-        "connection",
-        "ended",
-        "tail",
-    )
-
-    def __init__(
-        self,
-        connection: ClientConnection,
-        exchange: Exchange,
-        patience: float,
-        linked: FilterChain | None = None,
-        *,
-        chunked: bool = False,
-        pace: float | None = None,
-    ) -> None:
-        self.connection = connection
-        self.tail = b""
-        self._exchange = exchange
-        self._patience = patience
-        self._linked = linked
-        self._held = 0  # bytes of an event that has not ended, as far as they are counted
-        self.chunked = chunked
-        self._pumped: UpstreamResponse | None = None
-        self._waiting: WriteTimeout | None = None  # for a client that takes nothing
-        self.ended = False
-        self._pacer = Pacer(pace, self._put, asyncio.get_running_loop()) if pace is not None else None
-
-    def _put(self, data: bytes, after: bytes = b"") -> None:
-        """Write a piece of a stream, framed."""
-        if self.connection.gone:
-            raise ClientDisconnected
-        self._exchange.sent += len(data)
-        self.connection.write(b"%x\r\n%b\r\n%b" % (len(data), data, after) if self.chunked else data)
-        self.tail = data[-4:] if len(data) >= 4 else (self.tail + data)[-4:]
-
-    def _take(self, chunk: bytes) -> None:
-        """Pass a piece on: the one way of every streamed byte."""
-        if self._linked is not None:
-            try:
-                chunk = self._linked.feed(chunk)
-            except FilterFailed as exc:
-                self._pass(exc.left)
-                raise exc.cause from None
-            if not chunk or self._held:
-                self._hold_kept(self._linked.kept)
-        self._pass(chunk)
-
-    def _hold_kept(self, kept: int) -> None:
-        """Count the bytes of a large event that has not ended. Raises ApiError 503 where too many are held."""
-        kept = kept if kept > UNCOUNTED else 0
-        if kept > self._held:
-            try:
-                self._exchange.hold(kept - self._held)
-            except BudgetExhausted:
-                full = "an event of this answer is larger than the memory that the gateway has left for it"
-                raise ApiError(503, f"{full}; try again in a moment", code="overloaded") from None
-        else:
-            self._exchange.let_go(self._held - kept)
-        self._held = kept
-
-    def _pass(self, chunk: bytes) -> None:
-        if chunk:
-            if self._pacer is None:
-                self._put(chunk)
-            else:
-                self._pacer.take(chunk)
-
-    async def stream(self, body: AsyncIterator[bytes]) -> None:
-        """Write a whole body, and its end. Raises what its source raises, and ClientGone."""
-        if isinstance(body, UpstreamResponse) or self._pacer is not None:
-            await self._drained()  # what came before may not be taken yet
-            self.connection.on_flow = self._flow
-        try:
-            if isinstance(body, UpstreamResponse):
-                self._pumped = body
-                await body.pump(self._take)
-            else:
-                async for chunk in body:
-                    self._take(chunk)
-                    await self._drained()
-            left = self._closed()
-            if self._pacer is not None:
-                if left:
-                    self._pacer.take(left)
-                left = b""
-                await self._end_pacing(self._pacer)
-        except BaseException:
-            if self._pacer is not None and not self.connection.gone:
-                self._pacer.flush()  # what came before it broke is the client's
-            raise
-        finally:
-            self.connection.on_flow = None
-            self._stop_waiting()
-            if self._pacer is not None:
-                self._pacer.stop()
-        if left:
-            self._put(left, _LAST_CHUNK if self.chunked else b"")
-        elif self.chunked:
-            _write(self.connection, self._exchange, _LAST_CHUNK, b"")
-        self.ended = True
-        await self._drained()
-
-    async def _end_pacing(self, pacer: Pacer) -> None:
-        """Wait until the last event has left; a gateway that stops lets them leave at once, and the answer is whole."""
-        try:
-            await pacer.end()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self.connection.gone or task is None:
-                raise
-            task.uncancel()
-            pacer.flush()
-
-    def _closed(self) -> bytes:
-        """Return what the filters leave at the end."""
-        if self._linked is None:
-            return b""
-        try:
-            return self._linked.close()
-        except FilterFailed as exc:
-            self._pass(exc.left)
-            raise exc.cause from None
-
-    def cut(self) -> None:
-        """Write what the filters kept of a stream that broke."""
-        if self._linked is not None and (left := self._linked.cut()):
-            self._put(left)
-
-    async def _drained(self) -> None:
-        if self.connection.writing_paused:
-            await _drained(self.connection, self._exchange, self._patience)
-
-    def _flow(self, paused: bool) -> None:
-        """Let Azure wait for a client that does not read fast enough, but not for ever."""
-        self._stop_waiting()
-        if paused:
-            self._waiting = WriteTimeout(
-                self.connection, self._patience, lambda: _give_up(self.connection, self._exchange)
-            )
-        if self._pumped is not None:
-            (self._pumped.hold if paused else self._pumped.release)()
-        if self._pacer is not None:
-            (self._pacer.hold if paused else self._pacer.release)()
-
-    def _stop_waiting(self) -> None:
-        if self._waiting is not None:
-            self._waiting.cancel()
-            self._waiting = None
-
-
-def _break_off(
-    writer: _Writer,
+def _abort_stream(
+    writer: StreamWriter,
     response: Response,
     exc: Exception,
     exchange: Exchange,
     hidden: list[str],
     request_id: str,
     *,
-    old: bool,
+    http_1_0: bool,
 ) -> None:
-    """End a stream that cannot go on so that it is seen to be broken."""
+    """End a stream after an error, in a way that the client detects."""
     note_end(exchange, exc)
     if isinstance(exc, ApiError):
         error = exc
     elif isinstance(exc, StreamBroken):
-        error = ApiError(502, str(exc))  # Azure's fault, and no bug
+        error = ApiError(502, str(exc))  # an error of Azure, not a bug
     else:
-        error = _our_fault(502, "stream", request_id)
-        get_logger().error(
-            "a filter or a stage's stream failed", request_id=request_id, **redacted(exception_fields(exc), hidden)
-        )
+        error = _internal_error(502, "stream", request_id)
+        get_logger().error("stream_failed", request_id=request_id, **redacted(exception_fields(exc), hidden))
     connection = writer.connection
     transport = connection.transport
     if transport is None or transport.is_closing():
         return
     if response.event_stream:
-        writer.cut()
+        writer.flush_filters()
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
         connection.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
         exchange.sent += len(event)
     connection.flush()
-    if old:
-        # Without chunks the end of the connection is the end of the body: only a reset says it is broken.
+    if http_1_0:
+        # Without chunked framing, the end of the connection ends the body: only an RST shows that it is broken.
         if not _over_unix_socket(writer.connection):
             sock = transport.get_extra_info("socket")
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -433,8 +226,8 @@ def _break_off(
         transport.close()
 
 
-def _secrets(arrived: IncomingRequest, exchange: Exchange) -> list[str]:
-    return secrets_of(arrived.headers, exchange.target)
+def _secrets(incoming: IncomingRequest, exchange: Exchange) -> list[str]:
+    return secrets_of(incoming.headers, exchange.target)
 
 
 def _over_unix_socket(connection: ClientConnection) -> bool:
@@ -442,51 +235,51 @@ def _over_unix_socket(connection: ClientConnection) -> bool:
     return sock is not None and sock.family == socket.AF_UNIX
 
 
-def _our_fault(status: int, what: str, request_id: str) -> ApiError:
+def _internal_error(status: int, what: str, request_id: str) -> ApiError:
     return ApiError(
         status, f"the gateway failed on this {what}. Contact its operator and quote request id {request_id}"
     )
 
 
-def _unreadable(exc: Exception, hidden: list[str], request_id: str) -> Response:
-    """Return the answer in place of a body that could not be had, or that the filters could not take."""
+def _failed_response(exc: Exception, hidden: list[str], request_id: str) -> Response:
+    """Return the error response for a body that could not be read, or that a filter failed on."""
     if isinstance(exc, ApiError):
         return Response.from_error(exc)
     if isinstance(exc, StreamBroken):
         return Response.from_error(ApiError(502, str(exc)))
-    get_logger().error("a filter failed", request_id=request_id, **redacted(exception_fields(exc), hidden))
-    return Response.from_error(_our_fault(500, "response", request_id))
+    get_logger().error("filter_failed", request_id=request_id, **redacted(exception_fields(exc), hidden))
+    return Response.from_error(_internal_error(500, "response", request_id))
 
 
-def _head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:
+def _response_head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:
     fields = response.headers.fields
     lines = [status_line(response.status)]
     lines += [field[2] for field in fields if not field[3] & WRITTEN]
-    dated = events = buffering = False
+    has_date = has_content_type = has_buffering = False
     for name, value, line, _ in [field for field in fields if field[3] & WRITTEN]:
         if name == b"content-type":
             lines.append(line)
-            events = True
+            has_content_type = True
         elif name == b"content-length":
             if length is None and response.status not in (204, 205):
                 lines.append(line)
         elif name == b"x-request-id":
-            # Ours is the one that the log names; Azure's stays to be had.
+            # The log names the gateway's id; Azure's is kept under another name.
             lines.append(b"x-azure-request-id: " + value)
         else:
             lines.append(line)
-            dated = dated or name == b"date"
-            buffering = buffering or name == b"x-accel-buffering"
+            has_date = has_date or name == b"date"
+            has_buffering = has_buffering or name == b"x-accel-buffering"
     if response.status == 205:
         lines.append(b"content-length: 0")
     elif length is not None:
         lines.append(b"content-length: %d" % length)
     elif chunked:
         lines.append(b"transfer-encoding: chunked")
-    if events and not buffering and response.event_stream:
-        # nginx sends events on at once when it sees this, whatever its own settings.
+    if has_content_type and not has_buffering and response.event_stream:
+        # Makes nginx forward events immediately, whatever its settings.
         lines.append(b"x-accel-buffering: no")
-    if not dated:
+    if not has_date:
         lines.append(date_line())
     if close:
         lines.append(b"connection: close")

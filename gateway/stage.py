@@ -19,7 +19,7 @@ from gateway.logs import exception_fields, get_logger, redacted
 from gateway.request import Request
 from gateway.response import Response
 from gateway.services import Services
-from gateway.transport.file_descriptors import none_left, overloaded
+from gateway.transport.file_descriptors import caused_by_exhaustion, descriptors_exhausted
 
 __all__ = ("BeforeBody", "Next", "Stage", "compile_pipeline")
 
@@ -144,8 +144,8 @@ def _broken(name: str, exc: Exception, request: Request) -> Response:
         request_id=request.id,
         **redacted(exception_fields(exc), hidden),
     )
-    if none_left(exc):
-        return Response.from_error(overloaded())
+    if caused_by_exhaustion(exc):
+        return Response.from_error(descriptors_exhausted())
     answer = ApiError(
         500, f"the gateway failed on this request. Contact its operator and quote request id {request.id}"
     )

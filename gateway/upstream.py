@@ -105,7 +105,7 @@ class Upstream:
         if request._json_set or operation.drops_model or operation.classic != "deployment" or target.is_v1:
             body: bytes | Body = await with_deployment(request, operation, target)
         else:  # nearly every request: the path names the deployment, and the body is not looked at
-            body = request._body.as_it_came()
+            body = request._body.unmodified()
         watch, hides = None, False
         if exchange.meter is not None and operation.name in METERED:
             if not isinstance(body, bytes) and operation.name in PROMPTED and 0 < (body.length or 0) <= _ASKED_FOR:

@@ -1,4 +1,4 @@
-"""Many streams at once: nothing is left behind, whoever ends them."""
+"""Many streams at once: nothing remains of them, whichever side ends them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def open_files() -> int:
 
 @pytest.mark.slow
 async def test_200_streams_of_which_half_hang_up(start_gateway: StartGateway) -> None:
-    """No upstream connection, task or descriptor is left, and `defer` ran once for each."""
+    """No upstream connection, task or descriptor remains, and `defer` ran once for each."""
     async with FakeAzure(words=["x"] * 60, delay=0.02) as azure:
         gateway = await start_gateway(azure.endpoint, YAML, {"mine/counting.py": COUNTING})
         async with gateway.post() as answer:

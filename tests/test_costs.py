@@ -244,17 +244,17 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
     held: list[bool] = []
 
     class Sender:
-        def say_continue(self) -> None: ...
+        def send_continue(self) -> None: ...
 
-        def hold(self) -> None:
+        def pause_input(self) -> None:
             held.append(True)
 
-        def release(self) -> None:
+        def resume_input(self) -> None:
             held.append(False)
 
-        def waits(self, waiting: bool) -> None: ...
+        def client_awaited(self, awaited: bool) -> None: ...
 
-    arriving = IncomingBody(Sender(), loop, length=None, expects=False, limit=1 << 40, patience=5, least=500)
+    arriving = IncomingBody(Sender(), loop, length=None, expects_continue=False, limit=1 << 40, timeout=5, min_rate=500)
     piece = b"x" * 65_536
     line.wire.ask(60, 60)
     upload = asyncio.create_task(line.wire.send_stream(b"HEAD", Body(arriving), 60))

@@ -1,6 +1,6 @@
-"""Hostile and broken input: raw requests by the letter of RFC 9112, and requests that try to steer the gateway.
+"""Hostile and broken input: raw requests for each rule of RFC 9112, and requests that try to redirect the gateway.
 
-The rows of `data/*.jsonl` each name a rule; rows too large for a file are made here.
+The rows of `data/*.jsonl` each name a rule; rows that are too large for a file are made here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ KEY_B = "another-team-key"
 HOST = "GET / HTTP/1.1\r\nHost: gw.test\r\n"
 CHUNKED = "POST / HTTP/1.1\r\nHost: gw.test\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-# Where this gateway is stricter than a row, and why: it is no forward proxy, and decides on one form of the path.
+# Rows where the gateway is stricter, and why: it is no forward proxy, and accepts one form of each path.
 STRICTER = {
     "line-absolute": "targets come from the configuration alone",
-    "line-pct-slash": "an encoded slash may be read as one further on",
-    "line-dotdot": "dot segments may be resolved further on",
+    "line-pct-slash": "a server further on may decode an encoded slash",
+    "line-dotdot": "a server further on may resolve dot segments",
 }
 
 
@@ -53,8 +53,8 @@ LARGE = [
 ]
 
 
-# So short that the gateway itself ends each connection on which nothing more comes.
-SOON = {"head": 0.5, "client": 0.5, "keep_alive": 0.1}
+# Short timeouts: the gateway itself closes each connection on which nothing more arrives.
+SHORT = {"head": 0.5, "client": 0.5, "keep_alive": 0.1}
 
 
 def status_of(received: bytes) -> int:
@@ -64,8 +64,8 @@ def status_of(received: bytes) -> int:
 
 @pytest.mark.parametrize("row", [*rows("hostile_requests.jsonl"), *LARGE], ids=lambda row: row["id"])
 async def test_raw_request(row: dict[str, Any], start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A malformed request is refused with a 4xx, or closed on; a good one is answered; none is ever a 5xx."""
-    gateway = await start_gateway(azure.endpoint, timeouts=SOON)
+    """A malformed request gets a 4xx, or its connection closes; a valid one gets a response; none ever gets a 5xx."""
+    gateway = await start_gateway(azure.endpoint, timeouts=SHORT)
     raw = row["raw"].encode("latin-1")
 
     received = await raw_request(gateway.port, raw)
@@ -82,8 +82,8 @@ async def test_raw_request(row: dict[str, Any], start_gateway: StartGateway, azu
 
 
 async def test_raw_requests_of_lower_level(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Of the rows that are a recommendation or a policy, at least 95 of 100 are as they say."""
-    gateway = await start_gateway(azure.endpoint, timeouts=SOON)
+    """At least 95 % of the rows that are a recommendation or a policy hold."""
+    gateway = await start_gateway(azure.endpoint, timeouts=SHORT)
     wrong = []
     checked = [row for row in [*rows("hostile_requests.jsonl"), *LARGE] if row.get("level", "must") != "must"]
     answers = await asyncio.gather(*(raw_request(gateway.port, row["raw"].encode("latin-1")) for row in checked))
@@ -110,9 +110,9 @@ def big_rows() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("row", [*rows("gateway_inputs.jsonl"), *big_rows()], ids=lambda row: row["id"])
 async def test_gateway_input(row: dict[str, Any], start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Nothing in a request steers where it goes or which key goes along, and none makes the gateway fail."""
+    """No request decides where it is sent or with which key, and none makes the gateway fail."""
     azure.deployments = ("gpt-4",)
-    gateway = await start_gateway(azure.endpoint, timeouts=SOON)
+    gateway = await start_gateway(azure.endpoint, timeouts=SHORT)
     raw = row["raw"].replace("{KEYB}", KEY_B).replace("{KEY}", KEY).encode("latin-1")
 
     received = await raw_request(gateway.port, raw)
@@ -148,7 +148,7 @@ async def test_gateway_input(row: dict[str, Any], start_gateway: StartGateway, a
 async def test_keys_of_malformed_requests_are_neither_logged_nor_echoed(
     kind: str, start_gateway: StartGateway, azure: FakeAzure, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Aiohttp prints malformed header lines whole; here nothing of them is seen anywhere."""
+    """Aiohttp prints malformed header lines; the gateway shows nothing of them anywhere."""
     gateway = await start_gateway(azure.endpoint)
     secret = "sk-very-secret-0123456789"
     line = f"Authorization: Bearer {secret}" if kind == "bearer" else f"api-key: {secret}"

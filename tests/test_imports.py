@@ -29,7 +29,7 @@ ORDER = (
     ("registry", "watchdog"),
     ("config",),
     ("admin",),
-    ("response_writer", "server"),
+    ("stream_writer", "response_writer", "generation", "server"),
     ("process",),
     ("testing",),
     ("cli", "__main__"),

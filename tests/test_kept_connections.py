@@ -1,6 +1,6 @@
-"""Every way in which an exchange can end, and then another request on the same connection to Azure.
+"""Every way in which an exchange can end, followed by another request on the same connection to Azure.
 
-Clients read slowly, through small kernel buffers, so that most responses end while their client is behind.
+Clients read slowly, through small kernel buffers, so that most responses end before their client has read them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gateway.process.event_loop import loop_factory
 from gateway.server import Server
 from tests.conftest import RawUpstream, write_files
 
-# A stage whose filter can fail on the last piece; and small kernel buffers towards clients.
+# A stage whose filter can fail on the last piece.
 STAGES = """
 from dataclasses import dataclass
 from gateway import Filter, Next, Request, Response, Stage
@@ -80,8 +80,8 @@ def plain(status: bytes, body: bytes, more: bytes = b"") -> bytes:
     return head + body
 
 
-# What Azure sends; after None it closes the connection, else it waits for the next request.
-ANSWERS: dict[str, Callable[[int], list[bytes | None]]] = {
+# What Azure sends; after None it closes the connection, otherwise it waits for the next request.
+RESPONSES: dict[str, Callable[[int], list[bytes | None]]] = {
     "stream in chunks": lambda size: [sse(size)],
     "stream of known length": lambda size: [sse(size, chunked=False)],
     "long JSON in chunks": lambda size: [
@@ -107,7 +107,7 @@ HOW = ("reads slowly", "leaves in the middle", "reads slowly, the filter fails a
 
 @contextlib.asynccontextmanager
 async def running(folder: Path, endpoint: str, ca: str | None) -> AsyncIterator[Server]:
-    """A gateway whose sockets to clients hold next to nothing."""
+    """A gateway with small send buffers for clients."""
     tls = f", tls: {{ca: {ca}}}" if ca else ""
     files = {"gateway.yaml": YAML % tls, "mine/fail_at_the_end.py": STAGES}
     loaded = load(write_files(folder, files), {"ENDPOINT": endpoint})
@@ -163,7 +163,7 @@ async def second_client(port: int, nonce: str) -> bytes:
 
 
 async def scenario(folder: Path, authority: trustme.CA | None) -> list[str]:
-    """Let each exchange end in each way, with another request behind it; return those that went wrong."""
+    """Let each exchange end in each way, followed by another request; return those that went wrong."""
     wrong: list[str] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -175,7 +175,7 @@ async def scenario(folder: Path, authority: trustme.CA | None) -> list[str]:
                 writer.write(plain(b"200 OK", json.dumps({"nonce": said[5:]}).encode()))
                 continue
             name, _, size = said.partition("/")
-            for each in ANSWERS[name](int(size)):
+            for each in RESPONSES[name](int(size)):
                 if each is None:
                     await writer.drain()
                     return
@@ -197,7 +197,7 @@ async def scenario(folder: Path, authority: trustme.CA | None) -> list[str]:
     async with server, running(folder, endpoint, ca) as gateway:
         # (From one multiple of the transport's limits to the next, so that some responses end just where it pauses.)
         sizes = range(200_000, 290_000, 13_000)
-        for number, (name, how, size) in enumerate(itertools.product(ANSWERS, HOW, sizes)):
+        for number, (name, how, size) in enumerate(itertools.product(RESPONSES, HOW, sizes)):
             if number % len(sizes) > 1 and name in ("short JSON", "an error", "nothing", "asks to close"):
                 continue
             async with asyncio.timeout(30):
@@ -224,7 +224,7 @@ def run(loop: str, main: Callable[[], Awaitable[Any]]) -> Any:
 @pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_kept_connection_is_as_good_as_a_new_one(loop: str, secure: bool, tmp_path: Path) -> None:
-    """However the exchange before it ended: the next request is answered, with its own answer, and at once."""
+    """However the exchange before it ended, the next request gets its own response, and immediately."""
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     authority = trustme.CA() if secure else None
     assert run(loop, lambda: scenario(tmp_path, authority)) == []

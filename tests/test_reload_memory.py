@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import trustme
 
-from gateway import server as server_module
+from gateway import generation as generation_module
 from gateway.auth.entra_tokens import EntraTokens
 from gateway.auth.jwks import IssuerKeys
 from gateway.azure.resources import Pool, Resource, Tls
 from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.generation import Generation
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.redis_counters import RedisCounters
 from gateway.limits.wait_queue import WaitQueue
-from gateway.server import Generation
 from gateway.services import Services, Shared
 from gateway.stage import Stage
 from gateway.teams import Team, Teams
@@ -104,7 +104,7 @@ async def test_memory_after_many_reloads_is_as_after_one(
     part: str, start_gateway: StartGateway, azure: FakeAzure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever they change: objects of every kind that a configuration is made of are counted."""
-    monkeypatch.setattr(server_module, "_COLLECT_AFTER", 0.0)
+    monkeypatch.setattr(generation_module, "_COLLECT_DELAY", 0.0)
     ca = trustme.CA().cert_pem.bytes().decode()
     files = {**FILES} | {f"ca{number}.pem": f"{ca}# {number}\n" for number in range(RELOADS + 1)}
     files |= {f"teams/t{number}.yaml": f"match: {{path_prefix: /t{number}}}\n" for number in range(RELOADS + 1)}
@@ -114,8 +114,8 @@ async def test_memory_after_many_reloads_is_as_after_one(
     after: list[Counter[str]] = []
 
     def settled() -> bool:
-        server = gateway.server
-        return not server._old and not server._retiring and server._collecting is None
+        generations = gateway.server.generations
+        return not generations._old and not generations._tasks and generations._collection is None
 
     for number in range(1, RELOADS + 1):
         use(running)
@@ -149,12 +149,12 @@ async def test_state_is_kept_while_a_configuration_has_its_stage(start: Start) -
     soon = Team("soon", [Stage()], server.teams.default.target, services=services)
     soon.stages[0].id = "mark"
     prepared = await server.prepare(Teams(soon, shared=server.shared), server.settings)
-    server._let_go()
+    server.generations._release_unused()
     assert server.shared.space("soon", "mark") is space
     await server.discard(prepared)
     assert server.shared.space("soon", "mark") is not space
     kept = server.shared.space("default", "mark")
-    server._let_go()
+    server.generations._release_unused()
     assert server.shared.space("default", "mark") is kept
 
 

@@ -1,4 +1,4 @@
-"""The server: from a client's request to its answer, through a real gateway to a fake Azure."""
+"""The server: from a client's request to its response, through a real gateway to a fake Azure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.both_loops
 
 
 async def test_chat_completion_reaches_the_deployment(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A plain chat completion goes to its deployment's URL with the client's key, and the answer comes back."""
+    """A chat completion goes to its deployment's URL with the client's key, and the response comes back."""
     gateway = await start_gateway(azure.endpoint)
 
     async with gateway.post() as answer:
@@ -40,7 +40,7 @@ async def test_chat_completion_reaches_the_deployment(start_gateway: StartGatewa
 
 
 async def test_stream_passes_byte_for_byte(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A stream that ends rightly reaches the client as the bytes that Azure sent."""
+    """A complete stream reaches the client as the bytes that Azure sent."""
     gateway = await start_gateway(azure.endpoint)
 
     async with gateway.post(json={**CHAT, "stream": True}) as answer:
@@ -60,7 +60,7 @@ async def test_stream_passes_byte_for_byte(start_gateway: StartGateway, azure: F
 
 
 async def test_chunks_arrive_as_they_are_sent(start_gateway: StartGateway) -> None:
-    """Each event is sent on when it comes, not when the stream ends."""
+    """Each event is forwarded when it arrives, not when the stream ends."""
     go = asyncio.Event()
 
     async def hold(seen: object, request: aiohttp.web.BaseRequest) -> aiohttp.web.StreamResponse:
@@ -95,7 +95,7 @@ async def test_completions_and_embeddings(start_gateway: StartGateway, azure: Fa
 
 
 async def test_base_path_of_the_endpoint_is_kept(start_gateway: StartGateway) -> None:
-    """An endpoint behind another path, such as an API Management's, keeps that path."""
+    """An endpoint below a path, such as an API Management's, keeps that path."""
     async with FakeAzure(base_path="/corp/ai") as azure:
         gateway = await start_gateway(azure.endpoint + "/")
         async with gateway.post() as answer:
@@ -104,7 +104,7 @@ async def test_base_path_of_the_endpoint_is_kept(start_gateway: StartGateway) ->
 
 
 async def test_unknown_operations_are_clear_404s(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """What the gateway does not offer is a 404 in OpenAI's shape that names what was asked."""
+    """An unknown operation is a 404 in OpenAI's shape that names the path."""
     gateway = await start_gateway(azure.endpoint)
 
     for path, status in (("/v1/moderations", 404), ("/v1/", 404), ("/nothing", 404), ("/x/v1/models", 404)):
@@ -120,7 +120,7 @@ async def test_unknown_operations_are_clear_404s(start_gateway: StartGateway, az
 
 
 async def test_healthz_and_readyz(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Probes answer without a key; ready means not draining."""
+    """Probes need no key; a draining gateway is not ready."""
     gateway = await start_gateway(azure.endpoint)
 
     async with gateway.get("/healthz", key=None) as answer:
@@ -138,7 +138,7 @@ async def test_healthz_and_readyz(start_gateway: StartGateway, azure: FakeAzure)
 
 
 async def test_client_that_leaves_closes_the_upstream(start_gateway: StartGateway) -> None:
-    """A client that hangs up in the middle of a stream ends Azure's stream, and the log says who left."""
+    """If a client disconnects during a stream, Azure's stream ends, and the log says that the client ended it."""
     async with FakeAzure(words=["x"] * 1000, delay=0.02) as azure:
         gateway = await start_gateway(azure.endpoint)
         answer = await gateway.post(json={**CHAT, "stream": True})
@@ -154,7 +154,7 @@ async def test_client_that_leaves_closes_the_upstream(start_gateway: StartGatewa
 
 
 async def test_client_that_leaves_before_the_answer(start_gateway: StartGateway) -> None:
-    """A client that hangs up while Azure is still thinking ends the request there, noted as a 499."""
+    """If a client disconnects before Azure has responded, the request to Azure ends; the log says 499."""
     waiting = asyncio.Event()
     gone = asyncio.Event()
 
@@ -179,7 +179,7 @@ async def test_client_that_leaves_before_the_answer(start_gateway: StartGateway)
 
 
 async def test_slow_reader_pauses_the_upstream(start_gateway: StartGateway) -> None:
-    """While a client does not read, the gateway does not take more from Azure than its buffers hold."""
+    """While a client does not read, the gateway reads no more from Azure than its buffers hold."""
     block = b": " + b"x" * 65_533 + b"\n"
     sent = 0
 
@@ -210,8 +210,8 @@ async def test_slow_reader_pauses_the_upstream(start_gateway: StartGateway) -> N
     assert total > 1000 * len(block)
 
 
-async def test_client_that_never_reads_is_given_up(start_gateway: StartGateway) -> None:
-    """A client that takes nothing for `timeouts.client` seconds is closed on, and Azure with it."""
+async def test_the_write_timeout_closes_a_client_that_never_reads(start_gateway: StartGateway) -> None:
+    """If a client takes nothing for `timeouts.client` seconds, its connection and that to Azure close."""
     async with FakeAzure(words=["x" * 100_000] * 2000) as azure:
         gateway = await start_gateway(azure.endpoint, timeouts={"client": 0.3})
         _, writer = await asyncio.open_connection("127.0.0.1", gateway.port, limit=1024)
@@ -224,7 +224,7 @@ async def test_client_that_never_reads_is_given_up(start_gateway: StartGateway) 
 
 
 async def test_http_1_0_clients_get_an_answer_without_chunks(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Nginx speaks HTTP/1.0 by default: the stream then ends with the connection."""
+    """Nginx uses HTTP/1.0 by default: the stream then ends with the connection."""
     gateway = await start_gateway(azure.endpoint)
     request = chat_request(stream=True).replace(b"HTTP/1.1", b"HTTP/1.0")
 
@@ -238,7 +238,7 @@ async def test_http_1_0_clients_get_an_answer_without_chunks(start_gateway: Star
 
 
 async def test_expect_100_continue(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A client that awaits `100 Continue` is told to go on when its body is wanted, and not before."""
+    """A client that expects `100 Continue` gets it when a stage reads the body, and not before."""
     gateway = await start_gateway(azure.endpoint)
     whole = chat_request(extra="Expect: 100-continue\r\n")
     head, _, body = whole.partition(b"\r\n\r\n")
@@ -258,7 +258,7 @@ async def test_expect_100_continue(start_gateway: StartGateway, azure: FakeAzure
 
 
 async def test_keep_alive_and_pipelining(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A hundred requests sent at once on one connection are answered in order on it."""
+    """100 pipelined requests get their responses in order."""
     gateway = await start_gateway(azure.endpoint)
     one = chat_request().replace(b"Connection: close\r\n", b"")
     received = await raw_request(gateway.port, one * 99 + chat_request())
@@ -267,7 +267,7 @@ async def test_keep_alive_and_pipelining(start_gateway: StartGateway, azure: Fak
 
 
 async def test_body_above_the_limit_is_refused_unread(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A Content-Length above the limit is a 413 at once; a chunked body is one when it passes the limit."""
+    """A Content-Length above the limit is an immediate 413; a chunked body is one when it exceeds the limit."""
     gateway = await start_gateway(azure.endpoint, limits={"body": 1000})
     head = chat_request().partition(b"Content-Length")[0]
     received = await raw_request(gateway.port, head + b"Content-Length: 1001\r\n\r\n")
@@ -278,8 +278,8 @@ async def test_body_above_the_limit_is_refused_unread(start_gateway: StartGatewa
     assert not azure.requests
 
 
-async def test_slow_clients_are_closed_on(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Heads that never end, bodies that stop and connections that say nothing do not stay."""
+async def test_slow_clients_are_disconnected(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Connections with incomplete heads, with incomplete bodies, and without a request are closed."""
     gateway = await start_gateway(azure.endpoint, timeouts={"head": 0.3, "client": 0.3, "keep_alive": 0.5})
     for sent, status in (
         (b"", b"HTTP/1.1 408"),
@@ -291,14 +291,12 @@ async def test_slow_clients_are_closed_on(start_gateway: StartGateway, azure: Fa
         assert b'"error"' in received
     alive = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     received = await raw_request(gateway.port, alive)
-    assert received.count(b"HTTP/1.1") == 1, "an idle connection is closed without a word"
+    assert received.count(b"HTTP/1.1") == 1, "an idle connection is closed without a response"
     await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr]
 
 
-async def test_one_client_dribbling_a_head_is_closed_on_after_a_first_request(
-    start_gateway: StartGateway, azure: FakeAzure
-) -> None:
-    """The head's deadline also runs for the second request of a connection."""
+async def test_a_slow_second_head_is_a_408(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """`timeouts.head` also applies to the second request of a connection."""
     gateway = await start_gateway(azure.endpoint, timeouts={"head": 0.3, "keep_alive": 30})
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -310,7 +308,7 @@ async def test_one_client_dribbling_a_head_is_closed_on_after_a_first_request(
 
 
 async def test_connections_are_bounded(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """One connection too many is told so, and the others go on."""
+    """A connection above the limit gets a 503, and the others continue."""
     gateway = await start_gateway(azure.endpoint, limits={"connections": 2})
     held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(2)]
     await until(lambda: len(gateway.server._http.connections) == 2)  # type: ignore[union-attr]
@@ -322,7 +320,7 @@ async def test_connections_are_bounded(start_gateway: StartGateway, azure: FakeA
     assert not azure.requests
     for path in (b"/healthz", b"/readyz"):
         received = await raw_request(gateway.port, b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
-        assert received.startswith(b"HTTP/1.1 200"), "an orchestrator is answered whatever the load"
+        assert received.startswith(b"HTTP/1.1 200"), "probes get a response at any load"
         assert b"\r\nconnection: close\r\n" in received
     for _, writer in held:
         writer.close()
@@ -334,9 +332,9 @@ async def test_connections_are_bounded(start_gateway: StartGateway, azure: FakeA
 async def test_connections_above_the_limit_are_bounded_too(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some are taken for the sake of probes; one more is told 503 and closed on at once, whatever it asks."""
-    monkeypatch.setattr(connection, "_SPARE", 2)
-    monkeypatch.setattr(connection, "_SPARE_HEAD", 30.0)
+    """Some are accepted for probes; one more gets a 503 and is closed immediately, before its request."""
+    monkeypatch.setattr(connection, "PROBE_CONNECTIONS", 2)
+    monkeypatch.setattr(connection, "PROBE_HEAD_TIMEOUT", 30.0)
     gateway = await start_gateway(azure.endpoint, limits={"connections": 1}, timeouts={"head": 30})
     held = [await asyncio.open_connection("127.0.0.1", gateway.port) for _ in range(3)]
     await until(lambda: len(gateway.server._http.connections) == 3)  # type: ignore[union-attr]
@@ -358,10 +356,10 @@ async def test_connections_above_the_limit_are_bounded_too(
         b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 17_000,
     ],
 )
-async def test_a_head_that_can_never_become_one_is_not_waited_for(
+async def test_an_invalid_head_is_rejected_before_it_is_complete(
     begun: bytes, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """It is refused when it comes, and not after `timeouts.head`; one too long says which limit it is above."""
+    """An invalid head is rejected on arrival, not after `timeouts.head`; one that is too long names the limit."""
     gateway = await start_gateway(azure.endpoint, timeouts={"head": 60})
     for pieces in ([begun], [begun[: len(begun) // 2], begun[len(begun) // 2 :]]):
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -376,17 +374,17 @@ async def test_a_head_that_can_never_become_one_is_not_waited_for(
 
 
 def test_an_error_that_ends_its_connection_has_its_headers() -> None:
-    """Every 503 says when to try again, and one that knows better says so itself."""
+    """Every 503 has a Retry-After; an error may set another one."""
     plain = closing_response(ApiError(503, "busy"))
     assert b"\r\nretry-after: 1\r\n" in plain
-    told = closing_response(ApiError(503, "busy", headers={"retry-after": "30", "x-other": "a"}))
-    assert b"\r\nretry-after: 30\r\n" in told
-    assert b"\r\nx-other: a\r\n" in told
+    explicit = closing_response(ApiError(503, "busy", headers={"retry-after": "30", "x-other": "a"}))
+    assert b"\r\nretry-after: 30\r\n" in explicit
+    assert b"\r\nx-other: a\r\n" in explicit
     assert b"retry-after" not in closing_response(ApiError(400, "no"))
 
 
 async def test_request_id_is_echoed_or_made(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A client's request id comes back if it is one; Azure's own stays to be had; both can be told apart."""
+    """A client's valid request id comes back; Azure's is in a header of another name."""
     gateway = await start_gateway(azure.endpoint)
     async with gateway.post(headers={"X-Request-ID": "abc-123"}) as answer:
         assert answer.headers["x-request-id"] == "abc-123"
@@ -397,7 +395,7 @@ async def test_request_id_is_echoed_or_made(start_gateway: StartGateway, azure: 
 
 
 async def test_nothing_of_the_client_s_hop_reaches_azure(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Hop-by-hop, forwarding, cookie and credential headers end here; others go through."""
+    """Hop-by-hop, forwarding, cookie and credential headers are removed; others are forwarded."""
     gateway = await start_gateway(azure.endpoint)
     headers = {
         "Connection": "keep-alive, X-Named",
@@ -430,7 +428,7 @@ async def test_nothing_of_the_client_s_hop_reaches_azure(start_gateway: StartGat
 
 
 async def test_client_address_comes_from_trusted_proxies_only(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """X-Forwarded-For counts only where a trusted proxy sent it, and then from the right."""
+    """X-Forwarded-For counts only if a trusted proxy sent it, and then from the right."""
     stage = """
 from dataclasses import dataclass
 from gateway import Next, Request, Response, Stage
@@ -461,7 +459,7 @@ pipeline: [who, auth_passthrough, model_map, api_version]
 
 
 async def test_draining_finishes_streams_and_refuses_newcomers(start_gateway: StartGateway) -> None:
-    """When the gateway stops, running streams end in peace and new connections are refused."""
+    """When the gateway stops, running streams complete and new connections are refused."""
     async with FakeAzure(words=["x"] * 20, delay=0.02) as azure:
         gateway = await start_gateway(azure.endpoint, timeouts={"grace": 5})
         answer = await gateway.post(json={**CHAT, "stream": True})
@@ -481,10 +479,10 @@ async def test_draining_finishes_streams_and_refuses_newcomers(start_gateway: St
         assert refused
 
 
-async def test_draining_takes_one_more_request_of_an_idle_connection(
+async def test_draining_accepts_one_more_request_of_an_idle_connection(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """It may be on its way already; its answer says that the connection closes, and the drain then ends."""
+    """The request may be in flight already; its response says `connection: close`, and the drain then ends."""
     gateway = await start_gateway(azure.endpoint, timeouts={"grace": 30})
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     request = chat_request().replace(b"Connection: close\r\n", b"")
@@ -504,7 +502,7 @@ async def test_draining_takes_one_more_request_of_an_idle_connection(
 
 
 async def test_draining_closes_connections_that_stay_idle(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """After a moment, not after the grace period: a client's pool must not keep a gateway from stopping."""
+    """After 1 second, not after the grace period: a client's connection pool must not delay the stop."""
     gateway = await start_gateway(azure.endpoint, timeouts={"grace": 3600})
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     await until(lambda: gateway.server._http is not None and gateway.server._http.connections)
@@ -514,13 +512,13 @@ async def test_draining_closes_connections_that_stay_idle(start_gateway: StartGa
     writer.close()
 
 
-async def test_a_stream_that_outlives_the_first_moment_of_a_drain_may_be_followed(start_gateway: StartGateway) -> None:
-    """Its head went out before the drain began, so its client has not been told that the connection closes."""
+async def test_a_request_may_follow_a_stream_that_began_before_the_drain(start_gateway: StartGateway) -> None:
+    """Its head was sent before the drain began, so its client does not know that the connection closes."""
     async with FakeAzure(words=["x"] * 15, delay=0.1) as azure:
         gateway = await start_gateway(azure.endpoint, timeouts={"grace": 30})
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
         writer.write(chat_request(stream=True).replace(b"Connection: close\r\n", b""))
-        await reader.readuntil(b"\r\n\r\n")  # of the head, whose last line, a request id, may itself end with a 0
+        await reader.readuntil(b"\r\n\r\n")  # the head: its last line, a request id, may itself end with 0
         stopping = asyncio.create_task(gateway.server.stop())
         await reader.readuntil(b"\r\n0\r\n\r\n")
         assert gateway.server.draining
@@ -531,7 +529,7 @@ async def test_a_stream_that_outlives_the_first_moment_of_a_drain_may_be_followe
 
 
 async def test_grace_is_bounded(start_gateway: StartGateway) -> None:
-    """A stream that outlives the grace period is cut off, visibly, and noted as ended by the gateway."""
+    """A stream that outlives the grace period ends as broken, and the log says that the gateway ended it."""
     async with FakeAzure(words=["x"] * 10_000, delay=0.02) as azure:
         gateway = await start_gateway(azure.endpoint, timeouts={"grace": 0.2})
         answer = await gateway.post(json={**CHAT, "stream": True})
@@ -548,7 +546,7 @@ async def test_grace_is_bounded(start_gateway: StartGateway) -> None:
 
 
 async def test_log_event_of_an_exchange(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """One event for each exchange, with what an operator asks first, and never a key or a body."""
+    """One event for each exchange, with the facts for an operator, and never a key or a body."""
     gateway = await start_gateway(azure.endpoint)
     async with gateway.post(headers={"X-Request-ID": "r1"}):
         pass
@@ -572,7 +570,7 @@ async def test_log_event_of_an_exchange(start_gateway: StartGateway, azure: Fake
 
 
 async def test_grace_cuts_http_1_0_streams_visibly(start_gateway: StartGateway) -> None:
-    """A stream that the gateway ends says so: an error event, and for HTTP/1.0 a reset."""
+    """A stream that the gateway ends has an error event, and for HTTP/1.0 a reset."""
     for version in (b"1.0", b"1.1"):
         async with FakeAzure(words=["x"] * 10_000, delay=0.02) as azure:
             gateway = await start_gateway(azure.endpoint, timeouts={"grace": 0.1})
@@ -594,7 +592,7 @@ async def test_grace_cuts_http_1_0_streams_visibly(start_gateway: StartGateway) 
 
 
 async def test_broken_json_is_a_reset_for_http_1_0_even_with_output_unsent(start_gateway: StartGateway) -> None:
-    """However much is still on its way, a cut answer does not end like a whole one."""
+    """Even with pending output, a broken response does not end like a complete one."""
     raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"%x\r\n%b\r\n" % (9_000_000, b"x" * 9_000_000)
     async with raw_upstream(raw) as upstream:
         gateway = await start_gateway(upstream.endpoint)
@@ -614,7 +612,7 @@ async def test_broken_json_is_a_reset_for_http_1_0_even_with_output_unsent(start
 async def test_http_1_0_over_a_unix_socket_gets_whole_json_or_an_error(
     start_gateway: StartGateway, tmp_path: Path
 ) -> None:
-    """There no reset can be told from an end, so an answer without a length is kept until it is whole."""
+    """A Unix socket has no RST, so a response without a length is buffered until it is complete."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n"
     for raw, status in ((head + b"0\r\n\r\n", b"200"), (head, b"502")):
         async with raw_upstream(raw) as upstream:
@@ -627,7 +625,7 @@ async def test_http_1_0_over_a_unix_socket_gets_whole_json_or_an_error(
 
 
 async def test_every_connection_header_counts(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Fields that any of several `Connection` lines names end at this hop."""
+    """Headers that any of several `Connection` lines names are removed."""
     gateway = await start_gateway(azure.endpoint)
     raw = chat_request(extra="X-One: 1\r\nX-Two: 2\r\nConnection: X-One\r\nConnection: X-Two\r\n")
     assert (await raw_request(gateway.port, raw)).startswith(b"HTTP/1.1 200")
@@ -638,7 +636,7 @@ async def test_every_connection_header_counts(start_gateway: StartGateway, azure
 async def test_a_stage_that_spoils_a_response_is_a_500(
     line: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """A whole answer that says so, not half of one."""
+    """The client gets a complete 500, not half a response."""
     stage = f"""
 from gateway import Stage
 
@@ -661,27 +659,27 @@ pipeline: [access_log, spoils, auth_passthrough, model_map, api_version]
 
 
 async def test_aiohttp_still_has_what_the_server_uses(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """What aiohttp keeps private and connection.py relies on; an upgrade that moves it must fail here first."""
+    """The gateway relies on these private names of aiohttp; an upgrade that moves one must fail here first."""
     import inspect
 
     from aiohttp.base_protocol import BaseProtocol
 
     for name in ("connections", "connection_made", "connection_lost", "shutdown"):
-        assert hasattr(aiohttp.web.Server, name), f"web.Server.{name} moved: server.py keeps its connections there"
+        assert hasattr(aiohttp.web.Server, name), f"web.Server.{name} moved: http_server.py uses it"
     asked = inspect.getsource(aiohttp.web.Server)
-    assert "_task_handler" in asked, "web.Server no longer asks for _task_handler: connection.py names its task so"
+    assert "_task_handler" in asked, "web.Server no longer asks for _task_handler: client_connection.py uses that name"
     gateway = await start_gateway(azure.endpoint)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     await until(lambda: gateway.server._http.connections)  # type: ignore[union-attr]
     [connection] = gateway.server._http.connections  # type: ignore[union-attr]
     assert isinstance(connection, BaseProtocol), "web.Server.__call__ no longer makes the connections"
     for name in ("_loop", "_paused", "_drain_helper", "writing_paused", "transport"):
-        assert hasattr(connection, name), f"aiohttp's BaseProtocol.{name} moved: connection.py and wire.py use it"
+        assert hasattr(connection, name), f"aiohttp's BaseProtocol.{name} moved: gateway/transport uses it"
     writer.close()
 
 
 async def test_grace_ends_requests_without_an_answer_with_a_503(start_gateway: StartGateway) -> None:
-    """A request that Azure has not answered yet is told why, so that its client can try elsewhere."""
+    """A request without a response from Azure gets a 503 with the reason, so that its client can retry elsewhere."""
 
     async def think(seen: object, request: object) -> None:
         await asyncio.sleep(3600)
@@ -699,7 +697,7 @@ async def test_grace_ends_requests_without_an_answer_with_a_503(start_gateway: S
 
 
 async def test_client_that_leaves_while_reading_is_paused(start_gateway: StartGateway) -> None:
-    """Very many pipelined requests keep the gateway from reading; it sees all the same that their client has left."""
+    """Many pipelined requests pause reading; the gateway still notices that their client has disconnected."""
 
     async def think(seen: object, request: object) -> None:
         await asyncio.sleep(3600)
@@ -737,7 +735,7 @@ class Slow(Stage):
 async def test_a_client_that_reads_slowly_but_steadily_gets_all(
     start_gateway: StartGateway, how: str, close: bool
 ) -> None:
-    """`timeouts.client` is for a client that takes nothing, however long the whole takes, and behind the answer too."""
+    """`timeouts.client` applies only to a client that takes nothing, not to the whole response, and also after it."""
     yaml = "plugins_path: mine\nresources: {azure: {endpoint: http://azure.invalid}}\nauth: none\n"
     yaml += f"pipeline: [access_log, slow as {how}, auth_passthrough, model_map, api_version]\n"
     gateway = await start_gateway("", yaml, {"mine/slow.py": SLOW}, timeouts={"client": 1})
@@ -772,8 +770,8 @@ class Held(Stage):
 """
 
 
-async def test_nothing_follows_the_last_chunk_where_the_gateway_stops(start_gateway: StartGateway) -> None:
-    """The answer is whole, though its client has not taken all of it yet."""
+async def test_nothing_follows_the_last_chunk_when_the_gateway_stops(start_gateway: StartGateway) -> None:
+    """The response is complete, although its client has not taken all of it yet."""
     yaml = "plugins_path: mine\nresources: {azure: {endpoint: http://azure.invalid}}\nauth: none\n"
     yaml += "pipeline: [access_log, held, auth_passthrough, model_map, api_version]\n"
     gateway = await start_gateway("", yaml, {"mine/held.py": HELD}, timeouts={"grace": 0.1})
@@ -788,7 +786,7 @@ async def test_nothing_follows_the_last_chunk_where_the_gateway_stops(start_gate
         connection.transport.set_write_buffer_limits(high=100_000_000)  # so that the answer's end is reached
         await loop.sock_sendall(raw, chat_request())
         await until(lambda: connection.transport.get_write_buffer_size())
-        connection.transport.set_write_buffer_limits(high=0)  # and waited for
+        connection.transport.set_write_buffer_limits(high=0)  # and the writer waits for the client
         held.go.set()
         await until(lambda: connection.writing_paused)
         stopping = asyncio.create_task(gateway.server.stop())

@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from gateway.body.request_body import Body, too_much
-from gateway.body.spooled_file import DISK, SpooledFile
+from gateway.body.request_body import Body, body_too_large
+from gateway.body.spooled_file import DISK_THREADS, SpooledFile
 from gateway.errors import ApiError
 from gateway.protocol.json_fields import decode_json
 from gateway.protocol.multipart import FormReader, boundary_of
@@ -74,7 +74,7 @@ async def batch_models(request: RequestView) -> tuple[str, ...]:
     made = await _read_upload(request, lines)
     if made is not None:
         made.close()
-        request._exchange.let_go_of_disk(_size(request._body.looked_at()))
+        request._exchange.let_go_of_disk(_size(request._body.scanned()))
     return tuple(lines.found)
 
 
@@ -105,13 +105,13 @@ async def _read_upload(request: RequestView, lines: _Lines) -> IO[bytes] | None:
 
     body = request._body
     request._exchange.defer(lambda _: body.close())
-    await body.look(watch, "send the field `purpose` before the file; a batch file must fit whole")
+    await body.scan(watch, "send the field `purpose` before the file; a batch file must fit whole")
     file = form.fields.get("file")
     if not is_batch():
         return None
     if file is None:
         raise ApiError(400, "a batch needs a `file`", param="file")
-    came = body.looked_at()
+    came = body.scanned()
     # The new lines are about as long as those that came.
     request._exchange.hold_on_disk(_size(came))
     return await _in_thread(came, file.start, file.end, lines, request.holder)
@@ -160,12 +160,12 @@ class _Made:
     async def rest(self, limit: int | None) -> bytes:
         """Return all that is still to come, at most `limit` bytes; raises as `read` does, and ApiError 413."""
         if limit is not None and self._left > limit:
-            raise too_much(limit)
+            raise body_too_large(limit)
         return await self._next(self._left)
 
     async def _next(self, size: int) -> bytes:
         size = min(size, self._left)
-        piece = await asyncio.get_running_loop().run_in_executor(DISK, _read_exactly, self._file, size)
+        piece = await asyncio.get_running_loop().run_in_executor(DISK_THREADS, _read_exactly, self._file, size)
         self._left -= size
         return piece
 

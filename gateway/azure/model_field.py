@@ -151,7 +151,7 @@ async def read_form(request: RequestView, place: str) -> FormReader | None:
             return reader.done or any(field.whole for field in reader.fields.values())
 
         request._exchange.defer(lambda _: request._body.close())
-        await request._body.look(watch, f"send the field `{names[0]}` before the file")
+        await request._body.scan(watch, f"send the field `{names[0]}` before the file")
         request._form = reader
     return request._form
 
@@ -323,7 +323,7 @@ async def _without_model(request: RequestView, place: str) -> bytes | Body:
         field = form.fields.get("session")
         if field is None:
             return await as_it_is(request)
-        return request._body.edited(field.start, field.end, with_field(bytes(field.value), "model", None))
+        return request._body.with_replacement(field.start, field.end, with_field(bytes(field.value), "model", None))
     if place not in ("body", "form", "session.model"):
         return await as_it_is(request)
     body = await request.body()
@@ -342,7 +342,7 @@ async def as_it_is(request: RequestView) -> bytes | Body:
     """Return the body as it came, or as a stage left it: its bytes if they are at hand, else as it streams."""
     if request._json_set:
         return await request.body()
-    return request._body.as_it_came()
+    return request._body.unmodified()
 
 
 def _once(body: bytes) -> bool:
@@ -355,18 +355,18 @@ def _placed_in_form(
 ) -> bytes | Body:
     body = request._body
     if (field := form.fields.get("session")) is not None:
-        return body.edited(field.start, field.end, with_field(bytes(field.value), "model", deployment))
+        return body.with_replacement(field.start, field.end, with_field(bytes(field.value), "model", deployment))
     field = form.fields.get("model") or form.fields.get("session[model]")
     if field is not None:
         if deployment is None:
-            return body.edited(field.begins, field.next, b"")
+            return body.with_replacement(field.begins, field.next, b"")
         if field.text == deployment:
-            return body.edited(0, 0, b"")
-        return body.edited(field.start, field.end, deployment.encode())
+            return body.with_replacement(0, 0, b"")
+        return body.with_replacement(field.start, field.end, deployment.encode())
     if deployment is None or form.first < 0 or operation.model == "session":
-        return body.edited(0, 0, b"")
+        return body.with_replacement(0, 0, b"")
     part = b'--%b\r\ncontent-disposition: form-data; name="model"\r\n\r\n%b\r\n' % (form.boundary, deployment.encode())
-    return body.edited(form.first, form.first, part)
+    return body.with_replacement(form.first, form.first, part)
 
 
 def placed_query(operation: Operation, query: str, target: Target) -> str:

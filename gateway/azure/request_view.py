@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 from gateway.azure.operations import Operation
 from gateway.azure.resources import Target
-from gateway.body.request_body import Account, Body
+from gateway.body.request_body import Body, BodyAccount
 from gateway.protocol.headers import Headers
 from gateway.protocol.multipart import FormReader
 
 __all__ = ("ExchangeView", "RequestView")
 
 
-class ExchangeView(Account, Protocol):
+class ExchangeView(BodyAccount, Protocol):
     """The exchange of a request: it accounts for kept bytes, and runs callbacks at its end."""
 
     def defer(self, callback: Callable[[Any], None]) -> None:

@@ -1,10 +1,9 @@
-"""The body that a client is still sending: fed by its connection, read by one reader.
+"""A body that the client is still sending: fed by its connection, read by one reader.
 
-The end of a body is a state of its own, `done`: bytes of the connection that hold only framing give no bytes of the
-body and say nothing about its end.
+The end of a body is a separate flag, `done`: input that consists of chunked framing alone yields no bytes of the body,
+and is not its end.
 
-Only the time counts in which a reader waits for the client: a client is not slow while its body is held because the
-reader is.
+The timeouts count only the time in which a reader waits for the client. A client is not slow if its reader is.
 """
 
 from __future__ import annotations
@@ -13,61 +12,61 @@ import asyncio
 import math
 from typing import Protocol
 
-from gateway.body.request_body import too_much
+from gateway.body.request_body import body_too_large
 from gateway.errors import ApiError
 from gateway.protocol.http1 import FRAMING_OF_REQUESTS, MOST_LINES, ChunkedDecoder, too_large
 
-__all__ = ("LINES_AT_ONCE", "BodyTransport", "IncomingBody")
+__all__ = ("INLINE_FRAMING_LINES", "BodyTransport", "IncomingBody")
 
-# What may wait to be read before the client is asked to wait.
-_WAITING = 64 * 1024
-LINES_AT_ONCE = 32
-"""Lines of framing that are read the moment they arrive: more than the usual client sends in one read (16 chunks)."""
+# Maximum number of bytes to buffer before reading is paused.
+_MAX_BUFFERED = 64 * 1024
+INLINE_FRAMING_LINES = 32
+"""Lines of chunked framing that are parsed on arrival: more than most clients send in one read (16 chunks)."""
 
 
 class BodyTransport(Protocol):
-    """The connection that a body comes from."""
+    """The connection that a body arrives on."""
 
-    def say_continue(self) -> None:
-        """Tell the client that its body is wanted."""
+    def send_continue(self) -> None:
+        """Send `100 Continue`: the client waits for it before it sends the body."""
 
-    def hold(self) -> None:
-        """Take nothing more from the client for now."""
+    def pause_input(self) -> None:
+        """Pause reading from the client."""
 
-    def release(self) -> None:
-        """Go on taking: first what is `unread`, then from the client."""
+    def resume_input(self) -> None:
+        """Resume reading: first the body's `unread` bytes, then the client."""
 
-    def waits(self, waiting: bool) -> None:
-        """Note whether the client is waited for: the time of the answer does not run meanwhile."""
+    def client_awaited(self, awaited: bool) -> None:
+        """Note whether a reader waits for the client: the deadline of the response is paused meanwhile."""
 
 
 class IncomingBody:
-    """A body that has not arrived whole. `length` is None where it comes in chunks.
+    """A body that is not complete. `length` is None if it is chunked.
 
-    `done` says that all of it has come, `error` why the rest does not, `discarded` that nobody wants it. `unread` are
-    bytes of the connection that were not read yet, because one call of `feed` reads a bounded number of chunks.
-    What cannot go on raises ApiError from `read` and `rest`: 408 where
-    the client stops sending or is too slow, 413 where the body is too large, 400 where it is malformed or breaks off.
+    `done` is set when all of it has arrived, `error` when the rest cannot arrive, and `discarded` when no reader wants
+    it. `unread` holds bytes of the connection that are not parsed yet, because one call of `feed` parses a bounded
+    number of chunks. `read` and `rest` raise ApiError: 408 if the client stops sending or is too slow, 413 if the body
+    is too large, 400 if it is malformed or the connection closes.
     """
 
     __slots__ = (
-        "_begun",
-        "_came",
-        "_chunks",
-        "_expects",
-        "_least",
+        "_chunked_decoder",
+        "_expects_continue",
+        "_last_byte_at",
         "_limit",
         "_loop",
-        "_most",
+        "_min_rate",
         "_parts",
-        "_patience",
-        "_sender",
+        "_read_all",
+        "_read_limit",
         "_size",
+        "_timeout",
         "_timer",
         "_total",
+        "_transport",
+        "_wait_started",
         "_waited",
         "_waiter",
-        "_whole",
         "discarded",
         "done",
         "error",
@@ -77,110 +76,113 @@ class IncomingBody:
 
     def __init__(
         self,
-        sender: BodyTransport,
+        transport: BodyTransport,
         loop: asyncio.AbstractEventLoop,
         *,
         length: int | None,
-        expects: bool,
+        expects_continue: bool,
         limit: int,
-        patience: float,
-        least: int,
+        timeout: float,
+        min_rate: int,
     ) -> None:
-        """Wait `patience` seconds for the next bytes, and in all so long plus one second for each `least` bytes."""
+        """Wait at most `timeout` seconds for the next byte.
+
+        All waits together may take `timeout` seconds plus one second for each `min_rate` bytes.
+        """
         self.length = length
         self.done = False
         self.unread = b""
-        self._sender = sender
+        self._transport = transport
         self._loop = loop
-        self._expects = expects
+        self._expects_continue = expects_continue
         self._limit = limit
-        self._patience = patience
-        self._least = least
-        self._chunks = ChunkedDecoder(FRAMING_OF_REQUESTS) if length is None else None
+        self._timeout = timeout
+        self._min_rate = min_rate
+        self._chunked_decoder = ChunkedDecoder(FRAMING_OF_REQUESTS) if length is None else None
         self._parts: list[bytes] = []
         self._size = 0  # of the parts
-        self._total = 0  # of all that has come
-        self._whole = False  # a reader waits for all of it
-        self._most: int | None = None
+        self._total = 0  # bytes received
+        self._read_all = False  # a reader waits for the whole body
+        self._read_limit: int | None = None
         self.discarded = False
         self.error: ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._waited = 0.0  # seconds, in all waits before this one
-        self._begun = 0.0  # when this wait began
-        self._came = 0.0  # when the last byte of this wait came, or the wait began
+        self._waited = 0.0  # seconds, in all earlier waits
+        self._wait_started = 0.0
+        self._last_byte_at = 0.0  # when the last byte of this wait arrived, or the wait began
 
     # -- the connection's side -------------------------------------------------------------------------
 
-    def feed(self, data: bytes, most: int = MOST_LINES) -> bytes:
-        """Take what came on the wire; returns what follows the body's end. Raises Malformed.
+    def feed(self, data: bytes, max_lines: int = MOST_LINES) -> bytes:
+        """Take input of the connection; returns the bytes after the body's end. Raises MalformedMessage.
 
-        At most `most` lines of a chunked body's framing are read; the bytes after them are `unread`, and fed again
-        before anything newer.
+        Parses at most `max_lines` lines of chunked framing. The bytes after them are `unread`, and must be fed again
+        before newer ones.
         """
         extra = b""
-        if self._chunks is not None:
-            data = self._chunks.feed(data, most)
-            self.done, self.unread, extra = self._chunks.done, self._chunks.unread, self._chunks.extra
+        if (decoder := self._chunked_decoder) is not None:
+            data = decoder.feed(data, max_lines)
+            self.done, self.unread, extra = decoder.done, decoder.unread, decoder.extra
         else:
             missing = (self.length or 0) - self._total
             if len(data) > missing:
                 data, extra = data[:missing], data[missing:]
             self.done = len(data) == missing
         if data:
-            self._take_in(data)
+            self._add(data)
         if self.unread:
-            self._sender.hold()
-        if self.done or (data and not self._whole):
+            self._transport.pause_input()
+        if self.done or (data and not self._read_all):
             self._wake()
         return extra
 
-    def _take_in(self, data: bytes) -> None:
+    def _add(self, data: bytes) -> None:
         self._total += len(data)
         if self._waiter is not None:
-            self._came = self._loop.time()
+            self._last_byte_at = self._loop.time()
         if self._total > self._limit:
             self.fail(too_large(self._limit))
         elif not self.discarded:
             self._parts.append(data)
             self._size += len(data)
-            if self._whole:
-                if self._most is not None and self._size > self._most:
-                    self.fail(too_much(self._most))
-            elif self._size > _WAITING and not self.done:
-                self._sender.hold()
+            if self._read_all:
+                if self._read_limit is not None and self._size > self._read_limit:
+                    self.fail(body_too_large(self._read_limit))
+            elif self._size > _MAX_BUFFERED and not self.done:
+                self._transport.pause_input()
 
     @property
     def full(self) -> bool:
-        """Whether its reader is slow: nothing more is to be read for now."""
-        return not self._whole and self._size > _WAITING
+        """Whether the buffer is full, because the reader is slow."""
+        return not self._read_all and self._size > _MAX_BUFFERED
 
     @property
-    def goes_on(self) -> bool:
-        """Whether more of `unread` is to be read in a later turn, without waiting for the reader."""
+    def has_work(self) -> bool:
+        """Whether `unread` can be parsed further in a later turn, without waiting for the reader."""
         return bool(self.unread) and not self.full
 
     @property
-    def left(self) -> float:
-        """How many bytes are still to come; infinite if that is not known."""
+    def missing(self) -> float:
+        """The number of bytes that have not arrived; infinite if the length is unknown."""
         return math.inf if self.length is None else self.length - self._total
 
     def fail(self, error: ApiError) -> None:
-        """Tell the reader that the rest does not come."""
+        """Raise an error in the reader: the rest cannot arrive."""
         self.error = self.error or error
         self._wake()
 
     def discard(self) -> None:
-        """Drop what is here and what still comes."""
+        """Drop the buffered bytes and the missing ones."""
         self.discarded = True
         self._parts.clear()
         self._size = 0
-        self._sender.release()
+        self._transport.resume_input()
 
     @property
-    def unasked(self) -> bool:
-        """Whether the client still waits to be told to send, and so perhaps never sends."""
-        return self._expects and not self._total
+    def awaits_continue(self) -> bool:
+        """Whether the client still waits for `100 Continue`, and so may never send the body."""
+        return self._expects_continue and not self._total
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -189,7 +191,7 @@ class IncomingBody:
     # -- the reader's side -----------------------------------------------------------------------------
 
     async def read(self) -> bytes | None:
-        """Return the next bytes, never b"", or None at the end."""
+        """Return the next bytes, never b"", or None at the end. Raises ApiError."""
         while not self._parts:
             if self.done and self.error is None:
                 return None
@@ -197,61 +199,61 @@ class IncomingBody:
         return self._take()
 
     async def rest(self, limit: int | None) -> bytes:
-        """Return all that is still to come, at most `limit` bytes."""
+        """Return the rest of the body, at most `limit` bytes. Raises ApiError."""
         if limit is not None and self.length is not None and self.length > limit:
-            raise too_much(limit)
-        self._whole, self._most = True, limit
-        self._sender.release()
+            raise body_too_large(limit)
+        self._read_all, self._read_limit = True, limit
+        self._transport.resume_input()
         while not self.done:
             await self._wait()
         return self._take()
 
     async def _wait(self) -> None:
-        """Wait until something has happened. Raises what `error` says."""
+        """Wait for bytes, the end, or an error. Raises `error`."""
         if self.error is not None:
             raise self.error
-        if self._expects:
-            self._expects = False
-            self._sender.say_continue()
+        if self._expects_continue:
+            self._expects_continue = False
+            self._transport.send_continue()
         loop = self._loop
-        self._begun = self._came = loop.time()
+        self._wait_started = self._last_byte_at = loop.time()
         self._waiter = loop.create_future()
-        self._timer = loop.call_at(self._due(), self._look)
-        self._sender.waits(True)
+        self._timer = loop.call_at(self._due(), self._check_timeout)
+        self._transport.client_awaited(True)
         try:
             await self._waiter
         finally:
             self._waiter = None
             self._timer.cancel()
             self._timer = None
-            self._waited += loop.time() - self._begun
-            self._sender.waits(False)
+            self._waited += loop.time() - self._wait_started
+            self._transport.client_awaited(False)
 
     def _due(self) -> float:
-        """When the client is given up, if nothing more comes: too long without a byte, or too slow in all."""
-        in_all = self._patience + self._total / self._least - self._waited
-        return min(self._came + self._patience, self._begun + in_all)
+        """Return when the timeout expires if no byte arrives: too long without a byte, or too slow overall."""
+        budget = self._timeout + self._total / self._min_rate - self._waited
+        return min(self._last_byte_at + self._timeout, self._wait_started + budget)
 
-    def _look(self) -> None:
-        """Give up a client that is too slow, or look again when it next may be."""
+    def _check_timeout(self) -> None:
+        """Fail if the client is too slow; otherwise set the timer again."""
         due, now = self._due(), self._loop.time()
         if now < due:
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = self._loop.call_at(due, self._check_timeout)
             return
-        if now >= self._came + self._patience:
-            why = f"no more of the body arrived for {self._patience:g} s"
+        if now >= self._last_byte_at + self._timeout:
+            message = f"the body is incomplete, and no byte arrived for {self._timeout:g} s; send the request again"
         else:
-            waited = self._waited + now - self._begun
-            why = (
+            waited = self._waited + now - self._wait_started
+            message = (
                 f"the body arrived too slowly: {self._total} bytes in {waited:.0f} s; "
-                f"after {self._patience:g} s at least {self._least} bytes per second are needed"
+                f"after {self._timeout:g} s, send at least {self._min_rate} bytes per second"
             )
-        self.fail(ApiError(408, why, code="request_timeout"))
+        self.fail(ApiError(408, message, code="request_timeout"))
 
     def _take(self) -> bytes:
         if self.error is not None:
             raise self.error
         parts = self._parts
         self._parts, self._size = [], 0
-        self._sender.release()
+        self._transport.resume_input()
         return parts[0] if len(parts) == 1 else b"".join(parts)

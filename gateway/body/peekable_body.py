@@ -1,4 +1,4 @@
-"""Looking at the beginning of a body before it is decided what to answer; what was looked at stays in it."""
+"""Peeking at the beginning of a body without consuming it, to decide about the response."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Protocol, Self, runtime_checkable
 
 __all__ = ("PeekableBody", "PeekedBody")
 
-# What is kept unread, in bytes.
-_MOST = 64 * 1024
+# Maximum number of bytes to peek at.
+_MAX_PEEKED = 64 * 1024
 
 
 @runtime_checkable
 class PeekableBody(Protocol):
-    """A body whose beginning can be looked at."""
+    """A body whose beginning can be peeked at."""
 
     def peeked(self) -> bytes:
-        """Return what has come and was not taken yet."""
+        """Return the bytes that have arrived and are not consumed."""
 
     async def grow(self) -> bool:
-        """Wait for more; False where there is no more to wait for."""
+        """Wait for more bytes; returns False if there are none to wait for."""
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
@@ -28,27 +28,27 @@ class PeekableBody(Protocol):
 
 
 class PeekedBody:
-    """A stage's own stream, made one whose beginning can be looked at."""
+    """Makes a stage's own stream peekable."""
 
     def __init__(self, source: AsyncIterator[bytes]) -> None:
         self._source = aiter(source)
-        self._begun = b""
+        self._peeked = b""
         self._next: asyncio.Task[bytes | None] | None = None
 
     def peeked(self) -> bytes:
-        """Return what has come and was not taken yet."""
-        return self._begun
+        """Return the bytes that have arrived and are not consumed."""
+        return self._peeked
 
     async def grow(self) -> bool:
-        """Wait for more; False where there is no more to wait for."""
-        if len(self._begun) > _MOST:
+        """Wait for more bytes; returns False if there are none to wait for."""
+        if len(self._peeked) > _MAX_PEEKED:
             return False
         piece = await self._piece()
-        self._begun += piece or b""
+        self._peeked += piece or b""
         return piece is not None
 
     async def _piece(self) -> bytes | None:
-        """Return the source's next piece, None at its end; to be cancelled while it waits costs no byte."""
+        """Return the source's next piece, or None at its end. A cancelled call loses no bytes."""
         if self._next is None:
             self._next = asyncio.ensure_future(anext(self._source, None))
         piece = await asyncio.shield(self._next)
@@ -59,9 +59,9 @@ class PeekedBody:
         return self
 
     async def __anext__(self) -> bytes:
-        begun, self._begun = self._begun, b""
-        if begun:
-            return begun
+        peeked, self._peeked = self._peeked, b""
+        if peeked:
+            return peeked
         piece = await self._piece()
         if piece is None:
             raise StopAsyncIteration

@@ -1,7 +1,7 @@
-"""A client's body: streamed to Azure as it comes, or kept once somebody has asked for it.
+"""A request body: streamed to Azure while it arrives, or kept once a reader has asked for all of it.
 
-Its beginning may be looked at before the rest is there, and places in what was looked at be written anew:
-a form's `model` is found and changed so, while a file behind it streams through.
+Its beginning can be scanned before the rest arrives, and a range of the scanned bytes can be replaced. So the gateway
+finds and changes the `model` of a form, and streams the file after it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import io
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from gateway.body.spooled_file import ByteAccount as Kept
-from gateway.body.spooled_file import SpooledFile
+from gateway.body.spooled_file import ByteAccount, SpooledFile
 from gateway.errors import ApiError, BodyConsumed
 from gateway.fair_scheduler import FairScheduler
 from gateway.limits.memory_budget import UNCOUNTED
@@ -20,105 +19,106 @@ from gateway.settings import Limits
 
 __all__ = (
     "Body",
+    "BodyScanner",
     "BodySource",
-    "Watcher",
+    "body_too_large",
 )
 
-_MOST_LOOKED_AT = Limits().form
-# A body of up to this many bytes is counted before it comes. A longer one is counted as it comes: else a few clients
-# could announce so much, and send nothing, that there is no room for anybody.
-_ANNOUNCED = 1024 * 1024
-# What a watcher is given in one turn of the loop, in bytes: more than one read, so that only kept bodies are cut.
-_SHOWN = 512 * 1024
+_DEFAULT_SCAN_LIMIT = Limits().form
+# A body of up to this many bytes is counted against the memory budget before it arrives. A larger one is counted while
+# it arrives: otherwise a few clients could announce large bodies, send nothing, and use up the budget.
+_MAX_COUNTED_AHEAD = 1024 * 1024
+# Maximum number of bytes to scan in one turn of the loop: more than one read, so that only kept bodies are split.
+_MAX_SCANNED_PER_TURN = 512 * 1024
 
 
 class BodySource(Protocol):
-    """Where a body comes from: the server's connection to the client."""
+    """The source of a body: the connection of the client."""
 
     length: int | None
 
     async def read(self) -> bytes | None:
-        """Return the next bytes, never b"", or None at the end: an empty read of a socket says nothing about it.
+        """Return the next bytes, never b"", or None at the end.
 
         Raises ApiError if the client is too slow, or sends too much.
         """
 
     async def rest(self, limit: int | None) -> bytes:
-        """Return all that is still to come; raises as `read` does, and ApiError 413 above `limit` bytes."""
+        """Return the rest of the body. Raises as `read` does, and ApiError 413 above `limit` bytes."""
 
 
-Watcher = Callable[[bytes | None], bool]
+BodyScanner = Callable[[bytes | None], bool]
 """Takes a body in pieces, and None at its end; returns whether it has seen enough."""
 
 
-class Account(Kept, Protocol):
-    """Who answers for a body: its exchange."""
+class BodyAccount(ByteAccount, Protocol):
+    """Counts the bytes of a body against a budget, and permits reading it: its exchange."""
 
     async def before_reading(self) -> None:
-        """Ask whether it may be read, before its first byte is. Raises ApiError."""
+        """Ask for permission before the first byte is read. Raises ApiError."""
 
 
 class _Replay:
-    """What was looked at, with its changes, and then the rest: a body's source again."""
+    """A source that repeats the scanned bytes, with one range replaced, and continues with the rest."""
 
-    def __init__(self, spool: SpooledFile, source: BodySource, watch: Watcher) -> None:
+    def __init__(self, spool: SpooledFile, source: BodySource, scanner: BodyScanner) -> None:
         self.length = source.length
         self.ended = False
         self._spool = spool
         self._source = source
-        self._watch = watch
-        self._place = 0
-        self._edit = (0, 0, b"")
-        self._edited = False
+        self._scanner = scanner
+        self._offset = 0
+        self._replacement = (0, 0, b"")
+        self._replaced = False
 
-    async def look(self, most: int, advice: str) -> None:
-        """Keep what comes until the watcher has seen enough, at most `most` bytes; see `Body.look`."""
+    async def scan(self, limit: int, advice: str) -> None:
+        """Keep incoming bytes until the scanner has seen enough, at most `limit` bytes; see `Body.scan`."""
         while not self.ended:
             piece = await self._source.read()
             if piece is None:
                 self.ended = True
-                self._watch(None)
+                self._scanner(None)
                 return
             await self._spool.write(piece)
-            if await _show(piece, self._watch):
+            if await _scan_piece(piece, self._scanner):
                 return
-            if self._spool.size > most:
+            if self._spool.size > limit:
                 raise ApiError(
                     413,
-                    f"what is looked for in this form did not come within its first {most} bytes; {advice}",
+                    f"the first {limit} bytes of this form do not contain a field that the gateway needs; {advice}",
                     code="body_too_large",
                 )
 
-    async def again(self, watch: Watcher) -> bool:
-        """Give what was looked at to another watcher; whether it has seen enough."""
-        first = self._watch
-        self._watch = lambda data: (first(data), watch(data))[1]
-        place, enough = 0, False
-        while place < self._spool.size:
-            piece = await self._spool.read(place, self._spool.size)
-            place += len(piece)
-            enough = await _show(piece, watch)
+    async def scan_again(self, scanner: BodyScanner) -> bool:
+        """Add a scanner, and give it the bytes scanned so far; returns whether it has seen enough."""
+        first = self._scanner
+        self._scanner = lambda data: (first(data), scanner(data))[1]
+        offset, enough = 0, False
+        while offset < self._spool.size:
+            piece = await self._spool.read(offset, self._spool.size)
+            offset += len(piece)
+            enough = await _scan_piece(piece, scanner)
         if self.ended:
-            watch(None)
+            scanner(None)
         return enough or self.ended
 
-    def edit(self, start: int, end: int, new: bytes) -> None:
-        """Send `new` in place of the bytes from `start` to `end`, which were looked at, and nothing else otherwise."""
-        self._edit = (start, end, new)
+    def replace(self, start: int, end: int, new: bytes) -> None:
+        """Send `new` instead of the scanned bytes from `start` to `end`. Discards an earlier replacement."""
+        self._replacement = (start, end, new)
         if self._source.length is not None:
             self.length = self._source.length + len(new) - (end - start)
 
     async def read(self) -> bytes | None:
-        """Return the next bytes, or None at the end. Raises OSError if what was kept is gone."""
-        while self._place < self._spool.size:
-            start, end, new = self._edit
-            if self._place == start < max(end, start + len(new)) and not self._edited:
-                self._place, self._edited = end, True
+        """Return the next bytes, or None at the end. Raises OSError if the spool is closed."""
+        while self._offset < self._spool.size:
+            start, end, new = self._replacement
+            if self._offset == start < max(end, start + len(new)) and not self._replaced:
+                self._offset, self._replaced = end, True
                 if new:
                     return new
                 continue
-            piece = await self._spool.read(self._place, start if self._place < start else self._spool.size)
-            self._place += len(piece)
+            piece = await self._spool.read(self._offset, start if self._offset < start else self._spool.size)
+            self._offset += len(piece)
             return piece
         self._spool.close()
         if self.ended:
@@ -127,68 +127,69 @@ class _Replay:
         if more is None:
             self.ended = True
         else:
-            await _show(more, self._watch)
+            await _scan_piece(more, self._scanner)
         return more
 
     async def rest(self, limit: int | None) -> bytes:
-        """Return all that is still to come, at most `limit` bytes."""
+        """Return the rest of the body, at most `limit` bytes."""
         parts: list[bytes] = []
         size = 0
         while (piece := await self.read()) is not None:
             parts.append(piece)
             size += len(piece)
             if limit is not None and size > limit:
-                raise too_much(limit)
+                raise body_too_large(limit)
         return b"".join(parts)
 
 
 class Body:
-    """A client's body: a stream until somebody asks for its bytes. Copies of a request share it."""
+    """A request body: a stream until a reader asks for all its bytes. Copies of a request share it."""
 
-    __slots__ = ("_data", "_kept", "_most", "_source", "_spool", "_streamed", "account")
+    __slots__ = ("_data", "_kept", "_scan_limit", "_source", "_spool", "_streamed", "account")
 
-    def __init__(self, source: BodySource | bytes, *, kept: bool = True, most: int = _MOST_LOOKED_AT) -> None:
-        """Take a body from where it comes, or its bytes: `kept`, or here by chance and to be had once.
+    def __init__(self, source: BodySource | bytes, *, kept: bool = True, scan_limit: int = _DEFAULT_SCAN_LIMIT) -> None:
+        """Take the source of a body, or its bytes.
 
-        `most` is how many bytes may be looked at before they are sent.
+        Without `kept`, bytes are a stream that has arrived already: readable once. `scan_limit` is the maximum number
+        of bytes to scan before they are sent.
         """
-        self._most = most
+        self._scan_limit = scan_limit
         self._data = source if isinstance(source, bytes) else None
         self._source = None if isinstance(source, bytes) else source
         self._kept = kept
         self._streamed = False
         self._spool: SpooledFile | None = None
-        self.account: Account | None = None
-        """Who answers for what is kept of it, if it has not arrived."""
+        self.account: BodyAccount | None = None
+        """Counts the kept bytes, if the body has not arrived yet."""
 
     def is_arriving(self) -> bool:
-        """Whether it is still to be read."""
+        """Whether a reader has to wait for the client."""
         return self._source is not None
 
     @property
     def length(self) -> int | None:
-        """The number of bytes, where it is known before they are read."""
+        """The number of bytes, if it is known before they are read."""
         if self._data is not None:
             return len(self._data)
         return self._source.length if self._source is not None else None
 
-    def at_hand(self) -> bytes | None:
-        """Return the bytes, if they are here: again and again if they are kept, else once."""
+    def take_buffered(self) -> bytes | None:
+        """Return the bytes if they have arrived: every time if they are kept, otherwise once."""
         data = self._data
         if not self._kept and data is not None:
             self._data, self._streamed = None, True
         return data
 
     def keep(self) -> bytes | None:
-        """Return the bytes, if they are here, and keep them; `read` without the wait."""
+        """Return the bytes if they have arrived, and keep them; `read` without the wait."""
         if self._data is not None:
             self._kept = True
         return self._data
 
     async def read(self, limit: int | None = None) -> bytes:
-        """Read it whole and keep it.
+        """Read the whole body and keep it.
 
-        Raises ApiError 413 above `limit` bytes, BodyConsumed where it was streamed away already.
+        Raises ApiError 413 above `limit` bytes, and BodyConsumed if the body was streamed already.
         """
         if self._data is None:
             if self._streamed or self._source is None:
@@ -197,48 +198,48 @@ class Body:
                 await self.account.before_reading()
                 if (length := self._source.length) is not None and length > UNCOUNTED:
                     if limit is not None and length > limit:
-                        raise too_much(limit)
+                        raise body_too_large(limit)
                     self.account.hold(length)
-                    if length > _ANNOUNCED:
-                        self.account.let_go(length)  # there is room for it: it is counted as it comes
+                    if length > _MAX_COUNTED_AHEAD:
+                        self.account.let_go(length)  # the budget suffices: it is counted while it arrives
             self._streamed = True
             if isinstance(self._source, _Replay):
-                self._source.edit(0, 0, b"")
+                self._source.replace(0, 0, b"")
             self._data = await self._rest(self._source, limit)
             self._source = None
         if limit is not None and len(self._data) > limit:
-            raise too_much(limit)
+            raise body_too_large(limit)
         self._kept = True
         return self._data
 
     async def _rest(self, source: BodySource, limit: int | None) -> bytes:
-        """Read all that is still to come; each piece of a large body, or of one of unknown length, is counted first."""
+        """Read the rest; count each piece of a large body, or of one of unknown length, before it is kept."""
         account = self.account
-        if account is None or (source.length is not None and source.length <= _ANNOUNCED):
+        if account is None or (source.length is not None and source.length <= _MAX_COUNTED_AHEAD):
             return await source.rest(limit)
-        whole = io.BytesIO()  # unlike a list of pieces, it needs no copy at the end: 0.1 s and as much memory for 96 MB
+        whole = io.BytesIO()  # a list of pieces needs a copy at the end: for 96 MB, 0.1 s and as much memory
         size = held = 0
         while (piece := await source.read()) is not None:
             size += len(piece)
             if limit is not None and size > limit:
-                raise too_much(limit)
+                raise body_too_large(limit)
             if size > UNCOUNTED:
                 account.hold(size - held)
                 held = size
             whole.write(piece)
         return whole.getvalue()
 
-    async def look(self, watch: Watcher, advice: str) -> None:
-        """Give the body to `watch`, in pieces and None at the end, until it returns True; all of it stays to be sent.
+    async def scan(self, scanner: BodyScanner, advice: str) -> None:
+        """Give the body to `scanner`, in pieces and None at the end, until it returns True. It can still be sent whole.
 
-        What is looked at is kept in memory, or on disk where it is long, and may be looked at again. `watch` is given
-        the rest as well, when that is sent. Raises ApiError: 413 with the advice where the bytes that may be looked at
-        were not enough, 503 where they cannot be kept now, and what `watch` raises; BodyConsumed where it is gone.
+        The scanned bytes are kept in memory, or on disk if there are many, and can be scanned again. `scanner` also
+        gets the rest when it is sent. Raises ApiError: 413 with `advice` above `scan_limit`, 503 if the disk fails, and
+        the errors of `scanner`. Raises BodyConsumed if the body was streamed already.
         """
         if self._data is not None:
             self._kept = True
-            await _show(self._data, watch)
-            watch(None)
+            await _scan_piece(self._data, scanner)
+            scanner(None)
             return
         if self._streamed or self._source is None:
             raise BodyConsumed(BodyConsumed.__doc__)
@@ -246,52 +247,52 @@ class Body:
             await self.account.before_reading()
         if isinstance(self._source, _Replay):
             replay = self._source
-            if await replay.again(watch):
+            if await replay.scan_again(scanner):
                 return
         else:
             self._spool = SpooledFile(account=self.account)
-            self._source = replay = _Replay(self._spool, self._source, watch)
+            self._source = replay = _Replay(self._spool, self._source, scanner)
         try:
-            await replay.look(self._most, advice)
+            await replay.scan(self._scan_limit, advice)
         except OSError as exc:
             raise ApiError(
-                503, f"the gateway cannot keep this form on disk: {exc.strerror}", code="out_of_space"
+                503, f"the gateway cannot write this form to disk ({exc.strerror}); retry later", code="out_of_space"
             ) from None
 
-    def edited(self, start: int, end: int, new: bytes) -> bytes | Body:
-        """Return the body with `new` in place of the bytes from `start` to `end`, which must have been looked at.
+    def with_replacement(self, start: int, end: int, new: bytes) -> bytes | Body:
+        """Return the body with `new` instead of the bytes from `start` to `end`, which must have been scanned.
 
-        Where it is kept, it stays as it is, so that it can be sent again with something else there.
+        A kept body does not change, so that it can be sent again with another replacement.
         """
         if self._data is not None:
             return self._data[:start] + new + self._data[end:]
         if isinstance(self._source, _Replay):
-            self._source.edit(start, end, new)
+            self._source.replace(start, end, new)
         return self
 
-    def as_it_came(self) -> bytes | Body:
-        """Return the bytes if they are at hand, else the body itself, with nothing in it written anew."""
+    def unmodified(self) -> bytes | Body:
+        """Return the bytes if they have arrived, otherwise the body itself, without a replacement."""
         if isinstance(self._source, _Replay):
-            self._source.edit(0, 0, b"")
-        at_hand = self.at_hand()
-        return self if at_hand is None else at_hand
+            self._source.replace(0, 0, b"")
+        buffered = self.take_buffered()
+        return self if buffered is None else buffered
 
-    def looked_at(self) -> SpooledFile | bytes:
-        """Return all that was looked at."""
+    def scanned(self) -> SpooledFile | bytes:
+        """Return the scanned bytes."""
         if self._data is not None:
             return self._data
-        assert self._spool is not None, "nothing was looked at"  # noqa: S101 -- a bug of ours
+        assert self._spool is not None, "nothing was scanned"  # noqa: S101 -- a bug of ours
         return self._spool
 
     def close(self) -> None:
-        """Let go of what is kept on disk."""
+        """Release the spool."""
         if self._spool is not None:
             self._spool.close()
             self._spool = None
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """Yield it as it comes, once; BodyConsumed the second time, unless it was read before."""
-        if (data := self.at_hand()) is not None:
+        """Yield the body while it arrives, once. Raises BodyConsumed the second time, unless it was read before."""
+        if (data := self.take_buffered()) is not None:
             if data:
                 yield data
             return
@@ -304,18 +305,18 @@ class Body:
             yield chunk
 
 
-async def _show(data: bytes, watch: Watcher) -> bool:
-    """Give bytes to a watcher, a bounded piece in each turn of the loop; whether it has seen enough."""
-    if len(data) <= _SHOWN:
-        return watch(data)
+async def _scan_piece(data: bytes, scanner: BodyScanner) -> bool:
+    """Give bytes to a scanner, a bounded number in each turn of the loop; returns whether it has seen enough."""
+    if len(data) <= _MAX_SCANNED_PER_TURN:
+        return scanner(data)
     enough = False
-    for place in range(0, len(data), _SHOWN):
-        if place:
+    for offset in range(0, len(data), _MAX_SCANNED_PER_TURN):
+        if offset:
             await FairScheduler.of(asyncio.get_running_loop()).turn()
-        enough = watch(data[place : place + _SHOWN])
+        enough = scanner(data[offset : offset + _MAX_SCANNED_PER_TURN])
     return enough
 
 
-def too_much(limit: int) -> ApiError:
-    """Return the error for a body above what a stage may keep."""
-    return ApiError(413, f"the body is larger than the {limit} bytes that may be kept", code="body_too_large")
+def body_too_large(limit: int) -> ApiError:
+    """Return the 413 for a body above the limit that a stage sets."""
+    return ApiError(413, f"the body is larger than {limit} bytes; send a smaller one", code="body_too_large")

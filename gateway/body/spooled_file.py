@@ -1,4 +1,4 @@
-"""Bytes kept for later: in memory while they are few, then in a temporary file that nobody else can open."""
+"""A spool: keeps bytes in memory while they are few, then in a temporary file that no other process can open."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Protocol
 
-__all__ = ("DISK", "ByteAccount", "SpooledFile")
+__all__ = ("DISK_THREADS", "ByteAccount", "SpooledFile")
 
-# What is kept in memory, and read back at once, in bytes.
-_IN_MEMORY = 1024 * 1024
-PIECE = 256 * 1024
-# Threads of their own: the default ones look host names up, which must not wait for disks.
-DISK = ThreadPoolExecutor(4, "spool")
+# Buffer limits, in bytes: in memory, and per read or write.
+_MAX_IN_MEMORY = 1024 * 1024
+_MAX_PIECE = 256 * 1024
+# Separate threads: the default ones resolve host names, which must not wait for disks.
+DISK_THREADS = ThreadPoolExecutor(4, "spool")
 
 
 class ByteAccount(Protocol):
-    """Who answers for the bytes that are kept: the exchange. `hold` and `hold_on_disk` raise ApiError."""
+    """Counts the kept bytes against a budget: the exchange. `hold` and `hold_on_disk` raise ApiError."""
 
     def hold(self, size: int) -> None:
-        """Count bytes in memory, before they are kept."""
+        """Add bytes in memory, before they are kept."""
 
     def let_go(self, size: int) -> None:
-        """Count bytes in memory less."""
+        """Subtract bytes in memory."""
 
     def hold_on_disk(self, size: int) -> None:
-        """Count bytes on disk, before they are written."""
+        """Add bytes on disk, before they are written."""
 
     def let_go_of_disk(self, size: int) -> None:
-        """Count bytes on disk less."""
+        """Subtract bytes on disk."""
 
 
 class SpooledFile:
-    """Keeps what is written to it, and gives any of it back. `close` lets go of the file."""
+    """Keeps the bytes that are written to it, for reads at any offset. `close` deletes the file."""
 
-    def __init__(self, in_memory: int = _IN_MEMORY, account: ByteAccount | None = None) -> None:
+    def __init__(self, in_memory: int = _MAX_IN_MEMORY, account: ByteAccount | None = None) -> None:
         self.size = 0
         self._account = account
         self._in_memory = in_memory
@@ -46,19 +46,19 @@ class SpooledFile:
         self._on_disk = 0
         self._closed = False
         self.lock = threading.Lock()
-        """Held by the thread that works with the file."""
+        """Held by the thread that uses the file."""
 
     async def write(self, data: bytes) -> None:
-        """Keep more. Raises OSError if the disk does not take it, and ApiError where there is no room for it."""
+        """Append bytes. Raises OSError if the disk fails, and ApiError if a budget is exhausted."""
         if self._account is not None:
             self._account.hold(len(data))
         self.size += len(data)
         self._data += data
-        if (size := len(self._data)) > (PIECE if self._file is not None else self._in_memory):
+        if (size := len(self._data)) > (_MAX_PIECE if self._file is not None else self._in_memory):
             if self._account is not None:
                 self._account.hold_on_disk(size)
             self._on_disk += size
-            await asyncio.get_running_loop().run_in_executor(DISK, self._to_file)
+            await asyncio.get_running_loop().run_in_executor(DISK_THREADS, self._to_file)
             if self._account is not None:
                 self._account.let_go(size)
 
@@ -77,16 +77,16 @@ class SpooledFile:
         self._data = bytearray()
 
     async def read(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` to `end`, or as many of them as are read at once; never none, if there are any.
+        """Return bytes from `start`, up to `end` or the size of one read; b"" only at the end.
 
-        Raises OSError if it was closed.
+        Raises OSError if the spool is closed.
         """
-        end = min(end, start + PIECE, self.size)
+        end = min(end, start + _MAX_PIECE, self.size)
         if self._file is None:
             if self._closed:
                 raise _closed()
             return bytes(self._data[start:end])
-        return await asyncio.get_running_loop().run_in_executor(DISK, self._from_file, start, end)
+        return await asyncio.get_running_loop().run_in_executor(DISK_THREADS, self._from_file, start, end)
 
     def _from_file(self, start: int, end: int) -> bytes:
         with self.lock:
@@ -94,27 +94,27 @@ class SpooledFile:
                 raise _closed()
             if self._data or self._file is None:
                 self._write_out()
-            assert self._file is not None  # noqa: S101 -- just made
+            assert self._file is not None  # noqa: S101 -- just created
             self._file.seek(start)
-            found = self._file.read(end - start)
-            if not found and start < end:
-                raise OSError(errno.EIO, "a temporary file is shorter than what was written to it")
-            return found
+            data = self._file.read(end - start)
+            if not data and start < end:
+                raise OSError(errno.EIO, "a temporary file is shorter than the data written to it")
+            return data
 
     def file(self) -> IO[bytes]:
-        """Return a file with all that was written, at its beginning; for a thread that holds the lock.
+        """Return a file with all bytes, positioned at its beginning; for a thread that holds the lock.
 
-        Raises OSError where it was closed.
+        Raises OSError if the spool is closed.
         """
         if self._closed:
             raise _closed()
         self._write_out()
-        assert self._file is not None  # noqa: S101 -- just made
+        assert self._file is not None  # noqa: S101 -- just created
         self._file.seek(0)
         return self._file
 
     def close(self) -> None:
-        """Let go of what is kept; the file goes when no thread works with it any more."""
+        """Release the bytes; the file is deleted when no thread uses it."""
         if self._account is not None and not self._closed:
             self._account.let_go(self.size - self._on_disk)
             self._account.let_go_of_disk(self._on_disk)
@@ -122,7 +122,7 @@ class SpooledFile:
         if self._file is None and not self.lock.locked():
             self._data = bytearray()
         else:
-            DISK.submit(self._close_file)
+            DISK_THREADS.submit(self._close_file)
 
     def _close_file(self) -> None:
         with self.lock:
@@ -133,4 +133,4 @@ class SpooledFile:
 
 
 def _closed() -> OSError:
-    return OSError(errno.EBADF, "the exchange that kept these bytes is over")
+    return OSError(errno.EBADF, "the exchange that kept these bytes has ended")

@@ -72,9 +72,10 @@ def _serve(options: argparse.Namespace) -> int:
     from gateway.process.event_loop import run  # noqa: PLC0415
     from gateway.process.generations import GenerationSwitch  # noqa: PLC0415
     from gateway.process.reload import ReloadLoop, log_exceptions  # noqa: PLC0415
+    from gateway.process.server_process import serve  # noqa: PLC0415
     from gateway.process.supervisor import Supervisor, worker_command  # noqa: PLC0415
-    from gateway.server import Server, serve  # noqa: PLC0415
-    from gateway.transport.file_descriptors import raise_limit  # noqa: PLC0415
+    from gateway.server import Server  # noqa: PLC0415
+    from gateway.transport.file_descriptors import raise_descriptor_limit  # noqa: PLC0415
     from gateway.transport.listener import Listener  # noqa: PLC0415
 
     # It asks for a reload, once there is something to reload; until then, and in workers, it is nothing to end for.
@@ -89,7 +90,7 @@ def _serve(options: argparse.Namespace) -> int:
     def read(shared: Any = None, sources: Any = None) -> Any:
         return with_listen(load(path, shared=shared, cors=options.cors == "true", sources=sources), listen)
 
-    raise_limit()  # before there are workers, which inherit it
+    raise_descriptor_limit()  # before there are workers, which inherit it
     loaded = read()
     settings = loaded.settings
     logs.configure(loaded.log.level, loaded.log.format)
@@ -111,7 +112,7 @@ def _serve(options: argparse.Namespace) -> int:
                 notify.ready,
                 stopping=notify.stopping,
                 listener=listener,
-                beside=lambda: log_exceptions(reloads.run()),
+                background=lambda: log_exceptions(reloads.run()),
             )
         )
         return 0
@@ -129,10 +130,11 @@ def _work(options: argparse.Namespace) -> int:
     from gateway.process.event_loop import run  # noqa: PLC0415
     from gateway.process.generations import GenerationSwitch  # noqa: PLC0415
     from gateway.process.reload import log_exceptions  # noqa: PLC0415
+    from gateway.process.server_process import serve  # noqa: PLC0415
     from gateway.process.worker import SupervisorChannel, WorkerInheritance  # noqa: PLC0415
-    from gateway.server import Server, serve  # noqa: PLC0415
+    from gateway.server import Server  # noqa: PLC0415
     from gateway.services import Shared  # noqa: PLC0415
-    from gateway.transport.connection_count import ConnectionCount  # noqa: PLC0415
+    from gateway.transport.connection_limit import ConnectionCount  # noqa: PLC0415
     from gateway.transport.listener import Listener  # noqa: PLC0415
 
     handover = WorkerInheritance.parse(options.handover)
@@ -154,8 +156,8 @@ def _work(options: argparse.Namespace) -> int:
         line.share(server.shared.health)
         renewal = GenerationSwitch(server, loaded, read)
         del loaded  # a reload lets go of it
-        ready, beside = (lambda: line.ready(renewal.state)), (lambda: log_exceptions(line.follow(renewal)))
-        run(lambda: serve(server, ready, listener=listener, obey=line.obey, beside=beside))
+        ready, background = (lambda: line.ready(renewal.state)), (lambda: log_exceptions(line.follow(renewal)))
+        run(lambda: serve(server, ready, listener=listener, connect_signals=line.obey, background=background))
     except (ConfigError, StartError) as exc:
         line.failed(str(exc))
         return 1

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gateway.transport.file_descriptors import none_left
+from gateway.transport.file_descriptors import caused_by_exhaustion
 
 __all__ = ("Sources",)
 
@@ -89,7 +89,7 @@ class Sources:
             try:
                 again.read(Path(name))
             except OSError as exc:
-                if none_left(exc):
+                if caused_by_exhaustion(exc):
                     raise
             except ValueError:
                 pass
@@ -115,7 +115,7 @@ def _names(folder: str, pattern: str) -> list[str]:
     try:
         names = os.listdir(folder or os.curdir)
     except OSError as exc:
-        if none_left(exc):
+        if caused_by_exhaustion(exc):
             raise
         return []
     hidden = pattern.startswith(".")

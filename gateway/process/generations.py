@@ -17,10 +17,11 @@ from gateway.config.diff import diff
 from gateway.config.files import LogFile
 from gateway.config.sources import Sources
 from gateway.errors import ConfigError, StartError
+from gateway.generation import Generation
 from gateway.logs import exception_fields, get_logger
 from gateway.process.control_socket import ReloadReport
 from gateway.process.reload import Prepared, WatchedState
-from gateway.server import Generation, Server
+from gateway.server import Server
 from gateway.services import Shared
 
 __all__ = ("GenerationSwitch",)

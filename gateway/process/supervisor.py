@@ -45,7 +45,7 @@ from gateway.process.worker import (
     WorkerInheritance,
 )
 from gateway.settings import Listen
-from gateway.transport.connection_count import Places
+from gateway.transport.connection_limit import WorkerSlots
 from gateway.transport.listener import Listener
 
 __all__ = ("Supervisor", "worker_command")
@@ -190,7 +190,7 @@ class _Place:
     `ready` is called whenever one has become ready.
     """
 
-    def __init__(self, ready: Callable[[_Worker], None], counts: Places) -> None:
+    def __init__(self, ready: Callable[[_Worker], None], counts: WorkerSlots) -> None:
         self._ready = ready
         self._counts = counts
         self.retired = asyncio.Event()
@@ -221,12 +221,12 @@ class _Place:
         """Run one worker from its start to its end, and return what the log should say of that."""
         place: int | None = None
         try:
-            place = self._counts.take()
+            place = self._counts.acquire()
             worker = self.worker = await _Worker.start(command, listener, table, self._counts.descriptor, place)
         except (OSError, RuntimeError) as exc:
             reason = f"cannot start a worker: {(isinstance(exc, OSError) and exc.strerror) or exc}"
             if place is not None:
-                self._counts.give_back(place)
+                self._counts.release(place)
             self._settle(reason)
             return {"reason": reason}
         pid = worker.process.pid
@@ -242,7 +242,7 @@ class _Place:
             await worker.process.wait()
         finally:
             worker.close()
-            self._counts.give_back(place)
+            self._counts.release(place)
         facts = {"pid": pid, "fate": _fate(worker.process)}
         return facts if failure is None else {**facts, "reason": failure}
 
@@ -291,7 +291,7 @@ class Supervisor:
         self._notify = notify
         self._patience = patience
         self._table = make_table()  # what limits count, for all workers that there will be
-        self._counts = Places()  # of clients' connections
+        self._counts = WorkerSlots()  # of clients' connections
         self._current: list[_Place] = []
         self._tasks: dict[asyncio.Task[None], _Place] = {}
         self._stopping = False

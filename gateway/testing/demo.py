@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gateway.server import Server, serve
+from gateway.process.server_process import serve
+from gateway.server import Server
 from gateway.settings import Listen
 from gateway.testing.azure import FakeAzure
 

@@ -1,23 +1,19 @@
-"""One client's connection: what arrives on it becomes requests, one at a time, each in a task of its own.
+"""A client's connection: parses incoming bytes into requests and runs them one at a time, each in its own task.
 
-aiohttp's low-level server (`web.Server`) keeps the connections, and its protocol the flow control; heads
-and bodies are read by `http1.py`, which reads them in one way only and costs a third of aiohttp's parser.
+`web.Server` of aiohttp holds the connections, and its `BaseProtocol` the write flow control. `protocol/http1.py` reads
+heads and bodies: it accepts one reading of each message only, and costs a third of aiohttp's parser.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
-import socket
-import sys
-import termios
+import enum
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from aiohttp.base_protocol import BaseProtocol
 
-from gateway.body.incoming_body import LINES_AT_ONCE, IncomingBody
+from gateway.body.incoming_body import INLINE_FRAMING_LINES, IncomingBody
 from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
@@ -33,45 +29,65 @@ from gateway.protocol.http1 import (
     malformed_request,
 )
 from gateway.settings import Limits, Timeouts
+from gateway.transport.connection_limit import PROBE_CONNECTIONS, PROBE_HEAD_TIMEOUT, connection_limit_reached
 from gateway.transport.deadline import Deadline
 from gateway.transport.response_head import closing_response
+from gateway.transport.socket_state import peer_closed, unsent_socket_bytes
 from gateway.transport.write_buffer import WriteBuffer
 from gateway.transport.write_timeout import WriteTimeout
 
 if TYPE_CHECKING:
     from aiohttp.web_server import Server
 
-__all__ = ("PROBES", "ClientConnection", "Handler", "IncomingRequest")
+__all__ = ("PROBE_PATHS", "ClientConnection", "ConnectionState", "Handler", "IncomingRequest")
 
-PROBES = ("/healthz", "/readyz")
-"""The paths that an orchestrator asks, and that are answered when no other request is."""
+PROBE_PATHS = ("/healthz", "/readyz")
+"""The paths of an orchestrator's probes, which are also served above the connection limit."""
 
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-# Bytes behind the request at hand (pipelined ones) that may wait before the client is asked to wait.
-_WAITING = 64 * 1024
-# Above this size, an answer is written at once: whether its client takes it must be known.
-_SOON = 64 * 1024
-# Lingering close: how long, in seconds, and for how many bytes input is still read and discarded before a connection
-# is closed. An immediate close may send a reset that destroys the response at a client which is still sending. The
-# time is nginx's lingering_timeout; it is for all of it, so that no client can draw it out. The bytes are those of the
-# largest audio file that OpenAI takes (25 MB) and some more: a client that uploads one with a wrong key reads the 401.
-_LINGER = 5.0
-_MOST_LINGERED = 32 * 1024 * 1024
-# Unwanted bytes of a body, at most this many, are skipped and the connection is kept; they are counted, not parsed.
-# A chunked body cannot be skipped without parsing it.
-_SKIPPED = 256 * 1024
-# Connections above the limit that are taken all the same, to answer the probes of an orchestrator, and how long, in
-# seconds, each has to send its head.
-_SPARE = 256
-_SPARE_HEAD = 1.0
-# How often, in seconds, a connection that is not read from is asked whether its client is still there.
-_LEAVE_CHECK = 0.5
-# States of a TCP connection that the other end has not closed (linux/tcp_states.h).
-_ESTABLISHED, _SYN_RECEIVED = 1, 3
+# Maximum number of pipelined bytes to buffer before reading is paused.
+_MAX_PIPELINED = 64 * 1024
+# Larger responses, in bytes, are written immediately: the writer must know whether the client takes them.
+_MAX_BUFFERED_WRITE = 64 * 1024
+# Lingering close, in seconds and bytes: keep discarding input before closing, because an immediate close may send an
+# RST that destroys the response. The time is nginx's lingering_timeout, but for the whole close, so that no client can
+# draw it out. The bytes cover the largest audio file that OpenAI takes (25 MB): a client that uploads one with a wrong
+# key reads the 401.
+_LINGERING_CLOSE_TIMEOUT = 5.0
+_LINGERING_CLOSE_BYTES = 32 * 1024 * 1024
+# Keep-alive after a response to an incomplete request: at most this many bytes of its body are discarded, counted but
+# not parsed. A chunked body cannot be skipped without parsing it.
+_MAX_DISCARDED_BODY = 256 * 1024
+# Interval, in seconds, for checking whether the client of a connection whose reading is paused has disconnected.
+_DISCONNECT_CHECK_INTERVAL = 0.5
+
+
+class ConnectionState(enum.Enum):
+    """The state of a client's connection; `ClientConnection` lists the transitions."""
+
+    IDLE = "idle"
+    READING_HEAD = "reading head"
+    RUNNING = "running"
+    UPGRADED = "upgraded"
+    MUST_CLOSE = "must close"
+    DISCARDING_BODY = "discarding body"
+    LINGERING_CLOSE = "lingering close"
+    CLOSED = "closed"
+
+
+# Module constants, because the hot path reads them: a look-up in the enum costs more.
+_IDLE = ConnectionState.IDLE
+_READING_HEAD = ConnectionState.READING_HEAD
+_RUNNING = ConnectionState.RUNNING
+_UPGRADED = ConnectionState.UPGRADED
+_MUST_CLOSE = ConnectionState.MUST_CLOSE
+_DISCARDING_BODY = ConnectionState.DISCARDING_BODY
+_LINGERING_CLOSE = ConnectionState.LINGERING_CLOSE
+_CLOSED = ConnectionState.CLOSED
 
 
 class IncomingRequest:
-    """A request as it arrived: its head, its body, and the connection to answer on."""
+    """A request as it arrived: its head, its body, and the connection for its response."""
 
     __slots__ = ("body", "connection", "head", "headers")
 
@@ -82,264 +98,296 @@ class IncomingRequest:
         self.body = body
 
 
-# Handles a request; returns whether the connection may go on.
+# Handles a request; returns whether the connection is kept alive.
 Handler = Callable[[IncomingRequest], Awaitable[bool]]
 
 
 class ClientConnection(BaseProtocol):
-    """The protocol of one client's connection."""
+    """The protocol of one client's connection.
+
+    | state             | event                                                | next state        |
+    |-------------------|------------------------------------------------------|-------------------|
+    | (connected)       | within the connection limit, or a probe may come     | `READING_HEAD`    |
+    | (connected)       | far above the connection limit                       | `CLOSED`          |
+    | `IDLE`            | the beginning of a head arrives                      | `READING_HEAD`    |
+    | `IDLE`            | `timeouts.keep_alive` expires                        | `CLOSED`          |
+    | `IDLE`            | a head is complete                                   | `RUNNING`         |
+    | `IDLE`            | a request is rejected                                | `LINGERING_CLOSE` |
+    | `READING_HEAD`    | the head is complete                                 | `RUNNING`         |
+    | `READING_HEAD`    | the request is rejected, or `timeouts.head` expires  | `LINGERING_CLOSE` |
+    | `RUNNING`         | response and request body are complete               | `IDLE`            |
+    | `RUNNING`         | response complete, a short rest of the body missing  | `DISCARDING_BODY` |
+    | `RUNNING`         | response complete, a long rest of the body missing   | `LINGERING_CLOSE` |
+    | `RUNNING`         | response complete, the connection is not kept alive  | `CLOSED`          |
+    | `RUNNING`         | the request body is malformed or too large           | `MUST_CLOSE`      |
+    | `RUNNING`         | a WebSocket opens                                    | `UPGRADED`        |
+    | `UPGRADED`        | the relay ends                                       | `MUST_CLOSE`      |
+    | `MUST_CLOSE`      | the request's task ends                              | `LINGERING_CLOSE` |
+    | `DISCARDING_BODY` | the request body is complete                         | `IDLE`            |
+    | `DISCARDING_BODY` | the rest of the body takes too long                  | `CLOSED`          |
+    | `LINGERING_CLOSE` | it takes too long, or too many bytes arrive          | `CLOSED`          |
+    | any               | `force_close`, or the client disconnects             | `CLOSED`          |
+
+    A request's task runs in `RUNNING`, `UPGRADED` and `MUST_CLOSE`, and may still run in `CLOSED`. Input is parsed in
+    `IDLE` and `READING_HEAD`, buffered in `RUNNING` (pipelined requests), passed to the relay in `UPGRADED` and
+    discarded in the other states. Above the connection limit, a rejected request closes without lingering.
+    """
 
     __slots__ = (
-        "_arriving",
+        "_body",
         "_buffer",
-        "_check",
-        "_closer",
-        "_closing",
         "_deadline",
-        "_handle",
-        "_head_begun",
-        "_heads",
-        "_held",
-        "_leave_timer",
+        "_discarded_bytes",
+        "_disconnect_timer",
+        "_handler",
+        "_head_check",
+        "_head_reader",
+        "_input_paused",
         "_limits",
-        "_lingered",
-        "_manager",
-        "_outbox",
+        "_pending_write",
+        "_probes_only",
         "_relay",
-        "_spare",
+        "_server",
+        "_state",
         "_task_handler",
         "_timeouts",
-        "_unsent",
-        "on_flow",
+        "_write_buffer",
+        "_write_timeout",
+        "on_backpressure",
     )
 
     def __init__(
         self,
-        manager: Server,
-        handle: Handler,
+        server: Server,
+        handler: Handler,
         loop: asyncio.AbstractEventLoop,
         limits: Limits,
         timeouts: Timeouts,
-        outbox: WriteBuffer,
+        write_buffer: WriteBuffer,
     ) -> None:
         super().__init__(loop)
-        self._outbox = outbox
-        self._unsent = b""
-        self._closer: WriteTimeout | None = None  # until what is still to be written is taken
-        self._manager = manager
-        self._handle = handle
+        self._state = _READING_HEAD  # `timeouts.head` also limits the wait for the first byte
+        self._server = server
+        self._handler = handler
         self._limits = limits
         self._timeouts = timeouts
-        self._buffer = b""  # a head that has not ended, or what follows the request at hand
-        self._arriving: IncomingBody | None = None  # the body that has not arrived whole
-        self._task_handler: asyncio.Task[None] | None = None  # the request at hand; aiohttp's server asks
-        self._closing = False  # nothing more is taken from this client
-        self._heads = HeadReader()
-        self._check: HeadCheck | None = None  # of a head that comes in several reads
-        self._lingered = 0  # bytes discarded since nothing more is taken
-        self._spare = False  # it is one above the limit: only probes are answered
-        self._held = False
-        self._head_begun = True  # the time for a head runs
+        self._probes_only = False  # it is above the connection limit
+        self._buffer = b""  # an incomplete head, or pipelined bytes
+        self._head_reader = HeadReader()
+        self._head_check: HeadCheck | None = None  # of a head that arrives in several reads
+        self._body: IncomingBody | None = None  # until it is complete
+        self._task_handler: asyncio.Task[None] | None = None  # of the current request; aiohttp's server reads it
+        self._relay: Callable[[bytes], None] | None = None  # takes the input of a WebSocket
+        self._discarded_bytes = 0
+        self._input_paused = False
         self._deadline = Deadline(loop)
-        self._leave_timer: asyncio.TimerHandle | None = None
-        self._relay: Callable[[bytes], None] | None = None  # who is given what comes, once this is a WebSocket
-        self.on_flow: Callable[[bool], None] | None = None
-        """Called with True when the client takes no more for now, and with False when it does again."""
+        self._disconnect_timer: asyncio.TimerHandle | None = None
+        self._write_buffer = write_buffer
+        self._pending_write = b""
+        self._write_timeout: WriteTimeout | None = None  # while pending writes delay the close
+        self.on_backpressure: Callable[[bool], None] | None = None
+        """Called with True when the client reads too slowly, and with False when it has caught up."""
 
-    # -- life ------------------------------------------------------------------------------------------
+    # -- open and close --------------------------------------------------------------------------------
 
     def use(self, limits: Limits, timeouts: Timeouts) -> None:
-        """Have other limits and timeouts, from the next request on."""
+        """Apply other limits and timeouts from the next request on."""
         self._limits = limits
         self._timeouts = timeouts
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a first request, unless there are too many connections."""
+        """Wait for the first request, unless the connection limit is reached."""
         super().connection_made(transport)
-        self._manager.connection_made(self, self.transport)  # type: ignore[arg-type] # aiohttp names its own class
-        over = self._manager.above(self._limits.connections)  # type: ignore[attr-defined] # it is the server's own
-        if over <= 0:
-            self._expect_in(self._timeouts.head)
-        elif over <= _SPARE:
-            self._spare = True
-            self._expect_in(min(_SPARE_HEAD, self._timeouts.head))
+        self._server.connection_made(self, self.transport)  # type: ignore[arg-type] # aiohttp names its own class
+        excess = self._server.excess(self._limits.connections)  # type: ignore[attr-defined] # of our own subclass
+        if excess <= 0:
+            self._close_in(self._timeouts.head)
+        elif excess <= PROBE_CONNECTIONS:
+            self._probes_only = True
+            self._close_in(min(PROBE_HEAD_TIMEOUT, self._timeouts.head))
         else:
             # (No lingering close: it would keep the descriptor.)
-            self.write(closing_response(_overloaded()))
+            self.write(closing_response(connection_limit_reached()))
             self.force_close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Let go of what waits: the client has left."""
-        self._manager.connection_lost(self, exc)  # type: ignore[arg-type] # aiohttp names its own class
+        """Release everything: the client has disconnected."""
+        self._server.connection_lost(self, exc)  # type: ignore[arg-type] # aiohttp names its own class
         super().connection_lost(exc)
-        self._closing = True
+        self._state = _CLOSED
         self._deadline.stop()
-        if self._closer is not None:
-            self._closer.cancel()
-        if self._leave_timer is not None:
-            self._leave_timer.cancel()
-            self._leave_timer = None
-        if self._arriving is not None:
-            self._arriving.fail(ApiError(400, "the body broke off", code="malformed_request"))
-            self._arriving = None
+        if self._write_timeout is not None:
+            self._write_timeout.cancel()
+        if self._disconnect_timer is not None:
+            self._disconnect_timer.cancel()
+            self._disconnect_timer = None
+        if self._body is not None:
+            error = ApiError(400, "the connection closed before the body was complete", code="malformed_request")
+            self._body.fail(error)
+            self._body = None
         if self._task_handler is not None:
             self._task_handler.cancel()
 
     @property
     def task(self) -> asyncio.Task[None] | None:
-        """The task of the request at hand."""
+        """The task of the current request."""
         return self._task_handler
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being handled."""
+        """Whether no request is running."""
         return self._task_handler is None
 
     def force_close(self) -> None:
-        """Close; what was written still leaves."""
-        self._closing = True
+        """Close after the pending writes."""
+        self._state = _CLOSED
         self.flush()
         if self.transport is not None:
             self.transport.close()
-            # A client that takes nothing more would never let it be closed.
-            self._closer = self._closer or WriteTimeout(self, self._timeouts.client, self._abort)
+            # Without it, a client that reads nothing keeps the connection open for ever.
+            self._write_timeout = self._write_timeout or WriteTimeout(self, self._timeouts.client, self._abort)
 
     def _abort(self) -> None:
         if self.transport is not None:
             self.transport.abort()
 
-    @property
-    def unsent(self) -> int:
-        """How many bytes the client has not taken yet, those in the system's buffer included where it tells them."""
-        if self.transport is None:
-            return 0
-        waiting = self.transport.get_write_buffer_size()
-        sock = self.transport.get_extra_info("socket")
-        if sock is not None:
-            with contextlib.suppress(OSError, ValueError):
-                waiting += int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        return waiting
-
     async def shutdown(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 -- aiohttp's server calls it
-        """Close, as aiohttp's server asks of its connections."""
+        """Cancel the current request and close; aiohttp's server calls it."""
         if self._task_handler is not None:
             self._task_handler.cancel()
         self.force_close()
 
-    # -- what leaves -----------------------------------------------------------------------------------
+    # -- output ----------------------------------------------------------------------------------------
 
     @property
     def gone(self) -> bool:
         """Whether nothing can be written any more."""
         return self.transport is None or self.transport.is_closing()
 
+    @property
+    def unsent_bytes(self) -> int:
+        """The number of bytes that the client has not acknowledged, those in the socket's buffer included on Linux."""
+        if self.transport is None:
+            return 0
+        sock = self.transport.get_extra_info("socket")
+        return self.transport.get_write_buffer_size() + unsent_socket_bytes(sock)
+
     def write(self, data: bytes) -> None:
         """Write to the client, unless it is gone."""
-        if self._unsent:
+        if self._pending_write:
             self.flush()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
 
     def write_soon(self, data: bytes) -> None:
-        """Write at the end of this turn of the loop, together with other connections; what follows stays behind it."""
-        if self._unsent or len(data) > _SOON:
+        """Write at the end of this turn of the loop, together with other connections; later writes stay in order."""
+        if self._pending_write or len(data) > _MAX_BUFFERED_WRITE:
             self.write(data)
         else:
-            self._unsent = data
-            self._outbox.add(self)
+            self._pending_write = data
+            self._write_buffer.add(self)
 
     def flush(self) -> None:
-        """Write what `write_soon` left."""
-        if self._unsent:
-            unsent, self._unsent = self._unsent, b""
+        """Write what `write_soon` has buffered."""
+        if self._pending_write:
+            data, self._pending_write = self._pending_write, b""
             if self.transport is not None and not self.transport.is_closing():
-                self.transport.write(unsent)
+                self.transport.write(data)
 
-    # -- a WebSocket -----------------------------------------------------------------------------------
+    def send_continue(self) -> None:
+        """Send `100 Continue`: the client waits for it before it sends the body."""
+        self.write(_CONTINUE)
 
-    def start_relay(self, take: Callable[[bytes], None], flow: Callable[[bool], None]) -> None:
-        """Give what comes from now on to a relay."""
+    # -- WebSocket -------------------------------------------------------------------------------------
+
+    def start_relay(self, take: Callable[[bytes], None], on_backpressure: Callable[[bool], None]) -> None:
+        """Pass all further input to a relay."""
         self.flush()
         self._relay = take
-        self.on_flow = flow
+        self.on_backpressure = on_backpressure
+        if self._state is _RUNNING:
+            self._state = _UPGRADED
         data, self._buffer = self._buffer, b""
-        self.release()
+        self.resume_input()
         if data:
             take(data)
         if self.writing_paused:
-            flow(True)
+            on_backpressure(True)
 
     def stop_relay(self) -> None:
-        """Give nothing to it any more."""
-        self._relay = self.on_flow = None
-        self._closing = True
+        """Pass no more input to the relay."""
+        self._relay = self.on_backpressure = None
+        self._reject_input()
 
-    # -- what arrives ----------------------------------------------------------------------------------
+    # -- input -----------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Take what came: more of a body, or the next request."""
-        arriving = self._arriving
-        if arriving is not None:
-            if arriving.unread:
-                arriving.unread += data  # it was on its way when reading stopped
+        """Take input: more of a body, or the next request."""
+        body = self._body
+        if body is not None:
+            if body.unread:
+                body.unread += data  # it was in flight when reading was paused
                 return
-            data = self._feed(arriving, data, LINES_AT_ONCE)
-            if arriving.goes_on:
+            data = self._feed(body, data, INLINE_FRAMING_LINES)
+            if body.has_work:
                 FairScheduler.of(self._loop).add(self)
-        if self._closing:
-            self._discard(len(data))
-            return
-        if not data:
-            return
-        if self._buffer:
-            data = self._buffer + data
-        if self._task_handler is None:
-            self._next(data)
-            return
-        if self._relay is not None:
+            if not data:
+                return
+        state = self._state
+        if state is _IDLE or state is _READING_HEAD:
+            self._next_request(self._buffer + data if self._buffer else data)
+        elif state is _RUNNING:
+            self._buffer = data = self._buffer + data
+            if len(data) > _MAX_PIPELINED:
+                self.pause_input()
+        elif state is _UPGRADED and self._relay is not None:
             self._relay(data)
-            return
-        self._buffer = data
-        if len(data) > _WAITING:
-            self.hold()
+        else:
+            self._discard(len(data))
 
     def step(self) -> bool:
-        """Read more of what has come of a body in many chunks; see `fair_scheduler.Work`."""
-        arriving = self._arriving
-        if arriving is None:
+        """Parse more of a body that arrived in many chunks; see `fair_scheduler.ScheduledWork`."""
+        body = self._body
+        if body is None:
             return False
-        extra = self._feed(arriving, arriving.unread, MOST_LINES)
-        if arriving.done or not (arriving.unread or arriving.full):
-            self.release()
+        extra = self._feed(body, body.unread, MOST_LINES)
+        if body.done or not (body.unread or body.full):
+            self.resume_input()
         if extra:
             self.data_received(extra)
-        return arriving.goes_on
+        return body.has_work
 
-    def _feed(self, arriving: IncomingBody, data: bytes, most: int) -> bytes:
+    def _feed(self, body: IncomingBody, data: bytes, max_lines: int) -> bytes:
+        """Feed a body; returns the bytes after its end."""
         try:
-            extra = arriving.feed(data, most)
+            extra = body.feed(data, max_lines)
         except MalformedMessage as exc:
-            arriving.fail(malformed_request(str(exc)))
+            body.fail(malformed_request(str(exc)))
             extra = b""
-        if arriving.error is not None:
-            # What follows might be anything.
-            self._closing = True
-            arriving.unread = b""
-        if arriving.done or self._closing:
-            self._arriving = None
-            if arriving.discarded:
-                # Its answer is out already.
-                self._after(keep=not self._closing)
+        if body.error is not None:
+            # The bytes that follow have no known meaning.
+            self._reject_input()
+            body.unread = b""
+        if body.done or self._state is _MUST_CLOSE or self._state is _CLOSED:
+            self._body = None
+            if body.discarded:
+                # Its response is complete.
+                self._after_response(keep_alive=self._state is _DISCARDING_BODY)
         return extra
 
+    def _reject_input(self) -> None:
+        """Accept no further request, and close after the current response."""
+        if self._state is not _CLOSED:
+            self._state = _MUST_CLOSE
+
     def _discard(self, size: int) -> None:
-        """Count what comes after all that is taken, and end a lingering close of too many bytes."""
-        self._lingered += size
-        if self._lingered > _MOST_LINGERED:
+        """Discard input, and close if there is too much of it."""
+        self._discarded_bytes += size
+        if self._discarded_bytes > _LINGERING_CLOSE_BYTES:
             self.force_close()
 
-    def _next(self, data: bytes) -> None:
-        """Begin the next request, if its head is there."""
+    def _next_request(self, data: bytes) -> None:
+        """Start the next request if its head is complete."""
         if data[:2] == b"\r\n":
             data = data[2:]  # RFC 9112, 2.2: an empty line before a request is ignored
         end = data.find(HEAD_END)
@@ -347,68 +395,70 @@ class ClientConnection(BaseProtocol):
             self._wait_for_head(data)
             return
         try:
-            head = self._heads.read(data[:end], self._limits.body)
+            head = self._head_reader.read(data[:end], self._limits.body)
         except ApiError as exc:
-            self._refuse(exc)
+            self._reject(exc)
             return
-        if self._spare and head.path not in PROBES:
-            self._refuse(_overloaded())
+        if self._probes_only and head.path not in PROBE_PATHS:
+            self._reject(connection_limit_reached())
             return
-        self._check = None
+        if self._head_check is not None:
+            self._head_check = None
         end += 4
         length = head.length
-        have = len(data) - end
+        available = len(data) - end
         body: Body
-        if length is not None and length <= have:
+        if length is not None and length <= available:
             body = Body(data[end : end + length], kept=False)
             self._buffer = data[end + length :]
         else:
-            arriving = IncomingBody(
+            incoming = IncomingBody(
                 self,
                 self._loop,
                 length=length,
-                expects=head.expects,
+                expects_continue=head.expects,
                 limit=self._limits.body,
-                patience=self._timeouts.client,
-                least=self._limits.body_rate,
+                timeout=self._timeouts.client,
+                min_rate=self._limits.body_rate,
             )
-            body = Body(arriving, most=self._limits.form)
+            body = Body(incoming, scan_limit=self._limits.form)
             self._buffer = b""
-            self._arriving = arriving
-            if have:
-                self._buffer = self._feed(arriving, data[end:], LINES_AT_ONCE)
-                if arriving.unread:
+            self._body = incoming
+            if available:
+                self._buffer = self._feed(incoming, data[end:], INLINE_FRAMING_LINES)
+                if incoming.unread:
                     FairScheduler.of(self._loop).add(self)
-            if arriving.error is not None:
-                self._refuse(arriving.error)
+            if incoming.error is not None:
+                self._reject(incoming.error)
                 return
-        self._head_begun = False
+        self._state = _RUNNING
         self._deadline.clear()
         # Named, because the name that asyncio makes for each costs a tenth of the task.
         self._task_handler = asyncio.Task(self._run(IncomingRequest(self, head, body)), loop=self._loop, name="request")
 
     def _wait_for_head(self, data: bytes) -> None:
-        """Keep the beginning of a head, unless it can never become one."""
+        """Keep the beginning of a head, unless it can no longer become a valid one."""
         self._buffer = data
         if len(data) > MAX_HEAD:
-            self._refuse(ApiError(431, f"the request's head is larger than {MAX_HEAD} bytes", code="head_too_large"))
+            error = ApiError(431, f"the request's headers exceed {MAX_HEAD} bytes; send fewer", code="head_too_large")
+            self._reject(error)
             return
-        self._check = self._check or HeadCheck()
+        self._head_check = self._head_check or HeadCheck()
         try:
-            self._check.check(data)
+            self._head_check.check(data)
         except ApiError as exc:
-            self._refuse(exc)
+            self._reject(exc)
             return
-        if data and not self._head_begun:
-            self._head_begun = True
-            self._expect_in(self._timeouts.head)
+        if data and self._state is _IDLE:
+            self._state = _READING_HEAD
+            self._close_in(self._timeouts.head)
 
-    async def _run(self, arrived: IncomingRequest) -> None:
-        keep = False
+    async def _run(self, incoming: IncomingRequest) -> None:
+        keep_alive = False
         try:
-            keep = await self._handle(arrived)
+            keep_alive = await self._handler(incoming)
         except ConnectionError:
-            pass  # the client left while it was written to
+            pass  # the client disconnected during a write
         except asyncio.CancelledError:
             # A task keeps the exception that cancelled it, with its frames, which hold the task: a cycle, which would
             # keep the body and all else of the request until the collector finds it.
@@ -416,162 +466,145 @@ class ClientConnection(BaseProtocol):
         except Exception as exc:
             facts = exception_fields(exc)
             facts.pop("message", None)
-            get_logger().error("connection failed", **facts)
+            get_logger().error("connection_failed", **facts)
             if self.transport is not None:
                 self.transport.abort()
         finally:
             self._task_handler = None
-            self.on_flow = None
-            self._after(keep and not self._closing)
+            self.on_backpressure = None
+            self._after_response(keep_alive and self._state is _RUNNING)
 
-    def _after(self, keep: bool) -> None:
-        """Go on after an answer: with the next request, or to the end of the connection."""
+    def _after_response(self, keep_alive: bool) -> None:
+        """Continue with the next request, or close."""
         if self.transport is None:
             return
-        arriving = self._arriving
-        if arriving is not None:
-            if keep and not self.ends_after_answer():
-                arriving.discard()
-                self._expect_in(_LINGER)
+        body = self._body
+        if body is not None:
+            if keep_alive and not self.closes_after_response():
+                self._state = _DISCARDING_BODY
+                body.discard()
+                self._close_in(_LINGERING_CLOSE_TIMEOUT)
             else:
-                self._linger()
-        elif not keep:
-            if self._closing:
-                self._linger()
+                self._start_lingering_close()
+        elif not keep_alive:
+            if self._state is _MUST_CLOSE:
+                self._start_lingering_close()
             else:
                 self.force_close()
         else:
-            self.release()
-            self._expect_in(self._timeouts.keep_alive)
+            self._state = _IDLE
+            self.resume_input()
+            self._close_in(self._timeouts.keep_alive)
             if self._buffer:
                 data, self._buffer = self._buffer, b""
-                self._next(data)
+                self._next_request(data)
 
-    def ends_after_answer(self) -> bool:
-        """Whether the connection cannot be kept after the answer, which should say so: too much is still to come."""
-        arriving = self._arriving
-        if arriving is None:
-            return self._closing or self._spare
-        return arriving.left > _SKIPPED or arriving.unasked or arriving.error is not None
+    def closes_after_response(self) -> bool:
+        """Whether the response must say `connection: close`, because too much of the request is missing."""
+        body = self._body
+        if body is None:
+            return self._state is not _RUNNING or self._probes_only
+        return body.missing > _MAX_DISCARDED_BODY or body.awaits_continue or body.error is not None
 
-    def _linger(self) -> None:
-        """Close, once the client has had the time to read its answer."""
-        self._closing = True
-        self._arriving = None
+    def _start_lingering_close(self) -> None:
+        """Close the sending side, and give the client time to read the response before closing the other."""
+        self._state = _LINGERING_CLOSE
+        self._body = None
         self._buffer = b""
         self.flush()
         if self.transport is None or self.transport.is_closing():
-            return
-        if self.transport.can_write_eof():
+            self._state = _CLOSED
+        elif self.transport.can_write_eof():
             self.transport.write_eof()
-            self.release()
-            self._expect_in(_LINGER)
+            self.resume_input()
+            self._close_in(_LINGERING_CLOSE_TIMEOUT)
         else:
+            self._state = _CLOSED
             self.transport.close()
 
-    def _refuse(self, error: ApiError) -> None:
-        """Answer what is no request that can be handled, and close."""
-        get_logger().info("refused before any team", status=error.status, error=error.code, reason=str(error))
+    def _reject(self, error: ApiError) -> None:
+        """Send an error instead of starting a request, and close."""
+        get_logger().info("request_rejected", status=error.status, error=error.code, reason=str(error))
         self.write(closing_response(error))
-        if self._spare:
-            self.force_close()  # its place is for the next probe
+        if self._probes_only:
+            self.force_close()  # its slot is for the next probe
         else:
-            self._linger()
+            self._start_lingering_close()
 
-    # -- how long it may take --------------------------------------------------------------------------
+    # -- timeouts --------------------------------------------------------------------------------------
 
     def expire_in(self, seconds: float, expire: Callable[[], None]) -> None:
-        """Call `expire` in `seconds`, unless `no_expiry` is called or the answer is over before."""
+        """Call `expire` in `seconds`, unless `cancel_expiry` is called or the response is complete before."""
         self._deadline.set(seconds, expire)
 
-    def no_expiry(self) -> None:
-        """Forget what `expire_in` was told."""
+    def cancel_expiry(self) -> None:
+        """Cancel `expire_in`."""
         self._deadline.clear()
 
-    def _expect_in(self, seconds: float) -> None:
-        self._deadline.set(seconds, self._too_slow)
-
-    def _too_slow(self) -> None:
-        if self._head_begun and not self._closing:
-            slow = ApiError(408, "the request's head took too long to arrive", code="request_timeout")
-            self._refuse(_overloaded() if self._spare else slow)
-        else:
-            self.force_close()
-
-    # -- flow ------------------------------------------------------------------------------------------
-
-    def pause_writing(self) -> None:
-        """Note that the client does not read fast enough."""
-        super().pause_writing()
-        if self.on_flow is not None:
-            self.on_flow(True)
-
-    def resume_writing(self) -> None:
-        """Note that it does again."""
-        super().resume_writing()
-        if self.on_flow is not None:
-            self.on_flow(False)
-
-    def waits(self, waiting: bool) -> None:
-        """Let the time of the answer not run while the client is waited for: it has its own limits."""
-        if waiting:
+    def client_awaited(self, awaited: bool) -> None:
+        """Pause the deadline while a reader waits for the client's body, which has its own timeouts."""
+        if awaited:
             self._deadline.pause()
         else:
             self._deadline.resume()
 
-    def say_continue(self) -> None:
-        """Tell the client that its body is wanted."""
-        self.write(_CONTINUE)
+    def _close_in(self, seconds: float) -> None:
+        self._deadline.set(seconds, self._timed_out)
 
-    # While reading is held, the event loop does not see a client leave: the socket's state is asked for instead.
+    def _timed_out(self) -> None:
+        if self._state is _READING_HEAD:
+            slow = ApiError(408, "the request's headers took too long to arrive", code="request_timeout")
+            self._reject(connection_limit_reached() if self._probes_only else slow)
+        else:
+            self.force_close()
 
-    def hold(self, *, check_left: bool = True) -> None:
-        """Stop reading from the client for now. With `check_left`, close when it leaves, and drop its unread bytes."""
+    # -- flow control ----------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        """Note that the client reads too slowly."""
+        super().pause_writing()
+        if self.on_backpressure is not None:
+            self.on_backpressure(True)
+
+    def resume_writing(self) -> None:
+        """Note that the client has caught up."""
+        super().resume_writing()
+        if self.on_backpressure is not None:
+            self.on_backpressure(False)
+
+    # While reading is paused, the event loop does not see a client disconnect: the socket's state is polled instead.
+
+    def pause_input(self, *, check_disconnect: bool = True) -> None:
+        """Pause reading. With `check_disconnect`, close when the client disconnects, and drop its unread bytes."""
         if self.transport is None:
             return
-        if not self._held:
-            self._held = True
+        if not self._input_paused:
+            self._input_paused = True
             self.transport.pause_reading()
-        if check_left and self._leave_timer is None:
-            self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
-        elif not check_left and self._leave_timer is not None:
-            self._leave_timer.cancel()
-            self._leave_timer = None
+        if check_disconnect and self._disconnect_timer is None:
+            self._disconnect_timer = self._loop.call_later(_DISCONNECT_CHECK_INTERVAL, self._check_disconnect)
+        elif not check_disconnect and self._disconnect_timer is not None:
+            self._disconnect_timer.cancel()
+            self._disconnect_timer = None
 
-    def release(self) -> None:
-        """Go on taking: first what is left of the last read, then from the client."""
-        if self._held:
-            if self._arriving is not None and self._arriving.unread:
+    def resume_input(self) -> None:
+        """Resume reading: first the unread rest of the last read, then the client."""
+        if self._input_paused:
+            if self._body is not None and self._body.unread:
                 FairScheduler.of(self._loop).add(self)
                 return
-            self._held = False
-            if self._leave_timer is not None:
-                self._leave_timer.cancel()
-                self._leave_timer = None
+            self._input_paused = False
+            if self._disconnect_timer is not None:
+                self._disconnect_timer.cancel()
+                self._disconnect_timer = None
             if self.transport is not None and not self.transport.is_closing():
                 self.transport.resume_reading()
 
-    def _check_left(self) -> None:
-        self._leave_timer = None
+    def _check_disconnect(self) -> None:
+        self._disconnect_timer = None
         if self.transport is None:
             return
-        if _peer_closed(self.transport.get_extra_info("socket")):
+        if peer_closed(self.transport.get_extra_info("socket")):
             self.transport.abort()
         else:
-            self._leave_timer = self._loop.call_later(_LEAVE_CHECK, self._check_left)
-
-
-def _overloaded() -> ApiError:
-    return ApiError(503, "the gateway's connection limit is reached; try again in a moment", code="overloaded")
-
-
-def _peer_closed(sock: socket.socket | None) -> bool:
-    """Whether the other end of a TCP connection has closed it, whatever is still unread; Linux knows."""
-    tcp_info = getattr(socket, "TCP_INFO", None)
-    if sock is None or tcp_info is None or sock.family == socket.AF_UNIX:
-        return False
-    try:
-        state = sock.getsockopt(socket.IPPROTO_TCP, tcp_info, 1)[0]
-    except OSError:
-        return True
-    return state not in (_ESTABLISHED, _SYN_RECEIVED)
+            self._disconnect_timer = self._loop.call_later(_DISCONNECT_CHECK_INTERVAL, self._check_disconnect)

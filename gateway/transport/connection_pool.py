@@ -185,8 +185,8 @@ class ConnectionPool:
         try:
             return await self._connect(destination, seconds)
         except UpstreamError as exc:
-            if descriptors.none_left(exc):
-                raise descriptors.overloaded() from None
+            if descriptors.caused_by_exhaustion(exc):
+                raise descriptors.descriptors_exhausted() from None
             exc.unsent = True
             if exc.fault == "broken_off":  # on the way through a proxy
                 exc.fault = "connect"
@@ -275,8 +275,8 @@ def _context(resource: Resource) -> ssl.SSLContext:
     try:
         return resource.tls.context()
     except OSError as exc:  # they were good when the configuration was loaded
-        if descriptors.none_left(exc):
-            raise descriptors.overloaded() from None
+        if descriptors.caused_by_exhaustion(exc):
+            raise descriptors.descriptors_exhausted() from None
         gone = UpstreamError(f"the TLS files of the Azure resource {resource.name!r} cannot be used", fault="tls")
         gone.unsent = True
         raise gone from None

@@ -1,8 +1,8 @@
-"""File descriptors: how many this process may have, and what clients are told when none is left.
+"""File descriptors: how many this process may open, and the 503 when none is left.
 
-Each connection of a client is a descriptor, and so is each connection to Azure. A process that has none left can open
-no file and no connection: that is the gateway's own fault, so clients get 503 `overloaded`, and no deployment counts
-as failing.
+Each client connection is a descriptor, and so is each connection to Azure. A process without a free descriptor can open
+no file and no connection. That is the gateway's own fault: clients get 503 `overloaded`, and no deployment counts as
+failing.
 """
 
 from __future__ import annotations
@@ -15,51 +15,72 @@ import time
 from gateway.errors import ApiError
 from gateway.logs import get_logger
 
-__all__ = ("clients_allowed", "limit", "none_left", "overloaded", "raise_limit")
+__all__ = (
+    "caused_by_exhaustion",
+    "client_capacity",
+    "descriptor_limit",
+    "descriptors_exhausted",
+    "raise_descriptor_limit",
+    "warn_if_low",
+)
 
-# Kept free for the log, the loop, the configuration's files and connections to other services than Azure.
+# Reserved for the log, the event loop, configuration files and connections to other services than Azure.
 _RESERVED = 32
 # A client may need a second one, for its connection to Azure.
 _PER_CLIENT = 2
-# How often, in seconds, it is logged that none is left.
-_LOG_EVERY = 10.0
+# Interval of the log event, in seconds.
+_LOG_INTERVAL = 10.0
 _ERRNOS = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS))
+_ADVICE = "raise the limit (ulimit -n, LimitNOFILE=), or lower limits.connections"
 
-_logged_at = -_LOG_EVERY
+_logged_at = -_LOG_INTERVAL
 
 
-def raise_limit() -> None:
-    """Raise this process's limit to the most that it may have; the usual 1,024 is for programs with select(2)."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+def raise_descriptor_limit() -> None:
+    """Raise this process's soft limit to its hard limit; the usual 1,024 is for programs that use select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    except (OSError, ValueError):  # some systems allow less than they say
-        get_logger().debug("the limit of descriptors stays as it is", limit=limit())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError):  # some systems allow less than they report
+        get_logger().debug("file_descriptor_limit_unchanged", limit=descriptor_limit())
 
 
-def limit() -> int:
-    """Return how many descriptors this process may have."""
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def clients_allowed(descriptors: int) -> int:
-    """Return how many clients these descriptors are enough for."""
+def client_capacity(descriptors: int) -> int:
+    """Return how many clients a number of descriptors suffices for."""
     return max(1, (descriptors - _RESERVED) // _PER_CLIENT)
 
 
-def none_left(exc: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, came of a lack of descriptors."""
+def warn_if_low(connections: int) -> None:
+    """Log a warning if this process may have too few descriptors for `limits.connections`."""
+    capacity = client_capacity(descriptor_limit())
+    if capacity < connections:
+        get_logger().warning(
+            "file_descriptors_low",
+            connections=connections,
+            descriptors=descriptor_limit(),
+            enough_for=capacity,
+            advice=_ADVICE,
+        )
+
+
+def caused_by_exhaustion(exc: BaseException | None) -> bool:
+    """Whether a lack of descriptors caused an exception, directly or through a chain of exceptions."""
     seen: set[int] = set()
-    asked = False
+    system_error = False
     while exc is not None and id(exc) not in seen:
         seen.add(id(exc))
         if isinstance(exc, OSError):
             if exc.errno in _ERRNOS:
                 return True
-            asked = True
+            system_error = True
         exc = exc.__cause__ or exc.__context__
-    # A look-up or a TLS library that could open nothing says only that it failed.
-    return asked and not _can_open()
+    # A DNS lookup or a TLS library that could open no file reports only that it failed.
+    return system_error and not _can_open()
 
 
 def _can_open() -> bool:
@@ -70,15 +91,11 @@ def _can_open() -> bool:
     return True
 
 
-def overloaded() -> ApiError:
-    """Return what a client is told when no descriptor is left; the log says it once in a while."""
+def descriptors_exhausted() -> ApiError:
+    """Return the 503 for a client when no descriptor is left, and log it at most every 10 seconds."""
     global _logged_at  # noqa: PLW0603 -- one for the process
     now = time.monotonic()
-    if now - _logged_at >= _LOG_EVERY:
+    if now - _logged_at >= _LOG_INTERVAL:
         _logged_at = now
-        get_logger().error(
-            "no file descriptor is left",
-            limit=limit(),
-            advice="raise the limit (ulimit -n, LimitNOFILE=), or lower limits.connections",
-        )
-    return ApiError(503, "the gateway has no file descriptor left; try again in a moment", code="overloaded")
+        get_logger().error("file_descriptors_exhausted", limit=descriptor_limit(), advice=_ADVICE)
+    return ApiError(503, "the gateway has no file descriptor left; retry shortly", code="overloaded")

@@ -1,4 +1,4 @@
-"""Listening sockets, opened or inherited: they are there before any server is, and may be shared by several."""
+"""Listening sockets, opened or inherited: they exist before any server, and several processes may share them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BACKLOG = 1024
 
 
 class Listener:
-    """Sockets that listen. `address` is where clients find them: with the true port where 0 was asked for."""
+    """Listening sockets. `address` is their address for clients: with the real port, even if port 0 is configured."""
 
     def __init__(
         self, sockets: Sequence[socket.socket], address: Listen, file: tuple[int, int, int] | None = None
@@ -30,7 +30,7 @@ class Listener:
 
     @classmethod
     def open(cls, listen: Listen) -> Listener:
-        """Listen on an address: on all that its name has. Raises StartError where it cannot be had."""
+        """Listen on every address of a host name. Raises StartError if one cannot be used."""
         try:
             if listen.unix is not None:
                 sock = _open_unix(listen.unix, listen.mode)
@@ -42,7 +42,7 @@ class Listener:
 
     @classmethod
     def inherited(cls, descriptors: Sequence[int]) -> Listener:
-        """Take over sockets that listen already. Raises StartError where one of them does not."""
+        """Take over listening sockets. Raises StartError if one does not listen."""
         sockets = []
         for descriptor in descriptors:
             try:
@@ -52,8 +52,8 @@ class Listener:
                 raise StartError(f"descriptor {descriptor} is not a socket: {exc.strerror}") from None
             if not listening or sock.type != socket.SOCK_STREAM:
                 sock.close()
-                raise StartError(f"the socket that was passed in as descriptor {descriptor} does not listen")
-            sock.set_inheritable(False)  # a stage's own child processes must not keep it open
+                raise StartError(f"the socket passed in as descriptor {descriptor} does not listen")
+            sock.set_inheritable(False)  # child processes of a stage must not keep it open
             sockets.append(sock)
         name = sockets[0].getsockname()
         if sockets[0].family == socket.AF_UNIX:
@@ -61,12 +61,12 @@ class Listener:
         return cls(sockets, Listen(name[0], name[1]))
 
     def close(self) -> None:
-        """Close this process's descriptors; a process that shares the sockets goes on listening."""
+        """Close this process's descriptors; other processes with the same sockets continue to listen."""
         for sock in self.sockets:
             sock.close()
 
     def remove(self) -> None:
-        """Remove the file of a unix socket that was opened here, unless it is another's by now."""
+        """Remove the file of a Unix socket that this process opened, unless another process has replaced it."""
         if self._file is not None and self.address.unix is not None and _identity(self.address.unix) == self._file:
             Path(self.address.unix).unlink()
         self._file = None
@@ -94,7 +94,7 @@ def _open_tcp(host: str, port: int) -> list[socket.socket]:
             except OSError as exc:
                 if exc.errno != errno.EADDRNOTAVAIL:
                     raise
-                # `localhost` has an address of a family that this machine may have switched off.
+                # `localhost` may have an IPv6 address although IPv6 is disabled on this machine.
                 missing = exc
                 sockets.pop().close()
                 continue
@@ -112,8 +112,8 @@ def _open_unix(name: str, mode: int) -> socket.socket:
     _clear_socket(name)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # Linux makes the file with the socket's own mode, less the umask, so it is never more open than it will be.
-        # Elsewhere nobody can connect before `listen`.
+        # Linux creates the file with the socket's mode minus the umask, so it is never more open than configured.
+        # On other systems, no client can connect before `listen`.
         with contextlib.suppress(OSError):
             os.fchmod(sock.fileno(), mode)
         sock.bind(name)
@@ -126,25 +126,25 @@ def _open_unix(name: str, mode: int) -> socket.socket:
 
 
 def _identity(name: str) -> tuple[int, int, int] | None:
-    """Return what tells a socket's file from another of the same name; None where there is none."""
+    """Return the identity of a socket's file, which differs from a later file of the same name; None without one."""
     try:
         status = os.stat(name)
     except FileNotFoundError:
         return None
-    # An inode is soon used again; the time of the last change of the content is, for a socket, that of its making.
+    # Inodes are reused. The mtime of a socket's file is its creation time.
     return (status.st_dev, status.st_ino, status.st_mtime_ns) if stat.S_ISSOCK(status.st_mode) else None
 
 
 def _clear_socket(name: str) -> None:
-    """Remove a socket that an earlier run left behind. Raises OSError where somebody still answers on it."""
+    """Remove a socket that an earlier run left. Raises OSError if another process still accepts on it."""
     if _identity(name) is None:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(1)
         try:
-            with contextlib.suppress(TimeoutError):  # a full backlog: somebody is there, if busy
+            with contextlib.suppress(TimeoutError):  # a full backlog: a process listens, but is busy
                 sock.connect(name)
         except (ConnectionError, FileNotFoundError):
             Path(name).unlink(missing_ok=True)
             return
-    raise OSError(errno.EADDRINUSE, "another process answers on this socket")
+    raise OSError(errno.EADDRINUSE, "another process listens on this socket")

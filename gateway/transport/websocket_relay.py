@@ -227,7 +227,8 @@ class WebSocketRelay:
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._client = _Side(
             self, client=True, filters=up, most=most,
-            write=self._to_client, hold=lambda check: connection.hold(check_left=check), release=connection.release,
+            write=self._to_client, hold=lambda check: connection.pause_input(check_disconnect=check),
+            release=connection.resume_input,
         )  # fmt: skip
         self._azure = _Side(
             self, client=False, filters=down, most=most,
@@ -378,7 +379,7 @@ class WebSocketRelay:
             self._fail(exc)
         except Exception as exc:
             get_logger().error(
-                "a filter failed", request_id=self._request_id, **redacted(exception_fields(exc), self._hidden)
+                "filter_failed", request_id=self._request_id, **redacted(exception_fields(exc), self._hidden)
             )
             self._fail(
                 ApiError(

@@ -1,9 +1,8 @@
-"""Writes that leave together, at the end of a turn of the loop.
+"""Deferred writes: all connections write together, at the end of a turn of the event loop.
 
-A turn handles what arrived on many connections. A write between two of them wakes its reader, on another core,
-for that one message, which then sleeps again; and it throws what the stages use out of the processor's caches.
-One after the other at the end of the turn, the same writes cost a third less (docs/performance.md). None waits
-for another turn.
+A turn handles the input of many connections. A write in between wakes its reader on another core for one message, and
+evicts the data of the stages from the processor's caches. At the end of the turn, the same writes cost a third less
+(docs/performance.md). No write waits for the next turn.
 """
 
 from __future__ import annotations
@@ -11,32 +10,32 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-__all__ = ("Sender", "WriteBuffer")
+__all__ = ("BufferedConnection", "WriteBuffer")
 
 
-class Sender(Protocol):
-    """A connection that holds something to be written."""
+class BufferedConnection(Protocol):
+    """A connection with a buffered write."""
 
     def flush(self) -> None:
         """Write it."""
 
 
 class WriteBuffer:
-    """The connections of one loop that have something to write at the end of this turn."""
+    """The connections of one event loop that write at the end of this turn."""
 
-    __slots__ = ("_loop", "_waiting")
+    __slots__ = ("_connections", "_loop")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: list[Sender] = []
+        self._connections: list[BufferedConnection] = []
 
-    def add(self, sender: Sender) -> None:
-        """Have a connection write at the end of this turn."""
-        if not self._waiting:
+    def add(self, connection: BufferedConnection) -> None:
+        """Flush a connection at the end of this turn."""
+        if not self._connections:
             self._loop.call_soon(self._flush)
-        self._waiting.append(sender)
+        self._connections.append(connection)
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for sender in waiting:
-            sender.flush()
+        connections, self._connections = self._connections, []
+        for connection in connections:
+            connection.flush()

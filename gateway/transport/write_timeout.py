@@ -1,4 +1,7 @@
-"""Patience with a client that does not read: as long as it takes anything, however slowly, it is waited for."""
+"""The write timeout: how long a client that stops reading is waited for.
+
+A client that reads at all, however slowly, is waited for: each byte that it takes restarts the timeout.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +13,34 @@ __all__ = ("WriteTimeout",)
 
 
 class WritableConnection(Protocol):
-    """A connection that is written to."""
+    """A connection with pending writes."""
 
     @property
-    def unsent(self) -> int:
+    def unsent_bytes(self) -> int:
         """The number of bytes that the client has not taken yet."""
 
 
 class WriteTimeout:
-    """Calls `give_up` when a client has taken nothing for so many seconds; `cancel` where it need not be waited for."""
+    """Calls `on_timeout` when a client has taken no byte for `seconds`, unless `cancel` is called before."""
 
-    __slots__ = ("_connection", "_give_up", "_seconds", "_timer", "_unsent")
+    __slots__ = ("_connection", "_on_timeout", "_seconds", "_timer", "_unsent_bytes")
 
-    def __init__(self, connection: WritableConnection, seconds: float, give_up: Callable[[], None]) -> None:
+    def __init__(self, connection: WritableConnection, seconds: float, on_timeout: Callable[[], None]) -> None:
         self._connection = connection
         self._seconds = seconds
-        self._give_up = give_up
+        self._on_timeout = on_timeout
         self._wait()
 
     def _wait(self) -> None:
-        self._unsent = self._connection.unsent
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._look)
+        self._unsent_bytes = self._connection.unsent_bytes
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._check)
 
-    def _look(self) -> None:
-        if self._connection.unsent < self._unsent:
+    def _check(self) -> None:
+        if self._connection.unsent_bytes < self._unsent_bytes:
             self._wait()
         else:
-            self._give_up()
+            self._on_timeout()
 
     def cancel(self) -> None:
-        """Wait no longer."""
+        """Stop the timeout."""
         self._timer.cancel()

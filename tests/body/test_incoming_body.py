@@ -1,4 +1,4 @@
-"""Bodies as they arrive: whole or not at all, however they are cut, and never at the cost of another client."""
+"""Incoming bodies: complete or rejected, however reads split them, and without delay for other clients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.body.incoming_body import LINES_AT_ONCE, IncomingBody
+from gateway.body.incoming_body import INLINE_FRAMING_LINES, IncomingBody
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
 from gateway.protocol.http1 import MOST_LINES
@@ -39,7 +39,7 @@ pipeline:
 
 
 class Client:
-    """A client whose bytes a gateway gets in exactly the reads that a test gives."""
+    """A client whose bytes the gateway gets in exactly the reads of a test."""
 
     def __init__(self, gateway: Gateway) -> None:
         http = gateway.server._http
@@ -49,7 +49,7 @@ class Client:
         self.connection.connection_made(self.pipe)
 
     async def send(self, *reads: bytes) -> None:
-        """Give each read once the gateway takes it, and let the gateway do what it can before the next."""
+        """Give each read when the gateway accepts it, and let the gateway work before the next."""
         for read in reads:
             await until(lambda: self.pipe.reading)
             if self.pipe.closing:
@@ -58,7 +58,7 @@ class Client:
             await settle()
 
     async def status(self) -> int:
-        """Return the status of the answer, once its head is there."""
+        """Return the status of the response, when its head has arrived."""
         await until(lambda: b"\r\n\r\n" in self.received)
         return int(self.received.split(b" ", 2)[1])
 
@@ -72,7 +72,7 @@ class Client:
 
 
 class Between:
-    """A gateway and the Azure beyond it, for many examples of one test (and few words when one of them fails)."""
+    """A gateway and its fake Azure, for many examples of one test (with a short repr when one of them fails)."""
 
     def __init__(self, gateway: Gateway, azure: FakeAzure) -> None:
         self.gateway = gateway
@@ -124,7 +124,7 @@ SIZES = st.lists(st.integers(1, 4000), min_size=1, max_size=6)
 
 
 def pieces(data: bytes, sizes: list[int], most: int) -> Iterator[bytes]:
-    """Yield data in pieces of these sizes, again and again; larger ones where there were more than `most`."""
+    """Yield data in pieces of these sizes, repeated; larger ones if there would be more than `most`."""
     place = 0
     for size in itertools.cycle([max(size, len(data) // most) for size in sizes]):
         yield data[place : place + size]
@@ -154,9 +154,9 @@ async def test_a_body_arrives_whole(
     reads: list[int],
     extension: bytes,
 ) -> None:
-    """Byte for byte, through every reader: with its length or in any chunks, and cut into reads at any bytes.
+    """Byte for byte, through every reader: with a length or in any chunks, and split into any reads.
 
-    Or it is refused, where the chunks are nearly all framing; never is a part of it taken for all of it.
+    Or it is rejected, if the chunks are nearly all framing; a part of it is never taken for all of it.
     """
     gateway, azure = between.gateway, between.azure
     azure.requests.clear()
@@ -189,7 +189,7 @@ async def test_a_body_that_breaks_off_is_never_taken_for_a_whole_one(
     reads: list[int],
     part: float,
 ) -> None:
-    """Whatever byte is the last one: Azure sees no end of it."""
+    """Whichever byte is the last one: Azure never sees a complete body."""
     gateway, azure = between.gateway, between.azure
     azure.requests.clear()
     path, kind, body = READERS[reader](payload)
@@ -209,7 +209,7 @@ async def test_a_body_that_breaks_off_is_never_taken_for_a_whole_one(
 async def test_a_read_with_nothing_but_framing_is_not_the_end(
     lonely: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """As Python's requests before 2.29 sends it: each chunk's size in a packet of its own."""
+    """As Python's requests before 2.29 sends it: each chunk's size in a separate packet."""
     gateway = await start_gateway(azure.endpoint, YAML)
     path, kind, body = READERS["audio, the model first"](b"A" * 2000)
     first, second, third = (b"%x\r\n%b\r\n" % (len(part), part) for part in (body[:200], body[200:1200], body[1200:]))
@@ -225,90 +225,90 @@ async def test_a_read_with_nothing_but_framing_is_not_the_end(
     assert azure.requests[-1].body == body
 
 
-# -- how much of it in one turn ------------------------------------------------------------------------
+# -- a bounded number of chunks in each turn ----------------------------------------------------------
 
 
-class Quiet:
-    """A sender that only notes whether it is held."""
+class StubTransport:
+    """A transport that only records whether reading is paused."""
 
     held = False
     released = 0
 
-    def say_continue(self) -> None: ...
+    def send_continue(self) -> None: ...
 
-    def hold(self) -> None:
+    def pause_input(self) -> None:
         self.held = True
 
-    def release(self) -> None:
+    def resume_input(self) -> None:
         self.held = False
         self.released += 1
 
-    def waits(self, waiting: bool) -> None: ...
+    def client_awaited(self, awaited: bool) -> None: ...
 
 
-def arriving(sender: Quiet, length: int | None = None) -> IncomingBody:
+def arriving(transport: StubTransport, length: int | None = None) -> IncomingBody:
     loop = asyncio.get_running_loop()
-    return IncomingBody(sender, loop, length=length, expects=False, limit=1 << 30, patience=5, least=500)
+    return IncomingBody(transport, loop, length=length, expects_continue=False, limit=1 << 30, timeout=5, min_rate=500)
 
 
 SMALL_CHUNK = b"3\r\nxyz\r\n"
 
 
 async def test_a_read_of_many_chunks_is_handled_some_at_a_time(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """16 chunks at once, 128 in each step, the client held meanwhile; and nothing of them is lost."""
+    """16 chunks on arrival, then 128 in each step, with reading paused meanwhile; and no byte is lost."""
     gateway = await start_gateway(azure.endpoint, YAML)
     client = Client(gateway)
     path, kind, _ = chat(b"")
     counts = []
     feed = IncomingBody.feed
 
-    def counted(self: IncomingBody, data: bytes, most: int = MOST_LINES) -> bytes:
+    def counted(self: IncomingBody, data: bytes, max_lines: int = MOST_LINES) -> bytes:
         before = self._total
-        extra = feed(self, data, most)
+        extra = feed(self, data, max_lines)
         counts.append((self._total - before) // 3)
         return extra
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(IncomingBody, "feed", counted)
         client.connection.data_received(head(path, kind, "Transfer-Encoding: chunked") + SMALL_CHUNK * 1000)
-        assert counts == [LINES_AT_ONCE // 2]
+        assert counts == [INLINE_FRAMING_LINES // 2]
         assert not client.pipe.reading
         await until(lambda: client.pipe.reading)
         assert counts == [16, *[128] * 7, 88]
         client.connection.data_received(b"0\r\n\r\n")
-    assert await client.status() == 400  # `xyz...` is no JSON, and has come whole
+    assert await client.status() == 400  # the body is complete, but `xyz...` is not JSON
     client.leave()
 
 
-async def test_a_body_whose_reader_is_behind_is_not_parsed_further() -> None:
-    """What came stays as it is until the reader takes what waits for it."""
-    sender = Quiet()
-    body = arriving(sender)
+async def test_a_body_with_a_slow_reader_is_not_parsed_further() -> None:
+    """Unread bytes are kept unparsed until the reader takes the buffered ones."""
+    transport = StubTransport()
+    body = arriving(transport)
     piece = b"x" * 1000
     wire = b"3e8\r\n" + piece + b"\r\n"
     body.feed(wire * 300)
     taken = body._total
     assert taken == 128 * 1000
-    assert (sender.held, body.full, body.goes_on) == (True, True, False)
+    assert (transport.held, body.full, body.has_work) == (True, True, False)
     read = await body.read()
     assert read == piece * 128
-    assert (body.goes_on, sender.released) == (True, 1)
+    assert (body.has_work, transport.released) == (True, 1)
     assert len(body.unread) == len(wire) * (300 - 128)
 
 
-class Nobody:
-    """A server that only has this connection."""
+class SingleServer:
+    """A server that has only this connection."""
 
     def connection_made(self, *_: object) -> None: ...
 
     def connection_lost(self, *_: object) -> None: ...
 
-    def above(self, _: int) -> int:
+    def excess(self, _: int) -> int:
         return 0
 
 
 async def test_a_body_in_chunks_goes_on_when_its_reader_does() -> None:
-    """A reader that was behind takes what waits, and so has the unread chunks parsed; then the client is read again."""
+    """A slow reader takes the buffered bytes, which lets the unread chunks be parsed; then reading resumes."""
     pieces: list[bytes] = []
     go_on = asyncio.Event()
 
@@ -321,7 +321,7 @@ async def test_a_body_in_chunks_goes_on_when_its_reader_does() -> None:
 
     loop = asyncio.get_running_loop()
     limits, timeouts = Limits(), Timeouts()
-    client = ClientConnection(cast("Server", Nobody()), handle, loop, limits, timeouts, WriteBuffer(loop))
+    client = ClientConnection(cast("Server", SingleServer()), handle, loop, limits, timeouts, WriteBuffer(loop))
     pipe = Pipe()
     client.connection_made(pipe)
     client.data_received(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -337,11 +337,11 @@ async def test_a_body_in_chunks_goes_on_when_its_reader_does() -> None:
 
 
 @given(BODIES, SIZES, SIZES, st.integers(1, 20))
-async def test_what_is_read_is_what_was_sent_and_never_nothing(
+async def test_a_chunked_body_is_read_as_sent_and_without_empty_pieces(
     payload: bytes, chunks: list[int], reads: list[int], most: int
 ) -> None:
-    """However few lines one call reads: the same bytes, no piece of them empty, and then None."""
-    body = arriving(Quiet())
+    """However few lines one call parses: the same bytes, no empty piece, and then None."""
+    body = arriving(StubTransport())
     wire = chunked(payload, [max(size, 3) for size in chunks])
     found = []
     for part in pieces(wire + b"next", reads, 150):
@@ -361,13 +361,13 @@ async def test_what_is_read_is_what_was_sent_and_never_nothing(
 
 
 async def test_two_connections_take_turns(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Of two bodies in many chunks, none is read to its end before the other has had a turn."""
+    """Of two bodies in many chunks, neither is read to its end before the other has had a turn."""
     gateway = await start_gateway(azure.endpoint, YAML)
     first, second = Client(gateway), Client(gateway)
     path, kind, _ = chat(b"")
     for client in (first, second):
         client.connection.data_received(head(path, kind, "Transfer-Encoding: chunked") + SMALL_CHUNK * 2000)
-    bodies = [client.connection._arriving for client in (first, second)]
+    bodies = [client.connection._body for client in (first, second)]
     left = []
     while not (first.pipe.reading and second.pipe.reading):
         await asyncio.sleep(0)
@@ -377,8 +377,8 @@ async def test_two_connections_take_turns(start_gateway: StartGateway, azure: Fa
         client.leave()
 
 
-async def test_what_is_unread_of_a_client_that_leaves_is_let_go(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """No step runs for it any more, and its request ends."""
+async def test_unread_bytes_of_a_client_that_leaves_are_released(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """No further step runs for it, and its request ends."""
     gateway = await start_gateway(azure.endpoint, YAML)
     client = Client(gateway)
     path, kind, _ = chat(b"")
@@ -393,7 +393,7 @@ async def test_what_is_unread_of_a_client_that_leaves_is_let_go(start_gateway: S
 async def test_a_whole_body_in_unread_chunks_is_followed_by_the_next_request(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """What comes after the last chunk is found behind the last step."""
+    """The bytes after the last chunk are parsed after the last step."""
     gateway = await start_gateway(azure.endpoint, YAML)
     client = Client(gateway)
     path, kind, body = chat(b"x" * 3000)
@@ -404,16 +404,16 @@ async def test_a_whole_body_in_unread_chunks_is_followed_by_the_next_request(
     client.leave()
 
 
-# -- what is not wanted --------------------------------------------------------------------------------
+# -- unread bodies -------------------------------------------------------------------------------------
 
 
 def refused(*more: str) -> bytes:
-    """Return a head that is refused before its body is read."""
+    """Return a head that is rejected before its body is read."""
     return head("/v1/chat/completions", "application/json", *more).replace(b"Bearer", b"Basic")
 
 
 async def test_a_short_rest_is_skipped_and_the_connection_kept(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """It is counted, and not read: the next request follows on the same connection."""
+    """It is counted, not parsed: the next request follows on the same connection."""
     gateway = await start_gateway(azure.endpoint, YAML)
     client = Client(gateway)
     await client.send(refused("Content-Length: 200000") + b"x" * 1000)
@@ -425,10 +425,10 @@ async def test_a_short_rest_is_skipped_and_the_connection_kept(start_gateway: St
 
 
 @pytest.mark.parametrize("length", ["Content-Length: 300000", "Transfer-Encoding: chunked"])
-async def test_another_rest_ends_the_connection_and_is_never_parsed(
+async def test_a_long_or_chunked_rest_ends_the_connection_and_is_never_parsed(
     length: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """A long rest, or a chunked one: the answer says so, and what comes is no second request, whatever it is."""
+    """After a long rest, or a chunked one, the response says `connection: close`, and no input is a second request."""
     gateway = await start_gateway(azure.endpoint, YAML)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(refused(length) + b"5\r\nhello")
@@ -436,7 +436,7 @@ async def test_another_rest_ends_the_connection_and_is_never_parsed(
     assert b" 401 " in answer
     assert b"connection: close" in answer
     [held] = gateway.server._http.connections  # type: ignore[union-attr]
-    assert cast(ClientConnection, held)._arriving is None
+    assert cast(ClientConnection, held)._body is None
     writer.write(b"\r\n0\r\n\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
     async with asyncio.timeout(10):
         rest = await reader.read()
@@ -444,11 +444,11 @@ async def test_another_rest_ends_the_connection_and_is_never_parsed(
     writer.close()
 
 
-async def test_a_client_that_goes_on_sending_is_read_only_so_long(
+async def test_a_lingering_close_is_bounded_in_bytes(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lingering close is bounded in bytes: 32 MiB, here 100 KB."""
-    monkeypatch.setattr(connection, "_MOST_LINGERED", 100_000)
+    """A lingering close is limited to 32 MiB, here 100 KB."""
+    monkeypatch.setattr(connection, "_LINGERING_CLOSE_BYTES", 100_000)
     gateway = await start_gateway(azure.endpoint, YAML)
     client = Client(gateway)
     client.pipe.can_write_eof = lambda: True  # type: ignore[method-assign]
@@ -463,11 +463,11 @@ async def test_a_client_that_goes_on_sending_is_read_only_so_long(
     client.leave()
 
 
-async def test_a_client_that_goes_on_dripping_is_closed_on(
+async def test_a_lingering_close_is_bounded_in_time(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A lingering close is bounded in time, in all: each byte does not begin it again."""
-    monkeypatch.setattr(connection, "_LINGER", 0.3)
+    """The timeout of a lingering close is for all of it: a byte does not restart it."""
+    monkeypatch.setattr(connection, "_LINGERING_CLOSE_TIMEOUT", 0.3)
     gateway = await start_gateway(azure.endpoint, YAML)
     _, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(refused("Transfer-Encoding: chunked"))
@@ -487,7 +487,7 @@ async def test_a_client_that_goes_on_dripping_is_closed_on(
 
 
 async def drip(port: int, first: bytes, rest: bytes, pause: float = 0.05) -> bytes:
-    """Send `first`, then `rest` byte by byte until there is an answer; return all that came."""
+    """Send `first`, then `rest` byte by byte until there is a response; return all received bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = asyncio.create_task(reader.read())
     try:
@@ -518,12 +518,12 @@ SLOW = {
 
 @pytest.mark.parametrize("kind", SLOW)
 async def test_a_body_that_drips_is_a_408(kind: str, start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Bytes keep coming, each in time; in all they are too slow. No time of Azure's or a stage's runs meanwhile."""
+    """Each byte arrives in time, but the body is too slow overall. No other timeout runs meanwhile."""
     gateway = await start_gateway(azure.endpoint, YAML, timeouts={"client": 1.5, "first_byte": 1.0})
     received = await drip(gateway.port, *SLOW[kind])
     assert received.startswith(b"HTTP/1.1 408 "), received
     assert b"connection: close" in received
-    assert b"500 bytes per second" in received or b"no more of the body" in received
+    assert b"500 bytes per second" in received or b"no byte arrived" in received
     assert b"Azure" not in received
     await gateway.idle()
     [event] = gateway.exchanges()
@@ -532,7 +532,7 @@ async def test_a_body_that_drips_is_a_408(kind: str, start_gateway: StartGateway
 
 
 async def test_a_body_above_the_least_rate_may_take_its_time(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Longer than `first_byte`, which is not for the time in which the client sends."""
+    """Longer than `first_byte`, which excludes the time in which the client sends."""
     gateway = await start_gateway(azure.endpoint, YAML, timeouts={"first_byte": 1.0}, limits={"body_rate": 1})
     path, kind, body = chat(b"12345678")
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -544,29 +544,29 @@ async def test_a_body_above_the_least_rate_may_take_its_time(start_gateway: Star
     writer.close()
 
 
-async def test_a_body_that_stops_is_given_up_from_its_last_byte_on(start_gateway: StartGateway) -> None:
-    """The time without a byte begins with the last one, not with the time-out before it."""
+async def test_the_timeout_of_a_body_begins_at_its_last_byte(start_gateway: StartGateway) -> None:
+    """The timeout begins with the last byte, not with the timer before it."""
     loop = asyncio.get_running_loop()
-    sender = Quiet()
-    body = IncomingBody(sender, loop, length=100, expects=False, limit=1000, patience=50, least=1)
+    transport = StubTransport()
+    body = IncomingBody(transport, loop, length=100, expects_continue=False, limit=1000, timeout=50, min_rate=1)
     waiting = asyncio.create_task(body.rest(None))
     await settle()
-    body._begun -= 40.0  # it has waited for 40 s when the next byte comes
+    body._wait_started -= 40.0  # it has waited for 40 s when the next byte arrives
     body.feed(b"x")
     assert body._timer is not None
-    assert body._due() == pytest.approx(body._begun + 51), "50 s in all, and one for the byte"
+    assert body._due() == pytest.approx(body._wait_started + 51), "50 s overall, plus 1 s for the byte"
     body._waited, body._total = -1000.0, 1
-    assert body._due() == body._came + 50, "50 s from the byte"
-    body._came -= 51.0
-    body._look()
-    with pytest.raises(ApiError, match="no more of the body arrived for 50 s"):
+    assert body._due() == body._last_byte_at + 50, "50 s after the byte"
+    body._last_byte_at -= 51.0
+    body._check_timeout()
+    with pytest.raises(ApiError, match="no byte arrived for 50 s"):
         await waiting
 
 
 async def test_a_reader_that_is_slow_costs_its_client_no_time() -> None:
-    """Only what is waited for counts."""
-    sender = Quiet()
-    body = arriving(sender, 100)
+    """Only the time in which the reader waits counts."""
+    transport = StubTransport()
+    body = arriving(transport, 100)
     body.feed(b"x" * 50)
     assert await body.read() == b"x" * 50
     assert body._waited == 0
@@ -581,10 +581,10 @@ async def test_a_reader_that_is_slow_costs_its_client_no_time() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-async def test_2000_slow_clients_are_closed_on_while_others_are_served(
+async def test_2000_slow_clients_are_disconnected_while_others_are_served(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """Heads, bodies and chunks at a byte a second: each is told 408, and who asks meanwhile is answered."""
+    """Heads, bodies and chunks at 1 byte per second get a 408; other clients get responses meanwhile."""
     gateway = await start_gateway(azure.endpoint, YAML, timeouts={"head": 4, "client": 4})
     kinds = [
         (b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX: ", b"a"),
@@ -597,7 +597,7 @@ async def test_2000_slow_clients_are_closed_on_while_others_are_served(
         assert received.startswith(b"HTTP/1.1 200 "), received
         served += 1
         await asyncio.sleep(0.05)
-    # (A client that writes once more before it reads may see the connection's end alone.)
+    # (A client that writes once more before it reads may see only the end of the connection.)
     assert all(task.result().startswith(b"HTTP/1.1 408 ") or not task.result() for task in slow)
     assert served
     await gateway.idle()

@@ -1,4 +1,4 @@
-"""Looking at the beginning of a body: what was looked at stays in it, and nothing is lost."""
+"""Peeking at the beginning of a body consumes nothing, and loses nothing."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ async def source(*, pause: float = 0.0) -> AsyncIterator[bytes]:
     [(b"", b""), (b"o", b"one "), (b"two", b"one two "), (b"three", b"one two three"), (b"four", b"one two three")],
 )
 async def test_a_stage_s_own_stream_stays_whole(wanted: bytes, seen: bytes) -> None:
-    """Up to the piece that is enough, or the end, and no further."""
+    """Peeking reads up to the piece that suffices, or the end, and no further."""
     response = Response(200, source())
     assert seen == await response.peek(lambda data: wanted in data, 5)
     assert seen == await response.peek(lambda _: True, 5)
     assert await response.read() == b"one two three"
 
 
-async def test_a_body_at_hand_is_what_it_is() -> None:
-    """Bytes are returned whole, whatever is asked for."""
+async def test_a_buffered_body_is_returned_whole() -> None:
+    """Bytes are returned whole, whatever the predicate says."""
     assert await Response(200, b"all").peek(lambda _: False, 5) == b"all"
 
 
 async def test_waiting_for_too_long_loses_no_byte() -> None:
-    """What comes later is still part of the body; the source is not disturbed."""
+    """Bytes that arrive later are part of the body; the timeout does not disturb the source."""
     response = Response(200, source(pause=0.02))
     assert await response.peek(lambda _: False, 0.001) == b""
     assert await response.read() == b"one two three"
 
 
 async def test_what_is_kept_is_bounded() -> None:
-    """Above 64 KiB there is no more to be seen."""
+    """Peeking stops above 64 KiB."""
 
     async def endless() -> AsyncIterator[bytes]:
         while True:
@@ -56,7 +56,7 @@ async def test_what_is_kept_is_bounded() -> None:
 
 
 async def test_closing_closes_the_source() -> None:
-    """Also while it is waited for."""
+    """Even while `grow` waits for it."""
     closed = asyncio.Event()
 
     async def waits() -> AsyncIterator[bytes]:
@@ -91,7 +91,7 @@ pipeline: [peeks, access_log: {usage: false}, auth_passthrough, model_map, api_v
 
 
 async def test_azure_s_stream_stays_whole(start_gateway: StartGateway) -> None:
-    """Peeking to the very end, the client gets every byte; a stream above 64 KiB is not kept."""
+    """After peeking to the end, the client gets every byte; a stream above 64 KiB is not kept."""
     for words in (["Hello"], ["x" * 1000] * 200):
         async with FakeAzure(words=words) as azure:
             gateway = await start_gateway(azure.endpoint, YAML, {"mine/peeks.py": PEEKS})
@@ -103,7 +103,7 @@ async def test_azure_s_stream_stays_whole(start_gateway: StartGateway) -> None:
 
 
 async def test_a_break_is_raised(start_gateway: StartGateway) -> None:
-    """Azure's connection ends while it is waited for: nothing was sent, so it is a 502."""
+    """If Azure's connection breaks while a stage peeks, nothing was sent yet: the client gets a 502."""
     broken = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n5\r\ndata:\r\n"
     async with raw_upstream(broken) as upstream:
         gateway = await start_gateway(upstream.endpoint, YAML, {"mine/peeks.py": PEEKS})

@@ -1,4 +1,4 @@
-"""What is kept for later: in memory while it is little, then on disk."""
+"""The spool: bytes are in memory while they are few, then on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_files() -> set[str]:
 
 @given(st.lists(st.binary(max_size=40), max_size=20), st.integers(0, 100), st.integers(0, 100))
 async def test_what_was_written_is_read_back(pieces: list[bytes], start: int, size: int) -> None:
-    """Any part of it, in any order, wherever memory ended."""
+    """Any part can be read, in any order, in memory and on disk."""
     spool = SpooledFile(in_memory=16)
     for piece in pieces:
         await spool.write(piece)
@@ -43,8 +43,8 @@ async def test_what_was_written_is_read_back(pieces: list[bytes], start: int, si
 
 
 async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
-    """The file has no name, and is gone when it is closed."""
-    gc.collect()  # files of other tests, whose numbers would be given again in between
+    """The file has no name, and closing deletes it."""
+    gc.collect()  # files of other tests, whose descriptor numbers may be reused
     before = open_files()
     spool = SpooledFile(in_memory=1000)
     await spool.write(b"x" * 900)
@@ -58,7 +58,7 @@ async def test_little_stays_in_memory_and_much_leaves_no_file_behind() -> None:
 
 
 class Account:
-    """Counts what a spool says that it keeps."""
+    """Counts the bytes that a spool reports."""
 
     def __init__(self, disk: int = 1000) -> None:
         self.memory = self.disk = self.most_in_memory = 0
@@ -82,7 +82,7 @@ class Account:
 
 @given(st.lists(st.integers(0, 40), max_size=20), st.integers(0, 200))
 async def test_each_byte_is_counted_once_where_it_is(sizes: list[int], room: int) -> None:
-    """In memory, or on disk; none after the end, also where there was no room for it."""
+    """In memory or on disk; none after `close`, even if the budget was exhausted."""
     account = Account(room)
     spool = SpooledFile(in_memory=16, account=account)
     with contextlib.suppress(ApiError):
@@ -97,19 +97,19 @@ async def test_each_byte_is_counted_once_where_it_is(sizes: list[int], room: int
 
 @pytest.mark.parametrize("in_memory", [10, 100])
 async def test_what_was_closed_is_gone_and_not_empty(in_memory: int) -> None:
-    """A reader is told: nothing at all would be the end of a body that is cut short."""
+    """Reading raises an error: no bytes would mean the end of the body."""
     spool = SpooledFile(in_memory=in_memory)
     await spool.write(b"x" * 20)
     spool.close()
     await until(lambda: spool._file is None)
-    with pytest.raises(OSError, match="is over"):
+    with pytest.raises(OSError, match="has ended"):
         await spool.read(0, 20)
-    with spool.lock, pytest.raises(OSError, match="is over"):
+    with spool.lock, pytest.raises(OSError, match="has ended"):
         spool.file()
 
 
 async def test_a_file_that_lost_bytes_is_not_taken_for_whole() -> None:
-    """What was written and cannot be read is an error, not an end."""
+    """Missing bytes are an error, not an end."""
     spool = SpooledFile(in_memory=10)
     await spool.write(b"x" * 20)
     assert spool._file is not None

@@ -271,7 +271,7 @@ async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) ->
                 assert (await answer.text()).endswith("data: [DONE]\n\n")
         assert await running.gone() == 0
         assert not running.named("worker died")
-        assert not running.named("exchanges cut off")
+        assert not running.named("exchanges_cancelled")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""File descriptors: a lack of them is told apart from every other failure, and passes."""
+"""File descriptors: their exhaustion is distinguished from every other failure, and is temporary."""
 
 from __future__ import annotations
 
@@ -61,33 +61,33 @@ def raised(cause: BaseException) -> UpstreamError:
 
 
 def test_a_lack_is_known_by_what_led_to_an_error() -> None:
-    """Whatever it is wrapped in; other errors are other errors, while descriptors are left."""
-    assert descriptors.none_left(NONE)
-    assert descriptors.none_left(raised(NONE))
-    assert descriptors.none_left(raised(OSError(errno.ENFILE, "x")))
-    assert not descriptors.none_left(raised(ConnectionRefusedError(errno.ECONNREFUSED, "x")))
-    assert not descriptors.none_left(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
-    assert not descriptors.none_left(ValueError("x"))
-    assert not descriptors.none_left(None)
+    """However the error is wrapped; other errors do not count while descriptors are left."""
+    assert descriptors.caused_by_exhaustion(NONE)
+    assert descriptors.caused_by_exhaustion(raised(NONE))
+    assert descriptors.caused_by_exhaustion(raised(OSError(errno.ENFILE, "x")))
+    assert not descriptors.caused_by_exhaustion(raised(ConnectionRefusedError(errno.ECONNREFUSED, "x")))
+    assert not descriptors.caused_by_exhaustion(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
+    assert not descriptors.caused_by_exhaustion(ValueError("x"))
+    assert not descriptors.caused_by_exhaustion(None)
 
 
 def test_a_look_up_that_could_open_nothing_is_a_lack(exhausted: None) -> None:
-    """It only says that it failed, so the system is asked whether anything can be opened."""
-    assert descriptors.none_left(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
-    assert not descriptors.none_left(ValueError("x"))
+    """The error says only that the lookup failed, so the gateway checks whether a file can be opened."""
+    assert descriptors.caused_by_exhaustion(raised(socket.gaierror(socket.EAI_AGAIN, "x")))
+    assert not descriptors.caused_by_exhaustion(ValueError("x"))
 
 
 def test_clients_leave_room_for_what_else_there_is() -> None:
-    """Each may need a connection to Azure; some are left for files, and one client is always let in."""
-    assert descriptors.clients_allowed(65_536) == 32_752
-    assert descriptors.clients_allowed(64) == 16
-    assert descriptors.clients_allowed(8) == 1
+    """Each may need a connection to Azure; some are reserved for files, and one client is always accepted."""
+    assert descriptors.client_capacity(65_536) == 32_752
+    assert descriptors.client_capacity(64) == 16
+    assert descriptors.client_capacity(8) == 1
 
 
 async def test_a_client_is_told_that_the_gateway_is_overloaded(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 with Retry-After, in the log as such; no deployment of a pool counts as failing, and no other is asked."""
+    """503 with Retry-After, and a log event; no deployment of a pool counts as failing, and no other is tried."""
     async with cluster("east", "west") as regions:
         gateway = await start_gateway("", pool_yaml(regions))
 
@@ -106,8 +106,8 @@ async def test_a_client_is_told_that_the_gateway_is_overloaded(
         rows = gateway.server.shared.health.report()
         assert {row["state"] for row in rows} == {"available"}
         assert all(row["counts"] == {"answered": 0} or not sum(row["counts"].values()) for row in rows)
-        (event,) = [each for each in gateway.events if each["event"] == "no file descriptor is left"]
-        assert event["limit"] == descriptors.limit()
+        (event,) = [each for each in gateway.events if each["event"] == "file_descriptors_exhausted"]
+        assert event["limit"] == descriptors.descriptor_limit()
         assert {each["error"] for each in gateway.events if each["event"] == "exchange"} == {"overloaded"}
         async with gateway.post(json=CHAT) as answer:
             assert answer.status == 200
@@ -127,7 +127,7 @@ class Opens(Stage):
 async def test_a_stage_that_can_open_nothing_is_no_bug_of_its_own(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """The client is told the same, and the log names the stage."""
+    """The client gets the same error, and the log names the stage."""
     yaml = """
 plugins_path: mine
 resources: {azure: {endpoint: "${ENDPOINT}"}}
@@ -141,7 +141,7 @@ pipeline: [opens, auth_passthrough, {model_map: {unmapped: own_name}}, api_versi
 
 
 def test_tls_files_that_cannot_be_opened_for_now(exhausted: None, tmp_path: Path) -> None:
-    """Are not files that are wrong."""
+    """They are not reported as invalid files."""
     resource_ = Resource("east", "https://x.openai.azure.com", tls=Tls(ca=tmp_path / "ca.pem"))
     with pytest.raises(ApiError) as caught:
         connector._context(resource_)
@@ -149,7 +149,7 @@ def test_tls_files_that_cannot_be_opened_for_now(exhausted: None, tmp_path: Path
 
 
 async def test_files_that_cannot_be_looked_at_are_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A team's files are not gone because the folder cannot be opened: nothing is reloaded, and the watch goes on."""
+    """If a folder cannot be opened, its files do not count as deleted: nothing is reloaded, and the watch continues."""
     path = write_files(
         tmp_path,
         {
@@ -182,7 +182,7 @@ async def test_files_that_cannot_be_looked_at_are_not_changed(tmp_path: Path, mo
 
 @pytest.mark.parametrize("pattern", ["*.yaml", "t*/*.yaml", "t?ams/b.yaml", "teams/b.yaml", "no/*.yaml", ".*", "[x"])
 def test_patterns_find_what_glob_finds(pattern: str, tmp_path: Path) -> None:
-    """Sorted; hidden files only where the pattern begins with a dot."""
+    """Sorted; hidden files only if the pattern begins with a dot."""
     write_files(tmp_path, {"a.yaml": "", "teams/b.yaml": "", "teams/c.yaml": "", ".hidden": "", ".d.yaml": ""})
     assert list(map(str, Sources().find(tmp_path / pattern))) == sorted(glob.glob(str(tmp_path / pattern)))
 
@@ -190,8 +190,8 @@ def test_patterns_find_what_glob_finds(pattern: str, tmp_path: Path) -> None:
 async def test_clients_are_refused_before_descriptors_run_out(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With 503 and Retry-After; where even that could take the last one, the connection is closed at once."""
-    monkeypatch.setattr("gateway.server.descriptors_allowed", lambda: 36)  # enough for 2
+    """With 503 and Retry-After; if even that may take the last one, the connection is closed immediately."""
+    monkeypatch.setattr("gateway.transport.http_server.descriptor_limit", lambda: 36)  # enough for 2
     gateway = await start_gateway(azure.endpoint)
     host, port = gateway.server.address.host, gateway.server.address.port
     opened = []

@@ -1,4 +1,4 @@
-"""Listening sockets: opened on an address, or taken over from who opened them."""
+"""Listening sockets: opened on an address, or inherited."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def connect(listener: Listener) -> None:
 
 
 def test_tcp_listens_on_every_address_of_a_name_with_one_port() -> None:
-    """`localhost` may be two; the port that is chosen for 0 is that of both."""
+    """`localhost` may have two addresses; the port chosen for 0 is the same for both."""
     listener = Listener.open(Listen("localhost", 0))
     connect(listener)
     assert {sock.getsockname()[1] for sock in listener.sockets} == {listener.address.port}
     assert listener.address.port > 0
     listener.close()
-    Listener.open(listener.address).close()  # an address just left can be had again
+    Listener.open(listener.address).close()  # a released address can be used again
 
 
 def test_an_address_that_cannot_be_had_is_named(tmp_path: Path) -> None:
-    """With the system's reason; so is a path on which another process answers."""
+    """With the system's reason; so is a path on which another process listens."""
     path = str(tmp_path / "s")
     listeners = [Listener.open(Listen("127.0.0.1", 0)), Listener.open(Listen(unix=path))]
     for listen in (
@@ -55,7 +55,7 @@ def test_an_address_that_cannot_be_had_is_named(tmp_path: Path) -> None:
 def test_a_unix_socket_is_never_more_open_than_its_mode(
     mode: int, umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not when its file is made, and not when it listens; in the end it has exactly this mode."""
+    """Neither when its file is created nor when it listens; in the end it has exactly this mode."""
     path = tmp_path / "s"
     seen: list[int] = []
     chmod, before = os.chmod, os.umask(umask)
@@ -79,7 +79,7 @@ def test_a_unix_socket_is_never_more_open_than_its_mode(
 
 
 def test_a_unix_socket_is_for_user_and_group_and_its_file_goes_with_its_owner(tmp_path: Path) -> None:
-    """One left behind is replaced; closing alone leaves it, and another's file of the same name is not removed."""
+    """A leftover file is replaced; closing alone keeps the file, and another process's file is not removed."""
     path = tmp_path / "s"
     left = Listener.open(Listen(unix=str(path)))
     left.close()
@@ -94,7 +94,7 @@ def test_a_unix_socket_is_for_user_and_group_and_its_file_goes_with_its_owner(tm
 
 
 def test_inherited_sockets_know_their_address_and_leave_the_file_alone(tmp_path: Path) -> None:
-    """They are another's; a child process of a stage does not inherit them again."""
+    """They belong to another process; a child process of a stage does not inherit them again."""
     path = tmp_path / "s"
     for listen in (Listen("127.0.0.1", 0), Listen("::1", 0), Listen(unix=str(path))):
         opened = Listener.open(listen)

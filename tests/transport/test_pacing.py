@@ -1,4 +1,4 @@
-"""Pacing: lumps of events are spread, and none leaves later than it may."""
+"""Pacing: bursts of events are spread, and no event exceeds the delay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.transport.pacing import Pacer
 
 
 class Clock:
-    """A loop whose time is the test's."""
+    """An event loop whose time the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -59,7 +59,7 @@ def event(number: int) -> bytes:
 
 @given(st.lists(st.tuples(st.floats(0, 2), st.integers(1, 40)), min_size=1, max_size=12), st.sampled_from([0.1, 0.5]))
 def test_no_event_leaves_late_or_out_of_order(lumps: list[tuple[float, int]], delay: float) -> None:
-    """Whatever lumps come at whatever times, each event leaves in its order, within the delay of its coming."""
+    """Whatever bursts arrive at whatever times, events leave in order, each within the delay of its arrival."""
     clock, left, came = Clock(), list[tuple[float, bytes]](), list[float]()
     pacer = paced(
         delay, clock, lambda data: left.extend((clock.now, part + b"\n\n") for part in data.split(b"\n\n")[:-1])
@@ -75,7 +75,7 @@ def test_no_event_leaves_late_or_out_of_order(lumps: list[tuple[float, int]], de
 
 
 def test_a_lump_is_spread_over_the_delay() -> None:
-    """Ten events that come together leave at ten times, evenly; the first at once."""
+    """Ten events that arrive together leave at ten times, evenly; the first immediately."""
     clock, times = Clock(), list[float]()
     pacer = paced(0.5, clock, lambda _: times.append(round(clock.now, 6)))
     pacer.take(b"".join(map(event, range(10))))
@@ -84,7 +84,7 @@ def test_a_lump_is_spread_over_the_delay() -> None:
 
 
 def test_an_event_that_comes_alone_leaves_at_once() -> None:
-    """A stream without lumps is not slowed down."""
+    """A stream without bursts is not delayed."""
     clock, times = Clock(), list[float]()
     pacer = paced(0.5, clock, lambda _: times.append(clock.now))
     for place in range(5):
@@ -94,7 +94,7 @@ def test_an_event_that_comes_alone_leaves_at_once() -> None:
 
 
 def test_half_an_event_waits_for_its_rest_and_leaves_when_the_stream_breaks() -> None:
-    """Only whole events are paced; when it breaks, all that came leaves at once, byte for byte."""
+    """Only complete events are paced; when the stream breaks, all received bytes leave immediately."""
     clock, left = Clock(), list[bytes]()
     pacer = paced(0.5, clock, left.append)
     pacer.take(event(1) + event(2) + b"data: ha")
@@ -105,7 +105,7 @@ def test_half_an_event_waits_for_its_rest_and_leaves_when_the_stream_breaks() ->
 
 
 def test_too_much_to_keep_leaves_at_once() -> None:
-    """Memory is bounded: a lump above 256 KiB is not kept."""
+    """Memory is bounded: a burst above 256 KiB is not kept."""
     clock, left = Clock(), list[bytes]()
     pacer = paced(0.5, clock, left.append)
     lump = b"data: " + b"x" * 1000 + b"\n\n"
@@ -114,19 +114,19 @@ def test_too_much_to_keep_leaves_at_once() -> None:
 
 
 def test_nothing_leaves_while_the_client_takes_nothing() -> None:
-    """Held events leave when it reads again, those that are late at once."""
+    """Paused events leave when the client reads again, late ones immediately."""
     clock, left = Clock(), list[bytes]()
     pacer = paced(0.5, clock, left.append)
     pacer.take(event(1) + event(2) + event(3))
-    pacer.hold()
+    pacer.pause()
     clock.run_to(10)
     assert left == [event(1)]
-    pacer.release()
+    pacer.resume()
     assert b"".join(left) == event(1) + event(2) + event(3)
 
 
 async def test_the_end_waits_for_the_last_event_and_keeps_what_no_blank_line_ended() -> None:
-    """`end` returns when all has left, or raises what writing raised."""
+    """`end` returns when all events have left, or raises the error of `write`."""
     loop = asyncio.get_running_loop()
     left: list[bytes] = []
     pacer = Pacer(0.02, left.append, loop)

@@ -839,7 +839,7 @@ async def test_an_api_error_of_a_filter_is_told_and_the_websocket_goes_on(
         assert client.close_code == 1011
     await gateway.idle()
     assert gateway.exchanges()[0]["ended_by"] == "gateway"
-    assert any(event["event"] == "a filter failed" for event in gateway.events)
+    assert any(event["event"] == "filter_failed" for event in gateway.events)
 
 
 WRONG = """
@@ -1057,7 +1057,7 @@ async def test_a_client_that_never_takes_the_end_is_let_go_of(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection does not stay for ever because a little could not be written to it."""
-    monkeypatch.setattr("gateway.transport.client_connection._LINGER", 0.1)
+    monkeypatch.setattr("gateway.transport.client_connection._LINGERING_CLOSE_TIMEOUT", 0.1)
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         for _ in range(60):
@@ -1665,17 +1665,17 @@ async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, ec
         connection, relay = relay_of(gateway)
         looked_at = []
         relay.azure_flow(True)
-        looked_at.append(connection._leave_timer is not None)  # whether the client is still there
+        looked_at.append(connection._disconnect_timer is not None)  # whether the client is still there
         relay.from_client(encode_frame(TEXT, b"held", masked=True))
         assert relay._client.frames.unread
         assert relay._client.messages == 0
         relay.azure_flow(False)
-        looked_at.append(connection._leave_timer is not None)  # a client that leaves now loses no frame
+        looked_at.append(connection._disconnect_timer is not None)  # a client that leaves now loses no frame
         assert looked_at == [True, False]
         assert await client.recv() == "held"
-        assert not connection._held
+        assert not connection._input_paused
         relay.from_client(encode_frame(TEXT, b"turn", masked=True) * 1000)
-        assert (connection._held, connection._leave_timer) == (True, None)
+        assert (connection._input_paused, connection._disconnect_timer) == (True, None)
         assert [await client.recv() for _ in range(1000)] == ["turn"] * 1000
 
 

@@ -1,4 +1,4 @@
-"""How many clients are connected, to all workers together."""
+"""The connection limit: the connections of all workers count together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.testing import FakeAzure
-from gateway.transport.connection_count import ConnectionCount, Places
+from gateway.transport.connection_limit import ConnectionCount, WorkerSlots
 from tests.conftest import until
 from tests.process.test_supervisor import YAML, Fleet, fleet
 
@@ -19,29 +19,29 @@ LIMITED = "limits: {connections: 4}\n" + YAML
 
 
 def test_processes_count_together() -> None:
-    """Each has a place of its own; that of one that has ended is cleared and given to another."""
-    places = Places()
-    first, second = places.take(), places.take()
-    one, two = ConnectionCount(places.descriptor, first), ConnectionCount(places.descriptor, second)
+    """Each process has its own slot; the slot of one that has ended is cleared and reused."""
+    slots = WorkerSlots()
+    first, second = slots.acquire(), slots.acquire()
+    one, two = ConnectionCount(slots.descriptor, first), ConnectionCount(slots.descriptor, second)
     assert one.set(3) == 3
     assert two.set(2) == 5
     assert one.set(1) == 3
-    places.give_back(second)
+    slots.release(second)
     assert one.set(1) == 1
-    assert places.take() == second
+    assert slots.acquire() == second
     assert ConnectionCount().set(7) == 7  # a process alone
 
 
-def test_there_are_not_more_workers_than_places() -> None:
-    """The error is one that a supervisor tells, and waits after."""
-    places = Places()
-    assert len({places.take() for _ in range(512)}) == 512
+def test_there_are_not_more_workers_than_slots() -> None:
+    """The supervisor logs the error and retries."""
+    slots = WorkerSlots()
+    assert len({slots.acquire() for _ in range(512)}) == 512
     with pytest.raises(OSError, match="more than 512 workers"):
-        places.take()
+        slots.acquire()
 
 
 async def status(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    """Ask on a connection, and return the status of the answer and its Retry-After."""
+    """Send a request, and return the status of the response."""
     writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer k\r\n\r\n")
     with contextlib.suppress(ConnectionError):
         await writer.drain()
@@ -52,12 +52,12 @@ async def status(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def test_the_limit_is_that_of_all_workers_together(azure: FakeAzure, tmp_path: Path) -> None:
-    """Whichever worker has a connection; one that ends makes room, and so does a worker that is killed."""
+    """Whichever worker has a connection; a closed one frees its slot, and so does a killed worker."""
     async with fleet(azure, tmp_path, yaml=LIMITED) as running, contextlib.AsyncExitStack() as stack:
         host, _, port = running.named("workers ready")[0]["address"].rpartition(":")
 
         async def fits() -> asyncio.StreamWriter | None:
-            """Open one more; a refused one is closed again."""
+            """Open one more; a rejected one is closed again."""
             reader, writer = await asyncio.open_connection(host, int(port))
             if await status(reader, writer) == b"503":
                 writer.close()
