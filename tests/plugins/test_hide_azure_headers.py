@@ -56,5 +56,5 @@ async def test_an_answer_without_them_is_not_counted() -> None:
 
 async def test_what_is_no_name_is_a_mistake() -> None:
     """Told with its place in the list."""
-    with pytest.raises(AssertionError, match=r"names\.1: 'x ms' is no header's name"):
+    with pytest.raises(AssertionError, match=r"names\.1: 'x ms' is not a valid header name"):
         await post(HideAzureHeaders(["x-ms-*", "x ms"]), json={})

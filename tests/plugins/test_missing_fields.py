@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gateway import Response
 from gateway.testing import every_split, post, send
-from plugins.missing_fields import MOST, Fill, MissingFields
+from plugins.missing_fields import MAX_HELD, Fill, MissingFields
 from tests.chunks import (
     EMPTY,
     NAMED,
@@ -70,11 +70,11 @@ def test_where_no_chunk_ever_has_them_they_are_made_up(rest: bytes) -> None:
 def test_only_so_many_wait() -> None:
     """Chunks of findings alone are let go of, be there ever so many."""
     filter_ = fill()
-    kept = [filter_.event(each) for each in events(MOST)]
-    assert kept == [None] * MOST
+    kept = [filter_.event(each) for each in events(MAX_HELD)]
+    assert kept == [None] * MAX_HELD
     last = filter_.event(*events(1))
     assert isinstance(last, list)
-    assert len(last) == MOST + 1
+    assert len(last) == MAX_HELD + 1
 
 
 def events(count: int) -> list[Any]:

@@ -106,12 +106,12 @@ CASES: list[tuple[str, int, Any, dict[str, Any]]] = [
         {"message": "One or more errors"},
     ),
     ("500", 500, {"error": {"code": "InternalServerError", "message": "Backend"}}, {"type": "server_error"}),
-    ("an empty body", 503, b"", {"message": "Azure answered with status 503 and no reason", "type": "server_error"}),
+    ("an empty body", 503, b"", {"message": "Azure answered with status 503 and no message", "type": "server_error"}),
     (
         "a page",
         502,
         b"<html><h1>502 Bad Gateway</h1></html>",
-        {"message": "Azure answered with status 502 and no reason"},
+        {"message": "Azure answered with status 502 and no message"},
     ),
     (
         "plain text",
@@ -226,8 +226,8 @@ async def test_a_wait_that_sdks_do_not_keep_is_told() -> None:
 @pytest.mark.parametrize(
     ("version", "method", "path", "words"),
     [
-        ("2024-10-21", "POST", "/audio/speech", "the operation is known from 2024-02-15-preview or later, or v1"),
-        ("2024-10-21", "GET", "/threads/t", "the operation is known from 2024-02-15-preview or later"),
+        ("2024-10-21", "POST", "/audio/speech", "the operation needs 2024-02-15-preview or later, or v1"),
+        ("2024-10-21", "GET", "/threads/t", "the operation needs 2024-02-15-preview or later"),
         ("2025-04-01-preview", "POST", "/responses", "the likely cause is the resource"),
         ("v1", "POST", "/responses", "the likely cause is the resource"),
     ],
@@ -269,7 +269,7 @@ async def test_an_error_as_a_stream_and_one_too_long(start_gateway: StartGateway
 
     async with FakeAzure(respond=respond) as azure:
         gateway = await start_gateway(azure.endpoint, YAML + "  - openai_errors\n")
-        for message in ("slow down", "Azure answered with status 429 and no reason"):
+        for message in ("slow down", "Azure answered with status 429 and no message"):
             async with gateway.post() as answer:
                 assert (answer.status, answer.content_type) == (429, "application/json")
                 assert (await answer.json())["error"]["message"] == message
