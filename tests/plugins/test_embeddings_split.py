@@ -117,7 +117,7 @@ async def test_more_than_may_be_sent_is_a_400() -> None:
     assert (await embed(EmbeddingsSplit(1, most_parts=2), b'{"input":["a","b","c",1]}', Azure())).status == 400
     error = (await embed(EmbeddingsSplit(), b'{"input":[' + b'"",' * 1_000_000 + b'""]}', Azure())).json()["error"]
     assert error["param"] == "input"
-    assert "more than the 32768 entries" in error["message"]
+    assert "more than 32768 entries" in error["message"]
 
 
 texts = st.text(st.sampled_from('ab,"\\[]{}\n ü\x00😀'), max_size=6)
@@ -316,7 +316,7 @@ async def test_errors_below_are_in_openai_s_words_already() -> None:
 
 async def test_answers_that_cannot_be_kept_are_told_before_they_are_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first part it is known how large they become; where a later one is larger, it is named."""
-    monkeypatch.setattr("plugins.embeddings_split.MOST", 1000)
+    monkeypatch.setattr("plugins.embeddings_split.MAX_TOTAL", 1000)
     azure = Azure()
     sent = await embed(EmbeddingsSplit(2), json.dumps({"input": ["a"] * 20}).encode(), azure)
     assert (sent.status, sent.json()["error"]["param"], len(azure.bodies)) == (400, "input", 1)

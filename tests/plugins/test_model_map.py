@@ -110,14 +110,14 @@ async def test_pairs_in_one_text() -> None:
         (ModelMap("a=b,,c=d"), "'' is not model=deployment"),
         (ModelMap("=b"), "both need a name"),
         (ModelMap({"a": " "}), "both need a name"),
-        (ModelMap({"gpt-4": "a", " gpt-4 ": "b"}), "'gpt-4' stands here twice"),
-        (ModelMap("gpt-4=a, gpt-4=b"), "'gpt-4' stands here twice"),
+        (ModelMap({"gpt-4": "a", " gpt-4 ": "b"}), "'gpt-4' is listed twice"),
+        (ModelMap("gpt-4=a, gpt-4=b"), "'gpt-4' is listed twice"),
         (ModelMap({"a": "b/c"}), "there is no resource 'b'"),
         (ModelMap({"a": "../x"}), "no resource '..'"),
-        (ModelMap({"a": "x y"}), "cannot be a deployment's name"),
-        (ModelMap({"~(": "a"}), "is wrong"),
+        (ModelMap({"a": "x y"}), "is not a valid deployment name"),
+        (ModelMap({"~(": "a"}), "is invalid"),
         (ModelMap({"~a": r"x-\1"}), "group"),
-        (ModelMap(default="a b"), "cannot be a deployment's name"),
+        (ModelMap(default="a b"), "is not a valid deployment name"),
     ],
 )
 def test_mistakes_are_found_at_load(stage: ModelMap, words: str) -> None:
@@ -173,7 +173,7 @@ async def test_a_client_never_chooses_the_resource(model: str) -> None:
 def test_unmapped_models_need_a_resource_too() -> None:
     """Where there are several and none is the team's, a model of its own name would go nowhere."""
     services = Services("t", "model_map", RESOURCES, None)
-    assert "has no resource" in findings(ModelMap({"a": "east/b"}), services=services)[0]
+    assert "have no resource" in findings(ModelMap({"a": "east/b"}), services=services)[0]
     assert not findings(ModelMap({"a": "east/b"}, unmapped="refuse"), services=services)
 
 
@@ -185,7 +185,7 @@ async def test_a_team_has_its_own_models() -> None:
     assert await deployment(stage, "gpt-4o-mini") == "404"
     assert await deployment(stage, "gpt-4") == "404"
     sent = await post(stage, json={**CHAT, "model": "gpt-4o-mini"})
-    assert b"you may use: gpt-4o, o3" in sent.body
+    assert b"available models: gpt-4o, o3" in sent.body
     assert b"model_not_found" in sent.body
 
 
@@ -251,8 +251,8 @@ async def test_the_default_s_deployment_is_not_what_is_denied() -> None:
 
 def test_a_wrong_expression_in_a_list_is_found_when_loaded() -> None:
     """With its place in the list."""
-    assert findings(ModelMap(allow=["a", "~("]))[0].startswith("allow.1: the expression '('")
-    assert findings(ModelMap(deny=["~["]))[0].startswith("deny.0: the expression '['")
+    assert findings(ModelMap(allow=["a", "~("]))[0].startswith("allow.1: the regular expression '('")
+    assert findings(ModelMap(deny=["~["]))[0].startswith("deny.0: the regular expression '['")
 
 
 @pytest.mark.parametrize(("model", "status"), [("gpt-4o", 200), ("o3", 404)])

@@ -213,21 +213,36 @@ def test_mistakes_are_found_at_load() -> None:
     services = Services("t", "parameters", {"east": Resource("east", "https://x")})
     assert list(stage.check(services)) == [
         (("base_models", "north/x"), "there is no resource 'north' for 'north/x'; there is east"),
-        (("base_models", "x"), "x:   is not deployment: base model; both need a name"),
-        (("rules", 0), "the rule for 'a' says nothing; give it rename, drop or keep"),
-        (("rules", 1), "the rule for 'b' says two things of 'x'"),
+        (("base_models", "x"), "x:   is not `deployment: base model`; both need a name"),
+        (("rules", 0), "the rule for 'a' is empty; add rename, drop or keep"),
+        (("rules", 1), "the rule for 'b' has 'x' twice"),
         (
             ("rules", 2, "operations"),
-            "'chat' is none of the operations with parameters: chat.completions, completions, responses, embeddings",
+            "'chat' is not an operation with parameters: chat.completions, completions, responses, embeddings",
         ),
-        (("rules", 3, "rename", "x"), "'x' cannot become 'y', which is renamed itself"),
-        (("rules", 3, "rename", "y"), "'y' cannot become 'x', which is renamed itself"),
-        (("rules", 4), "'model' is no parameter that a rule may change"),
-        (("rules", 6, "models"), "'~gpt-.*' is no glob, such as gpt-oss-*; rules have no regular expressions"),
-        (("rules", 7, "models"), "'gpt-[4' is no glob, such as gpt-oss-*; rules have no regular expressions"),
-        (("rules", 8, "rename", "user"), "'user' cannot become 'model', which is another field or becomes so twice"),
-        (("rules", 9, "rename", "a"), "'a' cannot become 'c', which is another field or becomes so twice"),
-        (("rules", 9, "rename", "b"), "'b' cannot become 'c', which is another field or becomes so twice"),
+        (("rules", 3, "rename", "x"), "'x' cannot be renamed to 'y', which is itself renamed"),
+        (("rules", 3, "rename", "y"), "'y' cannot be renamed to 'x', which is itself renamed"),
+        (("rules", 4), "'model' is not a parameter that a rule may change"),
+        (
+            ("rules", 6, "models"),
+            "'~gpt-.*' is not a valid glob, such as gpt-oss-*; rules do not support regular expressions",
+        ),
+        (
+            ("rules", 7, "models"),
+            "'gpt-[4' is not a valid glob, such as gpt-oss-*; rules do not support regular expressions",
+        ),
+        (
+            ("rules", 8, "rename", "user"),
+            "'user' cannot be renamed to 'model', which is a required field or the new name of two parameters",
+        ),
+        (
+            ("rules", 9, "rename", "a"),
+            "'a' cannot be renamed to 'c', which is a required field or the new name of two parameters",
+        ),
+        (
+            ("rules", 9, "rename", "b"),
+            "'b' cannot be renamed to 'c', which is a required field or the new name of two parameters",
+        ),
     ]
 
 
@@ -244,7 +259,7 @@ def test_a_mistake_has_its_place_in_the_file(tmp_path: Path) -> None:
         "{a: https://x.openai.azure.com}", "{a: https://x.openai.azure.com, west: https://y.openai.azure.com}"
     )
     load(write_files(tmp_path, {"gateway.yaml": two.replace("pipeline", "resource: a\npipeline") + documented}), {})
-    with pytest.raises(ConfigError, match=r"gateway.yaml:8:9: stage 'parameters': the rule for 'x\*' says nothing"):
+    with pytest.raises(ConfigError, match=r"gateway.yaml:8:9: stage 'parameters': the rule for 'x\*' is empty"):
         load(write_files(tmp_path, {"gateway.yaml": yaml + "  - parameters:\n      rules:\n      - models: x*\n"}), {})
     with pytest.raises(ConfigError, match="needs"):
         load(
