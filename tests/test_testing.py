@@ -116,7 +116,7 @@ async def test_messages_go_through_the_stages_of_a_websocket() -> None:
     assert talked.to_client[0]["error"]["message"] == "not this"
     assert talked.to_client[1] == ["down first", ["down second", 2]]
     assert (talked.sent.status, talked.sent.reached.operation) == (101, "realtime.connect")  # type: ignore[union-attr]
-    with pytest.raises(AssertionError, match="answered with 403"):
+    with pytest.raises(AssertionError, match="failed with 403"):
         await talk([Both()], query="closed")
 
 
