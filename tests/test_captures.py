@@ -76,9 +76,9 @@ async def test_other_repairs_of_recorded_streams(path: Path) -> None:
     """No false errors, and Azure's own fields are removed."""
     stream = path.read_bytes()
     headers = {"content-type": "text/event-stream"}
-    passed = await post(StreamErrors(), answer=Response(200, stream, headers), json=CHAT)
+    passed = await post(StreamErrors(), response=Response(200, stream, headers), json=CHAT)
     assert (passed.status, passed.body) == (200, stream)
-    stripped = (await post(StripAzureFields(), answer=Response(200, stream, headers), json=CHAT)).body
+    stripped = (await post(StripAzureFields(), response=Response(200, stream, headers), json=CHAT)).body
     assert b"content_filter_results" not in stripped
     assert b"obfuscation" not in stripped
     assert stripped.count(b"\n\n") == stream.count(b"\n\n")
@@ -89,7 +89,7 @@ async def test_a_recorded_completion_without_a_message_gets_one() -> None:
     for path in (path for path in BODIES if "chat-json" in path.name):
         body = path.read_bytes()
         answer = Response(200, body, {"content-type": "application/json"})
-        sent = await post(MissingMessage(), answer=answer, json=CHAT)
+        sent = await post(MissingMessage(), response=answer, json=CHAT)
         if "content-filtered" in path.name:
             assert sent.json()["choices"][0]["message"]["content"] == ""
         else:
@@ -128,7 +128,7 @@ async def test_recorded_errors_become_openai_s(path: Path) -> None:
     status = int(path.name.split("-")[1][:3])
     headers = {name.lower(): str(value) for name, value in meta["headers"].items() if name.lower() == "content-type"}
     own = json.loads(path.read_bytes())["error"]
-    sent = await post(OpenAIErrors(), answer=Response(status, path.read_bytes(), headers), json=CHAT)
+    sent = await post(OpenAIErrors(), response=Response(status, path.read_bytes(), headers), json=CHAT)
     error = json.loads(sent.body)["error"]
     codes = {401: "invalid_api_key", 404: "model_not_found", 400: "content_filter"}
     assert (error["code"], error["type"]) == (codes[status], "invalid_request_error")

@@ -11,15 +11,15 @@
 from gateway.azure.resources import Resource
 from gateway.testing.azure import FakeAzure, Seen
 from gateway.testing.serving import serving
-from gateway.testing.stages import Running, Sent, Talked, every_split, post, running, send, talk
+from gateway.testing.stages import Conversation, Running, Sent, every_split, post, running, send, talk
 
 __all__ = (
+    "Conversation",
     "FakeAzure",
     "Resource",
     "Running",
     "Seen",
     "Sent",
-    "Talked",
     "every_split",
     "post",
     "running",

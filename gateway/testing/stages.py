@@ -32,9 +32,9 @@ from gateway.transport.websocket_relay import MessageEvent, error_event
 from gateway.usage.accounting import METERED, UsageMeter, UsageReader
 from gateway.usage.prices import Price, Prices
 
-__all__ = ("Running", "Sent", "Talked", "every_split", "post", "running", "send", "talk")
+__all__ = ("Conversation", "Running", "Sent", "every_split", "post", "running", "send", "talk")
 
-Answer = Response | Exception | Callable[[Request], "Response | Awaitable[Response]"]
+CannedResponse = Response | Exception | Callable[[Request], "Response | Awaitable[Response]"]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Sent:
 
 
 @dataclass
-class Talked:
+class Conversation:
     """The result of a WebSocket's messages: those to Azure, those to the client, and the handshake as `sent`."""
 
     to_azure: list[Any]
@@ -68,16 +68,16 @@ class Talked:
 class Running:
     """Started stages; returned by `running`."""
 
-    def __init__(self, pipeline: Next, answer: list[Answer], target: Target) -> None:
+    def __init__(self, pipeline: Next, response: list[CannedResponse], target: Target) -> None:
         self._pipeline = pipeline
         self._metered = False
-        self._answer = answer
+        self._response = response
         self._target = target
         self._reached: Request | None = None
 
-    def answers(self, answer: Answer) -> None:
+    def respond_with(self, response: CannedResponse) -> None:
         """Change the response at the end of the pipeline."""
-        self._answer[0] = answer
+        self._response[0] = response
 
     async def _end(self, request: Request) -> Response:
         self._reached = request
@@ -86,7 +86,7 @@ class Running:
         if meter is not None and request.operation in METERED:
             reader = meter.watch(request.operation, await request.body(), request._model)
             reader.sent = True
-        response = await self._answered(request)
+        response = await self._respond(request)
         if reader is not None:
             reader.status = response.status
             if isinstance(response.body, bytes):
@@ -95,13 +95,13 @@ class Running:
                 response.body = _read_by(response.body, reader)
         return response
 
-    async def _answered(self, request: Request) -> Response:
-        answer = self._answer[0]
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, Response):
-            return Response(answer.status, answer.body, answer.headers.copy())
-        result = answer(request)
+    async def _respond(self, request: Request) -> Response:
+        response = self._response[0]
+        if isinstance(response, Exception):
+            raise response
+        if isinstance(response, Response):
+            return Response(response.status, response.body, response.headers.copy())
+        result = response(request)
         return result if isinstance(result, Response) else await result
 
     async def post(self, json: object = None, **more: Any) -> Sent:
@@ -188,7 +188,7 @@ class Running:
 @contextlib.asynccontextmanager
 async def running(
     *stages: Stage,
-    answer: Answer | None = None,
+    response: CannedResponse | None = None,
     clock: Callable[[], float] = time.monotonic,
     resources: Mapping[str, Resource] | None = None,
     resource: str | None = None,
@@ -199,7 +199,7 @@ async def running(
     claims: Claims | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
-    """Check and start stages, with a canned `answer` (a Response, an error or a function) in place of Azure.
+    """Check and start stages, with a canned `response` (a Response, an error or a function) in place of Azure.
 
     `resource` names the team's resource if there are several `resources`. `pools` are the models' pools. The team is
     `test`; `keys` and `claims` are the team's. Raises AssertionError for mistakes that stages find in their settings.
@@ -229,9 +229,9 @@ async def running(
         services[id(stage)] = stage_services
         mistakes = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(stage_services)]
         assert not mistakes, f"stage {stage.id}: {mistakes}"
-    answers: list[Answer] = [answer if answer is not None else Response.json({"object": "chat.completion"})]
+    current: list[CannedResponse] = [response if response is not None else Response.json({"object": "chat.completion"})]
     target = Target(resource=chosen)
-    run = Running(_unset, answers, target)
+    run = Running(_unset, current, target)
     try:
         for stage in stages:
             started.append(stage)
@@ -257,7 +257,7 @@ async def _unset(_: Request) -> Response:
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    names = ("answer", "clock", "now", "resources", "resource", "pools", "shared", "keys", "prices", "claims")
+    names = ("response", "clock", "now", "resources", "resource", "pools", "shared", "keys", "prices", "claims")
     around = {name: more.pop(name) for name in names if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)
@@ -276,13 +276,13 @@ async def talk(
     path: str = "/realtime",
     query: str = "model=gpt-4o",
     **more: Any,
-) -> Talked:
+) -> Conversation:
     """Open a WebSocket through stages, and send messages, as JSON: `up` by the client, `down` by Azure.
 
     An ApiError of an up filter becomes a message to the client, as in the gateway. Other exceptions of filters are
     raised, and AssertionError if the stages reject the handshake.
     """
-    sent = await send(stages, "WS", path, query=query, answer=lambda _: Response(101, _opened()), **more)
+    sent = await send(stages, "WS", path, query=query, response=lambda _: Response(101, _opened()), **more)
     socket = sent.response.body
     assert isinstance(socket, WebSocket), f"the handshake failed with {sent.status}: {sent.body!r}"
     to_azure: list[Event] = []
@@ -296,7 +296,7 @@ async def talk(
     filters = [each for each in sent.response.filters if isinstance(each, EventFilter)]
     for content in down:
         to_client += run_filters(filters, MessageEvent(msgspec.json.encode(content)))
-    return Talked([each.json() for each in to_azure], [each.json() for each in to_client], sent)
+    return Conversation([each.json() for each in to_azure], [each.json() for each in to_client], sent)
 
 
 def _opened() -> WebSocket:

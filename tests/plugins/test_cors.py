@@ -235,7 +235,7 @@ async def test_errors_can_be_read_too() -> None:
     """Of stages below, of Azure, of the connection to Azure, and of a stage that raises."""
     broken = {"Content-Type": "application/json"}
     for answer in (ApiError(429, "slow"), Response(400, b"{}", broken), UpstreamError("gone"), RuntimeError("oh")):
-        sent = await ask(Cors([APP]), APP, answer=answer)
+        sent = await ask(Cors([APP]), APP, response=answer)
         assert sent.status >= 400
         assert said(sent.headers)["access-control-allow-origin"] == APP
     sent = await send([Cors([APP]), AuthPassthrough()], headers={"Origin": APP}, json=CHAT)
@@ -248,7 +248,7 @@ async def test_what_azure_says_of_origins_is_taken_out(origin: str | None) -> No
     azure = [("Access-Control-Allow-Origin", "*"), ("access-control-allow-origin", "https://evil.com")]
     azure += [("ACCESS-CONTROL-EXPOSE-HEADERS", "a"), ("access-control-allow-credentials", "true"), ("x-access", "1")]
     headers = Headers([(name.encode(), value.encode()) for name, value in azure])
-    sent = await ask(Cors([APP]), origin, answer=Response(200, b"{}", headers))
+    sent = await ask(Cors([APP]), origin, response=Response(200, b"{}", headers))
     assert sent.headers.getall("access-control-allow-origin") == ([APP] if origin == APP else [])
     assert "access-control-allow-credentials" not in sent.headers
     assert sent.headers.get("access-control-expose-headers") != "a"
@@ -272,7 +272,7 @@ async def test_caches_are_told_that_answers_differ_by_origin(given: list[str], e
     """With and without an origin; existing values of `vary` stay."""
     for origin in (APP, "https://evil.com", None):
         answer = Response(200, b"{}", Headers([(b"Vary", each.encode()) for each in given]))
-        sent = await ask(Cors([APP]), origin, answer=answer)
+        sent = await ask(Cors([APP]), origin, response=answer)
         assert ", ".join(sent.headers.getall("vary")) == expected
 
 
@@ -300,7 +300,7 @@ async def test_a_websocket_of_another_origin_is_refused() -> None:
 
         headers = {} if origin is None else {"Origin": origin}
         made = Connecting(stage.origins)
-        return await send([made], "GET", "/realtime", headers=headers, answer=answer)
+        return await send([made], "GET", "/realtime", headers=headers, response=answer)
 
     assert (await connect(APP, Cors([APP]))).status == 101
     assert (await connect(None, Cors([APP]))).status == 101

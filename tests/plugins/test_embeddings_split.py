@@ -53,7 +53,7 @@ class Azure:
 
 
 async def embed(stage: EmbeddingsSplit, body: bytes, azure: Azure) -> Sent:
-    return await send([stage], "POST", "/embeddings", body=body, answer=azure)
+    return await send([stage], "POST", "/embeddings", body=body, response=azure)
 
 
 async def test_many_inputs_are_sent_in_parts_and_answered_as_one() -> None:
@@ -173,7 +173,7 @@ async def test_errors_of_the_gateway_s_own_are_answers_too() -> None:
     async def fail(request: Request) -> Response:
         raise ApiError(504, "too slow")
 
-    sent = await send([EmbeddingsSplit(1)], "POST", "/embeddings", body=b'{"input":["a","b"]}', answer=fail)
+    sent = await send([EmbeddingsSplit(1)], "POST", "/embeddings", body=b'{"input":["a","b"]}', response=fail)
     assert (sent.status, sent.json()["error"]["message"]) == (504, "too slow")
 
 
@@ -219,7 +219,7 @@ class Above(Stage):
 async def test_the_request_itself_stays_as_it_is() -> None:
     """A stage above may send it again, to another deployment."""
     above, body = Above(), b'{"input":["a","b" , "c"]}'
-    await send([above, EmbeddingsSplit(1)], "POST", "/embeddings", body=body, answer=Azure())
+    await send([above, EmbeddingsSplit(1)], "POST", "/embeddings", body=body, response=Azure())
     assert await above.request.body() == body
 
 
@@ -236,7 +236,7 @@ async def test_entries_of_an_answer_in_another_order() -> None:
 async def test_a_rate_limit_above_counts_one_request() -> None:
     """Regardless of the number of parts."""
     stages = [RateLimit(requests_per_minute=2, per="team"), EmbeddingsSplit(1)]
-    async with running(*stages, answer=Azure()) as run:
+    async with running(*stages, response=Azure()) as run:
         statuses = [(await run.send("POST", "/embeddings", body=b'{"input":["a","b","c"]}')).status for _ in range(3)]
     assert statuses == [200, 200, 429]
 
@@ -310,7 +310,7 @@ async def test_errors_below_are_in_openai_s_words_already() -> None:
     """`openai_errors` is below, nearest Azure, and converts each part's error."""
     answer = Response(401, b'{"error":{"code":"401","message":"no"}}')
     stages = [EmbeddingsSplit(1), OpenAIErrors()]
-    sent = await send(stages, "POST", "/embeddings", body=b'{"input":["a","b"]}', answer=answer)
+    sent = await send(stages, "POST", "/embeddings", body=b'{"input":["a","b"]}', response=answer)
     assert sent.json()["error"]["code"] == "invalid_api_key"
 
 

@@ -31,7 +31,7 @@ AZURE = {
 async def test_what_tells_the_region_the_deployment_or_the_machines_is_gone() -> None:
     """Headers that clients use stay; counted once for a response, also for errors."""
     for status in (200, 429):
-        sent = await post(HideAzureHeaders(), answer=Response(status, b"{}", Headers(AZURE)), json={})
+        sent = await post(HideAzureHeaders(), response=Response(status, b"{}", Headers(AZURE)), json={})
         assert [name for name, _ in sent.headers] == [
             "Content-Type", "x-accel-buffering", "x-content-type-options", "x-ratelimit-limit-requests",
             "x-ratelimit-remaining-tokens", "x-request-id", "retry-after-ms",
@@ -43,14 +43,14 @@ async def test_the_names_can_be_others() -> None:
     """Case-insensitive; `*` matches any characters, a full stop only itself; an empty list turns the stage off."""
     headers = {"X-One": "1", "x-two-a": "2", "x.three": "3", "x-three": "4"}
     answer = Response(200, b"", Headers(headers))
-    sent = await post(HideAzureHeaders(["x-oNE", "x-two*", "x.three"]), answer=answer, json={})
+    sent = await post(HideAzureHeaders(["x-oNE", "x-two*", "x.three"]), response=answer, json={})
     assert [name for name, _ in sent.headers] == ["x-three"]
-    assert len((await post(HideAzureHeaders([]), answer=answer, json={})).headers) == 4
+    assert len((await post(HideAzureHeaders([]), response=answer, json={})).headers) == 4
 
 
 async def test_an_answer_without_them_is_not_counted() -> None:
     """For example an error of the gateway itself."""
-    sent = await post(HideAzureHeaders(), answer=ApiError(400, "no"), json={})
+    sent = await post(HideAzureHeaders(), response=ApiError(400, "no"), json={})
     assert sent.outcome.counts == {}
 
 

@@ -120,10 +120,10 @@ async def test_it_is_a_matter_of_chat_streams() -> None:
     """Repairs are counted; completions have texts and no deltas; `keep` turns the stage off."""
     whole = stream(PLAIN[0], findings(), findings())
     answer = Response(200, whole, EVENTS)
-    sent = await post(MissingDelta(), answer=answer, json={})
+    sent = await post(MissingDelta(), response=answer, json={})
     assert dict(sent.outcome.counts) == {"MissingDelta": 2}
-    assert len(contents((await post(MissingDelta("drop"), answer=answer, json={})).body)) == 1
+    assert len(contents((await post(MissingDelta("drop"), response=answer, json={})).body)) == 1
     text = stream({**EMPTY, "choices": [{"text": "a", "index": 0}]})
-    completions = await send([MissingDelta()], path="/completions", answer=Response(200, text, EVENTS))
+    completions = await send([MissingDelta()], path="/completions", response=Response(200, text, EVENTS))
     assert completions.body == text
-    assert (await post(MissingDelta("keep"), answer=answer, json={})).body == whole
+    assert (await post(MissingDelta("keep"), response=answer, json={})).body == whole

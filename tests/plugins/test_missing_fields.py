@@ -100,16 +100,16 @@ def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> 
 
 async def test_it_is_a_matter_of_chat_and_completion_streams() -> None:
     """Repairs are counted; generated fields are the request's id, the operation's object and the deployment."""
-    sent = await post(MissingFields(), answer=Response(200, stream(PROMPT), EVENTS), json={})
+    sent = await post(MissingFields(), response=Response(200, stream(PROMPT), EVENTS), json={})
     made = contents(sent.body)[0]
     assert (made["id"], made["object"]) == ("chatcmpl-req_test", "chat.completion.chunk")
     assert made["created"] > 1_700_000_000
     assert dict(sent.outcome.counts) == {"MissingFields": 1}
     text = {**EMPTY, "choices": [{"text": "a", "index": 0}]}
     answer = Response(200, stream(text), EVENTS)
-    completions = contents((await send([MissingFields()], path="/completions", answer=answer)).body)[0]
+    completions = contents((await send([MissingFields()], path="/completions", response=answer)).body)[0]
     assert (completions["id"], completions["object"]) == ("cmpl-req_test", "text_completion")
-    assert (await send([MissingFields()], path="/responses", answer=answer)).body == stream(text)
+    assert (await send([MissingFields()], path="/responses", response=answer)).body == stream(text)
 
 
 def test_a_comment_is_waited_through() -> None:

@@ -29,7 +29,7 @@ async def test_json_and_streams_name_the_client_s_model(start_gateway: StartGate
 async def test_events_of_the_responses_api() -> None:
     """They have the response in a field; the event's type stays."""
     stream = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","model":"d"}}\n\n'
-    sent = await post(ModelEcho(), answer=Response(200, stream, {"content-type": "text/event-stream"}), json=CHAT)
+    sent = await post(ModelEcho(), response=Response(200, stream, {"content-type": "text/event-stream"}), json=CHAT)
     expected = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","model":"gpt-4o"}}\n\n'
     assert sent.body == expected
 
@@ -41,7 +41,7 @@ async def test_large_answers_and_half_surrogates_are_no_trouble() -> None:
         (large, large),
         (rb'{"model":"x","text":"\ud83d"}', rb'{"model": "gpt-4o", "text": "\ud83d"}'),
     ):
-        sent = await post(ModelEcho(), answer=Response(200, body, {"content-type": "application/json"}), json=CHAT)
+        sent = await post(ModelEcho(), response=Response(200, body, {"content-type": "application/json"}), json=CHAT)
         assert sent.body == expected
 
 
@@ -56,5 +56,5 @@ async def test_what_names_no_model_keeps_its_bytes() -> None:
         (400, b'{"model": "x"}', "application/json"),
         (200, b'data: {"model": ""}\n\ndata: [DONE]\n\n', "text/event-stream"),
     ):
-        sent = await post(ModelEcho(), answer=Response(status, body, {"content-type": kind}), json=CHAT)
+        sent = await post(ModelEcho(), response=Response(status, body, {"content-type": kind}), json=CHAT)
         assert sent.body == body

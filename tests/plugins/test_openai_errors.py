@@ -127,7 +127,7 @@ CASES: list[tuple[str, int, Any, dict[str, Any]]] = [
 
 async def answered(status: int, content: Any, headers: dict[str, str] | None = None, **more: Any) -> Any:
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    sent = await post(OpenAIErrors(), answer=Response(status, data, headers), json=CHAT, **more)
+    sent = await post(OpenAIErrors(), response=Response(status, data, headers), json=CHAT, **more)
     return sent, json.loads(sent.body)["error"]
 
 
@@ -196,7 +196,7 @@ async def test_what_is_no_json_number_becomes_null() -> None:
 async def test_a_request_without_a_model_is_told_so() -> None:
     """Azure finds no deployment, because the request names none."""
     body = json.dumps({"error": {"code": "DeploymentNotFound", "message": "It does not exist."}}).encode()
-    sent = await send([OpenAIErrors()], "POST", "/responses", json={"input": "x"}, answer=Response(404, body))
+    sent = await send([OpenAIErrors()], "POST", "/responses", json={"input": "x"}, response=Response(404, body))
     assert json.loads(sent.body)["error"]["message"] == "It does not exist. (no model was named)"
 
 
@@ -236,7 +236,7 @@ async def test_resource_not_found_says_which(version: str, method: str, path: st
     """Azure has the same error for a wrong path and a wrong api-version."""
     answer = Response(404, b'{"error":{"code":"404","message": "Resource not found"}}')
     stages = [OpenAIErrors(), ModelMap(), ApiVersion(version)]
-    sent = await send(stages, method, path, answer=answer, json=CHAT if method == "POST" else None)
+    sent = await send(stages, method, path, response=answer, json=CHAT if method == "POST" else None)
     error = json.loads(sent.body)["error"]
     assert error["code"] == "operation_not_supported"
     assert words in error["message"]
@@ -277,12 +277,12 @@ async def test_an_error_as_a_stream_and_one_too_long(start_gateway: StartGateway
 
 async def test_answers_and_the_gateway_s_own_errors_pass() -> None:
     """Only Azure's errors are read and changed."""
-    sent = await post(OpenAIErrors(), answer=Response(200, b"{}", {"content-type": "x/y"}))
+    sent = await post(OpenAIErrors(), response=Response(200, b"{}", {"content-type": "x/y"}))
     assert (sent.body, sent.headers.get("content-type")) == (b"{}", "x/y")
 
     async def refuses(request: Any) -> Response:
         raise ApiError(429, "ours", code="rate_limit_exceeded")
 
-    sent = await post(OpenAIErrors(), answer=refuses)
+    sent = await post(OpenAIErrors(), response=refuses)
     assert json.loads(sent.body)["error"]["message"] == "ours"
     assert "retry-after" not in sent.headers

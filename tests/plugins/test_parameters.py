@@ -289,7 +289,7 @@ async def test_what_was_changed_is_seen() -> None:
     changes = ["max_tokens: renamed max_completion_tokens", "temperature: dropped"]
     for header in (False, True):
         for answer in (Response(200, b"{}"), Response(429, b"{}"), RuntimeError("a stage below")):
-            sent = await through(Parameters(header=header), fields, model="gpt-5", answer=answer)
+            sent = await through(Parameters(header=header), fields, model="gpt-5", response=answer)
             assert sent.reached is not None
             assert sent.reached.notes["adapted"] == changes
             assert sent.outcome.counts == {"Parameters": 1}

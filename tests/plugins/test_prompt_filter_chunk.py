@@ -82,14 +82,14 @@ async def test_it_is_a_matter_of_chat_and_completion_streams() -> None:
     """Repairs are counted; other operations and responses without events stay; `keep` turns the stage off."""
     whole = stream(PROMPT, *PLAIN)
     answer = Response(200, whole, EVENTS)
-    sent = await post(PromptFilterChunk(), answer=answer, json={})
+    sent = await post(PromptFilterChunk(), response=answer, json={})
     assert (sent.body, dict(sent.outcome.counts)) == (stream(*PLAIN), {"PromptFilterChunk": 1})
-    assert (await post(PromptFilterChunk("merge"), answer=answer, json={})).outcome.counts == {"PromptFilterChunk": 1}
-    assert (await send([PromptFilterChunk()], path="/completions", answer=answer)).body == stream(*PLAIN)
+    assert (await post(PromptFilterChunk("merge"), response=answer, json={})).outcome.counts == {"PromptFilterChunk": 1}
+    assert (await send([PromptFilterChunk()], path="/completions", response=answer)).body == stream(*PLAIN)
     for sent in (
-        await send([PromptFilterChunk()], path="/responses", answer=answer),
-        await post(PromptFilterChunk(), answer=Response(200, whole, {"content-type": "text/plain"}), json={}),
-        await post(PromptFilterChunk("keep"), answer=answer, json={}),
+        await send([PromptFilterChunk()], path="/responses", response=answer),
+        await post(PromptFilterChunk(), response=Response(200, whole, {"content-type": "text/plain"}), json={}),
+        await post(PromptFilterChunk("keep"), response=answer, json={}),
     ):
         assert (sent.body, sent.outcome.counts) == (whole, {})
 

@@ -158,7 +158,7 @@ def test_memory_is_bounded() -> None:
 async def test_only_event_streams_are_repaired(content_type: str, repairs: bool) -> None:
     """By the media type, with any parameters."""
     answer = Response(200, b"data: [DONE]", {"content-type": content_type})
-    sent = await post(SseNewline(), answer=answer)
+    sent = await post(SseNewline(), response=answer)
     assert (b"data: [DONE]\n\n" if repairs else b"data: [DONE]") == sent.body
 
 

@@ -55,7 +55,7 @@ def pieces(*data: bytes) -> Any:
 async def test_an_error_at_the_beginning_has_its_own_status(error: dict[str, Any], status: int) -> None:
     """Also after comments and the chunk with the prompt's filter results; the response's headers stay."""
     for before in (b"", b": ping\n\n", event(PROMPT)):
-        sent = await post(StreamErrors(), answer=pieces(before, event(error)), json={})
+        sent = await post(StreamErrors(), response=pieces(before, event(error)), json={})
         own = error["error"] if isinstance(error["error"], dict) else {"message": error["error"]}
         assert (sent.status, sent.json()) == (status, {"error": own})
         assert sent.headers.get("content-type") == "application/json"
@@ -65,7 +65,7 @@ async def test_an_error_at_the_beginning_has_its_own_status(error: dict[str, Any
 
 async def test_openai_errors_above_it_gives_it_openai_s_words() -> None:
     """And has the time to retry."""
-    sent = await post(OpenAIErrors(), StreamErrors(), answer=pieces(event(LIMIT)), json={})
+    sent = await post(OpenAIErrors(), StreamErrors(), response=pieces(event(LIMIT)), json={})
     assert (sent.status, sent.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert sent.headers.get("retry-after") == "9"
 
@@ -73,9 +73,9 @@ async def test_openai_errors_above_it_gives_it_openai_s_words() -> None:
 async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
     """The events before it are sent; the client raises the error."""
     sent_on = stream(PROMPT, *PLAIN[:2], done=b"")
-    both = await post(StreamErrors(), answer=pieces(sent_on + event(FILTERED)), json={})  # in one read
+    both = await post(StreamErrors(), response=pieces(sent_on + event(FILTERED)), json={})  # in one read
     assert (both.status, both.body, both.outcome.ended_by) == (200, sent_on, "upstream")
-    answer = await post(StreamErrors(), answer=pieces(sent_on), json={})
+    answer = await post(StreamErrors(), response=pieces(sent_on), json={})
     linked = chain_filters(answer.response.filters)
     assert linked.feed(sent_on) == sent_on
     with pytest.raises(FilterFailed, match="filtered") as caught:
@@ -88,14 +88,14 @@ async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
 async def test_a_stream_without_errors_keeps_its_bytes(places: list[int], data: bytes) -> None:
     """For any split, with and without the word in a text."""
     data = data.replace(b"Hello", b'say \\"error\\"')
-    sent = await post(StreamErrors(), answer=pieces(*cuts(data, places)), json={})
+    sent = await post(StreamErrors(), response=pieces(*cuts(data, places)), json={})
     assert (sent.status, sent.body, sent.outcome.counts) == (200, data, {})
 
 
 @pytest.mark.parametrize("data", [b"", DONE, b": ping\n\n", b"data: {\n\n", b"no event at all", event(PROMPT), b"\n\n"])
 async def test_streams_that_say_nothing_pass(data: bytes) -> None:
     """Byte for byte."""
-    sent = await post(StreamErrors(), answer=pieces(data), json={})
+    sent = await post(StreamErrors(), response=pieces(data), json={})
     assert (sent.status, sent.body) == (200, data)
 
 
@@ -106,7 +106,7 @@ async def test_streams_that_say_nothing_pass(data: bytes) -> None:
 async def test_what_is_no_error_of_a_chat_stream_passes(content: object) -> None:
     """The Responses API has its own error events, which its clients read."""
     data = stream(content, *PLAIN)
-    sent = await post(StreamErrors(), answer=pieces(data), json={})
+    sent = await post(StreamErrors(), response=pieces(data), json={})
     assert (sent.status, sent.body) == (200, data)
 
 
@@ -123,7 +123,7 @@ async def test_the_head_waits_no_longer_than_it_may() -> None:
         asyncio.get_running_loop().call_later(0.1, first.set)
         return Response(200, slow(), EVENTS)
 
-    sent = await post(StreamErrors(wait=0.01), answer=answer, json={})
+    sent = await post(StreamErrors(wait=0.01), response=answer, json={})
     assert (sent.status, sent.body) == (200, stream(PROMPT, *PLAIN))
 
 
@@ -193,7 +193,7 @@ async def test_a_stream_that_breaks_before_its_first_event_is_a_502(start_gatewa
 async def test_an_error_that_is_not_quite_an_event_is_one(data: bytes) -> None:
     """Without its blank line, which Azure has left out, as plain JSON, and as API Management writes it."""
     for before in (b"", event(PROMPT)):
-        sent = await post(StreamErrors(), answer=pieces(before, data), json={})
+        sent = await post(StreamErrors(), response=pieces(before, data), json={})
         assert sent.status == 429, data
 
 
@@ -201,7 +201,7 @@ async def test_an_error_after_output_says_what_it_was() -> None:
     """Its code, even a number, and the type of its status."""
     for code, kind in ((429, "requests"), ("content_filter", "invalid_request_error"), (None, "server_error")):
         error = {"error": {"code": code, "message": "m", "param": "prompt"}}
-        linked = chain_filters((await post(StreamErrors(), answer=pieces(stream(*PLAIN)), json={})).response.filters)
+        linked = chain_filters((await post(StreamErrors(), response=pieces(stream(*PLAIN)), json={})).response.filters)
         with pytest.raises(FilterFailed) as caught:
             linked.feed(event(error))
         cause = caught.value.cause
@@ -217,7 +217,7 @@ async def test_a_compressed_stream_is_not_waited_for() -> None:
 
     made = body()
     answer = Response(200, made, {**EVENTS, "content-encoding": "gzip"})
-    sent = await post(StreamErrors(), answer=lambda _: answer, json={})
+    sent = await post(StreamErrors(), response=lambda _: answer, json={})
     assert (sent.body, sent.response.body) == (stream(*PLAIN), made)
 
 

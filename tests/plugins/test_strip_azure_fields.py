@@ -69,11 +69,11 @@ async def test_completions_and_responses_lose_them() -> None:
     """In JSON, and in the response inside an event of the Responses API."""
     completion = {**NAMED, "choices": [{"message": {"content": "a"}, "content_filter_results": {}}]}
     answer = Response(200, json.dumps({**completion, "prompt_filter_results": FOUND}).encode(), JSON)
-    sent = await post(StripAzureFields(), answer=answer, json={})
+    sent = await post(StripAzureFields(), response=answer, json={})
     assert sent.json() == {**NAMED, "choices": [{"message": {"content": "a"}}]}
     assert dict(sent.outcome.counts) == {"StripAzureFields": 1}
     event = {"type": "response.completed", "response": {"id": "r", "content_filters": [], "output": []}}
-    streamed = await send([StripAzureFields()], path="/responses", answer=Response(200, stream(event), EVENTS))
+    streamed = await send([StripAzureFields()], path="/responses", response=Response(200, stream(event), EVENTS))
     assert contents(streamed.body) == [{"type": "response.completed", "response": {"id": "r", "output": []}}]
 
 
@@ -92,12 +92,12 @@ async def test_completions_and_responses_lose_them() -> None:
 async def test_everything_else_keeps_its_bytes(path: str, status: int, headers: dict[str, str], body: bytes) -> None:
     """Texts and users' data, errors, files, and bodies that are not JSON."""
     method = "GET" if "content" in path else "POST"
-    sent = await send([StripAzureFields()], method, path, answer=Response(status, body, headers))
+    sent = await send([StripAzureFields()], method, path, response=Response(status, body, headers))
     assert (sent.body, sent.outcome.counts) == (body, {})
 
 
 async def test_the_fields_can_be_others() -> None:
     """As listed; an empty list turns the stage off."""
     answer = Response(200, b'{"a":1,"b":2,"obfuscation":"x"}', JSON)
-    assert (await post(StripAzureFields(["a"]), answer=answer, json={})).json() == {"b": 2, "obfuscation": "x"}
-    assert (await post(StripAzureFields([]), answer=answer, json={})).body == answer.body
+    assert (await post(StripAzureFields(["a"]), response=answer, json={})).json() == {"b": 2, "obfuscation": "x"}
+    assert (await post(StripAzureFields([]), response=answer, json={})).body == answer.body

@@ -20,7 +20,7 @@ PACED = YAML + "  - typewriter: 0.3\n"
 
 async def test_streams_alone_get_a_pace() -> None:
     """The configured one; other responses have none."""
-    events = await post(Typewriter(0.25), answer=Response(200, LUMP, {"content-type": "text/event-stream"}), json={})
+    events = await post(Typewriter(0.25), response=Response(200, LUMP, {"content-type": "text/event-stream"}), json={})
     assert events.response.pace == 0.25
     assert (await post(Typewriter(), json={})).response.pace is None
 
