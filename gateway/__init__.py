@@ -7,6 +7,7 @@ what tests of a stage need.
 from msgspec import Meta
 
 from gateway.auth.credentials import Credential
+from gateway.azure.error_body import ErrorBody
 from gateway.azure.resources import Target
 from gateway.azure.stream_errors import StreamError
 from gateway.balancing.retries import Retrier, RetryBudget, RetryLimits
@@ -30,6 +31,7 @@ __all__ = (
     "CountersUnavailable",
     "Credential",
     "Decision",
+    "ErrorBody",
     "Event",
     "EventFilter",
     "Filter",

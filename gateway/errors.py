@@ -94,6 +94,11 @@ class ApiError(GatewayError):
             # Every 503 says when to come back; an error may set another time.
             self.headers.setdefault("retry-after", "1")
 
+    @staticmethod
+    def invalid_key(message: str = "invalid API key; ask the operator of this gateway for a valid one") -> ApiError:
+        """Return the 401 for a missing or wrong key; by default, the same for every wrong one."""
+        return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
     def body(self) -> bytes:
         """Return the answer's JSON body."""
         return error_body(self.message, self.type, self.param, self.code)

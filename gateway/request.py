@@ -20,6 +20,7 @@ from gateway.exchange import Exchange, Outcome
 from gateway.limits.memory_budget import BudgetExhausted
 from gateway.protocol.headers import Headers
 from gateway.protocol.json_fields import decode_json, encode_fields, encode_json, raw_fields
+from gateway.protocol.media_type import media_type
 from gateway.protocol.multipart import FormReader
 from gateway.usage.accounting import METERED, PROMPTED, UNTOLD
 from gateway.usage.tokenizer import expected_prompt_tokens, most_output
@@ -114,6 +115,11 @@ class Request:
     def client(self) -> str:
         """The client's address; from `X-Forwarded-For` only where a trusted proxy says it."""
         return self._address()
+
+    @property
+    def media_type(self) -> str:
+        """The body's media type, in lower case and without parameters; "" if it has none."""
+        return media_type(self.headers.get("content-type") or "")
 
     def is_in(self, api_version: str) -> bool:
         """Whether an api-version has the operation, as far as is known; True where there is no operation."""

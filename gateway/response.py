@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import lru_cache
 from typing import Any, Literal, Self
 
 import msgspec
@@ -20,7 +19,8 @@ from gateway.exchange import Exchange
 from gateway.limits.memory_budget import UNCOUNTED
 from gateway.protocol.headers import Field, Headers
 from gateway.protocol.json_fields import decode_json, encode_json
-from gateway.protocol.retry_after import retry_after
+from gateway.protocol.media_type import cached_media_type
+from gateway.protocol.retry_after import cooldown, retry_after
 from gateway.protocol.sse import EventFilter, Filter, FilterFailed, chain_filters
 from gateway.transport.websocket_handshake import WebSocket
 
@@ -100,7 +100,7 @@ class Response:
     def _look(self) -> None:
         """Look for the media type, for which most stages ask; changed fields are another list."""
         self._looked_at = fields = self.headers.fields
-        self._media_type = next((_media_type(field[1]) for field in fields if field[0] == b"content-type"), "")
+        self._media_type = next((cached_media_type(field[1]) for field in fields if field[0] == b"content-type"), "")
 
     async def peek(self, enough: Callable[[bytes], bool], seconds: float) -> bytes:
         """Return the first bytes of the body, before any filter; they stay in it.
@@ -149,6 +149,10 @@ class Response:
     def retry_after(self, message: str = "") -> float | None:
         """Return the seconds for which Azure asks to be left alone: by the headers, else by a message, or None."""
         return retry_after(self.headers, message)
+
+    def cooldown(self, message: str = "") -> float | None:
+        """Return `retry_after`; for a 429 that names no time, the default cooldown."""
+        return cooldown(self.status, self.headers, message)
 
     def pipe(self, *filters: Filter | EventFilter, direction: Literal["down", "up"] = "down") -> None:
         """Put filters on the body; the one put on first, nearest Azure, runs first.
@@ -230,11 +234,6 @@ class Response:
 
     def __repr__(self) -> str:
         return f"<Response {self.status}>"
-
-
-@lru_cache(maxsize=256)
-def _media_type(content_type: bytes) -> str:
-    return content_type.partition(b";")[0].strip().lower().decode("latin-1")
 
 
 def check_body(body: object) -> None:

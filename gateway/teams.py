@@ -212,12 +212,7 @@ class Teams:
             return team or (self._of_member(judgement) if judgement is not None and self._members else self.default)
         if team is not None and team is not owner:
             # As any wrong key: whose it is, is nobody's business.
-            raise ApiError(
-                401,
-                "this key is not valid here; ask the operator of this gateway for one",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
+            raise ApiError.invalid_key()
         return owner
 
     def _owner(self, headers: Headers) -> Team | None:

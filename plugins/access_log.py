@@ -1,4 +1,4 @@
-"""`access_log`: one log event for each exchange, when it is over."""
+"""`access_log`: one log event for each exchange, at its end."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,20 +11,19 @@ RESERVED = frozenset(("event", "level", "timestamp", "team", "stage"))
 
 @dataclass
 class AccessLog(Stage):
-    """Log each exchange once, at its end: who, what, how it went and how long it took.
+    """Log each exchange once, at its end: caller, operation, target, outcome and duration.
 
-    An error that is the gateway's own has its words as `reason`; what is no operation has its method and path;
-    `counts` has what stages did to the answer, such as repairs. Tokens are those that Azure reports; where it does
-    not, because an answer broke off or its client left, they are made out from what was seen: `usage_source` says so.
-    `cost` is what they cost by `prices`.
-    Times are milliseconds. Neither bodies nor keys are logged; a caller is shown by its key's digest.
+    `reason` is the message of an error that the gateway itself raised. A request that is not an operation has its
+    method and path. `counts` are the changes of stages to the response, such as repairs. Azure reports the tokens; if
+    a response breaks off or its client leaves, they are counted or estimated: `usage_source` says so. `cost` is their
+    cost by `prices`. Times are in milliseconds. The log has no bodies and no keys; a caller is its key's digest.
     """
 
     usage: Annotated[
-        bool, Meta(description="whether tokens are logged; streams are asked for theirs, which is hidden from clients")
+        bool, Meta(description="log tokens: streams are asked for their usage, which is hidden from clients")
     ] = True
 
-    above = ("caller",)  # a refusal is an exchange, too
+    above = ("caller",)  # a rejected request is an exchange, too
 
     @property
     def needs_usage(self) -> bool:
@@ -39,7 +38,7 @@ class AccessLog(Stage):
             target = outcome.target
             resource = target.resource if target is not None else None
             facts: dict[str, object] = {
-                # Another stage's note never stands in for a fact.
+                # First: a stage's note never replaces a fact.
                 **request.notes,
                 "request_id": request.id,
                 "operation": request.operation,

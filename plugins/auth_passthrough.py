@@ -1,4 +1,4 @@
-"""`auth_passthrough`: the client's own key is the one Azure sees."""
+"""`auth_passthrough`: the client's own key goes to Azure."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ from gateway import ApiError, Next, Request, Response, Stage
 
 @dataclass
 class AuthPassthrough(Stage):
-    """Pass the client's key on to Azure, as Azure wants it.
+    """Pass the client's key on to Azure, in Azure's format.
 
-    `Authorization: Bearer K` and `api-key: K` both reach Azure as `api-key: K`; an Entra token (a JSON Web
-    Token) stays `Authorization: Bearer`. No key is a 401. The key is only passed on, never checked here:
-    Azure refuses a wrong one.
+    `Authorization: Bearer K` and `api-key: K` both reach Azure as `api-key: K`; an Entra token (a JSON Web Token)
+    stays `Authorization: Bearer`. A request without a key is a 401. The gateway does not check the key: Azure rejects
+    a wrong one.
     """
 
     provides = ("caller", "credential")
@@ -19,12 +19,9 @@ class AuthPassthrough(Stage):
     async def __call__(self, request: Request, call_next: Next) -> Response:
         key = request.key()
         if key is None:
-            raise ApiError(
-                401,
-                "no key was presented; send your Azure OpenAI key as `Authorization: Bearer YOUR_KEY` "
-                "(the api_key of an OpenAI client)",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
+            raise ApiError.invalid_key(
+                "no API key in the request; send your Azure OpenAI key as `Authorization: Bearer YOUR_KEY` "
+                "(the api_key of an OpenAI client)"
             )
         request.caller = key.digest
         request.target = request.target.replace(credential=key)

@@ -1,4 +1,4 @@
-"""`hide_azure_headers`: answers do not show where in Azure they come from."""
+"""`hide_azure_headers`: responses do not show which region or deployment they come from."""
 
 import re
 from collections.abc import Iterator
@@ -6,32 +6,31 @@ from dataclasses import dataclass, field
 from fnmatch import translate
 from typing import Annotated
 
-from gateway import Meta, Next, Request, Response, Services, Stage
+from gateway import Headers, Meta, Next, Request, Response, Services, Stage
 
 TOPOLOGY = (
     "x-ms-*", "azureml-*", "azure-*", "apim-*", "ocp-*", "x-azure-*", "x-envoy-*", "x-aml-*", "openai-azure-*",
     "skip-error-remapping", "x-ratelimit-abusepenalty-active", "cmp-upstream-response-duration", "server", "via",
     "request-context", "x-powered-by", "x-aspnet-version",
 )  # fmt: skip
-NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 @dataclass
 class HideAzureHeaders(Stage):
-    """Take the headers out of answers that tell the region, the deployment or the machines behind them.
+    """Remove the response headers that show Azure's region, deployment or machines.
 
-    Such as `x-ms-region`, `x-ms-deployment-name`, `azureml-model-session` and `apim-request-id`. What clients go
-    by (`x-request-id`, `retry-after`, `x-ratelimit-*`) stays.
+    Such as `x-ms-region`, `x-ms-deployment-name`, `azureml-model-session` and `apim-request-id`. Headers that clients
+    use (`x-request-id`, `retry-after`, `x-ratelimit-*`) stay.
     """
 
-    names: Annotated[list[str], Meta(description="the names, in any case; `*` stands for any characters: x-ms-*")] = (
-        field(default_factory=lambda: list(TOPOLOGY))
-    )
+    names: Annotated[
+        list[str], Meta(description="header names, case-insensitive; `*` matches any characters: x-ms-*")
+    ] = field(default_factory=lambda: list(TOPOLOGY))
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        for place, name in enumerate(self.names):
-            if not NAME.fullmatch(name):
-                yield ("names", place), f"{name!r} is no header's name"
+        for index, name in enumerate(self.names):
+            if not Headers.is_name(name):
+                yield ("names", index), f"{name!r} is not a valid header name"
 
     async def start(self, services: Services) -> None:
         self.idle = not self.names

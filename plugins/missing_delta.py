@@ -1,4 +1,4 @@
-"""`missing_delta`: the chunks in which Azure's filter tells its findings have the `delta` that clients read."""
+"""`missing_delta`: a `delta` for the chunks in which Azure's asynchronous content filter reports its results."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from typing import Annotated, Any, Literal
 
 from gateway import Event, EventFilter, Meta, Next, Request, Response, Services, Stage
 
-# The empty id of a chunk of findings: one with several choices may lack a delta in one of them alone.
+# The empty id of a chunk of filter results. (Of several choices, only one may lack its delta.)
 EMPTY = (b'""',)
 
 
 @dataclass
 class MissingDelta(Stage):
-    """Give every choice of a streamed chat completion its `delta`, and its chunk the stream's id.
+    """Give every choice of a streamed chat completion a `delta`, and its chunk the stream's id.
 
-    With the asynchronous filter Azure sends chunks of findings alone, whose choices have no `delta` and whose
-    id is empty; programs that read `choices[0].delta.content` fail on them.
+    With the asynchronous filter, Azure sends chunks with filter results alone: their choices have no `delta` and
+    their id is empty. Programs that read `choices[0].delta.content` fail on them.
     """
 
     choice: Annotated[
         Literal["complete", "drop", "keep"],
-        Meta(description="what becomes of a choice without one: it gets an empty one, is dropped, or left as it is"),
+        Meta(description="choices without a delta: complete with an empty one, drop, or keep unchanged"),
     ] = "complete"
 
     above = ("events",)
@@ -37,7 +37,7 @@ class MissingDelta(Stage):
 
 
 class Deltas(EventFilter):
-    """Completes choices, or drops them."""
+    """Completes or drops choices without a delta."""
 
     lacks = (b'"delta"',)
 
@@ -45,7 +45,7 @@ class Deltas(EventFilter):
         self._count = count
         self._drop = drop
         self._id: str | None = None
-        self.finds: Sequence[bytes] = EventFilter.finds  # until the stream has told its id
+        self.finds: Sequence[bytes] = EventFilter.finds  # until the stream's id is known
 
     def event(self, event: Event) -> Event | None:
         chunk = event.json()
@@ -57,17 +57,17 @@ class Deltas(EventFilter):
         if not any(lacks_delta(choice) for choice in choices):
             return event
         self._count()
-        # A choice that says why it ends is never dropped.
+        # A choice with a finish_reason is never dropped.
         kept = [each for each in choices if not (self._drop and lacks_delta(each) and not each.get("finish_reason"))]
         if not kept and not chunk.get("usage"):
             return None
-        made = {**chunk, "choices": [{**each, "delta": {}} if lacks_delta(each) else each for each in kept]}
-        if not made.get("id") and self._id is not None:
-            made["id"] = self._id
-        event.set_json(made)
+        fixed = {**chunk, "choices": [{**each, "delta": {}} if lacks_delta(each) else each for each in kept]}
+        if not fixed.get("id") and self._id is not None:
+            fixed["id"] = self._id
+        event.set_json(fixed)
         return event
 
 
 def lacks_delta(choice: Any) -> bool:
-    """Whether something is a choice without a `delta`."""
+    """Whether a choice has no `delta`."""
     return isinstance(choice, dict) and not isinstance(choice.get("delta"), dict)

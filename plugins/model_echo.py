@@ -1,4 +1,4 @@
-"""`model_echo`: answers name the model that the client asked for."""
+"""`model_echo`: responses name the model that the client requested."""
 
 import math
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from typing import Any
 
 from gateway import Event, EventFilter, Next, Request, Response, Stage
 
-# What is decoded at most, in bytes.
-MOST = 4 * 1024 * 1024
+# Largest body that is decoded, in bytes.
+MAX_BODY = 4 * 1024 * 1024
 
 
 @dataclass
 class ModelEcho(Stage):
-    """Put the client's own name of the model in answers, where Azure puts its base model or deployment.
+    """Put the client's name of the model in responses, in place of Azure's base model or deployment.
 
-    In JSON and in each event of a stream: the field `model`, also that of a `response` in it. An empty one,
-    as in Azure's first chunk, stays empty, and an answer above 4 MB stays as it is.
+    In JSON and in each event of a stream: the field `model`, also in a `response` inside it. An empty one, as in
+    Azure's first chunk, stays empty. A body above 4 MiB stays unchanged.
     """
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -25,23 +25,23 @@ class ModelEcho(Stage):
             return response
         if response.event_stream:
             response.pipe(EchoEvents(model))
-        elif response.media_type == "application/json" and length(response) <= MOST:
-            content = named(await response.read_json(), model)
+        elif response.media_type == "application/json" and length(response) <= MAX_BODY:
+            content = with_model(await response.read_json(), model)
             if content is not None:
                 response.set_json(content)
         return response
 
 
 def length(response: Response) -> float:
-    """Return the length of an answer, infinite where it is not told."""
+    """Return the length of a body, infinite if it is unknown."""
     if isinstance(response.body, bytes):
         return len(response.body)
-    told = response.headers.get("content-length") or ""
-    return int(told) if told.isdigit() else math.inf
+    value = response.headers.get("content-length") or ""
+    return int(value) if value.isdigit() else math.inf
 
 
 class EchoEvents(EventFilter):
-    """Names the model in events."""
+    """Puts the client's name of the model in events."""
 
     finds = (b'"model"',)
 
@@ -49,17 +49,17 @@ class EchoEvents(EventFilter):
         self._model = model
 
     def event(self, event: Event) -> Event:
-        if (content := named(event.json(), self._model)) is not None:
+        if (content := with_model(event.json(), self._model)) is not None:
             event.set_json(content)
         return event
 
 
-def named(content: Any, model: str) -> Any:
-    """Return an answer that names `model`; None where nothing is to be changed."""
+def with_model(content: Any, model: str) -> Any:
+    """Return content that names `model`, or None if nothing changes."""
     if not isinstance(content, dict):
         return None
     if isinstance(inner := content.get("response"), dict):
-        changed = named(inner, model)
+        changed = with_model(inner, model)
         return None if changed is None else {**content, "response": changed}
     if not content.get("model") or content["model"] == model:
         return None

@@ -1,4 +1,4 @@
-r"""`model_map`: the model that a client asks for becomes a deployment of an Azure resource."""
+r"""`model_map`: maps the requested model to a deployment of an Azure resource."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,43 +12,43 @@ from gateway import ApiError, Meta, Next, Request, Response, Services, Stage, Ta
 DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Names = list[str]  # inside the class, `list` is a setting
 
-POOL = "pool:"  # before a pool's name, where a deployment's could stand: no name has a colon
-SHOWN = 20  # names in an error message
+POOL = "pool:"  # prefix of a pool's name; the name of a deployment has no colon
+MAX_LISTED = 20  # names in an error message
 
 
 @dataclass
 class ModelMap(Stage):
-    r"""Map models to deployments, and answer `/v1/models` from the map.
+    r"""Map models to deployments, and serve `/v1/models` from the map.
 
     A name is exact (`gpt-4o`), a glob (`gpt-4o-*`) or, after `~`, a regular expression for the whole name
-    (`~gpt-(.+)`), whose groups the deployment may use (`prod-\1`). Exact names win, then the others in the
-    order of the file. A deployment is `NAME`, `RESOURCE/NAME` in a resource of its own, or `pool:NAME`, one of a
-    pool's, which the stage `balance` picks.
+    (`~gpt-(.+)`), whose groups the deployment may use (`prod-\1`). Exact names come first, then the others in the
+    order of the file. A deployment is `NAME` in the team's resource, `RESOURCE/NAME` in another one, or `pool:NAME`:
+    the stage `balance` picks one of the pool.
     """
 
     models: Annotated[
         dict[str, str] | str,
-        Meta(description="model: deployment, or pool:NAME; or as one text, model=deployment,model=deployment"),
+        Meta(description="`model: deployment` or `model: pool:NAME`; or one string: model=deployment,model=deployment"),
     ] = field(default_factory=dict)
     unmapped: Annotated[
         Literal["own_name_without_dots", "own_name", "refuse"],
         Meta(
-            description="what a model without a mapping is: the deployment of its own name, with the dots left out "
-            "as Azure's older names have it (gpt-3.5-turbo: gpt-35-turbo) or as it is, or a 404"
+            description="a model without a mapping: the deployment of its name without dots, as in Azure's older names "
+            "(gpt-3.5-turbo: gpt-35-turbo), the deployment of its unchanged name, or a 404"
         ),
     ] = "own_name_without_dots"
     default: Annotated[
-        str | None, Meta(description="the deployment of every model without a mapping, before `unmapped` is asked")
+        str | None, Meta(description="the deployment of every model without a mapping; overrides `unmapped`")
     ] = None
     allow: Annotated[
         Names | None,
-        Meta(description="the only models that the team may use, as names, globs or expressions; all if left out"),
+        Meta(description="models that the team may use, as names, globs or regular expressions; default: all"),
     ] = None
-    deny: Annotated[Names, Meta(description="models that it may not use, also of those in `allow`")] = field(
+    deny: Annotated[Names, Meta(description="models that the team may not use, even if `allow` has them")] = field(
         default_factory=list
     )
     list: Annotated[
-        Names, Meta(description="names that /v1/models shows besides the exact ones, for globs and expressions")
+        Names, Meta(description="names that /v1/models lists besides the exact ones, for globs and expressions")
     ] = field(default_factory=list)
 
     @property
@@ -57,7 +57,7 @@ class ModelMap(Stage):
 
     @property
     def targets(self) -> Iterator[Target]:
-        # (Of a name with groups the deployment is not known before a client has asked.)
+        # (With groups, the deployment depends on the request.)
         patterns = [target.replace(deployment=None) for _, target, _ in self._patterns]
         yield from (target for target in (*self._exact.values(), *patterns, self._default) if target is not None)
 
@@ -66,28 +66,28 @@ class ModelMap(Stage):
         self._patterns: list[tuple[re.Pattern[str], Target, str]] = []
         self._default: Target | None = None
         self._services = Services(team="", stage="")
-        self._own = Target()
+        self._team_target = Target()
         self._listed: tuple[str, ...] = ()
         self._allowed: Callable[[str], object] | None = None
-        self._denied: Callable[[str], object] = one_of((), loose=True)
+        self._denied: Callable[[str], object] = matcher((), loose=True)
         self._denied_deployments: set[str] = set()
         self._open = True
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str | int, ...], str]]:
-        """Read the map; what is wrong in it is found here, with its place."""
+        """Read the map, and yield its mistakes with their location."""
         self._services = services
-        self._own = Target(resource=services.resource)
+        self._team_target = Target(resource=services.resource)
         seen: set[str] = set()
-        for place, written, deployment in self._written():
+        for location, written, deployment in self._entries():
             name = written.strip()
             if not name or not deployment.strip():
-                yield place, f"{written}={deployment!s} is not model=deployment; both need a name"
+                yield location, f"{written}={deployment!s} is not model=deployment; both need a name"
                 continue
             if name in seen:
-                yield place, f"the model {name!r} stands here twice"
+                yield location, f"the model {name!r} is listed twice"
                 continue
             seen.add(name)
-            yield from ((place, problem) for problem in self._add(name, deployment.strip()))
+            yield from ((location, problem) for problem in self._add(name, deployment.strip()))
         for pair in self._broken_pairs():
             yield ("models",), f"{pair!r} is not model=deployment, as in gpt-4o=my-gpt-4o,gpt-4=my-gpt-4"
         if self.default is not None:
@@ -96,30 +96,30 @@ class ModelMap(Stage):
             if problem:
                 yield ("default",), problem
         if self.default is None and self.unmapped != "refuse" and services.resource is None and services.resources:
-            yield (), "a model without a mapping has no resource; set the team's `resource:`, or `unmapped: refuse`"
+            yield (), "models without a mapping have no resource; set the team's `resource:`, or `unmapped: refuse`"
         self._listed = tuple(dict.fromkeys([*self._exact, *(name.strip() for name in self.list)]))
         for setting, names in (("allow", self.allow or ()), ("deny", self.deny)):
-            for position, name in enumerate(names):
+            for index, name in enumerate(names):
                 try:
-                    one_of((name,))
+                    matcher((name,))
                 except re.error as exc:
-                    yield (setting, position), f"the expression {name[1:]!r} is wrong: {exc}"
+                    yield (setting, index), f"the regular expression {name[1:]!r} is invalid: {exc}"
 
     async def start(self, services: Services) -> None:
         self._open = self.allow is None and not self.deny
-        self._allowed = None if self.allow is None else one_of(tuple(self.allow))
-        # By another spelling a model could still be the same deployment: Azure ignores the case, and dots may be left
-        # out. And a deployment has a name of its own, by which it could be asked for.
-        self._denied = one_of(tuple(self.deny), loose=True)
+        self._allowed = None if self.allow is None else matcher(tuple(self.allow))
+        # Another spelling may be the same deployment: Azure ignores the case, and dots may be left out. A client could
+        # also request the deployment by its own name.
+        self._denied = matcher(tuple(self.deny), loose=True)
         denied = [each for name, target in self._exact.items() if self._denied(name) for each in names_of(target)]
         for pattern, target, template in self._patterns:
             for name in self.deny:
                 if (found := pattern.fullmatch(name)) is not None:
-                    made = _named(target, found.expand(template))
-                    denied += names_of(made) if made is not None else ()
-        self._denied_deployments = {plain(name) for name in denied}
+                    mapped = _with_deployment(target, found.expand(template))
+                    denied += names_of(mapped) if mapped is not None else ()
+        self._denied_deployments = {normalized(name) for name in denied}
 
-    def _written(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    def _entries(self) -> Iterator[tuple[tuple[str, ...], str, str]]:
         if isinstance(self.models, str):
             for pair in self.models.split(","):
                 if pair.count("=") == 1:
@@ -133,7 +133,7 @@ class ModelMap(Stage):
         if isinstance(self.models, str) and self.models.strip():
             pairs = self.models.split(",")
             if not pairs[-1].strip():
-                pairs.pop()  # a comma at the end does no harm
+                pairs.pop()  # a comma at the end is allowed
             yield from (pair.strip() for pair in pairs if pair.count("=") != 1)
 
     def _add(self, name: str, deployment: str) -> Iterator[str]:
@@ -152,7 +152,7 @@ class ModelMap(Stage):
         try:
             compiled = re.compile(pattern)
         except re.error as exc:
-            yield f"the expression {pattern!r} is wrong: {exc}"
+            yield f"the regular expression {pattern!r} is invalid: {exc}"
             return
         if deployment.startswith(POOL):
             target, problem = self._target(deployment)
@@ -161,21 +161,24 @@ class ModelMap(Stage):
             elif problem:
                 yield problem
             return
-        # Only what the configuration says may choose the resource; the groups are a client's text.
+        # Only the configuration may choose the resource; groups are a client's text.
         resource, _, name_template = deployment.rpartition("/")
         target, problem = self._target(f"{resource}/x" if resource else "x")
         if target is None or not DEPLOYMENT.fullmatch(re.sub(r"\\(\d|g<\w+>)", "x", name_template)):
-            yield problem or f"{name_template!r} cannot be a deployment's name: letters, digits, . _ and -, at most 64"
+            yield (
+                problem
+                or f"{name_template!r} is not a valid deployment name: use at most 64 letters, digits, . _ and -"
+            )
             return
         try:
-            compiled.sub(name_template, "")  # reads the groups it names, also where nothing matches
+            compiled.sub(name_template, "")  # checks its groups, even without a match
         except (re.error, IndexError) as exc:
             yield f"the deployment {deployment!r} uses a group that {name!r} does not have: {exc}"
             return
         self._patterns.append((compiled, target, name_template))
 
     def _target(self, text: str) -> tuple[Target | None, str | None]:
-        """Return the target of `NAME`, `RESOURCE/NAME` or `pool:NAME`, or what is wrong with it."""
+        """Return the target of `NAME`, `RESOURCE/NAME` or `pool:NAME`, or the mistake in it."""
         if text.startswith(POOL):
             pool = self._services.pools.get(text.removeprefix(POOL).strip())
             if pool is None:
@@ -188,81 +191,81 @@ class ModelMap(Stage):
             known = ", ".join(self._services.resources) or "none"
             return None, f"there is no resource {resource_name!r} for {text!r}; there is {known}"
         if resource is None and len(self._services.resources) > 1:
-            return None, f"{text!r} names no resource and there are several; write RESOURCE/{name}, or `resource:`"
+            return None, f"{text!r} names no resource, and there are several; write RESOURCE/{name}, or set `resource:`"
         if not DEPLOYMENT.fullmatch(name):
-            return None, f"{name!r} cannot be a deployment's name: letters, digits, . _ and -, at most 64"
+            return None, f"{name!r} is not a valid deployment name: use at most 64 letters, digits, . _ and -"
         return Target(resource=resource, deployment=name), None
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        of_key = request.allowed_models
-        find = self._found if self._open and of_key is None else lambda name: self._permitted(name, of_key)
+        key_models = request.allowed_models
+        find = self._target_of if self._open and key_models is None else lambda name: self._permitted(name, key_models)
         if request.operation == "models.list":
-            shown = [name for name in self._listed if self._may(name, of_key)]
-            return Response.json({"object": "list", "data": [self._model(name) for name in shown]})
+            usable = [name for name in self._listed if self._allows(name, key_models)]
+            return Response.json({"object": "list", "data": [self._model(name) for name in usable]})
         if request.operation == "models.retrieve":
             name = await request.model() or ""
-            if name not in self._listed or not self._may(name, of_key):
+            if name not in self._listed or not self._allows(name, key_models):
                 find(name)
             return Response.json(self._model(name))
         await request.map_models(find)
         return await call_next(request)
 
-    def _may(self, name: str, of_key: tuple[str, ...] | None) -> bool:
-        """Whether the team may use a model, and the key, which may have a list of its own."""
+    def _allows(self, name: str, key_models: tuple[str, ...] | None) -> bool:
+        """Whether the team, and the key if it has a list of models, may use a model."""
         if (self._allowed is not None and not self._allowed(name)) or self._denied(name):
             return False
-        return of_key is None or bool(one_of(of_key)(name))
+        return key_models is None or bool(matcher(key_models)(name))
 
-    def _permitted(self, name: str, of_key: tuple[str, ...] | None) -> Target:
-        """Return the target of a model. Raises ApiError 404 where it may not be used, or has none."""
-        found = self._found(name) if self._may(name, of_key) else None
+    def _permitted(self, name: str, key_models: tuple[str, ...] | None) -> Target:
+        """Return the target of a model. Raises ApiError 404 if it is not allowed, or has no target."""
+        found = self._target_of(name) if self._allows(name, key_models) else None
         if (
             found is not None
             and self.deny
             and name not in self._exact
-            and any(self._denied(each) or plain(each) in self._denied_deployments for each in names_of(found))
+            and any(self._denied(each) or normalized(each) in self._denied_deployments for each in names_of(found))
         ):
             found = None
         if found is None:
-            # As OpenAI answers for a model that a project has no access to.
-            shown = ", ".join([each for each in self._listed if self._may(each, of_key)][:SHOWN])
+            # Like OpenAI's error for a model that a project has no access to.
+            listed = ", ".join([each for each in self._listed if self._allows(each, key_models)][:MAX_LISTED])
             raise ApiError(
                 404,
-                f"the model {name!r} is not one that you may use here; you may use: {shown or 'ask the operator'}",
+                f"the model {name!r} is not available to you; available models: {listed or 'ask the operator'}",
                 param="model",
                 code="model_not_found",
             )
         return found
 
-    def _found(self, name: str) -> Target:
-        """Return the target of a model. Raises ApiError 404 where it has none."""
+    def _target_of(self, name: str) -> Target:
+        """Return the target of a model. Raises ApiError 404 if it has none."""
         found = self._find(name)
         if found is None:
-            raise self._refusal(name)
+            raise self._not_mapped(name)
         return found
 
     def _find(self, name: str) -> Target | None:
-        """Return the target of a model, or None where it is refused."""
+        """Return the target of a model, or None if it has none."""
         if (target := self._exact.get(name)) is not None:
             return target
         for pattern, target, template in self._patterns:
             if (found := pattern.fullmatch(name)) is not None:
-                return _named(target, found.expand(template))
+                return _with_deployment(target, found.expand(template))
         if self._default is not None:
             return self._default
         if self.unmapped == "refuse":
             return None
-        return _named(self._own, self._own_name(name))
+        return _with_deployment(self._team_target, self._default_name(name))
 
-    def _own_name(self, name: str) -> str:
+    def _default_name(self, name: str) -> str:
         return name.replace(".", "") if self.unmapped == "own_name_without_dots" else name
 
-    def _refusal(self, name: str) -> ApiError:
-        mapped = [*self._exact, *(written for _, written, _ in self._written() if written.strip() not in self._exact)]
-        shown = ", ".join(mapped[:SHOWN]) + (", ..." if len(mapped) > SHOWN else "")
+    def _not_mapped(self, name: str) -> ApiError:
+        mapped = [*self._exact, *(written for _, written, _ in self._entries() if written.strip() not in self._exact)]
+        listed = ", ".join(mapped[:MAX_LISTED]) + (", ..." if len(mapped) > MAX_LISTED else "")
         return ApiError(
             404,
-            f"the model {name!r} is not mapped to a deployment; mapped are: {shown or 'none'}",
+            f"the model {name!r} is not mapped to a deployment; mapped models: {listed or 'none'}",
             param="model",
             code="model_not_found",
         )
@@ -272,11 +275,10 @@ class ModelMap(Stage):
 
 
 @lru_cache(maxsize=1024)
-def one_of(names: tuple[str, ...], *, loose: bool = False) -> Callable[[str], object]:
-    """Return what tells whether a model is one of some names, globs, or, after `~`, expressions. Raises re.error.
+def matcher(names: tuple[str, ...], *, loose: bool = False) -> Callable[[str], object]:
+    """Return a function that matches models by names, globs or, after `~`, regular expressions. Raises re.error.
 
-    `loose` is for what is denied: the case does not count then, nor do dots, but in expressions and in globs that have
-    some themselves.
+    `loose` is for denied models: it ignores the case, and dots except in expressions and in globs that have dots.
     """
     exact = {name for name in names if not name.startswith("~") and not any(sign in name for sign in "*?[")}
     patterns = [
@@ -285,31 +287,31 @@ def one_of(names: tuple[str, ...], *, loose: bool = False) -> Callable[[str], ob
         if name not in exact
     ]
     if loose:
-        exact = {plain(name) for name in exact}
+        exact = {normalized(name) for name in exact}
 
-    def among(model: str) -> bool:
-        text = plain(model) if loose else model
+    def match(model: str) -> bool:
+        text = normalized(model) if loose else model
         return text in exact or any(
             pattern.fullmatch(model) or (not dotted and pattern.fullmatch(text)) for pattern, dotted in patterns
         )
 
-    return among
+    return match
 
 
-def plain(name: str) -> str:
-    """Return a name as Azure takes it for the same as others: in lower case, and without dots."""
+def normalized(name: str) -> str:
+    """Return a name in the form in which Azure compares names: lower case, without dots."""
     return name.lower().replace(".", "")
 
 
 def names_of(target: Target) -> list[str]:
-    """Return the names of the deployments that a target may be."""
+    """Return the names of the deployments that a target may use."""
     if target.pool is not None:
         return [each.name for each in target.pool.deployments]
     return [target.deployment] if target.deployment is not None else []
 
 
-def _named(target: Target, name: str) -> Target | None:
-    """Return a target with this deployment, or None where that is no deployment's name; a pool has its own."""
+def _with_deployment(target: Target, name: str) -> Target | None:
+    """Return a target with this deployment, or None if the name is invalid; a pool's target stays."""
     if target.pool is not None:
         return target
     return target.replace(deployment=name) if DEPLOYMENT.fullmatch(name) else None

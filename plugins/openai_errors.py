@@ -1,4 +1,4 @@
-"""`openai_errors`: Azure's errors, in the words and the shape that OpenAI's clients read."""
+"""`openai_errors`: Azure's errors in OpenAI's shape, with OpenAI's codes."""
 
 import asyncio
 import json
@@ -6,130 +6,99 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from gateway import ApiError, Next, Request, Response, Stage, Target
+from gateway import ApiError, ErrorBody, Next, Request, Response, Stage, Target
 
-# The SDKs of OpenAI retry by themselves, but not where they are told to wait for longer than this, in seconds.
-LONGEST = 120
-# What a 429 says that names no time, in seconds: about what a client waits that is told nothing.
-UNTOLD = 1.0
-MOST = 256 * 1024
-PATIENCE = 10.0  # seconds for an error's body, which may drip
+# OpenAI's SDKs retry by themselves, but not after a Retry-After longer than this, in seconds.
+MAX_SDK_WAIT = 120
+MAX_BODY = 256 * 1024  # bytes
+READ_TIMEOUT = 10.0  # seconds for an error's body, which may drip
 FIELDS = ("message", "type", "param", "code")
 
 
 @dataclass
 class OpenAIErrors(Stage):
-    """Give Azure's errors OpenAI's shape, what it means as `code`, and Azure's own words under `innererror`.
+    """Give Azure's errors OpenAI's shape and `code`, and keep Azure's original error under `innererror`.
 
-    A 429 always says when to try again, as `retry-after` and `retry-after-ms`, if only its text does. A 404
-    tells a deployment that is not there from an api-version that lacks the operation.
+    A 429 always has `retry-after` and `retry-after-ms`, even if Azure gives the time only in its message. A 404
+    tells an unknown deployment from an api-version that lacks the operation.
     """
 
-    above = ("errors",)  # those that are found in a stream are put into these words, too
+    above = ("errors",)  # converts the errors that are found in streams, too
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         if response.status < 400 or response.error is not None:
             return response
         try:
-            async with asyncio.timeout(PATIENCE):
-                data = await response.read(MOST)
+            async with asyncio.timeout(READ_TIMEOUT):
+                data = await response.read(MAX_BODY)
         except (ApiError, TimeoutError):
             data = response.body = b""
-        error = read_error(data)
-        made = spoken(request, response.status, error)
-        wait = response.retry_after(made["message"])
-        if wait is None and response.status == 429:
-            wait = UNTOLD
+        body = ErrorBody(data)
+        error = openai_error(request, response.status, body)
+        wait = response.cooldown(error["message"])
         if wait is not None:
             response.headers.set("retry-after", str(math.ceil(wait)))
             response.headers.set("retry-after-ms", str(math.ceil(round(wait * 1000, 3))))
-            if wait > LONGEST:
-                made["message"] += (
-                    f" (Azure asks for a wait of {math.ceil(wait)} s; above {LONGEST} s OpenAI's clients do not retry)"
+            if wait > MAX_SDK_WAIT:
+                error["message"] += (
+                    f" (Azure asks for a wait of {math.ceil(wait)} s; OpenAI's SDKs do not retry after more than "
+                    f"{MAX_SDK_WAIT} s)"
                 )
-        keep_own(made, error)
+        keep_original(error, body.fields)
         response.headers.set("content-type", "application/json")
-        if {"error": made} != parsed(data):
+        if {"error": error} != body.content:
             response.headers.remove("content-encoding")
-            response.body = json.dumps({"error": made}, ensure_ascii=False).encode("utf-8", "replace")
+            response.body = json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "replace")
         return response
 
 
-def parsed(data: bytes) -> Any:
-    """Return what is JSON, else None; what is no number in JSON becomes null."""
-    try:
-        return json.loads(data, parse_constant=lambda _: None, parse_float=finite)
-    except (ValueError, RecursionError):
-        return None
-
-
-def finite(text: str) -> float | None:
-    """Return a number, or None where it is too large for one."""
-    return number if math.isfinite(number := float(text)) else None
-
-
-def read_error(data: bytes) -> dict[str, Any]:
-    """Return Azure's error from any of the shapes it has been seen in: its own, API Management's, a page."""
-    content = parsed(data)
-    if isinstance(content, dict):
-        error: Any = content.get("error", content)
-        if isinstance(error, dict):
-            # The specification spells it otherwise than Azure does.
-            return {"innererror": error["inner_error"], **error} if "inner_error" in error else error
-        return {**content, "message": content.get("message") or str(error)}
-    text = data.decode("utf-8", "replace").strip()
-    if not text or text.startswith("<"):
-        return {}
-    return {"message": text[:1000]}
-
-
-def spoken(request: Request, status: int, own: dict[str, Any]) -> dict[str, Any]:
-    """Return an error as OpenAI would say it, with all else that is in Azure's own."""
-    code, param, kind = own.get("code"), own.get("param"), own.get("type")
-    said = [text for name in ("message", "detail", "title") if isinstance(text := own.get(name), str) and text]
-    message = said[0] if said else f"Azure answered with status {status} and no reason"
+def openai_error(request: Request, status: int, body: ErrorBody) -> dict[str, Any]:
+    """Return an error in OpenAI's shape, with all other fields of Azure's."""
+    fields = body.fields
+    code, param, kind = fields.get("code"), fields.get("param"), fields.get("type")
+    message = body.message or f"Azure answered with status {status} and no message"
     code = code if isinstance(code, str) and not code.isdigit() else None
     if status == 401:
         code, kind = "invalid_api_key", "invalid_request_error"
     elif code == "DeploymentNotFound":
         code, param = "model_not_found", "model"
-        named = asked(request).deployment
-        message += f" (the deployment {named!r}, which the model is mapped to)" if named else " (no model was named)"
+        deployment = sent_target(request).deployment
+        message += f" (the model is mapped to the deployment {deployment!r})" if deployment else " (no model was named)"
     elif status == 404 and message.rstrip(".").lower() == "resource not found":
         code = "operation_not_supported"
-        message = not_found(request)
+        message = not_found_message(request)
     elif status == 429:
         code = code if code and code != "TooManyRequests" else "rate_limit_exceeded"
-    made: dict[str, Any] = {
+    error: dict[str, Any] = {
         "message": message,
         "type": kind if isinstance(kind, str) and kind else ApiError(status, "").type,
         "param": param if isinstance(param, str) else None,
         "code": code,
     }
-    made.update({name: value for name, value in own.items() if name not in FIELDS})
-    return made
+    error.update({name: value for name, value in fields.items() if name not in FIELDS})
+    return error
 
 
-def asked(request: Request) -> Target:
-    """Return where Azure was asked: a stage below may have chosen it."""
+def sent_target(request: Request) -> Target:
+    """Return the target that the request was sent to: a stage below may have chosen it."""
     return request.sent_to or request.target
 
 
-def keep_own(made: dict[str, Any], own: dict[str, Any]) -> None:
-    """Put what Azure said under `innererror`, where another thing was put in its place."""
-    if "innererror" not in own and any(own.get(name) not in (None, made[name]) for name in FIELDS):
-        made["innererror"] = {name: own[name] for name in FIELDS if name in own}
+def keep_original(error: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Keep Azure's original fields under `innererror`, if any of them was changed."""
+    if "innererror" not in fields and any(fields.get(name) not in (None, error[name]) for name in FIELDS):
+        error["innererror"] = {name: fields[name] for name in FIELDS if name in fields}
 
 
-def not_found(request: Request) -> str:
-    """Say what "Resource not found" means: Azure says it of a path and of an api-version that it does not know."""
-    version = asked(request).api_version or ""
-    said = f"Azure has nothing at the path of {request.operation} with api-version {version}. "
+def not_found_message(request: Request) -> str:
+    """Explain "Resource not found": Azure says it of an unknown path and of an unknown api-version alike."""
+    version = sent_target(request).api_version or ""
+    problem = f"Azure has nothing at the path of {request.operation} with api-version {version}. "
     preview = "preview" in request.api_versions and not version.endswith("preview") and version != "v1"
     if preview:
-        return said + f"The api-version is the likely cause: the operation is known from {request.api_versions}."
-    return said + (
-        "That api-version is known to have it, so the likely cause is the resource: its endpoint has another base "
-        "path, or its region does not offer the operation."
+        return problem + f"The api-version is the likely cause: the operation needs {request.api_versions}."
+    return problem + (
+        "That api-version has the operation, so the likely cause is the resource: its endpoint has another base path, "
+        "or its region does not offer the operation."
     )

@@ -7,21 +7,21 @@ from typing import Annotated, Any, Literal
 
 from gateway import Event, EventFilter, Meta, Next, Request, Response, Services, Stage
 
-# What Azure found in the prompt; `prompt_annotations` was its name before api-version 2023-07-01-preview.
-FOUND = ("prompt_filter_results", "prompt_annotations")
+# Filter results of the prompt; before api-version 2023-07-01-preview they were called `prompt_annotations`.
+RESULTS = ("prompt_filter_results", "prompt_annotations")
 
 
 @dataclass
 class PromptFilterChunk(Stage):
-    """Take out the chunk with which Azure tells what its filter found in the prompt, and which has no choices.
+    """Remove the chunk with the content filter's results for the prompt, which has no choices.
 
-    Programs that read `chunk.choices[0].delta` of every chunk fail on it. The chunk that tells the usage, which
-    has no choices either, is as OpenAI sends it, and stays.
+    Programs that read `chunk.choices[0].delta` of every chunk fail on it. The chunk with the usage has no choices
+    either; OpenAI sends that one too, so it stays.
     """
 
     chunk: Annotated[
         Literal["drop", "merge", "keep"],
-        Meta(description="what becomes of it: gone, its findings put into the chunk after it, or left as it is"),
+        Meta(description="the chunk: drop, merge its results into the next chunk with choices, or keep unchanged"),
     ] = "drop"
 
     above = ("events",)
@@ -46,14 +46,14 @@ class Drop(EventFilter):
         self._count = count
 
     def event(self, event: Event) -> Event | None:
-        if not found_in(event.json()):
+        if not prompt_results(event.json()):
             return event
         self._count()
         return None
 
 
 class Merge(EventFilter):
-    """Puts what the chunk tells into the next one that has choices."""
+    """Merges the chunk's results into the next chunk that has choices."""
 
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
@@ -62,23 +62,23 @@ class Merge(EventFilter):
 
     def event(self, event: Event) -> Event | list[Event] | None:
         chunk = event.json()
-        if found_in(chunk):
+        if prompt_results(chunk):
             self._held.append(event)
-            self.finds = EventFilter.finds  # whatever comes next
+            self.finds = EventFilter.finds  # the next event, whatever it is
             return None
         if not event.data.strip():
-            return event  # a comment: there is more to come
+            return event  # a comment: wait for the next event
         held, self._held = self._held, []
         self.finds = Drop.finds
         if not isinstance(chunk, dict) or not chunk.get("choices"):
-            return [*held, event]  # an error, or the end: there is nothing to put it into
-        found: dict[str, list[Any]] = {}
+            return [*held, event]  # an error, or the end: no chunk to merge into
+        merged: dict[str, list[Any]] = {}
         for each in held:
-            for name, results in found_in(each.json()).items():
-                found.setdefault(name, []).extend(results)
+            for name, results in prompt_results(each.json()).items():
+                merged.setdefault(name, []).extend(results)
             self._count()
-        if found:
-            event.set_json({**chunk, **found})
+        if merged:
+            event.set_json({**chunk, **merged})
         return event
 
     def close(self) -> list[Event]:
@@ -86,8 +86,8 @@ class Merge(EventFilter):
         return held
 
 
-def found_in(chunk: Any) -> dict[str, list[Any]]:
-    """Return what a chunk tells about the prompt, if it tells nothing else."""
+def prompt_results(chunk: Any) -> dict[str, list[Any]]:
+    """Return the filter results of a chunk that holds nothing else, else nothing."""
     if not isinstance(chunk, dict) or chunk.get("choices") != [] or chunk.get("usage") or chunk.get("error"):
         return {}
-    return {name: chunk[name] for name in FOUND if isinstance(chunk.get(name), list)}
+    return {name: chunk[name] for name in RESULTS if isinstance(chunk.get(name), list)}

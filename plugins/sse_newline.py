@@ -1,4 +1,4 @@
-"""`sse_newline`: an event stream ends as its readers expect, also where Azure left the last newline out."""
+"""`sse_newline`: completes the last event of a stream if Azure left out its newline."""
 
 import re
 from collections.abc import Callable
@@ -7,19 +7,19 @@ from functools import partial
 
 from gateway import Filter, Next, Request, Response, Stage
 
-LINE = re.compile(rb"\r\n|\n|\r")
+LINE_END = re.compile(rb"\r\n|\n|\r")
 DONE = (b"data: [DONE]", b"data:[DONE]")
-KEPT = len(DONE[0]) + 1  # of an unfinished line: enough to tell whether it is one of DONE
+MAX_KEPT = len(DONE[0]) + 1  # bytes of an unfinished line: enough to recognize DONE
 
 
 @dataclass
 class SseNewline(Stage):
     """Complete the last event of every event stream.
 
-    Azure has ended streams with `data: [DONE]` and one newline, or none; readers that go by the standard
-    (WHATWG HTML, 9.2.6) then never see it. The event is completed the moment its line is there, in the
-    stream's own line ending, and what follows it is dropped. Any other event still open at the end is
-    completed too. A stream that ends rightly passes unchanged to the byte.
+    Azure has ended streams with `data: [DONE]` and one newline, or none; readers that follow the standard (WHATWG
+    HTML, 9.2.6) then never see that event. The stage completes it as soon as its line is complete, with the stream's
+    own line ending, and drops all that follows. It also completes any other event that is open at the end. A correct
+    stream passes byte for byte.
     """
 
     provides = ("events",)
@@ -32,112 +32,113 @@ class SseNewline(Stage):
 
 
 class CompleteEvents(Filter):
-    """Follows lines just closely enough to know `[DONE]` and an open event; keeps no more than a line's start."""
+    """Tracks lines just enough to recognize `[DONE]` and an open event; keeps only the start of a line."""
 
     finds = (b"[DONE]",)
 
     def __init__(self, count: Callable[[], None] = lambda: None) -> None:
         self._count = count
-        self._line = b""  # the start of the line that has not ended yet
-        self._ending = b"\n"  # how the last line ended
-        self._styled = False  # whether a line has ended yet
-        self._open = False  # whether the event in progress has a field line
-        self._data = False  # whether it has a data line
-        self._half = b""  # a CR at the end of a read, which may be half a CRLF: b"" or the line before it
-        self._waits = False
-        self._over = False
-        self._owed = b""  # of the blank line behind `[DONE]`, which was sent: what Azure has not sent of it yet
+        self._line = b""  # the start of the current line
+        self._ending = b"\n"  # the previous line's ending
+        self._ending_known = False  # whether any line has ended yet
+        self._open = False  # whether the current event has a field line
+        self._has_data = False  # whether it has a data line
+        self._cr_line = b""  # the start of the line before that CR
+        self._after_cr = False  # whether the previous read ended with a CR, which may be half of a CRLF
+        self._done = False
+        # The bytes of the blank line after `[DONE]` that were sent to the client and have not arrived from Azure yet.
+        self._missing = b""
 
     def feed(self, data: bytes) -> bytes:
-        if self._over:
-            self._check(data)
+        if self._done:
+            self._compare(data)
             return b""
-        # Nearly every read of nearly every stream: whole events, none of them the last.
-        if not (self._line or self._waits) and b"[DONE]" not in data:
+        # Fast path, nearly every read: whole events, none of them the last one.
+        if not (self._line or self._after_cr) and b"[DONE]" not in data:
             ending = b"\n" if data.endswith(b"\n\n") else b"\r\n" if data.endswith(b"\r\n\r\n") else None
             if ending is not None:
-                self._open = self._data = False
-                self._ending, self._styled = ending, True
+                self._open = self._has_data = False
+                self._ending, self._ending_known = ending, True
                 self.between = ending == b"\n"
                 return data
-        return self._follow(data)
+        return self._feed_lines(data)
 
-    def _follow(self, data: bytes) -> bytes:
+    def _feed_lines(self, data: bytes) -> bytes:
         if not data:
             return data
         self.between = False
-        place = 0
-        if self._waits:
-            # The last read ended with a CR; only now is it known what it was.
-            self._waits = False
-            place = 1 if data.startswith(b"\n") else 0
-            self._ending = b"\r\n" if place else b"\r"
-            if self._end_line(self._half):
-                return data[:place] + self._finish(data[place:])
-        while (found := LINE.search(data, place)) is not None:
-            line = (self._line + data[place : min(found.start(), place + KEPT)])[:KEPT]
+        position = 0
+        if self._after_cr:
+            # Only now it is known whether that CR was half of a CRLF.
+            self._after_cr = False
+            position = 1 if data.startswith(b"\n") else 0
+            self._ending = b"\r\n" if position else b"\r"
+            if self._end_line(self._cr_line):
+                return data[:position] + self._finish(data[position:])
+        while (found := LINE_END.search(data, position)) is not None:
+            line = (self._line + data[position : min(found.start(), position + MAX_KEPT)])[:MAX_KEPT]
             self._line = b""
             ending = found.group()
             if ending == b"\r" and found.end() == len(data):
-                if line in DONE and not self._data and self._styled and self._ending != b"\n":
-                    # In a stream of CRLF or of CR it is clear what this CR is: the last event need not wait.
+                if line in DONE and not self._has_data and self._ending_known and self._ending != b"\n":
+                    # The stream's line ending (CRLF or CR) is known, so the last event need not wait.
                     rest = b"\n" if self._ending == b"\r\n" else b""
-                    self._owed = rest
+                    self._missing = rest
                     return data + rest + self._finish(b"")
-                self._half, self._waits = line, True
+                self._cr_line, self._after_cr = line, True
                 return data
-            place = found.end()
-            self._ending, self._styled = ending, True
+            position = found.end()
+            self._ending, self._ending_known = ending, True
             if self._end_line(line):
-                return data[:place] + self._finish(data[place:])
-        self._line = (self._line + data[place : place + KEPT])[:KEPT]
+                return data[:position] + self._finish(data[position:])
+        self._line = (self._line + data[position : position + MAX_KEPT])[:MAX_KEPT]
         return data
 
     def _end_line(self, line: bytes) -> bool:
-        """Note a line that has ended; True if it is the last one."""
-        self._styled = True
+        """Process a complete line; return True for the last one."""
+        self._ending_known = True
         if not line:
-            self._open = self._data = False
-        elif line in DONE and not self._data:
+            self._open = self._has_data = False
+        elif line in DONE and not self._has_data:
             return True
         elif not line.startswith(b":"):
             self._open = True
-            self._data = self._data or line.startswith(b"data")
+            self._has_data = self._has_data or line.startswith(b"data")
         return False
 
-    def _finish(self, behind: bytes) -> bytes:
-        """Return the blank line that completes the last event; `behind` is what came behind it."""
-        self._over = True
-        self._owed += self._ending
-        self._check(behind)
+    def _finish(self, rest: bytes) -> bytes:
+        """Return the blank line that completes the last event; `rest` is the data after the event's line."""
+        self._done = True
+        self._missing += self._ending
+        self._compare(rest)
         return self._ending
 
-    def _check(self, data: bytes) -> None:
-        """See whether Azure sends that blank line, too: if it does not, the end was mended."""
-        if self._owed and data:
-            size = min(len(data), len(self._owed))
-            if data[:size] == self._owed[:size]:
-                self._owed = self._owed[size:]
+    def _compare(self, data: bytes) -> None:
+        """Compare data from Azure with the missing blank line: if it differs, the stage has repaired the end."""
+        if self._missing and data:
+            size = min(len(data), len(self._missing))
+            if data[:size] == self._missing[:size]:
+                self._missing = self._missing[size:]
             else:
-                self._mended()
+                self._count_repair()
 
-    def _mended(self) -> None:
-        self._owed = b""
+    def _count_repair(self) -> None:
+        self._missing = b""
         self._count()
 
     def close(self) -> bytes:
-        left = self._left()
-        if left or self._owed:
-            self._mended()
-        return left
+        completion = self._completion()
+        if completion or self._missing:
+            self._count_repair()
+        return completion
 
-    def _left(self) -> bytes:
-        """Return what completes the event that is open at the end."""
-        if self._over:
+    def _completion(self) -> bytes:
+        """Return the bytes that complete an event that is open at the end."""
+        if self._done:
             return b""
-        if self._waits:
-            # It was the end of a line: of CR where the stream has shown no other, else half of a CRLF.
-            line, self._waits = self._half, False
+        if self._after_cr:
+            # The CR ended a line: as a CR if no other ending was seen, else as half of a CRLF.
+            line, self._after_cr = self._cr_line, False
             rest = b"\n" if self._ending == b"\r\n" else b""
             if not rest:
                 self._ending = b"\r"

@@ -1,4 +1,4 @@
-"""`stream_errors`: an error that Azure sends inside a stream of status 200 is an error to clients, too."""
+"""`stream_errors`: an error inside a stream with status 200 reaches clients as an error."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,20 +10,19 @@ FIELDS = ("type", "param", "code")
 
 @dataclass
 class StreamErrors(Stage):
-    """Answer with the error's own status where a stream begins with an error, and break off where one follows later.
+    """Turn an error at the beginning of a stream into a response with its status; a later one ends the stream.
 
-    Azure's content filter and its limits may end a stream that has begun with status 200 by an object
-    `{"error": ...}`. At the beginning, before anything that a client would show, it becomes a plain answer with
-    the status that it means, so that clients raise, wait and try again as they do. Later it ends the stream as
-    a broken one, with the error as its last event.
+    Azure's content filter and its limits may end a stream with status 200 by an object `{"error": ...}`. Before any
+    content, it becomes an ordinary error response, so that clients raise and retry as usual. Later it is the last
+    event, and the stream ends as a broken one.
     """
 
     wait: Annotated[
         float,
-        Meta(ge=0, le=60, description="seconds for which the head of an answer waits for its first event"),
+        Meta(ge=0, le=60, description="seconds that the response's head waits for the first event"),
     ] = 10.0
 
-    above = ("events",)  # it, too, reads whole events
+    above = ("events",)  # reads whole events
     provides = ("errors",)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:

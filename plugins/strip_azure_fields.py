@@ -1,4 +1,4 @@
-"""`strip_azure_fields`: answers have no fields but those that OpenAI's own have."""
+"""`strip_azure_fields`: responses without the fields that only Azure has."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,18 +12,18 @@ FIELDS = (
     "prompt_filter_results", "prompt_annotations", "content_filter_results", "content_filter_result",
     "content_filter_offsets", "content_filter_raw", "content_filters", "obfuscation",
 )  # fmt: skip
-MOST = 64 * 1024 * 1024  # of a JSON answer, in bytes
+MAX_BODY = 64 * 1024 * 1024  # of a JSON response, in bytes
 
 
 @dataclass
 class StripAzureFields(Stage):
-    """Take Azure's own fields out of chunks, completions and responses, for clients that refuse what they do not know.
+    """Remove Azure's own fields from chunks, completions and responses, for clients that reject unknown fields.
 
-    They are looked for where Azure puts them: in the answer itself, in its `choices` or `data`, and in the
-    `response` of an event; never inside what a user or a model wrote.
+    The stage looks where Azure puts them: at the top level, in `choices` or `data`, and in the `response` of an event;
+    never inside the text of a user or a model.
     """
 
-    fields: Annotated[list[str], Meta(description="the names of the fields")] = field(
+    fields: Annotated[list[str], Meta(description="names of the fields to remove")] = field(
         default_factory=lambda: list(FIELDS)
     )
 
@@ -39,34 +39,34 @@ class StripAzureFields(Stage):
         if response.event_stream:
             response.pipe(Strip(self.finds, self.stripped, partial(request.count, self.id)))
         elif response.media_type == "application/json" and "content" not in (request.operation or "").split("."):
-            body = await response.read(MOST)
+            body = await response.read(MAX_BODY)
             if (
                 any(name in body for name in self.finds)
-                and (made := self.stripped(await response.read_json(MOST))) is not None
+                and (stripped := self.stripped(await response.read_json(MAX_BODY))) is not None
             ):
-                response.set_json(made)
+                response.set_json(stripped)
                 request.count(self.id)
         return response
 
     def stripped(self, content: Any) -> dict[str, Any] | None:
-        """Return an answer without the fields; None where it has none of them."""
+        """Return content without the fields, or None if it has none of them."""
         if not isinstance(content, dict):
             return None
-        made = {name: value for name, value in content.items() if name not in self._names}
-        changed = len(made) != len(content)
+        result = {name: value for name, value in content.items() if name not in self._names}
+        changed = len(result) != len(content)
         for name in ("choices", "data"):
-            if isinstance(each := made.get(name), list):
-                inner = [self.stripped(one) for one in each]
-                if any(one is not None for one in inner):
-                    made[name] = [old if new is None else new for old, new in zip(each, inner, strict=True)]
+            if isinstance(items := result.get(name), list):
+                inner = [self.stripped(each) for each in items]
+                if any(each is not None for each in inner):
+                    result[name] = [old if new is None else new for old, new in zip(items, inner, strict=True)]
                     changed = True
-        if (answer := self.stripped(made.get("response"))) is not None:
-            made["response"], changed = answer, True
-        return made if changed else None
+        if (response := self.stripped(result.get("response"))) is not None:
+            result["response"], changed = response, True
+        return result if changed else None
 
 
 class Strip(EventFilter):
-    """Takes the fields out of events."""
+    """Removes the fields from events."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Strip(EventFilter):
         self._count = count
 
     def event(self, event: Event) -> Event:
-        if (made := self._stripped(event.json())) is not None:
-            event.set_json(made)
+        if (stripped := self._stripped(event.json())) is not None:
+            event.set_json(stripped)
             self._count()
         return event

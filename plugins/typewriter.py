@@ -1,4 +1,4 @@
-"""`typewriter`: events that Azure sends in lumps leave one after the other."""
+"""`typewriter`: spreads events that Azure sends in bursts."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,13 +8,13 @@ from gateway import Meta, Next, Request, Response, Stage
 
 @dataclass
 class Typewriter(Stage):
-    """Spread the events of a lump over time, so that text appears as if it were typed.
+    """Spread the events of a burst over time, so that text appears as if it were typed.
 
-    Azure's content filter looks at a piece of text at a time, and lets go of all its events at once. Each event
-    leaves at the latest `delay` seconds after it came; the fewer wait, the further apart they leave.
+    Azure's content filter checks a piece of text at a time, then releases all its events at once. Each event leaves
+    at most `delay` seconds after it arrives; the fewer events wait, the larger the gaps between them.
     """
 
-    delay: Annotated[float, Meta(gt=0, le=10, description="seconds that an event waits at most")] = 0.5
+    delay: Annotated[float, Meta(gt=0, le=10, description="maximum number of seconds that an event waits")] = 0.5
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)

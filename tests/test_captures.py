@@ -1,4 +1,4 @@
-"""True recordings of Azure, where they are at hand: what needs no repair keeps its bytes, errors become OpenAI's."""
+"""Recordings of Azure, if available: a correct response keeps its bytes, errors become OpenAI's."""
 
 from __future__ import annotations
 
@@ -73,23 +73,23 @@ def test_repairs_change_what_is_odd_and_nothing_else(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in BODIES if "stream" in path.name], ids=lambda path: path.stem)
 async def test_other_repairs_of_recorded_streams(path: Path) -> None:
-    """No error is seen where there is none, and Azure's own fields are gone where they are to be."""
+    """No false errors, and Azure's own fields are removed."""
     stream = path.read_bytes()
     headers = {"content-type": "text/event-stream"}
-    passed = await post(StreamErrors(), answer=Response(200, stream, headers), json=CHAT)
+    passed = await post(StreamErrors(), response=Response(200, stream, headers), json=CHAT)
     assert (passed.status, passed.body) == (200, stream)
-    stripped = (await post(StripAzureFields(), answer=Response(200, stream, headers), json=CHAT)).body
+    stripped = (await post(StripAzureFields(), response=Response(200, stream, headers), json=CHAT)).body
     assert b"content_filter_results" not in stripped
     assert b"obfuscation" not in stripped
     assert stripped.count(b"\n\n") == stream.count(b"\n\n")
 
 
 async def test_a_recorded_completion_without_a_message_gets_one() -> None:
-    """The one that the filter withheld; the others keep their bytes."""
+    """The completion that the filter withheld; the others keep their bytes."""
     for path in (path for path in BODIES if "chat-json" in path.name):
         body = path.read_bytes()
         answer = Response(200, body, {"content-type": "application/json"})
-        sent = await post(MissingMessage(), answer=answer, json=CHAT)
+        sent = await post(MissingMessage(), response=answer, json=CHAT)
         if "content-filtered" in path.name:
             assert sent.json()["choices"][0]["message"]["content"] == ""
         else:
@@ -98,7 +98,7 @@ async def test_a_recorded_completion_without_a_message_gets_one() -> None:
 
 @pytest.mark.parametrize("path", BODIES, ids=lambda path: path.stem)
 async def test_recordings_pass_the_gateway_unchanged(path: Path, start_gateway: StartGateway) -> None:
-    """Each recorded answer reaches the client with its status and its bytes."""
+    """Each recorded response reaches the client with its status and its bytes."""
     body = path.read_bytes()
     meta = json.loads(path.with_suffix(".meta.json").read_text())
     status = meta["status"] if isinstance(meta["status"], int) else meta["status"]["code"]
@@ -123,12 +123,12 @@ async def test_recordings_pass_the_gateway_unchanged(path: Path, start_gateway: 
 
 @pytest.mark.parametrize("path", [path for path in BODIES if "error" in path.name], ids=lambda path: path.stem)
 async def test_recorded_errors_become_openai_s(path: Path) -> None:
-    """Each in OpenAI's four fields, with nothing of what Azure said lost."""
+    """Each in OpenAI's four fields, and nothing of Azure's error is lost."""
     meta = json.loads(path.with_suffix(".meta.json").read_text())
     status = int(path.name.split("-")[1][:3])
     headers = {name.lower(): str(value) for name, value in meta["headers"].items() if name.lower() == "content-type"}
     own = json.loads(path.read_bytes())["error"]
-    sent = await post(OpenAIErrors(), answer=Response(status, path.read_bytes(), headers), json=CHAT)
+    sent = await post(OpenAIErrors(), response=Response(status, path.read_bytes(), headers), json=CHAT)
     error = json.loads(sent.body)["error"]
     codes = {401: "invalid_api_key", 404: "model_not_found", 400: "content_filter"}
     assert (error["code"], error["type"]) == (codes[status], "invalid_request_error")

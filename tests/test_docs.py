@@ -77,7 +77,7 @@ async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.Monkey
     exec(code, scope)  # noqa: S102 -- our own documentation
     await scope["test_it_lowers_what_is_above"]()  # type: ignore[operator]
     async with running(registry.find("shout")()) as run:
-        run.answers(
+        run.respond_with(
             Response(200, b'data: {"choices":[{"delta":{"content":"hi"}}]}\n\n', {"content-type": "text/event-stream"})
         )
         assert b'"HI"' in (await run.post()).body
@@ -85,7 +85,7 @@ async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.Monkey
     answers = iter((Response(429), Response(200, b"ok")))
     sent = await post(
         registry.find("second_try")("west"),  # type: ignore[call-arg]
-        json=CHAT, resources=resources, resource="east", answer=lambda request: next(answers),
+        json=CHAT, resources=resources, resource="east", response=lambda request: next(answers),
     )  # fmt: skip
     assert sent.body == b"ok"
     assert sent.reached is not None

@@ -87,9 +87,9 @@ TESTED_ELSEWHERE = {
 def test_the_public_api_is_these_names() -> None:
     """What a plugin author may import; a change here is a change for strangers."""
     assert set(gateway.__all__) == {
-        "ApiError", "Charge", "CountersUnavailable", "Credential", "Decision", "Event", "EventFilter", "Filter",
-        "Headers", "Limit", "Meta", "Next", "Outcome", "Price", "Request", "Response", "Retrier", "RetryBudget",
-        "RetryLimits", "Services", "Stage", "StreamError", "Target", "UpstreamError", "Usage",
+        "ApiError", "Charge", "CountersUnavailable", "Credential", "Decision", "ErrorBody", "Event", "EventFilter",
+        "Filter", "Headers", "Limit", "Meta", "Next", "Outcome", "Price", "Request", "Response", "Retrier",
+        "RetryBudget", "RetryLimits", "Services", "Stage", "StreamError", "Target", "UpstreamError", "Usage",
     }  # fmt: skip
     for name in gateway.__all__:
         assert getattr(gateway, name).__doc__ or name in ("Next", "Meta")

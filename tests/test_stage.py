@@ -141,7 +141,7 @@ async def test_a_second_call_after_buffering() -> None:
         assert await request.body() == b'{"model":"m"}'
         return Response.json({}, 500 if len(targets) == 1 else 200)
 
-    sent = await post(Retry(), json={"model": "m"}, answer=answer)
+    sent = await post(Retry(), json={"model": "m"}, response=answer)
     assert sent.status == 200
     assert [target.deployment for target in targets] == ["one", "two"]
 
@@ -307,7 +307,7 @@ async def test_filters_of_stages_run_from_azure_upwards() -> None:
             response.pipe(Append())
             return response
 
-    sent = await post(Add(b" top"), Add(b" below"), answer=Response(200, b"azure", {"content-length": "5"}))
+    sent = await post(Add(b" top"), Add(b" below"), response=Response(200, b"azure", {"content-length": "5"}))
     assert sent.body == b"azure below top"
     assert "content-length" not in sent.response.headers
 
@@ -325,7 +325,7 @@ async def test_a_stage_may_read_and_replace_the_body() -> None:
         yield b"a"
         yield b"b"
 
-    assert (await post(Shout(), answer=lambda request: Response(200, pieces()))).body == b"AB"
+    assert (await post(Shout(), response=lambda request: Response(200, pieces()))).body == b"AB"
 
 
 async def test_a_filter_that_fails_on_the_last_piece_is_seen(start_gateway: StartGateway) -> None:
@@ -509,7 +509,7 @@ async def test_send_reaches_the_other_operations() -> None:
     assert sent.reached is not None
     assert sent.reached.operation == "models.list"
     async with running() as run:
-        run.answers(ApiError(418, "teapot"))
+        run.respond_with(ApiError(418, "teapot"))
         assert (await run.post()).status == 418
 
 

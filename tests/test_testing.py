@@ -1,4 +1,4 @@
-"""The test kit for plugin authors: FakeAzure answers as Azure does."""
+"""The test kit for plugin authors: FakeAzure responds like Azure."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ async def test_keys_and_versions_are_checked(azure: FakeAzure) -> None:
 
 
 async def test_unknown_deployment(azure: FakeAzure) -> None:
-    """A 404 `DeploymentNotFound` whose content type is empty, as recorded."""
+    """A 404 `DeploymentNotFound` with an empty content type, as recorded."""
     status, body, headers = await ask(azure, PATH.replace("gpt-4o", "nothing"))
     assert (status, body["error"]["code"]) == (404, "DeploymentNotFound")
     assert not headers.get("content-type")
 
 
 async def test_answers_carry_filter_results(azure: FakeAzure) -> None:
-    """What OpenAI's answers do not have."""
+    """OpenAI's responses do not have them."""
     _, body, _ = await ask(azure)
     assert "prompt_filter_results" in body
     assert "content_filter_results" in body["choices"][0]
@@ -56,7 +56,7 @@ async def test_answers_carry_filter_results(azure: FakeAzure) -> None:
 
 @pytest.mark.parametrize("ending", [b"data: [DONE]\n\n", b"data: [DONE]\n", b"data: [DONE]"])
 async def test_streams_begin_and_end_as_azure_s(ending: bytes) -> None:
-    """An empty first chunk, usage only where asked for, and each ending that Azure has used."""
+    """An empty first chunk, usage only on request, and each ending that Azure has used."""
     async with FakeAzure(ending=ending) as azure:
         _, body, _ = await ask(azure, json={**CHAT, "stream": True})
         assert body.startswith(b'data: {"choices":[],"created":0,"id":""')
@@ -67,7 +67,7 @@ async def test_streams_begin_and_end_as_azure_s(ending: bytes) -> None:
 
 
 async def test_embeddings_as_numbers_and_base64(azure: FakeAzure) -> None:
-    """openai-python asks for base64 by itself."""
+    """openai-python requests base64 by default."""
     path = "/openai/deployments/text-embedding-3-small/embeddings?api-version=2024-10-21"
     _, body, _ = await ask(azure, path, {"input": "a"})
     assert body["data"][0]["embedding"] == [0.25, -0.5, 0.125]
@@ -108,7 +108,7 @@ class Both(Stage):
 
 
 async def test_messages_go_through_the_stages_of_a_websocket() -> None:
-    """Down nearest Azure first, up nearest the client first; what is refused is told; a closed handshake is said."""
+    """Down nearest Azure first, up nearest the client first; the client gets ApiErrors; a rejection raises."""
     first, second = Both(), Both()
     first.id, second.id = "first", "second"
     talked = await talk([first, second], up=[1, "drop", "refuse"], down=[2])
@@ -116,7 +116,7 @@ async def test_messages_go_through_the_stages_of_a_websocket() -> None:
     assert talked.to_client[0]["error"]["message"] == "not this"
     assert talked.to_client[1] == ["down first", ["down second", 2]]
     assert (talked.sent.status, talked.sent.reached.operation) == (101, "realtime.connect")  # type: ignore[union-attr]
-    with pytest.raises(AssertionError, match="answered with 403"):
+    with pytest.raises(AssertionError, match="failed with 403"):
         await talk([Both()], query="closed")
 
 
@@ -137,7 +137,7 @@ async def test_a_gateway_of_one_s_own_is_served(azure: FakeAzure, tmp_path: Path
 
 
 async def test_the_fake_speaks_on_websockets(azure: FakeAzure) -> None:
-    """As the Realtime API does, where the key, the version and the deployment are right."""
+    """Like the Realtime API, if the key, the version and the deployment are right."""
     url = azure.endpoint.replace("http", "ws") + "/openai/realtime?api-version={}&deployment={}"
     async with aiohttp.ClientSession(headers={"api-key": azure.api_key}) as session:
         for version, deployment in (("2024-10-21", "gpt-4o"), ("2025-04-01-preview", "other")):

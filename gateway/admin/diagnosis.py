@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-import msgspec
-
+from gateway.azure.error_body import ErrorBody
 from gateway.azure.resources import Resource
 from gateway.errors import ApiError, UpstreamError
 
@@ -93,13 +92,7 @@ def lacks_operation(body: str) -> bool:
 
 def message_of(body: str) -> str:
     """Return the message of an error's body, on one line."""
-    try:
-        content = msgspec.json.decode(body)
-        error = content.get("error", content) if isinstance(content, dict) else content
-        text = str(error.get("message", body)) if isinstance(error, dict) else str(error)
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        text = body
-    return " ".join(text.split())[:300]
+    return " ".join((ErrorBody(body.encode()).message or body).split())[:300]
 
 
 def _plain(region: str) -> str:

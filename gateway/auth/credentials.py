@@ -76,7 +76,7 @@ def presented_key(headers: Headers) -> Credential | None:
         if name == b"authorization":
             scheme, _, token = value.partition(b" ")
             if scheme.lower() != b"bearer":
-                raise _bad_key("the Authorization header must be `Bearer YOUR_KEY`")
+                raise ApiError.invalid_key("the Authorization header must be `Bearer YOUR_KEY`")
             found = _credential(token, authorization=True)
         elif name == b"sec-websocket-protocol":
             tokens = key_protocols(value)
@@ -84,11 +84,13 @@ def presented_key(headers: Headers) -> Credential | None:
                 continue
             found = _credential(tokens[0], authorization=True)
             if any(token != tokens[0] for token in tokens):
-                raise _bad_key("two different keys were presented; send one")
+                raise ApiError.invalid_key("two different keys were presented; send one")
         else:
             found = _credential(value, authorization=False)
         if shown is not None and found.value != shown.value:
-            raise _bad_key("two different keys were presented; send one, as `Authorization: Bearer` or as `api-key`")
+            raise ApiError.invalid_key(
+                "two different keys were presented; send one, as `Authorization: Bearer` or as `api-key`"
+            )
         if shown is None or found.bearer:
             shown = found
     return shown
@@ -117,9 +119,9 @@ def _credential(raw: bytes, *, authorization: bool) -> Credential:
 def _key_text(raw: bytes) -> str:
     text = raw.strip().decode("latin-1")
     if not text:
-        raise _bad_key("the key is empty; send `Authorization: Bearer YOUR_KEY`")
+        raise ApiError.invalid_key("the key is empty; send `Authorization: Bearer YOUR_KEY`")
     if not is_key(text):
-        raise _bad_key("what was presented as a key cannot be one")
+        raise ApiError.invalid_key("what was presented as a key cannot be one")
     return text
 
 
@@ -136,10 +138,6 @@ def is_jwt(text: str) -> bool:
 def new_key() -> str:
     """Return a new key, of 256 random bits; many clients look for the `sk-` of OpenAI's keys."""
     return "sk-gw-" + secrets.token_urlsafe(32)
-
-
-def _bad_key(message: str) -> ApiError:
-    return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def key_digest(key: str) -> str:

@@ -18,6 +18,7 @@ from gateway.azure.batch_files import batch_models, map_batch
 from gateway.azure.resources import common_resource
 from gateway.errors import ApiError
 from gateway.protocol.json_fields import decode_json, encode_fields, raw_fields, with_field
+from gateway.protocol.media_type import media_type
 from gateway.protocol.multipart import FormReader, boundary_of
 from gateway.protocol.sse import Event, EventFilter
 
@@ -161,8 +162,7 @@ async def _call_model(request: RequestView) -> object:
     in_query = _query_model(request.query)
     form = await read_form(request, "session")
     if form is None:
-        kind = (request.headers.get("content-type") or "").partition(";")[0].strip().lower()
-        if kind != "application/sdp":
+        if media_type(request.headers.get("content-type") or "") != "application/sdp":
             raise ApiError(400, "a call's body is application/sdp, or multipart/form-data with `sdp` and `session`")
         return in_query
     if (field := form.fields.get("session[model]")) is not None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from gateway.azure.error_body import ErrorBody
 from gateway.errors import ApiError, UpstreamError
+from gateway.protocol.retry_after import cooldown
 
 if TYPE_CHECKING:
     from gateway.response import Response
 
 __all__ = ("AttemptFailure", "of_answer", "of_error", "of_status")
 
-# What a 429 says that names no time, in seconds: about what a client waits that is told nothing.
-UNTOLD = 1.0
 # The shortest rest behind a 429, in seconds: a deployment that fails fast has little in flight, and would get all.
 _LEAST = 0.1
 # What a deployment that is not there is called, by Azure and by the stage openai_errors.
@@ -57,10 +56,13 @@ async def of_answer(response: Response, *, own_credential: bool, seconds: float)
         return of_error(response.error)
     if response.error is not None or response.status < 400:
         return None  # the gateway's own refusal, or none
-    message, code = _words(await _beginning(response, seconds))
+    error = ErrorBody(await _beginning(response, seconds))
+    message = error.message or error.text
     if response.status == 404:
         return (
-            AttemptFailure("no_deployment", "surely", certain=True, words=message) if code in _NO_DEPLOYMENT else None
+            AttemptFailure("no_deployment", "surely", certain=True, words=message)
+            if error.code in _NO_DEPLOYMENT
+            else None
         )
     if response.status in (401, 403):
         # (A 403 may be about what this request is for.)
@@ -92,27 +94,13 @@ def of_error(error: UpstreamError) -> AttemptFailure:
 
 def of_status(response: Response, status: int, message: str) -> AttemptFailure | None:
     """Return what a status means; None where every deployment would answer so."""
-    rest = response.retry_after(message)
+    rest = cooldown(status, response.headers, message)
     if status == 429:
         penalty = (response.headers.get("x-ratelimit-abusepenalty-active") or "").strip().lower() == "true"
         reason = "abuse_penalty" if penalty else "rate_limited"
-        rest = UNTOLD if rest is None else max(rest, _LEAST)
-        return AttemptFailure(reason, "never" if penalty else "surely", rest, fails=False, words=message)
+        return AttemptFailure(
+            reason, "never" if penalty else "surely", max(rest or 0.0, _LEAST), fails=False, words=message
+        )
     if status == 408 or (status >= 500 and status not in (501, 505)):
         return AttemptFailure(f"status_{status}", rest=rest or None, by_request=True, words=message)
     return None
-
-
-def _words(body: bytes) -> tuple[str, str | None]:
-    """Return the message and the code of an error."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return body[:1000].decode("utf-8", "replace"), None
-    error = content.get("error", content) if isinstance(content, dict) else None
-    if not isinstance(error, dict):
-        return str(error), None
-    inner = error.get("innererror")
-    codes = [each.get("code") for each in (error, inner) if isinstance(each, dict)]
-    code = next((each for each in codes if isinstance(each, str) and not each.isdigit()), None)
-    return str(error.get("message", "")), code

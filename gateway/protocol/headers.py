@@ -9,7 +9,11 @@ from typing import NamedTuple, Self
 
 from gateway.protocol.header_policy import KEY, UP, policy_of
 
-__all__ = ("Field", "Headers")
+__all__ = ("TOKEN", "Field", "Headers")
+
+# A token (RFC 9110, 5.6.2), as the text of a regular expression: the names of fields, parameters and protocols.
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 -- no password
+_TOKEN = re.compile(TOKEN)
 
 # What a header may never hold: it would end the line, or the string (RFC 9110, 5.5).
 _UNSAFE = re.compile(r"[\r\n\0]")
@@ -91,6 +95,11 @@ class Headers:
         headers._up = up
         headers._keys = keys
         return headers
+
+    @staticmethod
+    def is_name(text: str) -> bool:
+        """Whether a text is valid as the name of a header."""
+        return _TOKEN.fullmatch(text) is not None
 
     def presenting(self) -> list[Field]:
         """Return the fields that present a key."""

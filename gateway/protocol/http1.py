@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from gateway.errors import ApiError, GatewayError
 from gateway.protocol.header_policy import FRAMING, OURS
-from gateway.protocol.headers import Field, Headers, make_field
+from gateway.protocol.headers import TOKEN, Field, Headers, make_field
 
 __all__ = (
     "FRAMING_OF_REQUESTS",
@@ -48,7 +48,7 @@ _KEPT_LENGTH = 256
 # Values of these are never kept: they are somebody's keys.
 _SECRET = re.compile(rb"auth|key|cookie|secret|credential|principal|protocol|-token$", re.IGNORECASE)
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TOKEN = TOKEN.encode()
 _FIELD = re.compile(rb"(%b):[ \t]*([\t -~\x80-\xff]*)" % _TOKEN)
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 # The beginnings of lines that have not ended.

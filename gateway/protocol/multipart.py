@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.errors import ApiError
+from gateway.protocol.headers import TOKEN
+from gateway.protocol.media_type import media_type
 
 __all__ = ("Field", "FormReader", "boundary_of")
 
@@ -24,15 +26,14 @@ _MAX_HEAD = 16 * 1024
 # takes less than 5 ms in all, so a form cannot keep the event loop.
 _MAX_PARTS = 256
 _MAX_LINES = 16
-_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 # A parameter's value in quotes: a quote is never escaped in it, since readers differ in what a backslash means there.
-_PARAMETER = re.compile(rf'[ \t]*;[ \t]*({_WORD})=(?:({_WORD})[ \t]*(?=;|$)|"([^"\r\n]*)")')
+_PARAMETER = re.compile(rf'[ \t]*;[ \t]*({TOKEN})=(?:({TOKEN})[ \t]*(?=;|$)|"([^"\r\n]*)")')
 # File names and boundaries are often written without the quotes that they need; no reader can find a parameter in them.
 _LOOSE = re.compile(r'[ \t]*;[ \t]*(filename\*?|boundary)=([^;"\r\n]+)(?=;|$)', re.IGNORECASE)
 # Neither can one in a last file name, whatever its quotes and backslashes mean, where it has no semicolon.
 _LAST = re.compile(r'[ \t]*;[ \t]*(filename)="([^;\r\n]*)"[ \t]*', re.IGNORECASE)
-_KIND = re.compile(rf"[ \t]*({_WORD}(?:/{_WORD})?)")
-_LINE = re.compile(rf"({_WORD}):(.*)", re.DOTALL)
+_KIND = re.compile(rf"[ \t]*({TOKEN}(?:/{TOKEN})?)")
+_LINE = re.compile(rf"({TOKEN}):(.*)", re.DOTALL)
 _HALF_BREAK = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")
 
@@ -68,8 +69,7 @@ def boundary_of(content_types: list[str]) -> bytes | None:
 
     Raises ApiError 400 where it is one, and its boundary cannot be told for sure.
     """
-    kinds = [text.partition(";")[0].strip().lower() for text in content_types]
-    if "multipart/form-data" not in kinds:
+    if "multipart/form-data" not in map(media_type, content_types):
         return None
     read = _parameters(content_types[0]) if len(content_types) == 1 else None
     if read is None:

@@ -8,7 +8,10 @@ from time import time
 
 from gateway.protocol.headers import Headers
 
-__all__ = ("retry_after",)
+__all__ = ("cooldown", "retry_after")
+
+# Default cooldown after a 429 without Retry-After, in seconds: about what clients wait by themselves.
+_DEFAULT_COOLDOWN = 1.0
 
 _WAIT = re.compile(
     r"(?:retry|try again)\s+(?:after|in)\s+(?:about\s+)?(\d{1,9}(?:\.\d{1,6})?)\s*"
@@ -34,3 +37,9 @@ def retry_after(headers: Headers, message: str = "") -> float | None:
         unit = _UNITS.get(name) or _UNITS.get(name.removesuffix("s")) or _UNITS[name[0]]
         return float(found.group(1)) * unit + float(found.group(3) or 0)
     return None
+
+
+def cooldown(status: int, headers: Headers, message: str = "") -> float | None:
+    """Return `retry_after`; for a 429 that names no time, the default cooldown."""
+    wait = retry_after(headers, message)
+    return _DEFAULT_COOLDOWN if wait is None and status == 429 else wait

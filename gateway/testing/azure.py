@@ -1,4 +1,4 @@
-"""A fake Azure with a socket: it answers as Azure does, and records what it saw."""
+"""A fake Azure server: it responds like Azure, and records its requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CREATED = 1_769_122_116
 
 @dataclass
 class Seen:
-    """One request that the fake Azure saw. `left` tells that its client hung up before the answer's end."""
+    """One request that the fake Azure received. `left` means that its client disconnected before the response ended."""
 
     method: str
     path: str
@@ -48,14 +48,14 @@ class Seen:
 
 @dataclass
 class FakeAzure:
-    r"""A server on loopback that answers as Azure does: completions and embeddings in full, the rest in outline.
+    r"""A server on loopback that responds like Azure: completions and embeddings in full, the rest in outline.
 
-    It checks the key, the api-version and that it has the operation there; it knows its deployments (unknown
-    ones are a 404 without a content type, as recorded in 2026), and streams `words`, one chunk each, `delay`
-    seconds apart, after Azure's first chunk without choices. What it makes has an id that begins with `tag`;
-    with `own_ids` it knows only those that it made. `ending` is how a stream ends: Azure has sent all of `[DONE]\n\n`,
-    `[DONE]\n` and `[DONE]`. With the `asynchronous_filter`, chats have chunks of findings, without a delta. A WebSocket
-    answers each `response.create`. `respond` and `speak`, where set, answer and speak in its place.
+    It checks the key, the api-version and whether that has the operation. It knows its deployments (an unknown one is a
+    404 without a content type, as recorded in 2026). It streams `words`, one chunk each, `delay` seconds apart, after
+    Azure's first chunk without choices. Ids of created objects begin with `tag`; with `own_ids`, only ids that it
+    created exist. `ending` is the end of a stream: Azure has sent `[DONE]\n\n`, `[DONE]\n` and `[DONE]`. With
+    `asynchronous_filter`, chats have chunks of filter results without a delta. A WebSocket responds to each
+    `response.create`. `respond` and `speak` replace its HTTP responses and its WebSocket messages.
 
         async with FakeAzure(ending=b"data: [DONE]") as azure:
             ...  # azure.endpoint, azure.requests
@@ -74,7 +74,7 @@ class FakeAzure:
     tag: str = "fake"
     own_ids: bool = False
     ids: set[str] = field(default_factory=set)
-    _made: int = 0
+    _created: int = 0
     respond: Callable[[Seen, web.BaseRequest], Awaitable[web.StreamResponse | None]] | None = None
     speak: Callable[[Seen, web.WebSocketResponse], Awaitable[None]] | None = None
     requests: list[Seen] = field(default_factory=list)
@@ -106,17 +106,17 @@ class FakeAzure:
 
     @property
     def resource(self) -> Resource:
-        """The resource, as a pipeline's target has it."""
+        """The resource, for the target of a pipeline."""
         return Resource("azure", self.endpoint)
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
+        """Number of open connections."""
         return len(self._server.connections)
 
     @property
     def text(self) -> str:
-        """What every answer says."""
+        """The text of every response."""
         return "".join(self.words)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -130,19 +130,19 @@ class FakeAzure:
         self.requests.append(seen)
         try:
             seen.body = await request.content.read()
-            answer = await self.respond(seen, request) if self.respond is not None else None
-            return answer if answer is not None else await self._answer(seen, request)
+            response = await self.respond(seen, request) if self.respond is not None else None
+            return response if response is not None else await self._respond(seen, request)
         except (asyncio.CancelledError, ConnectionError):
             seen.left = True
             raise
 
-    async def _answer(self, seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
+    async def _respond(self, seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
         versions = [value for name, value in seen.query if name == "api-version"]
         found = _PATH.fullmatch(seen.path.removeprefix(self.base_path))
         v1, deployment, operation = found.groups() if found else (None, None, "")
         if (seen.headers.get("upgrade") or "").lower() == "websocket" and not v1:
             versions = [version for version in versions if surface.on_socket(operation, version)]
-        # Azure answers a wrong path and a missing or unknown version with the same words.
+        # Azure has one error for a wrong path and for a missing or unknown version.
         if not self._has(v1, deployment, operation, versions):
             return _json({"error": {"code": "404", "message": "Resource not found"}}, 404)
         if not self._authorized(seen.headers, bool(v1)):
@@ -182,7 +182,7 @@ class FakeAzure:
         return await self._outline(seen, request, operation, body)
 
     async def _open(self, seen: Seen, request: web.BaseRequest, operation: str) -> web.StreamResponse:
-        """Answer a WebSocket's handshake, and what comes on it."""
+        """Respond to a WebSocket's handshake and its messages."""
         named = [value for name, value in seen.query if name in ("model", "deployment")]
         if operation == "realtime" and any(name not in self.deployments for name in named):
             return _json({"error": {"code": "DeploymentNotFound", "message": "No such deployment"}}, 404)
@@ -196,7 +196,7 @@ class FakeAzure:
         return socket
 
     async def _speak(self, seen: Seen, socket: web.WebSocketResponse) -> None:
-        """Answer each `response.create` as the Realtime and the Responses API do."""
+        """Respond to each `response.create` like the Realtime and the Responses API."""
         named = [value for name, value in seen.query if name in ("model", "deployment")]
         if named:
             await socket.send_json({"type": "session.created", "session": {"id": "sess_1", "model": named[0]}})
@@ -214,8 +214,8 @@ class FakeAzure:
                 error = {"type": "invalid_request_error", "code": "DeploymentNotFound", "message": f"no {model!r}"}
                 await socket.send_json({"type": "error", "status": 404, "error": error})
                 continue
-            self._made += 1
-            response = {"id": f"resp_{self.tag}{self._made:08d}", "object": "response", "model": model}
+            self._created += 1
+            response = {"id": f"resp_{self.tag}{self._created:08d}", "object": "response", "model": model}
             await socket.send_json({"type": "response.created", "response": {**response, "status": "in_progress"}})
             for word in self.words:
                 await socket.send_json({"type": "response.output_text.delta", "delta": word})
@@ -235,19 +235,19 @@ class FakeAzure:
     async def _outline(
         self, seen: Seen, request: web.BaseRequest, operation: str, body: dict[str, Any]
     ) -> web.StreamResponse:
-        """Answer what is made, kept and looked up, by ids."""
-        strange = surface.ids_of(operation) - self.ids
-        if self.own_ids and strange:
-            return _json({"error": {"code": "NotFound", "message": f"No such object: {min(strange)}"}}, 404)
+        """Respond to operations that create, read and delete objects by id."""
+        unknown = surface.ids_of(operation) - self.ids
+        if self.own_ids and unknown:
+            return _json({"error": {"code": "NotFound", "message": f"No such object: {min(unknown)}"}}, 404)
         if seen.method != "DELETE" and surface.BINARY.fullmatch(operation):
             response = web.Response(body=b"\x00\x01binary", headers={**_LIMITS})
             response.content_type = "application/octet-stream"
             return response
-        self._made += 1
-        content, made = surface.content_of(seen.method, operation, f"{self.tag}{self._made:08d}")
+        self._created += 1
+        content, created = surface.content_of(seen.method, operation, f"{self.tag}{self._created:08d}")
         if seen.method == "DELETE":
             self.ids.discard(content["id"])
-        if made:
+        if created:
             self.ids.add(content["id"])
             for name in ("model", "input_file_id", "previous_response_id"):
                 if name in body:
@@ -280,7 +280,7 @@ class FakeAzure:
         self.streaming += 1
         try:
             await response.prepare(request)
-            for chunk in _chunks(self.words, body, chat=chat, findings=chat and self.asynchronous_filter):
+            for chunk in _chunks(self.words, body, chat=chat, results=chat and self.asynchronous_filter):
                 data = b"data: " + msgspec.json.encode(chunk) + self.newline * 2
                 await response.write(data)
                 if self.delay:
@@ -331,9 +331,9 @@ def _completion(text: str, *, chat: bool) -> dict[str, Any]:
 _USAGE = {"completion_tokens": 3, "prompt_tokens": 9, "total_tokens": 12}
 
 
-def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> Iterator[dict[str, Any]]:
-    """Yield a stream's chunks as Azure's: keys in order, an empty first one, usage if it was asked for."""
-    found: dict[str, Any] = {
+def _chunks(words: Sequence[str], body: Any, *, chat: bool, results: bool) -> Iterator[dict[str, Any]]:
+    """Yield a stream's chunks like Azure: keys in order, an empty first chunk, usage if requested."""
+    filter_results: dict[str, Any] = {
         "choices": [
             {
                 "content_filter_offsets": {"check_offset": 44, "start_offset": 44, "end_offset": 198},
@@ -356,7 +356,7 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> I
         "prompt_filter_results": [{"prompt_index": 0, "content_filter_results": _SAFE}],
     }
 
-    told = bool((body.get("stream_options") or {}).get("include_usage"))
+    with_usage = bool((body.get("stream_options") or {}).get("include_usage"))
 
     def chunk(choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
         return {
@@ -365,16 +365,16 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> I
             "id": "chatcmpl-fake",
             "model": "gpt-4o-2024-11-20",
             "object": "chat.completion.chunk" if chat else "text_completion",
-            **({"usage": usage} if told else {}),
+            **({"usage": usage} if with_usage else {}),
         }
 
     def choice(content: str | None, finish: str | None) -> dict[str, Any]:
-        made: dict[str, Any] = {"content_filter_results": _SAFE, "finish_reason": finish, "index": 0}
+        result: dict[str, Any] = {"content_filter_results": _SAFE, "finish_reason": finish, "index": 0}
         if chat:
-            made["delta"] = {} if content is None else {"content": content}
+            result["delta"] = {} if content is None else {"content": content}
         else:
-            made["text"] = content or ""
-        return made
+            result["text"] = content or ""
+        return result
 
     first = choice("", None)
     if chat:
@@ -382,22 +382,22 @@ def _chunks(words: Sequence[str], body: Any, *, chat: bool, findings: bool) -> I
     yield chunk([first])
     for word in words:
         yield chunk([choice(word, None)])
-        if findings:
-            yield found
+        if results:
+            yield filter_results
     yield chunk([choice(None, "stop")])
-    if findings:
-        yield found
-    if told:
+    if results:
+        yield filter_results
+    if with_usage:
         yield chunk([], _USAGE)
 
 
 def _embeddings(body: Any) -> dict[str, Any]:
-    given = body.get("input", "")
-    texts = given if isinstance(given, list) else [given]
+    value = body.get("input", "")
+    texts = value if isinstance(value, list) else [value]
     vector = [0.25, -0.5, 0.125]
-    coded: object = vector
+    embedding: object = vector
     if body.get("encoding_format") == "base64":
-        coded = base64.b64encode(struct.pack("<3f", *vector)).decode()
-    data = [{"embedding": coded, "index": place, "object": "embedding"} for place, _ in enumerate(texts)]
+        embedding = base64.b64encode(struct.pack("<3f", *vector)).decode()
+    data = [{"embedding": embedding, "index": index, "object": "embedding"} for index, _ in enumerate(texts)]
     usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
     return {"data": data, "model": "text-embedding-3-small", "object": "list", "usage": usage}

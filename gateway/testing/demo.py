@@ -16,7 +16,7 @@ _SPEECH = (
     "Hello! This is a fake Azure OpenAI on your own machine; nothing left it. With AZURE_OPENAI_ENDPOINT set to "
     "your resource, the same gateway talks to the real one."
 )
-# The models that the demonstration has, each with a deployment of another name.
+# The models of the demo; each deployment has another name.
 MODELS = (
     "gpt-4o", "gpt-3.5-turbo-instruct", "text-embedding-3-small", "gpt-4o-mini-tts", "whisper-1", "gpt-image-1",
     "gpt-4o-batch", "sora-2", "gpt-realtime",
@@ -41,14 +41,14 @@ async def demonstrate(listen: Listen, default: Path) -> None:
         )
         server = Server(loaded.teams, loaded.settings)
 
-        def tell() -> None:
+        def print_help() -> None:
             print(
-                "AZURE_OPENAI_ENDPOINT is not set, so this gateway stands in front of a FAKE Azure OpenAI: no model\n"
-                "answers, and nothing leaves this machine. Stream an answer from another terminal:\n\n"
+                "AZURE_OPENAI_ENDPOINT is not set, so this gateway uses a FAKE Azure OpenAI: no model answers, and\n"
+                "nothing leaves this machine. Stream a response from another terminal:\n\n"
                 f"  curl -N http://{listen}/v1/chat/completions -H 'Authorization: Bearer demo-key' \\\n"
                 "    -H 'Content-Type: application/json' \\\n"
                 '    -d \'{"model": "gpt-4o", "stream": true, "messages": [{"role": "user", "content": "Hello"}]}\'\n',
                 flush=True,
             )
 
-        await serve(server, tell)
+        await serve(server, print_help)

@@ -1,4 +1,4 @@
-"""A gateway with a configuration of yours, in this process."""
+"""Run a gateway with your configuration in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ("serving",)
 async def serving(config: str | Path, **variables: str) -> AsyncIterator[str]:
     """Run a gateway on a free port of loopback; yields its URL.
 
-    `variables` are those of its configuration, above the environment's. Raises ConfigError and StartError.
+    `variables` override environment variables in the configuration. Raises ConfigError and StartError.
     """
     loaded = load(Path(config), {**os.environ, **variables})
     server = Server(loaded.teams, replace(loaded.settings, listen=Listen("127.0.0.1", 0)))

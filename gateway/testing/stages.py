@@ -1,4 +1,4 @@
-"""A pipeline without sockets: one request through stages, and what came of it."""
+"""A pipeline without sockets: sends one request through stages, and returns the result."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from gateway.transport.websocket_relay import MessageEvent, error_event
 from gateway.usage.accounting import METERED, UsageMeter, UsageReader
 from gateway.usage.prices import Price, Prices
 
-__all__ = ("Running", "Sent", "Talked", "every_split", "post", "running", "send", "talk")
+__all__ = ("Conversation", "Running", "Sent", "every_split", "post", "running", "send", "talk")
 
-Answer = Response | Exception | Callable[[Request], "Response | Awaitable[Response]"]
+CannedResponse = Response | Exception | Callable[[Request], "Response | Awaitable[Response]"]
 
 
 @dataclass
 class Sent:
-    """What came of one request: what the client would get, how it ended, and what Azure would have seen.
+    """The result of one request: the client's response, the outcome, and the request that reached Azure.
 
-    `reached` is the request as the end of the pipeline got it, None where a stage answered by itself.
+    `reached` is the request at the end of the pipeline, None if a stage responded itself.
     """
 
     status: int
@@ -57,8 +57,8 @@ class Sent:
 
 
 @dataclass
-class Talked:
-    """What came of the messages of a WebSocket: what Azure would get, and the client; and the handshake's `sent`."""
+class Conversation:
+    """The result of a WebSocket's messages: those to Azure, those to the client, and the handshake as `sent`."""
 
     to_azure: list[Any]
     to_client: list[Any]
@@ -66,43 +66,43 @@ class Talked:
 
 
 class Running:
-    """Stages that are started; made by `running`."""
+    """Started stages; returned by `running`."""
 
-    def __init__(self, pipeline: Next, answer: list[Answer], target: Target) -> None:
+    def __init__(self, pipeline: Next, response: list[CannedResponse], target: Target) -> None:
         self._pipeline = pipeline
         self._metered = False
-        self._answer = answer
+        self._response = response
         self._target = target
         self._reached: Request | None = None
 
-    def answers(self, answer: Answer) -> None:
-        """Let the end of the pipeline answer this from now on."""
-        self._answer[0] = answer
+    def respond_with(self, response: CannedResponse) -> None:
+        """Change the response at the end of the pipeline."""
+        self._response[0] = response
 
     async def _end(self, request: Request) -> Response:
         self._reached = request
         meter = request._exchange.meter
-        watch = None
+        reader = None
         if meter is not None and request.operation in METERED:
-            watch = meter.watch(request.operation, await request.body(), request._model)
-            watch.sent = True
-        response = await self._answered(request)
-        if watch is not None:
-            watch.status = response.status
+            reader = meter.watch(request.operation, await request.body(), request._model)
+            reader.sent = True
+        response = await self._respond(request)
+        if reader is not None:
+            reader.status = response.status
             if isinstance(response.body, bytes):
-                watch.feed(response.body)
+                reader.feed(response.body)
             elif not isinstance(response.body, WebSocket):
-                response.body = _watched(response.body, watch)
+                response.body = _read_by(response.body, reader)
         return response
 
-    async def _answered(self, request: Request) -> Response:
-        answer = self._answer[0]
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, Response):
-            return Response(answer.status, answer.body, answer.headers.copy())
-        made = answer(request)
-        return made if isinstance(made, Response) else await made
+    async def _respond(self, request: Request) -> Response:
+        response = self._response[0]
+        if isinstance(response, Exception):
+            raise response
+        if isinstance(response, Response):
+            return Response(response.status, response.body, response.headers.copy())
+        result = response(request)
+        return result if isinstance(result, Response) else await result
 
     async def post(self, json: object = None, **more: Any) -> Sent:
         """Send a chat completion, with `json` as its body; see `send`."""
@@ -122,10 +122,10 @@ class Running:
         identity: Identity | str | None = None,
         leave_after: int | None = None,
     ) -> Sent:
-        """Send one request through the stages. `path` is what follows `/v1`.
+        """Send one request through the stages. `path` is the part after `/v1`.
 
-        `identity` is who its token says it is, or, as text, why the token is not good.
-        The client leaves after `leave_after` bytes of the answer, if that is given.
+        `identity` is the verified identity of its token or, as text, why verification fails.
+        With `leave_after`, the client disconnects after that many bytes of the response.
         """
         if json is not None:
             body = msgspec.json.encode(json)
@@ -158,7 +158,7 @@ class Running:
         return Sent(response.status, response.headers, received, outcomes[0], self._reached, response)
 
     async def _receive(self, response: Response, exchange: Exchange, leave_after: int | None) -> bytes:
-        """Take the answer's bytes as the server would write them."""
+        """Collect the response's bytes as the server would write them."""
         linked = chain_filters(response.filters, response.headers.get("content-encoding"))
         received = bytearray()
         exchange.status = response.status
@@ -188,7 +188,7 @@ class Running:
 @contextlib.asynccontextmanager
 async def running(
     *stages: Stage,
-    answer: Answer | None = None,
+    response: CannedResponse | None = None,
     clock: Callable[[], float] = time.monotonic,
     resources: Mapping[str, Resource] | None = None,
     resource: str | None = None,
@@ -199,11 +199,10 @@ async def running(
     claims: Claims | None = None,
     now: Callable[[], float] = time.time,
 ) -> AsyncIterator[Running]:
-    """Check and start stages, and put a canned `answer` (a Response, an error, a function) at their end.
+    """Check and start stages, with a canned `response` (a Response, an error or a function) in place of Azure.
 
-    `resource` names the team's own where there are several `resources`. `pools` are those of the models. The team
-    is `test`, and `keys` and `claims` are its own. Raises AssertionError with what the stages find wrong in their
-    settings.
+    `resource` names the team's resource if there are several `resources`. `pools` are the models' pools. The team is
+    `test`; `keys` and `claims` are the team's. Raises AssertionError for mistakes that stages find in their settings.
     """
     resources = resources or {"azure": Resource("azure", "https://azure.invalid")}
     only = next(iter(resources.values())) if len(resources) == 1 else None
@@ -213,7 +212,7 @@ async def running(
     services: dict[int, Services] = {}
     for stage in stages:
         stage.id = stage.id or type(stage).__name__
-        made = Services(
+        stage_services = Services(
             team="test",
             stage=stage.id,
             resources=resources,
@@ -227,12 +226,12 @@ async def running(
             shared=shared,
             reachable=resources,
         )
-        services[id(stage)] = made
-        found = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(made)]
-        assert not found, f"stage {stage.id}: {found}"
-    holder: list[Answer] = [answer if answer is not None else Response.json({"object": "chat.completion"})]
+        services[id(stage)] = stage_services
+        mistakes = [f"{'.'.join(map(str, path))}: {message}" for path, message in stage.check(stage_services)]
+        assert not mistakes, f"stage {stage.id}: {mistakes}"
+    current: list[CannedResponse] = [response if response is not None else Response.json({"object": "chat.completion"})]
     target = Target(resource=chosen)
-    run = Running(_unset, holder, target)
+    run = Running(_unset, current, target)
     try:
         for stage in stages:
             started.append(stage)
@@ -246,9 +245,9 @@ async def running(
         await shared.close()
 
 
-async def _watched(body: AsyncIterator[bytes], watch: UsageReader) -> AsyncIterator[bytes]:
+async def _read_by(body: AsyncIterator[bytes], reader: UsageReader) -> AsyncIterator[bytes]:
     async for chunk in body:
-        watch.feed(chunk)
+        reader.feed(chunk)
         yield chunk
 
 
@@ -258,7 +257,7 @@ async def _unset(_: Request) -> Response:
 
 async def send(stages: Sequence[Stage], method: str = "POST", path: str = "/chat/completions", **more: Any) -> Sent:
     """Start stages, send one request through them, stop them; see `Running.send` and `running`."""
-    names = ("answer", "clock", "now", "resources", "resource", "pools", "shared", "keys", "prices", "claims")
+    names = ("response", "clock", "now", "resources", "resource", "pools", "shared", "keys", "prices", "claims")
     around = {name: more.pop(name) for name in names if name in more}
     async with running(*stages, **around) as run:
         return await run.send(method, path, **more)
@@ -277,15 +276,15 @@ async def talk(
     path: str = "/realtime",
     query: str = "model=gpt-4o",
     **more: Any,
-) -> Talked:
+) -> Conversation:
     """Open a WebSocket through stages, and send messages, as JSON: `up` by the client, `down` by Azure.
 
-    What an up filter refuses by an ApiError is told to the client, as the gateway does. Raises what another filter
-    raises, and AssertionError where the stages do not open it.
+    An ApiError of an up filter becomes a message to the client, as in the gateway. Other exceptions of filters are
+    raised, and AssertionError if the stages reject the handshake.
     """
-    sent = await send(stages, "WS", path, query=query, answer=lambda _: Response(101, _opened()), **more)
+    sent = await send(stages, "WS", path, query=query, response=lambda _: Response(101, _opened()), **more)
     socket = sent.response.body
-    assert isinstance(socket, WebSocket), f"the handshake was answered with {sent.status}: {sent.body!r}"
+    assert isinstance(socket, WebSocket), f"the handshake failed with {sent.status}: {sent.body!r}"
     to_azure: list[Event] = []
     to_client: list[Event] = []
     for content in up:
@@ -297,7 +296,7 @@ async def talk(
     filters = [each for each in sent.response.filters if isinstance(each, EventFilter)]
     for content in down:
         to_client += run_filters(filters, MessageEvent(msgspec.json.encode(content)))
-    return Talked([each.json() for each in to_azure], [each.json() for each in to_client], sent)
+    return Conversation([each.json() for each in to_azure], [each.json() for each in to_client], sent)
 
 
 def _opened() -> WebSocket:
@@ -305,11 +304,11 @@ def _opened() -> WebSocket:
 
 
 def every_split(data: bytes, make: Callable[[], Filter | EventFilter]) -> Iterator[tuple[list[bytes], bytes]]:
-    """Yield (pieces, what came out) for `data` in one piece, cut in two at every place, and byte by byte."""
-    cuts = [[data]]
-    cuts += [[data[:place], data[place:]] for place in range(1, len(data))]
-    cuts.append([data[place : place + 1] for place in range(len(data))])
-    for pieces in cuts:
+    """Yield (pieces, output) for `data` in one piece, split in two at every position, and byte by byte."""
+    splits = [[data]]
+    splits += [[data[:position], data[position:]] for position in range(1, len(data))]
+    splits.append([data[position : position + 1] for position in range(len(data))])
+    for pieces in splits:
         linked = chain_filters([make()])
         out = b"".join([linked.feed(piece) for piece in pieces])
         yield pieces, out + linked.close()

@@ -1,7 +1,7 @@
-"""What the fake Azure has, and how it answers what is neither a completion nor an embedding.
+"""The operations of the fake Azure, and its responses except completions and embeddings.
 
-Written from Azure's specifications and documents, apart from the gateway's own table, so that one is a check of
-the other.
+Written from Azure's specifications and documents, independently of the gateway's own table, so that each checks the
+other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIRST = {
     "audio/speech": "2024-02-15",
     "images/edits": "2025-04-01",
 }
-# The first segment of a path, and the first api-version with it.
+# First segment of a path: first api-version that has it.
 _RESOURCE = {
     "assistants": "2024-02-15",
     "threads": "2024-02-15",
@@ -46,7 +46,7 @@ _WITH_MODEL = re.compile(
 )
 BINARY = re.compile(r"(?!vector_stores/).*/content|audio/speech|realtime/calls")
 
-# How ids begin of what a POST to a collection makes; a POST to anything else acts on what is there already.
+# Collection: prefix of the ids that a POST creates in it. A POST to anything else acts on an existing object.
 _PREFIXES = {
     "responses": "resp_",
     "conversations": "conv_",
@@ -81,7 +81,7 @@ def on_resource(path: str, version: str) -> bool:
 
 
 def on_socket(path: str, version: str) -> bool:
-    """Whether the resource has a WebSocket at the path (after `/openai/`) at an api-version: in previews alone."""
+    """Whether the resource has a WebSocket at the path (after `/openai/`) at an api-version: only previews do."""
     return path == "realtime" and version.endswith("-preview")
 
 
@@ -104,12 +104,12 @@ def collection_of(path: str) -> str:
 
 
 def ids_of(path: str) -> set[str]:
-    """Return the ids in a path that are of a kind that the fake makes."""
+    """Return the ids in a path, of the kinds that the fake creates."""
     return {part for part in path.split("/") if part.startswith(tuple(_PREFIXES.values()))}
 
 
 def content_of(method: str, path: str, number: str) -> tuple[dict[str, Any], bool]:
-    """Return an answer's JSON, and whether it made something; `number` ends the id of what a POST makes."""
+    """Return a response's JSON, and whether it created an object; `number` is the end of a created id."""
     parts = path.split("/")
     collection = collection_of(path)
     at_collection = len(parts) % 2 == (0 if parts[0] in ("fine_tuning", "chat") else 1)
@@ -123,12 +123,12 @@ def content_of(method: str, path: str, number: str) -> tuple[dict[str, Any], boo
         return {"created": 0, "data": [{"b64_json": "aGVsbG8="}]}, False
     if path == "realtime/client_secrets":
         return {"value": f"ek_{number}", "expires_at": 0, "session": {"type": "realtime"}}, False
-    makes = method == "POST" and at_collection and collection in _PREFIXES
-    made = {"id": _PREFIXES[collection] + number} if makes else {"id": parts[min(1, len(parts) - 1)]}
-    if method != "POST" or not makes:
-        made = {"id": parts[-1] if method == "GET" else made["id"]}
+    creates = method == "POST" and at_collection and collection in _PREFIXES
+    content = {"id": _PREFIXES[collection] + number} if creates else {"id": parts[min(1, len(parts) - 1)]}
+    if method != "POST" or not creates:
+        content = {"id": parts[-1] if method == "GET" else content["id"]}
     if parts[0] == "responses":
         text = {"type": "output_text", "text": "Hello there!", "annotations": []}
         message = {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [text]}
-        return {**made, "object": "response", "status": "completed", "output": [message], "created_at": 0}, makes
-    return {**made, "object": parts[0], "status": "completed"}, makes
+        return {**content, "object": "response", "status": "completed", "output": [message], "created_at": 0}, creates
+    return {**content, "object": parts[0], "status": "completed"}, creates

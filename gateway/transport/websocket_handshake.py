@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 from gateway.auth.credentials import KEY_PROTOCOL
 from gateway.errors import ApiError, UpstreamError
-from gateway.protocol.headers import Field, Headers
+from gateway.protocol.headers import TOKEN, Field, Headers
 from gateway.protocol.sse import EventFilter
 from gateway.transport.upstream_connection import UpstreamConnection
 
@@ -30,7 +30,7 @@ __all__ = (
     "taken",
 )
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_TOKEN = re.compile(TOKEN)
 # RFC 6455, 1.3
 _MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 

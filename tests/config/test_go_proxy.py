@@ -318,7 +318,7 @@ def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
         ("https://yyy", "yyy", "config.yaml:15:15: resource 'azure': endpoint must be a URL"),
         ("https://yyy", "https://u:sesame@yyy", "config.yaml:15:15: resource 'u': endpoint must not hold a user"),
         ('"2024-02-01"', '"2024/02/01"', "config.yaml:17:18: stage 'api_version': version must be text like"),
-        ('"xxx"', '"x y"', "config.yaml:8:22: stage 'model_map': 'x y' cannot be a deployment's name"),
+        ('"xxx"', '"x y"', "config.yaml:8:22: stage 'model_map': 'x y' is not a valid deployment name"),
         ('"sesame-west"', '"sesame west"', "config.yaml:16:14: resource 'yyy': api_key is empty or cannot be a key"),
         ('"sesame-west"', "[sesame]", "config.yaml:16:14: api_key must be text"),
         ('"sesame-west"', '"${HOME}"', "config.yaml:16:14: resource 'yyy': api_key is empty or cannot be a key"),

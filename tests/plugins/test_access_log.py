@@ -1,4 +1,4 @@
-"""`access_log`: one event for each exchange, when it is over."""
+"""`access_log`: one event for each exchange, at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import CHAT
 
 
 async def test_one_event_with_the_facts_and_no_secret() -> None:
-    """Who, what, how it went; the caller by digest, the notes of other stages, neither key nor body."""
+    """Caller by digest, operation, outcome and the notes of other stages; neither a key nor a body."""
 
     class Note(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -42,11 +42,11 @@ async def test_one_event_with_the_facts_and_no_secret() -> None:
 
 
 async def test_an_error_has_its_words_and_what_is_no_operation_its_path() -> None:
-    """Where they are the gateway's own; of Azure's answers the status says what there is to say."""
+    """`reason` is the gateway's own message; for Azure's errors, the status is enough."""
     with capture_logs() as events:
-        await post(AccessLog(), answer=ApiError(502, "the host name of 'east' was not found", code="upstream_error"))
+        await post(AccessLog(), response=ApiError(502, "the host name of 'east' was not found", code="upstream_error"))
         await send([AccessLog()], "GET", "/nonsense/" + "x" * 300)
-        await post(AccessLog(), answer=Response(401, b"{}"))
+        await post(AccessLog(), response=Response(401, b"{}"))
     assert (events[0]["error"], events[0]["reason"]) == ("upstream_error", "the host name of 'east' was not found")
     assert (events[1]["operation"], events[1]["method"]) == (None, "GET")
     assert events[1]["path"] == "/nonsense/" + "x" * 190
@@ -55,7 +55,7 @@ async def test_an_error_has_its_words_and_what_is_no_operation_its_path() -> Non
 
 
 async def test_the_event_comes_when_the_stream_is_over() -> None:
-    """Not when its head is: a client that leaves is told apart from a whole answer."""
+    """Not when its head is sent: so the event tells a client that leaves from a complete response."""
     order: list[str] = []
 
     async def stream() -> AsyncIterator[bytes]:
@@ -64,13 +64,13 @@ async def test_the_event_comes_when_the_stream_is_over() -> None:
             yield piece
 
     with capture_logs() as events:
-        await post(AccessLog(), answer=lambda request: Response(200, stream()))
+        await post(AccessLog(), response=lambda request: Response(200, stream()))
     assert order == ["sent a, 0 events", "sent b, 0 events"]
     with capture_logs() as events:
-        await post(AccessLog(), answer=lambda request: Response(200, stream()), leave_after=1)
+        await post(AccessLog(), response=lambda request: Response(200, stream()), leave_after=1)
     assert events[0]["ended_by"] == "client"
     with capture_logs() as events:
-        await post(AccessLog(), answer=ApiError(503, "down", code="down"))
+        await post(AccessLog(), response=ApiError(503, "down", code="down"))
     assert events[0]["status"] == 503
 
 
@@ -80,13 +80,13 @@ async def test_what_an_exchange_cost_is_logged_where_its_model_has_a_price() -> 
     prices = {"gpt-4o": Price(input=2.5, output=10.0)}
     for model, cost in (("gpt-4o", 0.0075), ("o3", None)):
         with capture_logs() as events:
-            await post(AccessLog(), Asks(), answer=answer, json={"model": model}, prices=prices)
+            await post(AccessLog(), Asks(), response=answer, json={"model": model}, prices=prices)
         assert events[0].get("cost") == cost
         assert events[0]["input_tokens"] == 1000
 
 
 class Asks(Stage):
-    """Asks for the model, as `model_map` does."""
+    """Reads the model, as `model_map` does."""
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         await request.model()
@@ -94,8 +94,8 @@ class Asks(Stage):
 
 
 async def test_tokens_need_not_be_logged() -> None:
-    """`usage: false` asks for none."""
+    """`usage: false` requests none."""
     answer = Response.json({"choices": [], "usage": {"prompt_tokens": 1000, "completion_tokens": 500}})
     with capture_logs() as events:
-        await post(AccessLog(usage=False), answer=answer, json={"model": "m"})
+        await post(AccessLog(usage=False), response=answer, json={"model": "m"})
     assert "input_tokens" not in events[0]

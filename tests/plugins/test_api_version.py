@@ -1,4 +1,4 @@
-"""`api_version`: which of Azure's APIs requests go to."""
+"""`api_version`: the version of Azure's API for each request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import CHAT, StartGateway
 
 
 async def test_one_version_for_all() -> None:
-    """The default is the last dated general one."""
+    """The default is the latest dated version that is generally available."""
     assert (await post(ApiVersion())).reached.target.api_version == "2024-10-21"  # type: ignore[union-attr]
     sent = await post(ApiVersion("2025-04-01-preview"))
     assert sent.reached is not None
@@ -19,7 +19,7 @@ async def test_one_version_for_all() -> None:
 
 
 async def test_a_version_for_single_models() -> None:
-    """Where one model needs another version than the rest."""
+    """One model may need another version than the rest."""
     stage = ApiVersion("v1", models={"gpt-4": "2024-02-01"})
     for model, version in (("gpt-4", "2024-02-01"), (" gpt-4", "2024-02-01"), ("gpt-4o", "v1")):
         sent = await post(stage, json={**CHAT, "model": model})
@@ -28,7 +28,7 @@ async def test_a_version_for_single_models() -> None:
 
 
 async def test_a_version_for_single_operations() -> None:
-    """By name, or for a kind: the longest that fits counts, before the model's."""
+    """By name or by group: the most specific one counts, before the model's."""
     stage = ApiVersion(
         "2024-10-21",
         models={"gpt-4o": "2024-02-01"},
@@ -48,7 +48,7 @@ async def test_a_version_for_single_operations() -> None:
 
 
 async def test_what_the_version_does_not_have_goes_to_one_that_has_it() -> None:
-    """The first of `otherwise`; the version itself where it has the operation, or none has."""
+    """The first of `otherwise`; the version itself if it has the operation, or if none has."""
     stage = ApiVersion("2024-10-21", otherwise=["v1", "2025-04-01-preview"], operations={"videos.list": "2024-10-21"})
     for method, path, version in (
         ("POST", "/chat/completions", "2024-10-21"),
@@ -67,7 +67,7 @@ async def test_what_the_version_does_not_have_goes_to_one_that_has_it() -> None:
 
 
 async def test_an_operation_s_name_must_be_one() -> None:
-    """`gateway check` says which is not."""
+    """`gateway check` reports each name that is not an operation."""
     names = ["responses", "responses.*", "moderations", "vector_stores.files.*", "embeddings.*", "chat.*"]
     assert list(ApiVersion(operations=dict.fromkeys(names, "v1")).check(Services("t", "s"))) == []
     names = ["/v1/files", "files.", "*", "responsess.*", "file.*"]
@@ -82,7 +82,7 @@ async def test_an_operation_s_name_must_be_one() -> None:
 
 
 async def test_no_body_is_read_where_no_model_has_a_version() -> None:
-    """A body that nobody asks for is not looked at."""
+    """The stage reads the body only if it needs the model."""
     sent = await post(ApiVersion(), body=b"not json")
     assert sent.status == 200
 
@@ -91,7 +91,7 @@ async def test_no_body_is_read_where_no_model_has_a_version() -> None:
 async def test_the_client_s_own_version_never_doubles_it(
     query: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """Azure sees exactly one api-version, the configured one; other parameters go through."""
+    """Azure gets exactly one api-version, the configured one; other parameters pass through."""
     gateway = await start_gateway(azure.endpoint)
     async with gateway.session.post(
         f"{gateway.url}/v1/chat/completions?{query}", json=CHAT, headers={"api-key": "azure-key"}

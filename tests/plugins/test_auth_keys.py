@@ -1,4 +1,4 @@
-"""`auth_keys`: who presents one of the team's keys is let in, and nobody else."""
+"""`auth_keys`: accepts the team's keys and no others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ KEYS = [
     ],
 )
 async def test_a_key_of_the_team_is_let_in(headers: dict[str, str], caller: str) -> None:
-    """As bearer and as api-key; the caller is its label, or else its digest, and Azure is not shown it."""
+    """As bearer and as api-key; the caller is its label or else its digest, and Azure does not get it."""
     sent = await post(AuthKeys(), headers=headers, keys=KEYS, now=lambda: NOW)
     assert sent.reached is not None
     assert sent.reached.caller == caller
@@ -55,7 +55,7 @@ async def test_a_key_of_the_team_is_let_in(headers: dict[str, str], caller: str)
 
 
 async def test_a_key_may_have_models_of_its_own() -> None:
-    """They are told to the stages below."""
+    """The stages below get them."""
     sent = await post(AuthKeys(), headers={"api-key": "K-few"}, keys=KEYS, now=lambda: NOW)
     assert sent.reached is not None
     assert sent.reached.allowed_models == ("gpt-4o*",)
@@ -79,7 +79,7 @@ ANN = Identity({"roles": ["research"], "tid": "t"}, "oid-ann")
 
 @pytest.mark.parametrize("keys", [[], KEYS])
 async def test_a_token_with_the_team_s_claims_is_let_in(keys: list[ListedKey]) -> None:
-    """Beside keys, or in place of them; the caller is who the token says, and may use all of the team's models."""
+    """With or without keys; the token names the caller, who may use all of the team's models."""
     sent = await post(
         AuthKeys(),
         headers={"Authorization": "Bearer eyJh.eyJh.x"},
@@ -94,7 +94,7 @@ async def test_a_token_with_the_team_s_claims_is_let_in(keys: list[ListedKey]) -
 
 
 async def test_every_other_token_is_the_same_401_as_a_wrong_key() -> None:
-    """Of nobody's, of another team's, of a team that knows its own by keys alone, and one that is not good."""
+    """Of no team, of another team, of a team with keys alone, and an invalid token."""
     answers = [
         await post(AuthKeys(), headers={"Authorization": f"Bearer {key}"}, keys=KEYS, claims=claims, identity=identity)
         for key, claims, identity in (
@@ -124,7 +124,7 @@ pipeline: [access_log, auth_keys, model_map, api_version, sse_newline]
 
 
 async def test_the_log_has_the_reason(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Each refusal has its own word in the log event, which names the key by label or digest and never itself."""
+    """Each rejection has its own reason in the log event, which has the key's label or digest and never the key."""
     azure.api_key = "stored-key"
     gateway = await start_gateway(azure.endpoint, YAML)
     for key, status in (("K-ann", 200), ("K-plain", 200), ("K-bob", 401), ("K-carl", 401), ("K-nobody", 401)):
@@ -150,7 +150,7 @@ async def test_the_log_has_the_reason(start_gateway: StartGateway, azure: FakeAz
 
 
 def test_a_team_without_keys_and_claims_is_a_mistake() -> None:
-    """Nobody could use it; but the default team may be there for requests that are no team's."""
+    """No client could use it; but the default team may only handle requests that match no team."""
     for services, wrong in (
         (Services(team="research", stage="auth_keys", teams=3), True),
         (Services(team="default", stage="auth_keys"), True),
@@ -174,7 +174,7 @@ def test_a_team_without_keys_and_claims_is_a_mistake() -> None:
     ],
 )
 def test_what_is_no_key_is_a_mistake_with_its_place(entry: str, message: str, tmp_path: Path) -> None:
-    """Where it stands; what may be the key itself is not repeated."""
+    """With its location; text that may be the key itself is not repeated."""
     yaml = (
         "resources: {azure: {endpoint: https://x.openai.azure.com, api_key: k}}\n"
         f"pipeline: [auth_keys, model_map, api_version]\nmatch:\n  keys: [ {entry} ]\n"
@@ -186,7 +186,7 @@ def test_what_is_no_key_is_a_mistake_with_its_place(entry: str, message: str, tm
 
 
 def test_days_are_whole_and_moments_exact(tmp_path: Path) -> None:
-    """A key's last day is one of its days, in UTC."""
+    """A key is valid until the end of its last day, in UTC."""
     for text, expires in (("2027-01-31", 1801440000.0), ("2027-01-31T01:00:00+01:00", 1801353600.0)):
         yaml = YAML.replace("expires: 2026-01-01", f'expires: "{text}"')
         loaded = load(write_files(tmp_path, {"gateway.yaml": yaml}), {"ENDPOINT": "https://x.openai.azure.com"})
@@ -195,7 +195,7 @@ def test_days_are_whole_and_moments_exact(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_line_makes_a_key(tmp_path: Path) -> None:
-    """`gateway keys new` prints the key once, and what makes it the team's: pasted as it is, it works."""
+    """`gateway keys new` prints the key once, with YAML for the team that works as it is."""
     done = run("keys", "new", "--team", "research", "--label", 'ann\'s "own"', "--expires", "90")
     key, _, rest = done.stdout.partition("\n")
     assert key.startswith("sk-gw-")
@@ -215,14 +215,14 @@ def test_the_command_line_makes_a_key(tmp_path: Path) -> None:
 
 
 def test_keys_are_long_and_differ() -> None:
-    """256 random bits, in letters that a bearer token may have."""
+    """256 random bits, in characters that a bearer token may have."""
     keys = {new_key() for _ in range(100)}
     assert len(keys) == 100
     assert all(re.fullmatch(r"sk-gw-[A-Za-z0-9_-]{43}", key) for key in keys)
 
 
 async def test_two_keys_live_side_by_side(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """So that a new one can be handed out before the old one is taken away: of one label, they are one caller."""
+    """So that a new key can be distributed before the old one is removed: keys of one label are one caller."""
     azure.api_key = "stored-key"
     yaml = YAML.replace(", expires: 2026-01-01", "").replace("label: bob", "label: ann")
     gateway = await start_gateway(azure.endpoint, yaml)
@@ -234,7 +234,7 @@ async def test_two_keys_live_side_by_side(start_gateway: StartGateway, azure: Fa
 
 
 async def test_another_team_s_key_is_as_wrong_as_any(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """The answer does not tell that it is somebody's."""
+    """The response does not reveal that the key belongs to another team."""
     yaml = YAML.replace("pipeline:", "teams: teams/*.yaml\npipeline:")
     files = {
         f"teams/{name}.yaml": f"match: {{path_prefix: /{name}, keys: ['{key_digest('K-' + name)}']}}\n" for name in "xy"

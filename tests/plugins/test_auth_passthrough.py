@@ -1,4 +1,4 @@
-"""`auth_passthrough`: the client's key, as Azure wants it."""
+"""`auth_passthrough`: the client's key goes to Azure, in Azure's format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JWT = "eyJhbGciOiJSUzI1NiJ9.eyJhdWQiOiJjb2duaXRpdmUifQ.c2lnbmF0dXJl"
     ],
 )
 async def test_a_key_becomes_an_api_key(headers: dict[str, str]) -> None:
-    """However it was presented; the caller is known by its digest alone."""
+    """From either header; the caller is identified by its digest alone."""
     sent = await post(AuthPassthrough(), headers=headers)
     assert sent.reached is not None
     credential = sent.reached.target.credential
@@ -35,7 +35,7 @@ async def test_a_key_becomes_an_api_key(headers: dict[str, str]) -> None:
 
 
 async def test_an_entra_token_stays_a_bearer() -> None:
-    """A JSON Web Token is no key: Azure wants it as Authorization."""
+    """A JSON Web Token is not a key: Azure expects it as Authorization."""
     sent = await post(AuthPassthrough(), headers={"Authorization": f"Bearer {JWT}"})
     assert sent.reached is not None
     assert sent.reached.target.credential is not None
@@ -58,7 +58,7 @@ async def test_an_entra_token_stays_a_bearer() -> None:
     ],
 )
 async def test_no_key_or_no_good_one_is_a_401(headers: dict[str, str]) -> None:
-    """In OpenAI's shape, saying what to send; Azure is not asked, and the key is not repeated."""
+    """In OpenAI's shape, with what to send; nothing goes to Azure, and the key is not repeated."""
     sent = await post(AuthPassthrough(), headers=headers)
     assert sent.status == 401
     error = sent.json()["error"]
@@ -68,7 +68,7 @@ async def test_no_key_or_no_good_one_is_a_401(headers: dict[str, str]) -> None:
 
 
 async def test_on_the_wire(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A key reaches Azure as `api-key` and never as Authorization; a token the other way round."""
+    """A key reaches Azure as `api-key` and never as Authorization; a token only as Authorization."""
     gateway = await start_gateway(azure.endpoint)
     async with gateway.post(headers={"Authorization": "bEaReR azure-key"}, key=None) as answer:
         assert answer.status == 200

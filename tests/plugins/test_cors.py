@@ -85,7 +85,7 @@ async def preflight(stage: Cors, origin: str = APP, headers: str | None = None, 
 
 
 def said(headers: Headers) -> dict[str, str]:
-    """Return what an answer says of origins."""
+    """Return a response's `access-control-*` headers."""
     return {
         name.lower(): value
         for name, value in headers
@@ -98,7 +98,7 @@ def said(headers: Headers) -> dict[str, str]:
 
 @pytest.mark.parametrize("origin", ALLOWED)
 async def test_a_listed_origin_is_told_that_it_may(origin: str) -> None:
-    """In any case, and in its own words: the browser compares them byte for byte."""
+    """In any case, and echoed unchanged: the browser compares them byte for byte."""
     for sent in (await ask(Cors(SITES), origin), await preflight(Cors(SITES), origin)):
         assert sent.status in (200, 204)
         assert said(sent.headers)["access-control-allow-origin"] == origin
@@ -106,7 +106,7 @@ async def test_a_listed_origin_is_told_that_it_may(origin: str) -> None:
 
 @pytest.mark.parametrize("origin", HOSTILE, ids=lambda origin: origin[:40])
 async def test_no_other_origin_is(origin: str) -> None:
-    """Whatever it looks like; its preflight is a 403 in OpenAI's shape, and its request goes on unread by the page."""
+    """However similar; its preflight is a 403 in OpenAI's shape, and the page cannot read its responses."""
     sent = await ask(Cors(SITES), origin)
     assert (sent.status, said(sent.headers)) == (200, {"vary": "Origin"})
     refused = await preflight(Cors(SITES), origin)
@@ -118,14 +118,14 @@ async def test_no_other_origin_is(origin: str) -> None:
 
 
 async def test_the_configuration_may_be_in_capitals() -> None:
-    """A host has no case."""
+    """Hosts are case-insensitive."""
     assert (
         "access-control-allow-origin" in (await ask(Cors(["HTTPS://*.Example.Com"]), "https://a.example.com")).headers
     )
 
 
 async def test_several_origins_at_once_are_none() -> None:
-    """No browser sends two fields; one that is allowed does not speak for the other."""
+    """No browser sends two fields; an allowed one does not allow the other."""
     async with running(Cors([APP])) as run:
         for origins in ((APP, "https://evil.com"), ("https://evil.com", APP), (APP, APP)):
             headers = Headers([(b"origin", each.encode()) for each in origins])
@@ -136,7 +136,7 @@ async def test_several_origins_at_once_are_none() -> None:
 
 
 class _Raw(dict[str, str]):
-    """Headers of which one name comes twice, through a kit that takes a mapping."""
+    """Headers with one name twice, for a kit that takes a mapping."""
 
     def __init__(self, headers: Headers) -> None:
         super().__init__({"x": "x"})
@@ -147,14 +147,14 @@ class _Raw(dict[str, str]):
 
 
 async def test_every_page_there_is() -> None:
-    """`*` is said as it is, the same for all, also without an origin, so that caches need not tell them apart."""
+    """The value is `*` for every request, also without an origin, so that caches can share the response."""
     for origin in ("https://anything.test", "null", None):
         assert said((await ask(Cors(["*"], expose=[]), origin)).headers) == {"access-control-allow-origin": "*"}
     assert said((await preflight(Cors(["*"]), "null")).headers)["access-control-allow-origin"] == "*"
 
 
 async def test_null_is_an_origin_only_where_it_is_listed() -> None:
-    """Files and sandboxed frames have it."""
+    """Local files and sandboxed frames have this origin."""
     assert said((await ask(Cors(["null"]), "null")).headers)["access-control-allow-origin"] == "null"
     assert said((await ask(Cors(["null"]), "https://null")).headers) == {"vary": "Origin"}
 
@@ -163,7 +163,7 @@ async def test_null_is_an_origin_only_where_it_is_listed() -> None:
 
 
 async def test_a_preflight_is_answered_here_and_needs_no_key() -> None:
-    """It says what pages may send and for how long that holds; nothing below sees it."""
+    """It has the allowed headers and the maximum age; the stages below do not see it."""
     asked = "authorization,content-type,x-stainless-os"
     headers = {"Origin": APP, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
     sent = await send([Cors([APP]), AuthPassthrough()], "OPTIONS", "/chat/completions", headers=headers)
@@ -178,14 +178,14 @@ async def test_a_preflight_is_answered_here_and_needs_no_key() -> None:
 
 
 async def test_the_headers_that_pages_may_send_can_be_listed() -> None:
-    """Whatever is asked for, the answer is the list, and the browser says which one is missing in it."""
+    """The response always has the list; the browser reports a header that is missing in it."""
     for asked in ("authorization", "x-other", None, "no token,"):
         sent = await preflight(Cors([APP], headers=["authorization", "Content-Type"]), headers=asked)
         assert sent.headers.get("access-control-allow-headers") == "authorization, Content-Type"
 
 
 async def test_asked_for_headers_are_looked_at_before_they_are_said_back() -> None:
-    """Names alone, in a list that may be untidy; none is fine."""
+    """Only valid names, in a list that may be untidy or empty."""
     assert "access-control-allow-headers" not in (await preflight(Cors([APP]))).headers
     assert "access-control-allow-headers" not in (await preflight(Cors([APP]), headers=" ,")).headers
     sent = await preflight(Cors([APP]), headers=",a,\tb , c,,")
@@ -196,7 +196,7 @@ async def test_asked_for_headers_are_looked_at_before_they_are_said_back() -> No
 
 @pytest.mark.parametrize("asked", ["a b", "a;b", "a: b", "(a)", "\xe4", 'a,"b"', "a\x01", ",".join(["a"] * 101)])
 async def test_what_is_no_list_of_names_is_refused(asked: str) -> None:
-    """A 400, and never said back."""
+    """A 400, and never echoed."""
     sent = await preflight(Cors([APP]), headers=asked)
     assert sent.status == 400
     assert "Access-Control-Request-Headers" in sent.json()["error"]["message"]
@@ -204,7 +204,7 @@ async def test_what_is_no_list_of_names_is_refused(asked: str) -> None:
 
 
 async def test_a_plain_options_request_is_no_preflight() -> None:
-    """Without an origin, or without the method that it is for: it goes on, as today."""
+    """Without an origin, or without a requested method: it passes to the stages below."""
     for headers in ({}, {"Origin": APP}, {"Access-Control-Request-Method": "POST"}):
         sent = await send([Cors([APP])], "OPTIONS", "/chat/completions", headers=headers)
         assert sent.reached is not None
@@ -221,7 +221,7 @@ async def test_how_long_a_browser_remembers_is_a_setting() -> None:
 
 
 async def test_what_pages_may_read_is_a_setting() -> None:
-    """Without it, what OpenAI's SDKs go by."""
+    """The default is the headers that OpenAI's SDKs use."""
     sent = await ask(Cors([APP]), APP)
     assert said(sent.headers)["access-control-expose-headers"] == ", ".join(EXPOSED)
     assert {"x-request-id", "retry-after", "retry-after-ms", "x-should-retry", "apim-request-id"} < set(EXPOSED)
@@ -232,10 +232,10 @@ async def test_what_pages_may_read_is_a_setting() -> None:
 
 
 async def test_errors_can_be_read_too() -> None:
-    """Of stages below, of Azure, of Azure's connection, and of a stage that breaks."""
+    """Of stages below, of Azure, of the connection to Azure, and of a stage that raises."""
     broken = {"Content-Type": "application/json"}
     for answer in (ApiError(429, "slow"), Response(400, b"{}", broken), UpstreamError("gone"), RuntimeError("oh")):
-        sent = await ask(Cors([APP]), APP, answer=answer)
+        sent = await ask(Cors([APP]), APP, response=answer)
         assert sent.status >= 400
         assert said(sent.headers)["access-control-allow-origin"] == APP
     sent = await send([Cors([APP]), AuthPassthrough()], headers={"Origin": APP}, json=CHAT)
@@ -244,11 +244,11 @@ async def test_errors_can_be_read_too() -> None:
 
 @pytest.mark.parametrize("origin", [APP, "https://evil.com", None])
 async def test_what_azure_says_of_origins_is_taken_out(origin: str | None) -> None:
-    """All of it, in any case, as often as it comes; and Azure is not told the page's origin."""
+    """All of its fields, in any case; and Azure does not get the page's origin."""
     azure = [("Access-Control-Allow-Origin", "*"), ("access-control-allow-origin", "https://evil.com")]
     azure += [("ACCESS-CONTROL-EXPOSE-HEADERS", "a"), ("access-control-allow-credentials", "true"), ("x-access", "1")]
     headers = Headers([(name.encode(), value.encode()) for name, value in azure])
-    sent = await ask(Cors([APP]), origin, answer=Response(200, b"{}", headers))
+    sent = await ask(Cors([APP]), origin, response=Response(200, b"{}", headers))
     assert sent.headers.getall("access-control-allow-origin") == ([APP] if origin == APP else [])
     assert "access-control-allow-credentials" not in sent.headers
     assert sent.headers.get("access-control-expose-headers") != "a"
@@ -269,15 +269,15 @@ async def test_what_azure_says_of_origins_is_taken_out(origin: str | None) -> No
     ],
 )
 async def test_caches_are_told_that_answers_differ_by_origin(given: list[str], expected: str) -> None:
-    """With and without an origin; what the answer differs by already stays."""
+    """With and without an origin; existing values of `vary` stay."""
     for origin in (APP, "https://evil.com", None):
         answer = Response(200, b"{}", Headers([(b"Vary", each.encode()) for each in given]))
-        sent = await ask(Cors([APP]), origin, answer=answer)
+        sent = await ask(Cors([APP]), origin, response=answer)
         assert ", ".join(sent.headers.getall("vary")) == expected
 
 
 async def test_credentials_are_allowed_on_both_answers() -> None:
-    """Where the setting says so; and never to an origin that is not listed."""
+    """If the setting allows it; never for an origin that is not listed."""
     stage = Cors([APP], credentials=True)
     for sent in (await ask(stage, APP), await preflight(stage)):
         assert said(sent.headers)["access-control-allow-credentials"] == "true"
@@ -287,7 +287,7 @@ async def test_credentials_are_allowed_on_both_answers() -> None:
 
 
 async def test_a_websocket_of_another_origin_is_refused() -> None:
-    """Browsers leave that to servers; a program that is no browser has no origin."""
+    """Browsers do not check it; a program that is not a browser has no origin."""
 
     async def connect(origin: str | None, stage: Cors) -> Sent:
         def answer(request: object) -> Response:
@@ -300,7 +300,7 @@ async def test_a_websocket_of_another_origin_is_refused() -> None:
 
         headers = {} if origin is None else {"Origin": origin}
         made = Connecting(stage.origins)
-        return await send([made], "GET", "/realtime", headers=headers, answer=answer)
+        return await send([made], "GET", "/realtime", headers=headers, response=answer)
 
     assert (await connect(APP, Cors([APP]))).status == 101
     assert (await connect(None, Cors([APP]))).status == 101
@@ -317,39 +317,39 @@ async def test_a_websocket_of_another_origin_is_refused() -> None:
     [
         ({"origins": ["https://a.test/"]}, r"origins\.0: .* is more than an origin; .* as 'https://a\.test'"),
         ({"origins": [APP, "https://a.test/app?x"]}, r"origins\.1: .* is more than an origin"),
-        ({"origins": ["a.test"]}, "has no scheme; an origin is written as https://app.example.com"),
+        ({"origins": ["a.test"]}, "has no scheme; write an origin as https://app.example.com"),
         ({"origins": ["localhost:3000"]}, "has no scheme"),
         ({"origins": [""]}, "has no scheme"),
-        ({"origins": ["https://"]}, "is no origin, such as"),
-        ({"origins": ["https://me@a.test"]}, "is no origin, such as"),
-        ({"origins": ["https://a.test:port"]}, "is no origin, such as"),
-        ({"origins": ["https://a..test"]}, "is no origin, such as"),
-        ({"origins": ["https://a.test "]}, "is no origin, such as"),
+        ({"origins": ["https://"]}, "is not an origin, such as"),
+        ({"origins": ["https://me@a.test"]}, "is not an origin, such as"),
+        ({"origins": ["https://a.test:port"]}, "is not an origin, such as"),
+        ({"origins": ["https://a..test"]}, "is not an origin, such as"),
+        ({"origins": ["https://a.test "]}, "is not an origin, such as"),
         ({"origins": ["https://\xe4.test"]}, "write the host in its xn-- form"),
-        ({"origins": ["https://*"]}, r"`\*\.` must be the host's beginning"),
-        ({"origins": ["https://*example.com"]}, r"`\*\.` must be the host's beginning"),
-        ({"origins": ["https://a.*.example.com"]}, r"`\*\.` must be the host's beginning"),
-        ({"origins": ["https://app.*"]}, r"`\*\.` must be the host's beginning"),
-        ({"origins": ["*://a.test"]}, "is no origin, such as"),
-        ({"origins": ["https://a.test:443"]}, "browsers leave https's own port out; write 'https://a.test'"),
+        ({"origins": ["https://*"]}, r"`\*\.` must begin the host"),
+        ({"origins": ["https://*example.com"]}, r"`\*\.` must begin the host"),
+        ({"origins": ["https://a.*.example.com"]}, r"`\*\.` must begin the host"),
+        ({"origins": ["https://app.*"]}, r"`\*\.` must begin the host"),
+        ({"origins": ["*://a.test"]}, "is not an origin, such as"),
+        ({"origins": ["https://a.test:443"]}, "browsers leave the default port of https out; write 'https://a.test'"),
         ({"origins": ["http://*.a.test:80"]}, r"write 'http://\*\.a\.test'"),
         ({"origins": ["http://a.test:65536"]}, "has a port above 65535"),
-        ({"origins": ["*"], "credentials": True}, r"credentials: with the origin '\*' any page could"),
-        ({"origins": [APP, "null"], "credentials": True}, "credentials: with the origin 'null' any page could"),
-        ({"origins": [APP], "headers": ["a", "b c"]}, r"headers\.1: 'b c' is no header's name"),
-        ({"origins": [APP], "headers": ["*"]}, r"headers\.0: '\*' is all but Authorization"),
-        ({"origins": [APP], "expose": ["x:"]}, r"expose\.0: 'x:' is no header's name"),
-        ({"origins": [APP], "expose": ["*"], "credentials": True}, r"expose\.0: '\*' means nothing"),
+        ({"origins": ["*"], "credentials": True}, r"credentials: with the origin '\*', any page could"),
+        ({"origins": [APP, "null"], "credentials": True}, "credentials: with the origin 'null', any page could"),
+        ({"origins": [APP], "headers": ["a", "b c"]}, r"headers\.1: 'b c' is not a valid header name"),
+        ({"origins": [APP], "headers": ["*"]}, r"headers\.0: '\*' does not include Authorization"),
+        ({"origins": [APP], "expose": ["x:"]}, r"expose\.0: 'x:' is not a valid header name"),
+        ({"origins": [APP], "expose": ["*"], "credentials": True}, r"expose\.0: '\*' has no effect"),
     ],
 )
 async def test_mistakes_are_told_with_their_place(settings: Mapping[str, Any], expected: str) -> None:
-    """And with what to write instead."""
+    """And with a correction."""
     with pytest.raises(AssertionError, match=expected):
         await ask(Cors(**settings), APP)
 
 
 async def test_what_is_no_mistake() -> None:
-    """Hosts without a dot, addresses, other schemes, ports; every header where no cookies go."""
+    """Hosts without a dot, addresses, other schemes, ports; every header without cookies."""
     fine = ["http://localhost", "http://127.0.0.1:3000", "https://*.internal:8443", "chrome-extension://abc", "null"]
     assert (await ask(Cors([*fine, *SITES], expose=["*"]), "null")).status == 200
 
@@ -358,7 +358,7 @@ async def test_what_is_no_mistake() -> None:
 
 
 async def test_preflight_and_stream_over_sockets(start_gateway: StartGateway) -> None:
-    """The preflight never reaches Azure; the stream arrives as Azure sends it, with what the page needs on top."""
+    """The preflight never reaches Azure; the stream arrives as Azure sends it, with the page's headers added."""
     more = asyncio.Event()
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
@@ -401,7 +401,7 @@ async def test_preflight_and_stream_over_sockets(start_gateway: StartGateway) ->
 async def test_a_preflight_of_a_team_found_by_its_key_is_the_default_team_s(
     azure: FakeAzure, start_gateway: StartGateway
 ) -> None:
-    """It has no key. The request that follows has one, and is judged by the team's own `origins`."""
+    """It has no key. The request that follows has one, and uses the team's own `origins`."""
     from gateway.auth.credentials import key_digest
 
     team = (

@@ -1,4 +1,4 @@
-"""`embeddings_split`: more inputs than Azure takes at once are sent in parts, and answered as one."""
+"""`embeddings_split`: sends too many inputs in parts, and merges the responses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = "text-embedding-3-small"
 
 
 class Azure:
-    """Answers as Azure does: an embedding made of each input, here with numbers that a float would not keep."""
+    """Responds like Azure: an embedding for each input, with numbers that a float cannot represent."""
 
     def __init__(self, change: Callable[[int, dict[str, Any]], object] | None = None) -> None:
         self.bodies: list[bytes] = []
@@ -53,11 +53,11 @@ class Azure:
 
 
 async def embed(stage: EmbeddingsSplit, body: bytes, azure: Azure) -> Sent:
-    return await send([stage], "POST", "/embeddings", body=body, answer=azure)
+    return await send([stage], "POST", "/embeddings", body=body, response=azure)
 
 
 async def test_many_inputs_are_sent_in_parts_and_answered_as_one() -> None:
-    """`data` in order with indices of its own, `usage` summed, all else the first answer's, headers the last one's."""
+    """`data` in order with its own indices, `usage` summed, other fields of the first response, headers of the last."""
     azure = Azure()
     body = b'{"model":"m", "n": 1.50 ,"input": ["a" ,"b, \\"]",  "c\\u0041", "d","e"],"dimensions":256}'
     sent = await embed(EmbeddingsSplit(2, header=True), body, azure)
@@ -90,7 +90,7 @@ async def test_many_inputs_are_sent_in_parts_and_answered_as_one() -> None:
     ],
 )  # fmt: skip
 async def test_what_is_few_inputs_or_none_goes_as_it_came(given_input: bytes) -> None:
-    """An array of numbers is one input; what is wrong is Azure's to refuse. To the byte."""
+    """Byte for byte: an array of numbers is one input, and Azure rejects invalid inputs."""
     body = b' {"input" : %b,"model": "m", "a":1e400} ' % given_input
     sent = await send([EmbeddingsSplit(2)], "POST", "/embeddings", body=body)
     assert sent.reached is not None
@@ -99,7 +99,7 @@ async def test_what_is_few_inputs_or_none_goes_as_it_came(given_input: bytes) ->
 
 
 async def test_without_an_input_and_for_other_operations() -> None:
-    """Nothing is done; only embeddings are read."""
+    """The stage does nothing; it only reads embeddings requests."""
     for path, body in (("/embeddings", b'{"model":"m"}'), ("/responses", b'{"input":["a","b"]}'), ("/files", b"a,b")):
         sent = await send([EmbeddingsSplit(1)], "POST", path, body=body)
         assert sent.reached is not None
@@ -107,7 +107,7 @@ async def test_without_an_input_and_for_other_operations() -> None:
 
 
 async def test_more_than_may_be_sent_is_a_400() -> None:
-    """Before anything is sent; what is too much is not even counted to its end."""
+    """Nothing is sent, and counting stops at the limit."""
     for most_parts, status in ((2, 400), (3, 200)):
         azure = Azure()
         sent = await embed(EmbeddingsSplit(2, most_parts=most_parts), b'{"input":["a","b","c","d","e"]}', azure)
@@ -117,7 +117,7 @@ async def test_more_than_may_be_sent_is_a_400() -> None:
     assert (await embed(EmbeddingsSplit(1, most_parts=2), b'{"input":["a","b","c",1]}', Azure())).status == 400
     error = (await embed(EmbeddingsSplit(), b'{"input":[' + b'"",' * 1_000_000 + b'""]}', Azure())).json()["error"]
     assert error["param"] == "input"
-    assert "more than the 32768 entries" in error["message"]
+    assert "more than 32768 entries" in error["message"]
 
 
 texts = st.text(st.sampled_from('ab,"\\[]{}\n ü\x00😀'), max_size=6)
@@ -129,7 +129,7 @@ arrays = st.one_of(
 
 @given(arrays, st.integers(1, 6), st.booleans())
 def test_parts_together_answer_what_one_request_would(inputs: list[Any], most: int, spaced: bool) -> None:
-    """Whatever the inputs are, and however they are written."""
+    """For any inputs, however they are encoded."""
     coded = msgspec.json.encode(inputs)
     if spaced:
         coded = msgspec.json.format(coded, indent=1)
@@ -145,7 +145,7 @@ def test_parts_together_answer_what_one_request_would(inputs: list[Any], most: i
 
 
 async def test_half_a_surrogate_pair_is_an_input_too() -> None:
-    """JavaScript sends it; it reaches Azure as it was written."""
+    """JavaScript sends it; it reaches Azure unchanged."""
     azure = Azure()
     sent = await embed(EmbeddingsSplit(1), b'{"input":["\\ud83d","b"]}', azure)
     assert sent.status == 200
@@ -153,7 +153,7 @@ async def test_half_a_surrogate_pair_is_an_input_too() -> None:
 
 
 async def test_a_part_s_error_is_the_answer() -> None:
-    """With its status, headers and body as they are; no further part is sent, and the log event says which failed."""
+    """With its status, headers and body unchanged; no further part is sent, and the log event names the failed one."""
 
     def fail(number: int, _: object) -> Response | None:
         return Response(429, b'{"error": {"code": "429"} }', {"retry-after": "7"}) if number == 2 else None
@@ -168,12 +168,12 @@ async def test_a_part_s_error_is_the_answer() -> None:
 
 
 async def test_errors_of_the_gateway_s_own_are_answers_too() -> None:
-    """Such as a connection to Azure that failed."""
+    """For example a failed connection to Azure."""
 
     async def fail(request: Request) -> Response:
         raise ApiError(504, "too slow")
 
-    sent = await send([EmbeddingsSplit(1)], "POST", "/embeddings", body=b'{"input":["a","b"]}', answer=fail)
+    sent = await send([EmbeddingsSplit(1)], "POST", "/embeddings", body=b'{"input":["a","b"]}', response=fail)
     assert (sent.status, sent.json()["error"]["message"]) == (504, "too slow")
 
 
@@ -201,7 +201,7 @@ def body_of(body: bytes) -> Callable[[int, dict[str, Any]], object]:
     ],
 )  # fmt: skip
 async def test_an_answer_that_cannot_be_put_together_is_a_502(change: Any) -> None:
-    """That names the part; never half an answer."""
+    """It names the part; the client never gets half a response."""
     sent = await embed(EmbeddingsSplit(1, header=True), b'{"input":["a","b"]}', Azure(change))
     assert sent.status == 502
     assert "part 2 of 2 of `input`" in sent.json()["error"]["message"]
@@ -219,12 +219,12 @@ class Above(Stage):
 async def test_the_request_itself_stays_as_it_is() -> None:
     """A stage above may send it again, to another deployment."""
     above, body = Above(), b'{"input":["a","b" , "c"]}'
-    await send([above, EmbeddingsSplit(1)], "POST", "/embeddings", body=body, answer=Azure())
+    await send([above, EmbeddingsSplit(1)], "POST", "/embeddings", body=body, response=Azure())
     assert await above.request.body() == body
 
 
 async def test_entries_of_an_answer_in_another_order() -> None:
-    """Their indices tell where they belong."""
+    """Their indices determine the order."""
 
     def turned(_: int, answer: dict[str, Any]) -> None:
         answer["data"].reverse()
@@ -234,9 +234,9 @@ async def test_entries_of_an_answer_in_another_order() -> None:
 
 
 async def test_a_rate_limit_above_counts_one_request() -> None:
-    """However many parts it is."""
+    """Regardless of the number of parts."""
     stages = [RateLimit(requests_per_minute=2, per="team"), EmbeddingsSplit(1)]
-    async with running(*stages, answer=Azure()) as run:
+    async with running(*stages, response=Azure()) as run:
         statuses = [(await run.send("POST", "/embeddings", body=b'{"input":["a","b","c"]}')).status for _ in range(3)]
     assert statuses == [200, 200, 429]
 
@@ -245,7 +245,7 @@ SPLIT = YAML + "  - embeddings_split: {most_inputs: 16, most_parts: 4}\n  - open
 
 
 async def sixteen(seen: Seen, _: web.BaseRequest) -> web.StreamResponse | None:
-    """Refuse more than sixteen, as Azure did."""
+    """Reject more than sixteen inputs, as Azure did."""
     if len(seen.json()["input"]) <= 16:
         return None
     error = {"message": "Too many inputs. The max number of inputs is 16.", "type": "invalid_request_error"}
@@ -253,7 +253,7 @@ async def sixteen(seen: Seen, _: web.BaseRequest) -> web.StreamResponse | None:
 
 
 async def test_openai_python_gets_its_embeddings(start_gateway: StartGateway) -> None:
-    """Which ask for base64; a 400 without the stage. All parts go over one connection."""
+    """The SDK requests base64; without the stage it is a 400. All parts use one connection."""
     texts_ = [f"text {number}" for number in range(40)]
     async with FakeAzure(respond=sixteen) as azure:
         for yaml in (YAML, SPLIT):
@@ -296,7 +296,7 @@ async def test_a_client_that_leaves_between_parts_ends_it(start_gateway: StartGa
 
 
 def test_the_base64_of_a_part_is_not_decoded() -> None:
-    """Nor checked: it is Azure's."""
+    """Nor checked."""
 
     def coded(_: int, answer: dict[str, Any]) -> None:
         for each in answer["data"]:
@@ -307,16 +307,16 @@ def test_the_base64_of_a_part_is_not_decoded() -> None:
 
 
 async def test_errors_below_are_in_openai_s_words_already() -> None:
-    """`openai_errors` stands below, nearest Azure, and sees each part's answer."""
+    """`openai_errors` is below, nearest Azure, and converts each part's error."""
     answer = Response(401, b'{"error":{"code":"401","message":"no"}}')
     stages = [EmbeddingsSplit(1), OpenAIErrors()]
-    sent = await send(stages, "POST", "/embeddings", body=b'{"input":["a","b"]}', answer=answer)
+    sent = await send(stages, "POST", "/embeddings", body=b'{"input":["a","b"]}', response=answer)
     assert sent.json()["error"]["code"] == "invalid_api_key"
 
 
 async def test_answers_that_cannot_be_kept_are_told_before_they_are_paid_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the first part it is known how large they become; where a later one is larger, it is named."""
-    monkeypatch.setattr("plugins.embeddings_split.MOST", 1000)
+    """The first part shows how large the responses become; if a later one is too large, the error names it."""
+    monkeypatch.setattr("plugins.embeddings_split.MAX_TOTAL", 1000)
     azure = Azure()
     sent = await embed(EmbeddingsSplit(2), json.dumps({"input": ["a"] * 20}).encode(), azure)
     assert (sent.status, sent.json()["error"]["param"], len(azure.bodies)) == (400, "input", 1)

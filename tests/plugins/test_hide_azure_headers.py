@@ -1,4 +1,4 @@
-"""`hide_azure_headers`: answers do not show where in Azure they come from."""
+"""`hide_azure_headers`: responses do not show where in Azure they come from."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ AZURE = {
 
 
 async def test_what_tells_the_region_the_deployment_or_the_machines_is_gone() -> None:
-    """What clients go by stays; counted once for an answer, on errors as well."""
+    """Headers that clients use stay; counted once for a response, also for errors."""
     for status in (200, 429):
-        sent = await post(HideAzureHeaders(), answer=Response(status, b"{}", Headers(AZURE)), json={})
+        sent = await post(HideAzureHeaders(), response=Response(status, b"{}", Headers(AZURE)), json={})
         assert [name for name, _ in sent.headers] == [
             "Content-Type", "x-accel-buffering", "x-content-type-options", "x-ratelimit-limit-requests",
             "x-ratelimit-remaining-tokens", "x-request-id", "retry-after-ms",
@@ -40,21 +40,21 @@ async def test_what_tells_the_region_the_deployment_or_the_machines_is_gone() ->
 
 
 async def test_the_names_can_be_others() -> None:
-    """In any case; `*` stands for any characters, and a full stop for itself; none at all takes the stage away."""
+    """Case-insensitive; `*` matches any characters, a full stop only itself; an empty list turns the stage off."""
     headers = {"X-One": "1", "x-two-a": "2", "x.three": "3", "x-three": "4"}
     answer = Response(200, b"", Headers(headers))
-    sent = await post(HideAzureHeaders(["x-oNE", "x-two*", "x.three"]), answer=answer, json={})
+    sent = await post(HideAzureHeaders(["x-oNE", "x-two*", "x.three"]), response=answer, json={})
     assert [name for name, _ in sent.headers] == ["x-three"]
-    assert len((await post(HideAzureHeaders([]), answer=answer, json={})).headers) == 4
+    assert len((await post(HideAzureHeaders([]), response=answer, json={})).headers) == 4
 
 
 async def test_an_answer_without_them_is_not_counted() -> None:
-    """Such as an error of the gateway's own."""
-    sent = await post(HideAzureHeaders(), answer=ApiError(400, "no"), json={})
+    """For example an error of the gateway itself."""
+    sent = await post(HideAzureHeaders(), response=ApiError(400, "no"), json={})
     assert sent.outcome.counts == {}
 
 
 async def test_what_is_no_name_is_a_mistake() -> None:
-    """Told with its place in the list."""
-    with pytest.raises(AssertionError, match=r"names\.1: 'x ms' is no header's name"):
+    """With its index in the list."""
+    with pytest.raises(AssertionError, match=r"names\.1: 'x ms' is not a valid header name"):
         await post(HideAzureHeaders(["x-ms-*", "x ms"]), json={})

@@ -1,4 +1,4 @@
-"""`missing_delta`: chunks of the asynchronous filter have the `delta` that clients read."""
+"""`missing_delta`: chunks of the asynchronous filter get a `delta`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def drop() -> Deltas:
 
 
 def test_choices_get_an_empty_delta_and_the_chunk_the_stream_s_id_at_every_split() -> None:
-    """In between and behind the chunk that stops; all other bytes stay."""
+    """Between chunks and after the one that stops; all other bytes stay."""
     before, after = stream(PROMPT, *PLAIN[:2], done=b""), stream(PLAIN[3], done=b"")
     whole = before + event(findings()) + after + event(findings()) + stream(USAGE)
     for pieces, out in every_split(whole, complete):
@@ -54,7 +54,7 @@ def test_choices_get_an_empty_delta_and_the_chunk_the_stream_s_id_at_every_split
 
 
 def test_they_can_be_dropped_at_every_split() -> None:
-    """But never one that says why the answer ends: it is completed."""
+    """But never one with a finish_reason: it is completed."""
     for pieces, out in every_split(stream(PLAIN[0], findings(), USAGE), drop):
         assert out == stream(PLAIN[0], USAGE), pieces
     made = contents(fed([stream(PLAIN[0], findings("content_filter"))], drop()))
@@ -62,7 +62,7 @@ def test_they_can_be_dropped_at_every_split() -> None:
 
 
 def test_one_of_several_choices() -> None:
-    """The others are left as they are; dropped, only it goes; the chunk stays where it tells the usage."""
+    """The others stay; with `drop`, only it is removed; a chunk with usage stays."""
     both: dict[str, Any] = {**NAMED, "choices": [chunk("a")["choices"][0], findings(index=1)["choices"][0]]}
     completed = contents(fed([stream(both)], complete()))[0]["choices"]
     assert completed == [both["choices"][0], {**both["choices"][1], "delta": {}}]
@@ -88,26 +88,26 @@ def test_one_of_several_choices() -> None:
     ],
 )
 def test_what_lacks_nothing_keeps_its_bytes(content: object) -> None:
-    """Chunks without choices, errors, and what is no chunk at all."""
+    """Chunks without choices, errors, and events that are not chunks."""
     assert fed([stream(content)], complete()) == stream(content)
     assert fed([stream(content)], drop()) == stream(content)
 
 
 def test_a_delta_written_with_spaces_is_one() -> None:
-    """JSON allows them; the event keeps its bytes."""
+    """JSON allows spaces; the event keeps its bytes."""
     spaced = b'data: {"id": "a", "choices": [{"index": 0, "delta" : {"content": "x"}}]}\n\n'
     assert fed([spaced, spaced], complete()) == spaced * 2
 
 
 def test_a_delta_that_is_null_is_none() -> None:
-    """Reading its content fails as if it were not there."""
+    """Reading its content fails as without a delta."""
     out = contents(fed([stream({**NAMED, "choices": [{"index": 0, "delta": None}]})], complete()))
     assert out[0]["choices"] == [{"index": 0, "delta": {}}]
 
 
 @given(streams(PROMPT, findings(), findings("content_filter")), st.lists(st.integers(0, 5000), max_size=6))
 def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> None:
-    """Every choice has a delta afterwards, and chunks that had one their bytes."""
+    """Every choice has a delta afterwards, and chunks that had one keep their bytes."""
     out = same_however_it_is_cut(data, places, complete)
     for before, after in zip(data.split(b"\n\n"), out.split(b"\n\n"), strict=True):
         assert before == after or b'"content_filter_offsets"' in before
@@ -117,13 +117,13 @@ def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> 
 
 
 async def test_it_is_a_matter_of_chat_streams() -> None:
-    """Counted there; completions have texts and no deltas; `keep` takes the stage away."""
+    """Repairs are counted; completions have texts and no deltas; `keep` turns the stage off."""
     whole = stream(PLAIN[0], findings(), findings())
     answer = Response(200, whole, EVENTS)
-    sent = await post(MissingDelta(), answer=answer, json={})
+    sent = await post(MissingDelta(), response=answer, json={})
     assert dict(sent.outcome.counts) == {"MissingDelta": 2}
-    assert len(contents((await post(MissingDelta("drop"), answer=answer, json={})).body)) == 1
+    assert len(contents((await post(MissingDelta("drop"), response=answer, json={})).body)) == 1
     text = stream({**EMPTY, "choices": [{"text": "a", "index": 0}]})
-    completions = await send([MissingDelta()], path="/completions", answer=Response(200, text, EVENTS))
+    completions = await send([MissingDelta()], path="/completions", response=Response(200, text, EVENTS))
     assert completions.body == text
-    assert (await post(MissingDelta("keep"), answer=answer, json={})).body == whole
+    assert (await post(MissingDelta("keep"), response=answer, json={})).body == whole

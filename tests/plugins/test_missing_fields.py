@@ -1,4 +1,4 @@
-"""`missing_fields`: every chunk has the id, object, time and model that clients go by."""
+"""`missing_fields`: every chunk has an id, object, creation time and model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gateway import Response
 from gateway.testing import every_split, post, send
-from plugins.missing_fields import MOST, Fill, MissingFields
+from plugins.missing_fields import MAX_HELD, Fill, MissingFields
 from tests.chunks import (
     EMPTY,
     NAMED,
@@ -37,7 +37,7 @@ def fill() -> Fill:
 
 
 def test_empty_fields_are_what_the_stream_s_other_chunks_say_at_every_split() -> None:
-    """Also those of the first chunk, which waits for the second; chunks that have them keep their bytes."""
+    """Also in the first chunk, which waits for the second; chunks with all fields keep their bytes."""
     whole = stream(PROMPT, *PLAIN, findings(), USAGE)
     for pieces, out in every_split(whole, fill):
         first, *middle, mended, usage = contents(out)
@@ -48,7 +48,7 @@ def test_empty_fields_are_what_the_stream_s_other_chunks_say_at_every_split() ->
 
 
 def test_the_first_chunk_leaves_with_the_one_that_names_it() -> None:
-    """It shows nothing, so nobody waits; from then on each event leaves the moment it is there."""
+    """It has no content, so no user waits for it; after it, each event leaves at once."""
     linked = fill()
     assert fed([event(PROMPT)], linked) != b""  # at the end it is not lost
     other = fill()
@@ -58,7 +58,7 @@ def test_the_first_chunk_leaves_with_the_one_that_names_it() -> None:
 
 @pytest.mark.parametrize("rest", [b"", b"data: [DONE]\n\n", b'data: {"error":{"message":"no"}}\n\n'])
 def test_where_no_chunk_ever_has_them_they_are_made_up(rest: bytes) -> None:
-    """The same for the whole stream; what has something to show never waits for it."""
+    """The same for the whole stream; a chunk with content never waits."""
     out = fed([event(PROMPT) + rest], fill())
     assert contents(out)[0] == {**PROMPT, **MADE_UP}
     assert out.endswith(rest)
@@ -68,13 +68,13 @@ def test_where_no_chunk_ever_has_them_they_are_made_up(rest: bytes) -> None:
 
 
 def test_only_so_many_wait() -> None:
-    """Chunks of findings alone are let go of, be there ever so many."""
+    """A long run of chunks with filter results alone is released."""
     filter_ = fill()
-    kept = [filter_.event(each) for each in events(MOST)]
-    assert kept == [None] * MOST
+    kept = [filter_.event(each) for each in events(MAX_HELD)]
+    assert kept == [None] * MAX_HELD
     last = filter_.event(*events(1))
     assert isinstance(last, list)
-    assert len(last) == MOST + 1
+    assert len(last) == MAX_HELD + 1
 
 
 def events(count: int) -> list[Any]:
@@ -85,13 +85,13 @@ def events(count: int) -> list[Any]:
 
 @pytest.mark.parametrize("content", [chunk(""), [], "", {"choices": None, "id": ""}, {"id": "a", "choices": []}])
 def test_what_lacks_nothing_keeps_its_bytes(content: object) -> None:
-    """An empty text is no empty field, a field that is not there is not put there."""
+    """An empty text is not an empty field, and a missing field is not added."""
     assert fed([stream(PLAIN[0], content)], fill()) == stream(PLAIN[0], content)
 
 
 @given(streams(PROMPT, findings(), {**chunk("a"), **EMPTY}), st.lists(st.integers(0, 5000), max_size=6))
 def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> None:
-    """No field is empty afterwards, no chunk is lost or moved, and those without a gap keep their bytes."""
+    """No field is empty afterwards, chunks stay in order, and complete ones keep their bytes."""
     out = same_however_it_is_cut(data, places, fill)
     for before, after in zip(data.split(b"\n\n"), out.split(b"\n\n"), strict=True):
         assert before == after or b'"id":""' in before
@@ -99,21 +99,21 @@ def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> 
 
 
 async def test_it_is_a_matter_of_chat_and_completion_streams() -> None:
-    """Counted there; what is made up has the request's id, the operation's object and the deployment's name."""
-    sent = await post(MissingFields(), answer=Response(200, stream(PROMPT), EVENTS), json={})
+    """Repairs are counted; generated fields are the request's id, the operation's object and the deployment."""
+    sent = await post(MissingFields(), response=Response(200, stream(PROMPT), EVENTS), json={})
     made = contents(sent.body)[0]
     assert (made["id"], made["object"]) == ("chatcmpl-req_test", "chat.completion.chunk")
     assert made["created"] > 1_700_000_000
     assert dict(sent.outcome.counts) == {"MissingFields": 1}
     text = {**EMPTY, "choices": [{"text": "a", "index": 0}]}
     answer = Response(200, stream(text), EVENTS)
-    completions = contents((await send([MissingFields()], path="/completions", answer=answer)).body)[0]
+    completions = contents((await send([MissingFields()], path="/completions", response=answer)).body)[0]
     assert (completions["id"], completions["object"]) == ("cmpl-req_test", "text_completion")
-    assert (await send([MissingFields()], path="/responses", answer=answer)).body == stream(text)
+    assert (await send([MissingFields()], path="/responses", response=answer)).body == stream(text)
 
 
 def test_a_comment_is_waited_through() -> None:
-    """It settles nothing: what waits still gets the stream's own id, and what was made up is given up for it."""
+    """Held chunks still get the stream's own id, which also replaces generated fields."""
     out = fed([event(PROMPT) + b": keep-alive\n\n" + b"retry: 5\n\n" + stream(*PLAIN, findings())], fill())
     assert {each["id"] for each in contents(out)} == {NAMED["id"]}
     assert out.startswith(b": keep-alive\n\nretry: 5\n\n")

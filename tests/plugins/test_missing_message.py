@@ -1,4 +1,4 @@
-"""`missing_message`: a completion that the filter withheld has a message to read."""
+"""`missing_message`: a completion that the filter withheld gets a message."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SAID = {"finish_reason": "stop", "index": 1, "message": {"role": "assistant", "c
 
 
 async def test_a_withheld_choice_gets_an_empty_message() -> None:
-    """Its reason to end stays, and so do the choices beside it."""
+    """Its finish_reason stays, and so do the other choices."""
     content = {"choices": [WITHHELD, SAID], "id": "chatcmpl-1", "usage": {"total_tokens": 3}}
-    sent = await post(MissingMessage(), answer=Response(200, json.dumps(content).encode(), JSON), json={})
+    sent = await post(MissingMessage(), response=Response(200, json.dumps(content).encode(), JSON), json={})
     message = {"role": "assistant", "content": "", "refusal": None}
     assert sent.json() == {**content, "choices": [{**WITHHELD, "message": message}, SAID]}
     assert "content-length" not in sent.headers
@@ -37,36 +37,36 @@ async def test_a_withheld_choice_gets_an_empty_message() -> None:
     ],
 )
 async def test_everything_else_keeps_its_bytes(path: str, status: int, body: bytes) -> None:
-    """What has a message, was not withheld, is no completion of a chat, or no JSON."""
-    sent = await send([MissingMessage()], path=path, answer=Response(status, body, JSON))
+    """A choice with a message, one that was not withheld, another operation, or invalid JSON."""
+    sent = await send([MissingMessage()], path=path, response=Response(status, body, JSON))
     assert (sent.body, sent.outcome.counts) == (body, {})
 
 
 async def test_an_answer_in_pieces_is_mended_too() -> None:
-    """A gateway of Azure may send one in chunks."""
+    """Azure's gateways may send one in chunks."""
 
     async def pieces() -> object:
         for byte in json.dumps({"choices": [WITHHELD]}).encode():
             yield bytes([byte])
 
-    sent = await post(MissingMessage(), answer=lambda _: Response(200, pieces(), JSON), json={})  # type: ignore[arg-type]
+    sent = await post(MissingMessage(), response=lambda _: Response(200, pieces(), JSON), json={})  # type: ignore[arg-type]
     assert sent.json()["choices"][0]["message"]["content"] == ""
 
 
 @pytest.mark.parametrize("content_type", [None, "", "application/octet-stream", "text/event-stream"])
 async def test_what_is_not_called_json_streams_on(content_type: str | None) -> None:
-    """A stream has come without its type through API Management: it is not kept until its end."""
+    """Streams have come without their type through API Management: they are not buffered."""
 
     async def pieces() -> object:
         yield b"data: 1"
 
     headers = {} if content_type is None else {"content-type": content_type}
     body = pieces()
-    sent = await post(MissingMessage(), answer=lambda _: Response(200, body, headers), json={})  # type: ignore[arg-type]
+    sent = await post(MissingMessage(), response=lambda _: Response(200, body, headers), json={})  # type: ignore[arg-type]
     assert (sent.response.body, sent.body) == (body, b"data: 1")
 
 
 async def test_a_number_that_json_cannot_say_again_leaves_an_answer_alone() -> None:
-    """It would be `Infinity`, which is none."""
+    """It would become `Infinity`, which is not JSON."""
     body = b'{"choices":[{"finish_reason":"content_filter","score":1e400}]}'
-    assert (await post(MissingMessage(), answer=Response(200, body, JSON), json={})).body == body
+    assert (await post(MissingMessage(), response=Response(200, body, JSON), json={})).body == body

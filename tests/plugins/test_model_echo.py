@@ -1,4 +1,4 @@
-"""`model_echo`: answers name the model that the client asked for."""
+"""`model_echo`: responses name the model that the client requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ECHOED = YAML.replace("{unmapped: own_name_without_dots}", "{models: {my-model: 
 
 
 async def test_json_and_streams_name_the_client_s_model(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Where Azure says `gpt-4o-2024-11-20`; its first chunk, which has no name, stays as it is."""
+    """In place of Azure's `gpt-4o-2024-11-20`; the first chunk, which has no model, stays unchanged."""
     gateway = await start_gateway(azure.endpoint, ECHOED)
     async with gateway.post(json={**CHAT, "model": "my-model"}) as answer:
         content = await answer.json()
@@ -27,26 +27,26 @@ async def test_json_and_streams_name_the_client_s_model(start_gateway: StartGate
 
 
 async def test_events_of_the_responses_api() -> None:
-    """They hold the answer in a field of its own; the event's type stays."""
+    """They have the response in a field; the event's type stays."""
     stream = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","model":"d"}}\n\n'
-    sent = await post(ModelEcho(), answer=Response(200, stream, {"content-type": "text/event-stream"}), json=CHAT)
+    sent = await post(ModelEcho(), response=Response(200, stream, {"content-type": "text/event-stream"}), json=CHAT)
     expected = b'event: response.created\ndata: {"type":"response.created","response":{"id":"r","model":"gpt-4o"}}\n\n'
     assert sent.body == expected
 
 
 async def test_large_answers_and_half_surrogates_are_no_trouble() -> None:
-    """What is above 4 MB passes; half of a pair stays as JSON writes it."""
+    """A body above 4 MiB passes; half of a surrogate pair stays as JSON has it."""
     large = b'{"model":"x","data":"' + b"A" * 5_000_000 + b'"}'
     for body, expected in (
         (large, large),
         (rb'{"model":"x","text":"\ud83d"}', rb'{"model": "gpt-4o", "text": "\ud83d"}'),
     ):
-        sent = await post(ModelEcho(), answer=Response(200, body, {"content-type": "application/json"}), json=CHAT)
+        sent = await post(ModelEcho(), response=Response(200, body, {"content-type": "application/json"}), json=CHAT)
         assert sent.body == expected
 
 
 async def test_what_names_no_model_keeps_its_bytes() -> None:
-    """So do errors, and what is no JSON object, and a name that is right already."""
+    """So do errors, a body that is not a JSON object, and one that has the right name."""
     for status, body, kind in (
         (200, b'{ "a": 1.50 }', "application/json"),
         (200, b'{ "model": "gpt-4o" }', "application/json"),
@@ -56,5 +56,5 @@ async def test_what_names_no_model_keeps_its_bytes() -> None:
         (400, b'{"model": "x"}', "application/json"),
         (200, b'data: {"model": ""}\n\ndata: [DONE]\n\n', "text/event-stream"),
     ):
-        sent = await post(ModelEcho(), answer=Response(status, body, {"content-type": kind}), json=CHAT)
+        sent = await post(ModelEcho(), response=Response(status, body, {"content-type": kind}), json=CHAT)
         assert sent.body == body

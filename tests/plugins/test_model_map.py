@@ -1,4 +1,4 @@
-"""`model_map`: from the model a client asks for to a deployment."""
+"""`model_map`: maps the requested model to a deployment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def findings(stage: ModelMap, **more: Any) -> list[str]:
 
 
 async def test_exact_names_then_patterns_in_order() -> None:
-    """Exact names win wherever they stand; globs and expressions count in the order of the file."""
+    """Exact names come first; globs and expressions count in the order of the file."""
     stage = ModelMap(
         {
             "gpt-4o-*": "glob",
@@ -56,7 +56,7 @@ async def test_exact_names_then_patterns_in_order() -> None:
 
 
 async def test_a_group_cannot_make_a_name_that_is_none() -> None:
-    """What an expression makes of a client's text is a deployment's name, or the model is refused."""
+    """An expression turns a client's text into a valid deployment name, or the model is a 404."""
     stage = ModelMap({"~x-(.*)": r"\1"})
     assert await deployment(stage, "x-ok") == "azure/ok"
     for model in ("x-../../admin", "x-a/b", "x-", "x-" + "a" * 65, "x-a?b", "x-a%2fb"):
@@ -74,7 +74,7 @@ async def test_a_group_cannot_make_a_name_that_is_none() -> None:
     ],
 )
 async def test_what_an_unmapped_model_does_is_a_setting(stage: ModelMap, wanted: str) -> None:
-    """Its own name without dots, or with them, a default deployment, or a refusal."""
+    """Its own name without dots or unchanged, a default deployment, or a 404."""
     assert wanted == await deployment(stage, "gpt-3.5-turbo")
 
 
@@ -95,7 +95,7 @@ async def test_deployments_of_other_resources() -> None:
 
 
 async def test_pairs_in_one_text() -> None:
-    """As the environment variable of the proxy that people come from; spaces are ignored."""
+    """As in the environment variable of the Go proxy; spaces are ignored."""
     stage = ModelMap(" gpt-3.5-turbo = xc-gpt-35 , gpt-4=my-gpt4,")
     assert findings(stage) == []
     assert await deployment(stage, "gpt-3.5-turbo") == "azure/xc-gpt-35"
@@ -110,31 +110,31 @@ async def test_pairs_in_one_text() -> None:
         (ModelMap("a=b,,c=d"), "'' is not model=deployment"),
         (ModelMap("=b"), "both need a name"),
         (ModelMap({"a": " "}), "both need a name"),
-        (ModelMap({"gpt-4": "a", " gpt-4 ": "b"}), "'gpt-4' stands here twice"),
-        (ModelMap("gpt-4=a, gpt-4=b"), "'gpt-4' stands here twice"),
+        (ModelMap({"gpt-4": "a", " gpt-4 ": "b"}), "'gpt-4' is listed twice"),
+        (ModelMap("gpt-4=a, gpt-4=b"), "'gpt-4' is listed twice"),
         (ModelMap({"a": "b/c"}), "there is no resource 'b'"),
         (ModelMap({"a": "../x"}), "no resource '..'"),
-        (ModelMap({"a": "x y"}), "cannot be a deployment's name"),
-        (ModelMap({"~(": "a"}), "is wrong"),
+        (ModelMap({"a": "x y"}), "is not a valid deployment name"),
+        (ModelMap({"~(": "a"}), "is invalid"),
         (ModelMap({"~a": r"x-\1"}), "group"),
-        (ModelMap(default="a b"), "cannot be a deployment's name"),
+        (ModelMap(default="a b"), "is not a valid deployment name"),
     ],
 )
 def test_mistakes_are_found_at_load(stage: ModelMap, words: str) -> None:
-    """Each with words that say what is wrong."""
+    """Each with an explanation."""
     found = findings(stage)
     assert len(found) == 1
     assert words in found[0]
 
 
 def test_a_bare_deployment_needs_a_resource_where_there_are_several() -> None:
-    """Nothing is guessed."""
+    """The stage does not guess."""
     services = Services("t", "model_map", RESOURCES, None)
     assert "names no resource" in findings(ModelMap({"a": "b"}, unmapped="refuse"), services=services)[0]
 
 
 async def test_models_are_listed_from_the_map() -> None:
-    """Exact names and the names that `list:` adds; never a pattern."""
+    """Exact names and the names in `list:`; never a pattern."""
     stage = ModelMap({"gpt-4": "a", "gpt-4o-*": "b", "~x": "c", "a=b": "d"}, list=["gpt-4o-mini", "gpt-4"])
     sent = await send([stage], "GET", "/models")
     body = sent.json()
@@ -144,7 +144,7 @@ async def test_models_are_listed_from_the_map() -> None:
 
 
 async def test_one_model() -> None:
-    """A model that would be served is found, whatever its mapping; one that would be refused is a 404."""
+    """A model with a target is found, whatever its mapping; one without is a 404."""
     stage = ModelMap({"gpt-4": "a", "ft:*": "b"}, unmapped="refuse")
     for name, status in (("gpt-4", 200), ("ft%3Ax", 200), ("gpt-5", 404)):
         sent = await send([stage], "GET", f"/models/{name}")
@@ -156,7 +156,7 @@ async def test_one_model() -> None:
     "body", [b"", b"{", b"[]", b"{}", b'{"model": 1}', b'{"model": null}', b'{"model": ""}', b"null"]
 )
 async def test_bodies_without_a_model_are_400s(body: bytes) -> None:
-    """In OpenAI's shape, saying what is missing."""
+    """In OpenAI's shape, with the missing field."""
     sent = await post(ModelMap(), body=body)
     assert sent.status == 400
     assert sent.reached is None
@@ -164,33 +164,33 @@ async def test_bodies_without_a_model_are_400s(body: bytes) -> None:
 
 @pytest.mark.parametrize("model", ["west/gpt-4", "team-west/gpt-4", "/gpt-4"])
 async def test_a_client_never_chooses_the_resource(model: str) -> None:
-    """A rule: `RESOURCE/` counts where the configuration says it, never in what a client sends."""
+    """`RESOURCE/` counts in the configuration, never in a client's model."""
     for stage in (ModelMap(), ModelMap(unmapped="own_name"), ModelMap({"~team-(.+)": r"\1", "*": "east/x"})):
         found = await deployment(stage, model, resources=RESOURCES, resource="east")
         assert found in ("404", "east/x")
 
 
 def test_unmapped_models_need_a_resource_too() -> None:
-    """Where there are several and none is the team's, a model of its own name would go nowhere."""
+    """With several resources and none for the team, an unmapped model has no target."""
     services = Services("t", "model_map", RESOURCES, None)
-    assert "has no resource" in findings(ModelMap({"a": "east/b"}), services=services)[0]
+    assert "have no resource" in findings(ModelMap({"a": "east/b"}), services=services)[0]
     assert not findings(ModelMap({"a": "east/b"}, unmapped="refuse"), services=services)
 
 
 async def test_a_team_has_its_own_models() -> None:
-    """What `allow` does not name, or `deny` does, is a 404 like a model that is not there."""
+    """A model that is not in `allow`, or is in `deny`, is a 404 like an unknown one."""
     stage = ModelMap({"gpt-4o": "a", "gpt-4o-mini": "b", "o3": "c"}, allow=["gpt-4o*", "~o\\d"], deny=["gpt-4o-mini"])
     assert await deployment(stage, "gpt-4o") == "azure/a"
     assert await deployment(stage, "o3") == "azure/c"
     assert await deployment(stage, "gpt-4o-mini") == "404"
     assert await deployment(stage, "gpt-4") == "404"
     sent = await post(stage, json={**CHAT, "model": "gpt-4o-mini"})
-    assert b"you may use: gpt-4o, o3" in sent.body
+    assert b"available models: gpt-4o, o3" in sent.body
     assert b"model_not_found" in sent.body
 
 
 async def test_the_list_shows_what_may_be_used() -> None:
-    """`/v1/models` has the team's models, and no others are found there."""
+    """`/v1/models` has the team's models and no others."""
     stage = ModelMap({"gpt-4o": "a", "o3": "c"}, list=["gpt-5"], deny=["o3"])
     listed = (await send([stage], "GET", "/models")).body
     assert b"gpt-4o" in listed
@@ -201,7 +201,7 @@ async def test_the_list_shows_what_may_be_used() -> None:
 
 
 async def test_a_key_s_own_models_narrow_the_team_s() -> None:
-    """The stage that authenticates says them; they cannot widen what the team has."""
+    """From the stage that authenticates; they never extend the team's models."""
     keys = [ListedKey(key_digest("K"), models=("gpt-4o", "o3"))]
     stages = [AuthKeys(), ModelMap({"gpt-4o": "a", "gpt-4": "b", "o3": "c"}, deny=["o3"])]
     more: Any = {"headers": {"api-key": "K"}, "keys": keys}
@@ -230,36 +230,36 @@ async def test_a_key_s_own_models_narrow_the_team_s() -> None:
     ids=lambda each: each if isinstance(each, str) else str(each.deny),
 )  # fmt: skip
 async def test_no_spelling_gets_round_a_denial(stage: ModelMap, model: str) -> None:
-    """Azure finds a deployment in any case; dots may be left out; and a deployment can be asked for by its own name."""
+    """Azure ignores the case; dots may be left out; and clients may use a deployment's own name."""
     assert await deployment(stage, model) == "404"
     assert await deployment(stage, "other") == "azure/other"
 
 
 @pytest.mark.parametrize(("denied", "model"), [("gpt-4.*", "gpt-4o"), ("gpt-4.*", "gpt-4"), ("~gpt-4\\..*", "gpt-4o")])
 async def test_a_denial_is_of_what_it_names(denied: str, model: str) -> None:
-    """Its own dots mean dots."""
+    """Dots in a pattern match dots."""
     assert await deployment(ModelMap(deny=[denied]), "gpt-4.1") == "404"
     assert await deployment(ModelMap(deny=[denied]), model) == f"azure/{model}"
 
 
 async def test_the_default_s_deployment_is_not_what_is_denied() -> None:
-    """Others go there, too."""
+    """Other models use it, too."""
     stage = ModelMap(default="big", deny=["gpt-4o"])
     assert await deployment(stage, "gpt-4o") == "404"
     assert await deployment(stage, "o3") == "azure/big"
 
 
 def test_a_wrong_expression_in_a_list_is_found_when_loaded() -> None:
-    """With its place in the list."""
-    assert findings(ModelMap(allow=["a", "~("]))[0].startswith("allow.1: the expression '('")
-    assert findings(ModelMap(deny=["~["]))[0].startswith("deny.0: the expression '['")
+    """With its index in the list."""
+    assert findings(ModelMap(allow=["a", "~("]))[0].startswith("allow.1: the regular expression '('")
+    assert findings(ModelMap(deny=["~["]))[0].startswith("deny.0: the regular expression '['")
 
 
 @pytest.mark.parametrize(("model", "status"), [("gpt-4o", 200), ("o3", 404)])
 async def test_a_model_cannot_come_in_by_the_lines_of_a_batch(
     model: str, status: int, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """Every place that names a model is asked."""
+    """Every part of a request that names a model is checked."""
     yaml = YAML.replace("{unmapped: own_name_without_dots}", "{deny: [o3]}")
     gateway = await start_gateway(azure.endpoint, yaml)
     line = {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {**CHAT, "model": model}}

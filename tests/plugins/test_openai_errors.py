@@ -1,4 +1,4 @@
-"""`openai_errors`: every shape in which Azure was seen to fail, in OpenAI's words."""
+"""`openai_errors`: every shape of Azure's errors becomes OpenAI's."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ CASES: list[tuple[str, int, Any, dict[str, Any]]] = [
         {"message": "One or more errors"},
     ),
     ("500", 500, {"error": {"code": "InternalServerError", "message": "Backend"}}, {"type": "server_error"}),
-    ("an empty body", 503, b"", {"message": "Azure answered with status 503 and no reason", "type": "server_error"}),
+    ("an empty body", 503, b"", {"message": "Azure answered with status 503 and no message", "type": "server_error"}),
     (
         "a page",
         502,
         b"<html><h1>502 Bad Gateway</h1></html>",
-        {"message": "Azure answered with status 502 and no reason"},
+        {"message": "Azure answered with status 502 and no message"},
     ),
     (
         "plain text",
@@ -127,13 +127,13 @@ CASES: list[tuple[str, int, Any, dict[str, Any]]] = [
 
 async def answered(status: int, content: Any, headers: dict[str, str] | None = None, **more: Any) -> Any:
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    sent = await post(OpenAIErrors(), answer=Response(status, data, headers), json=CHAT, **more)
+    sent = await post(OpenAIErrors(), response=Response(status, data, headers), json=CHAT, **more)
     return sent, json.loads(sent.body)["error"]
 
 
 @pytest.mark.parametrize(("name", "status", "content", "expected"), CASES, ids=[case[0] for case in CASES])
 async def test_every_shape(name: str, status: int, content: Any, expected: dict[str, Any]) -> None:
-    """All four fields, the type never null, always `application/json`; Azure's own words where others were put."""
+    """All four fields, the type never null, always `application/json`; replaced fields are kept."""
     sent, error = await answered(status, content, {"content-type": "text/html"})
     assert sent.status == status
     assert {"message", "type", "param", "code"} <= set(error)
@@ -147,7 +147,7 @@ async def test_every_shape(name: str, status: int, content: Any, expected: dict[
 
 
 async def test_what_is_openai_s_shape_already_keeps_its_bytes() -> None:
-    """But for the content type."""
+    """Except for the content type."""
     body = b'{ "error": {"message": "no", "type": "invalid_request_error", "param": null, "code": "x"} }'
     sent, _ = await answered(400, body, {"content-type": "text/plain"})
     assert (sent.body, sent.headers.get("content-type")) == (body, "application/json")
@@ -173,7 +173,7 @@ async def test_what_is_openai_s_shape_already_keeps_its_bytes() -> None:
 async def test_a_429_says_when_to_try_again(
     headers: dict[str, str], text: str, seconds: str, milliseconds: str
 ) -> None:
-    """In both headers that OpenAI's SDKs read; from the text where no header says it."""
+    """In both headers that OpenAI's SDKs read; from the text if no header has the time."""
     sent, _ = await answered(429, {"error": {"code": "429", "message": text}}, headers)
     assert sent.headers.getall("retry-after") == [seconds]
     assert sent.headers.getall("retry-after-ms") == [milliseconds]
@@ -181,22 +181,22 @@ async def test_a_429_says_when_to_try_again(
 
 @pytest.mark.parametrize("digits", ["9" * 400, "9" * 20, "1e400"])
 async def test_a_wait_that_is_no_time_breaks_nothing(digits: str) -> None:
-    """Azure may repeat what a client wrote."""
+    """Azure may echo a client's text."""
     sent, error = await answered(400, {"error": {"message": f"Invalid value: retry after {digits} seconds"}})
     assert (sent.status, error["type"]) == (400, "invalid_request_error")
 
 
 async def test_what_is_no_json_number_becomes_null() -> None:
-    """Python reads NaN and 1e999, and JSON has neither."""
+    """Python reads NaN and 1e999, which JSON does not have."""
     sent, _ = await answered(400, b'{"error": {"message": "x", "a": NaN, "b": 1e999, "c": 1.5}}')
     error = json.loads(sent.body, parse_constant=lambda name: pytest.fail(name))["error"]
     assert (error["a"], error["b"], error["c"]) == (None, None, 1.5)
 
 
 async def test_a_request_without_a_model_is_told_so() -> None:
-    """Where Azure finds no deployment, because none was asked for."""
+    """Azure finds no deployment, because the request names none."""
     body = json.dumps({"error": {"code": "DeploymentNotFound", "message": "It does not exist."}}).encode()
-    sent = await send([OpenAIErrors()], "POST", "/responses", json={"input": "x"}, answer=Response(404, body))
+    sent = await send([OpenAIErrors()], "POST", "/responses", json={"input": "x"}, response=Response(404, body))
     assert json.loads(sent.body)["error"]["message"] == "It does not exist. (no model was named)"
 
 
@@ -208,13 +208,13 @@ async def test_a_date_to_try_again_at() -> None:
 
 
 async def test_only_a_429_has_a_wait_that_nobody_named() -> None:
-    """Whether another error may be tried again is not ours to say."""
+    """The gateway does not decide whether other errors can be retried."""
     sent, _ = await answered(500, {"error": {"message": "x"}})
     assert "retry-after" not in sent.headers
 
 
 async def test_a_wait_that_sdks_do_not_keep_is_told() -> None:
-    """Above 120 seconds they give up: the message says so."""
+    """SDKs do not retry after more than 120 seconds: the message says so."""
     _, error = await answered(429, {"error": {"message": "Please retry after 86400 seconds."}})
     assert "a wait of 86400 s" in error["message"]
     assert "Please retry after 86400 seconds." in error["message"]
@@ -226,17 +226,17 @@ async def test_a_wait_that_sdks_do_not_keep_is_told() -> None:
 @pytest.mark.parametrize(
     ("version", "method", "path", "words"),
     [
-        ("2024-10-21", "POST", "/audio/speech", "the operation is known from 2024-02-15-preview or later, or v1"),
-        ("2024-10-21", "GET", "/threads/t", "the operation is known from 2024-02-15-preview or later"),
+        ("2024-10-21", "POST", "/audio/speech", "the operation needs 2024-02-15-preview or later, or v1"),
+        ("2024-10-21", "GET", "/threads/t", "the operation needs 2024-02-15-preview or later"),
         ("2025-04-01-preview", "POST", "/responses", "the likely cause is the resource"),
         ("v1", "POST", "/responses", "the likely cause is the resource"),
     ],
 )
 async def test_resource_not_found_says_which(version: str, method: str, path: str, words: str) -> None:
-    """Azure says the same of a wrong path and of a wrong api-version."""
+    """Azure has the same error for a wrong path and a wrong api-version."""
     answer = Response(404, b'{"error":{"code":"404","message": "Resource not found"}}')
     stages = [OpenAIErrors(), ModelMap(), ApiVersion(version)]
-    sent = await send(stages, method, path, answer=answer, json=CHAT if method == "POST" else None)
+    sent = await send(stages, method, path, response=answer, json=CHAT if method == "POST" else None)
     error = json.loads(sent.body)["error"]
     assert error["code"] == "operation_not_supported"
     assert words in error["message"]
@@ -245,7 +245,7 @@ async def test_resource_not_found_says_which(version: str, method: str, path: st
 
 
 async def test_a_missing_deployment_is_openai_s_model_not_found(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """As Azure really answers, without a content type; the message names the deployment."""
+    """Azure's error has no content type; the message names the deployment."""
     gateway = await start_gateway(azure.endpoint, YAML + "  - openai_errors\n")
     async with gateway.post(json={**CHAT, "model": "gpt-9"}) as answer:
         assert (answer.status, answer.content_type) == (404, "application/json")
@@ -258,7 +258,7 @@ async def test_a_missing_deployment_is_openai_s_model_not_found(start_gateway: S
 
 
 async def test_an_error_as_a_stream_and_one_too_long(start_gateway: StartGateway) -> None:
-    """Are JSON errors all the same, with the status that Azure gave."""
+    """They become JSON errors, with Azure's status."""
 
     async def respond(seen: Any, request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse(status=429, headers={"content-type": "text/event-stream"})
@@ -269,20 +269,20 @@ async def test_an_error_as_a_stream_and_one_too_long(start_gateway: StartGateway
 
     async with FakeAzure(respond=respond) as azure:
         gateway = await start_gateway(azure.endpoint, YAML + "  - openai_errors\n")
-        for message in ("slow down", "Azure answered with status 429 and no reason"):
+        for message in ("slow down", "Azure answered with status 429 and no message"):
             async with gateway.post() as answer:
                 assert (answer.status, answer.content_type) == (429, "application/json")
                 assert (await answer.json())["error"]["message"] == message
 
 
 async def test_answers_and_the_gateway_s_own_errors_pass() -> None:
-    """Only Azure's errors are touched, and only errors are read."""
-    sent = await post(OpenAIErrors(), answer=Response(200, b"{}", {"content-type": "x/y"}))
+    """Only Azure's errors are read and changed."""
+    sent = await post(OpenAIErrors(), response=Response(200, b"{}", {"content-type": "x/y"}))
     assert (sent.body, sent.headers.get("content-type")) == (b"{}", "x/y")
 
     async def refuses(request: Any) -> Response:
         raise ApiError(429, "ours", code="rate_limit_exceeded")
 
-    sent = await post(OpenAIErrors(), answer=refuses)
+    sent = await post(OpenAIErrors(), response=refuses)
     assert json.loads(sent.body)["error"]["message"] == "ours"
     assert "retry-after" not in sent.headers

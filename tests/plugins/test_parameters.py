@@ -1,4 +1,4 @@
-"""`parameters`: what the base model and the api-version refuse is renamed or left out."""
+"""`parameters`: renames or removes parameters that the base model or the api-version rejects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def through(
 
 
 async def reached(stage: Parameters, fields: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Return what reaches Azure of `fields`, as YAML would have it."""
+    """Return the fields that reach Azure, as in YAML."""
     sent = await through(stage, fields, **more)
     assert sent.reached is not None
     return {name: value for name, value in (await sent.reached.json()).items() if name != "model"}
@@ -59,7 +59,7 @@ async def reached(stage: Parameters, fields: dict[str, Any], **more: Any) -> dic
     ],
 )  # fmt: skip
 async def test_reasoning_models_get_no_sampling(model: str, reasons: bool) -> None:
-    """Their limit has another name, and what they refuse is left out; `gpt-5-chat` is none of them."""
+    """Their limit has another name, and rejected parameters are removed; `gpt-5-chat` is not one of them."""
     sampling = {
         "temperature": 0.5, "top_p": 0.5, "presence_penalty": 1, "frequency_penalty": 1, "logprobs": True,
         "top_logprobs": 2, "logit_bias": {"50256": -100},
@@ -70,7 +70,7 @@ async def test_reasoning_models_get_no_sampling(model: str, reasons: bool) -> No
 
 
 async def test_each_operation_has_its_own_rules() -> None:
-    """The Responses API's limit is `max_output_tokens` for all; completions keep `max_tokens`."""
+    """The Responses API's limit is `max_output_tokens` for all models; completions keep `max_tokens`."""
     for operation, asked, wanted in (
         ("responses", {"max_output_tokens": 5, "temperature": 1, "top_p": 1, "top_logprobs": 1}, ["max_output_tokens"]),
         ("completions", {"max_tokens": 5, "temperature": 1}, ["max_tokens", "temperature"]),
@@ -80,7 +80,7 @@ async def test_each_operation_has_its_own_rules() -> None:
 
 
 async def test_parallel_tool_calls_of_models_that_make_one() -> None:
-    """Left out of what goes to the o-series and the pro models; the others know it."""
+    """Removed for the o-series and the pro models; the others support it."""
     for model, operation, there in (
         ("o3-mini", "chat.completions", False),
         ("gpt-5-pro", "responses", False),
@@ -110,18 +110,18 @@ NEWER = {
     ],
 )
 async def test_an_api_version_gets_what_it_knows(version: str, left_out: set[str]) -> None:
-    """By the first version that has a parameter; v1 has all."""
+    """By the first version with a parameter; v1 has all."""
     assert set(NEWER) - set(await reached(Parameters(), NEWER, version=version)) == left_out
 
 
 async def test_what_would_change_the_answer_s_kind_is_azure_s_to_refuse() -> None:
-    """Its error says so; an answer of another kind than was asked for would not."""
+    """Its error explains it; a response of another kind would not."""
     fields = {"audio": {"voice": "x"}, "modalities": ["audio"], "response_format": {"type": "json_object"}, "tools": []}
     assert await reached(Parameters(), fields, version="2024-02-01") == fields
 
 
 async def test_the_limit_before_it_had_its_new_name() -> None:
-    """`max_completion_tokens` becomes `max_tokens` at an old api-version, but for models that know no other."""
+    """`max_completion_tokens` becomes `max_tokens` at an old api-version, except for reasoning models."""
     for model, name in (("gpt-4o", "max_tokens"), ("o3-mini", "max_completion_tokens")):
         fields = await reached(Parameters(), {"max_completion_tokens": 7}, model=model, version="2024-06-01")
         assert fields == {name: 7}
@@ -140,7 +140,7 @@ async def test_the_limit_before_it_had_its_new_name() -> None:
     ],
 )
 async def test_of_both_names_the_known_one_stays(asked: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Wherever it stands; a null is no limit."""
+    """In any order; a null is not a limit."""
     assert await reached(Parameters(), asked, model="gpt-5") == wanted
 
 
@@ -153,12 +153,12 @@ async def test_of_both_names_the_known_one_stays(asked: dict[str, Any], wanted: 
     ],
 )  # fmt: skip
 def test_what_a_name_tells(name: str, expected: str | None) -> None:
-    """From where the model begins; without the dots that Azure's older names cannot have, too."""
+    """From the beginning of the model; also without dots, as in Azure's older names."""
     assert base_model(name) == expected
 
 
 async def test_whose_name_counts() -> None:
-    """What `base_models` says of a resource's deployment, any deployment, or a model; then the two names themselves."""
+    """From `base_models`: a resource's deployment, any deployment, or a model; then from the two names."""
     resources = {name: Resource(name, f"https://{name}.invalid") for name in ("east", "west")}
     stage = Parameters(base_models={"told": "gpt-5-mini", "west/gpt-5": "gpt-4o", "alias": "o3", "gpt-5-not": "gpt-4o"})
     models = {"gpt-5": "gpt-4o-prod", "a": "told", "alias": "chat", "b": "west/gpt-5", "c": "gpt-5-not", "gpt-5.1": "x"}
@@ -170,7 +170,7 @@ async def test_whose_name_counts() -> None:
 
 
 async def test_rules_go_above_the_table() -> None:
-    """A later one above an earlier one; each for the models and the operations that it names."""
+    """A later rule overrides an earlier one; each for its models and operations."""
     rules = [
         Rule("gpt-oss-*", rename={"max_tokens": "max_completion_tokens"}, drop=["temperature"]),
         Rule("gpt-5.1*", keep=["temperature", "top_p"]),
@@ -196,7 +196,7 @@ async def test_rules_go_above_the_table() -> None:
 
 
 def test_mistakes_are_found_at_load() -> None:
-    """With the place of each."""
+    """With the location of each."""
     rules = [
         Rule("a"),
         Rule("b", drop=["x"], keep=["x"]),
@@ -213,26 +213,41 @@ def test_mistakes_are_found_at_load() -> None:
     services = Services("t", "parameters", {"east": Resource("east", "https://x")})
     assert list(stage.check(services)) == [
         (("base_models", "north/x"), "there is no resource 'north' for 'north/x'; there is east"),
-        (("base_models", "x"), "x:   is not deployment: base model; both need a name"),
-        (("rules", 0), "the rule for 'a' says nothing; give it rename, drop or keep"),
-        (("rules", 1), "the rule for 'b' says two things of 'x'"),
+        (("base_models", "x"), "x:   is not `deployment: base model`; both need a name"),
+        (("rules", 0), "the rule for 'a' is empty; add rename, drop or keep"),
+        (("rules", 1), "the rule for 'b' has 'x' twice"),
         (
             ("rules", 2, "operations"),
-            "'chat' is none of the operations with parameters: chat.completions, completions, responses, embeddings",
+            "'chat' is not an operation with parameters: chat.completions, completions, responses, embeddings",
         ),
-        (("rules", 3, "rename", "x"), "'x' cannot become 'y', which is renamed itself"),
-        (("rules", 3, "rename", "y"), "'y' cannot become 'x', which is renamed itself"),
-        (("rules", 4), "'model' is no parameter that a rule may change"),
-        (("rules", 6, "models"), "'~gpt-.*' is no glob, such as gpt-oss-*; rules have no regular expressions"),
-        (("rules", 7, "models"), "'gpt-[4' is no glob, such as gpt-oss-*; rules have no regular expressions"),
-        (("rules", 8, "rename", "user"), "'user' cannot become 'model', which is another field or becomes so twice"),
-        (("rules", 9, "rename", "a"), "'a' cannot become 'c', which is another field or becomes so twice"),
-        (("rules", 9, "rename", "b"), "'b' cannot become 'c', which is another field or becomes so twice"),
+        (("rules", 3, "rename", "x"), "'x' cannot be renamed to 'y', which is itself renamed"),
+        (("rules", 3, "rename", "y"), "'y' cannot be renamed to 'x', which is itself renamed"),
+        (("rules", 4), "'model' is not a parameter that a rule may change"),
+        (
+            ("rules", 6, "models"),
+            "'~gpt-.*' is not a valid glob, such as gpt-oss-*; rules do not support regular expressions",
+        ),
+        (
+            ("rules", 7, "models"),
+            "'gpt-[4' is not a valid glob, such as gpt-oss-*; rules do not support regular expressions",
+        ),
+        (
+            ("rules", 8, "rename", "user"),
+            "'user' cannot be renamed to 'model', which is a required field or the new name of two parameters",
+        ),
+        (
+            ("rules", 9, "rename", "a"),
+            "'a' cannot be renamed to 'c', which is a required field or the new name of two parameters",
+        ),
+        (
+            ("rules", 9, "rename", "b"),
+            "'b' cannot be renamed to 'c', which is a required field or the new name of two parameters",
+        ),
     ]
 
 
 def test_a_mistake_has_its_place_in_the_file(tmp_path: Path) -> None:
-    """Line and column; what the documentation shows has none."""
+    """Line and column; the documented example has no mistake."""
     yaml = (
         "resources: {a: https://x.openai.azure.com}\npipeline:\n  - auth_passthrough\n  - model_map\n  - api_version\n"
     )
@@ -244,7 +259,7 @@ def test_a_mistake_has_its_place_in_the_file(tmp_path: Path) -> None:
         "{a: https://x.openai.azure.com}", "{a: https://x.openai.azure.com, west: https://y.openai.azure.com}"
     )
     load(write_files(tmp_path, {"gateway.yaml": two.replace("pipeline", "resource: a\npipeline") + documented}), {})
-    with pytest.raises(ConfigError, match=r"gateway.yaml:8:9: stage 'parameters': the rule for 'x\*' says nothing"):
+    with pytest.raises(ConfigError, match=r"gateway.yaml:8:9: stage 'parameters': the rule for 'x\*' is empty"):
         load(write_files(tmp_path, {"gateway.yaml": yaml + "  - parameters:\n      rules:\n      - models: x*\n"}), {})
     with pytest.raises(ConfigError, match="needs"):
         load(
@@ -253,13 +268,13 @@ def test_a_mistake_has_its_place_in_the_file(tmp_path: Path) -> None:
 
 
 async def test_what_a_rule_drops_is_dropped_under_its_old_name_too() -> None:
-    """A later rule goes above what the table renames to it."""
+    """A later rule overrides the table's renaming."""
     stage = Parameters(rules=[Rule("*", drop=["max_completion_tokens"])])
     assert await reached(stage, {"model": "o3", "max_tokens": 5, "user": "u"}) == {"user": "u"}
 
 
 async def test_base_models_are_read_like_deployments() -> None:
-    """However a name is written that tells; `-prod` is no `-pro`."""
+    """In any spelling; `-prod` is not `-pro`."""
     for base in ("gpt5-mini", "GPT-5-mini", "prod_gpt-5-mini"):
         stage = Parameters(base_models={"gpt-4o": base})
         assert await reached(stage, {"model": "gpt-4o", "temperature": 1}) == {}
@@ -269,12 +284,12 @@ async def test_base_models_are_read_like_deployments() -> None:
 
 
 async def test_what_was_changed_is_seen() -> None:
-    """In the log event, and in a header of whatever comes back where that is asked for; names, never values."""
+    """In the log event and, if enabled, in a response header; names, never values."""
     fields = {"max_tokens": 12345, "temperature": 0.125}
     changes = ["max_tokens: renamed max_completion_tokens", "temperature: dropped"]
     for header in (False, True):
         for answer in (Response(200, b"{}"), Response(429, b"{}"), RuntimeError("a stage below")):
-            sent = await through(Parameters(header=header), fields, model="gpt-5", answer=answer)
+            sent = await through(Parameters(header=header), fields, model="gpt-5", response=answer)
             assert sent.reached is not None
             assert sent.reached.notes["adapted"] == changes
             assert sent.outcome.counts == {"Parameters": 1}
@@ -286,7 +301,7 @@ async def test_what_was_changed_is_seen() -> None:
 
 
 async def test_a_request_that_needs_no_change_keeps_its_bytes() -> None:
-    """To the byte, doubled names, odd numbers and spaces included; also where a message speaks of parameters."""
+    """Byte for byte, with duplicate names, odd numbers and spaces; also if a message mentions parameters."""
     for body in (
         b' {"model": "gpt-5", "a": 1.50, "a": 1e400 , "messages": [{"content": "\\"temperature\\": 1", "top_p": 2}]} ',
         b'{"model": "gpt-5", "t": "\\ud83d"}',
@@ -298,7 +313,7 @@ async def test_a_request_that_needs_no_change_keeps_its_bytes() -> None:
 
 
 async def test_other_operations_are_not_read() -> None:
-    """A form, or what is no JSON, streams past."""
+    """A form, or a body that is not JSON, streams through."""
     for path in ("/files", "/images/generations", "/nonsense"):
         sent = await send([Parameters()], "POST", path, body=b"no JSON, temperature")
         assert sent.status == 200
@@ -321,7 +336,7 @@ parameters = st.dictionaries(
 
 @given(parameters)
 def test_all_other_values_keep_their_bytes(fields: dict[str, bytes]) -> None:
-    """Whatever they are, and in their order."""
+    """Of any type, and in their order."""
     body = b'{"model" : "gpt-5", ' + b"".join(b'"%b":\t%b ,' % (n.encode(), v) for n, v in fields.items()) + b'"z":0}'
     sent = asyncio.run(send([ModelMap(), ApiVersion("v1"), Parameters()], "POST", "/chat/completions", body=body))
     assert sent.reached is not None
@@ -338,7 +353,7 @@ def test_all_other_values_keep_their_bytes(fields: dict[str, bytes]) -> None:
 
 
 async def refusing(seen: Seen, _: web.BaseRequest) -> web.StreamResponse | None:
-    """Refuse what Azure refuses, in its words."""
+    """Reject what Azure rejects, with its messages."""
     body = seen.json()
     if dict(seen.query)["api-version"] < "2024-09-01" and "stream_options" in body:
         message = "Unrecognized request argument supplied: stream_options"
@@ -355,7 +370,7 @@ async def refusing(seen: Seen, _: web.BaseRequest) -> web.StreamResponse | None:
 
 
 async def test_openai_python_works_with_what_azure_refuses(start_gateway: StartGateway) -> None:
-    """`max_tokens` to gpt-5 and `stream_options` to an old api-version: a 400 without the stage, an answer with it."""
+    """`max_tokens` to gpt-5 and `stream_options` to an old api-version: a 400 without the stage, a 200 with it."""
     mapped = YAML.replace("{unmapped: own_name_without_dots}", "{models: {gpt-5: gpt-5-prod}}")
     async with FakeAzure(deployments=("gpt-5-prod", "gpt-4o"), respond=refusing) as azure:
         for stage in ("", "  - parameters: {header: true}\n"):

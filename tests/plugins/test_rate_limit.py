@@ -108,7 +108,7 @@ async def test_in_flight() -> None:
         await release.wait()
         return Response()
 
-    async with running(RateLimit(in_flight=2, per="team"), answer=slow) as run:
+    async with running(RateLimit(in_flight=2, per="team"), response=slow) as run:
         tasks = [asyncio.create_task(run.post()) for _ in range(2)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
@@ -119,7 +119,7 @@ async def test_in_flight() -> None:
         assert [(await task).status for task in tasks] == [200, 200]
         for _ in range(5):
             assert (await run.post()).status == 200
-        run.answers(RuntimeError("broken"))
+        run.respond_with(RuntimeError("broken"))
         for _ in range(5):
             assert (await run.post()).status == 500
 
@@ -136,7 +136,7 @@ async def test_two_limits_show_the_one_with_least_room() -> None:
 async def test_azure_s_own_headers_are_replaced() -> None:
     """What Azure says of its own limits is not what this caller has left."""
     answer = Response(200, b"", {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5"})
-    async with running(RateLimit(requests_per_minute=10, per="team"), answer=answer) as run:
+    async with running(RateLimit(requests_per_minute=10, per="team"), response=answer) as run:
         sent = await run.post()
     assert sent.headers.getall("x-ratelimit-remaining-requests") == ["9"]
     assert sent.headers.get("x-ratelimit-limit-tokens") == "5"
@@ -203,14 +203,14 @@ async def test_tokens_are_taken_before_and_settled_after() -> None:
     """As many as the request may use, then as many as it did; nothing where it failed."""
     most = await estimate(**TOKENS)
     assert 100 < most < 140
-    async with running(RateLimit(tokens_per_minute=1000, per="team"), answer=used(10, 20), now=Clock()) as run:
+    async with running(RateLimit(tokens_per_minute=1000, per="team"), response=used(10, 20), now=Clock()) as run:
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - most
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 30 - most
-        run.answers(ApiError(502, "down"))
+        run.respond_with(ApiError(502, "down"))
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - most
-        run.answers(Response.json({"error": {}}, 400))
+        run.respond_with(Response.json({"error": {}}, 400))
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - most
-        run.answers(used(10, 300))
+        run.respond_with(used(10, 300))
         await run.post({**CHAT, **TOKENS})
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - 310 - most
 
@@ -237,7 +237,7 @@ async def test_what_bounds_an_answer() -> None:
 async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, path: str) -> None:
     """Though it is not known beforehand how many it will use; what uses none passes."""
     stage = RateLimit(tokens_per_day=5000, per="team", untold="allow")
-    async with running(stage, answer=used(4000, 4000)) as run:
+    async with running(stage, response=used(4000, 4000)) as run:
         assert [(await run.send(method, path, json={"model": "m"})).status for _ in range(3)] == [200, 429, 429]
         assert (await run.send("GET", "/files")).status == 200
 
@@ -248,13 +248,13 @@ async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None
     bodies = [b'"background":true,"max_output_tokens":4000', b'"backgroun\\u0064":true', b'"background": true']
     for more in bodies:  # 4096 where it asks for no less
         body = b'{"model":"m","input":"x",' + more + b"}"
-        async with running(RateLimit(tokens_per_day=5000, per="team"), answer=answer) as run:
+        async with running(RateLimit(tokens_per_day=5000, per="team"), response=answer) as run:
             assert [(await run.send("POST", "/responses", body=body)).status for _ in range(2)] == [200, 429]
 
 
 async def test_a_token_limit_that_is_used_up() -> None:
     """A 429 of the kind `tokens`, that says how many are left and when to come again."""
-    async with running(RateLimit(tokens_per_minute=600, per="team"), answer=used(0, 500), now=Clock()) as run:
+    async with running(RateLimit(tokens_per_minute=600, per="team"), response=used(0, 500), now=Clock()) as run:
         await run.post({**CHAT, "max_tokens": 500})
         sent = await run.post({**CHAT, "max_tokens": 300})
     error = sent.json()["error"]
@@ -284,7 +284,7 @@ PRICES = {"gpt-4o*": Price(input=2.5, output=10.0, cached_input=1.25), "dall-e":
 async def test_what_may_be_spent() -> None:
     """In the prices' currency, estimated before and settled after; a model without a price is refused."""
     stage = RateLimit(spend_per_day=0.01, per="team", limits=[LimitSettings(spend_per_month=1.0, per="key")])
-    async with running(stage, answer=used(1000, 500), prices=PRICES, now=Clock()) as run:
+    async with running(stage, response=used(1000, 500), prices=PRICES, now=Clock()) as run:
         # 1000 x 2.5 + 500 x 10 millionths: three quarters of the day's hundredth
         assert (await run.post({**CHAT, "max_tokens": 500})).status == 200
         sent = await run.post({**CHAT, "max_tokens": 500})
@@ -302,7 +302,7 @@ async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
     prices = {"gpt-4o": Price(input=100.0), "*": Price(input=0.0)}
     for model in ("gpt-4o", "GPT-4o", "gpt-4.o"):
         stage = RateLimit(spend_per_day=0.10, per="team")
-        async with running(ModelMap(), stage, answer=used(1000, 0), prices=prices, now=Clock()) as run:
+        async with running(ModelMap(), stage, response=used(1000, 0), prices=prices, now=Clock()) as run:
             statuses = [(await run.post({**CHAT, "model": model, "max_tokens": 1})).status for _ in range(2)]
         assert statuses == [200, 429], model
     stages = ModelMap({"gpt-4o*": "one"}), RateLimit(requests_per_day=2, per=["team", "model"])
@@ -315,7 +315,7 @@ async def test_a_cheap_name_does_not_make_a_deployment_cheap() -> None:
     """What is spent goes by the model's name or its deployment's, whichever is dearer."""
     prices = {"gpt-4o": Price(input=100.0), "cheap": Price(input=0.0)}
     stages = ModelMap(default="gpt-4o"), RateLimit(spend_per_day=0.10, per="team")
-    async with running(*stages, answer=used(1000, 0), prices=prices, now=Clock()) as run:
+    async with running(*stages, response=used(1000, 0), prices=prices, now=Clock()) as run:
         body = {**CHAT, "model": "cheap", "max_tokens": 1}
         assert [(await run.post(body)).status for _ in range(2)] == [200, 429]
 
@@ -351,21 +351,21 @@ async def test_what_cannot_be_counted_does_not_get_round_the_limits(
             RateLimit(**{name: 10 * value * 1000 for name, value in limit.items()}, per="team", untold="allow")
         )
     for stage in stages:
-        async with running(stage, prices=PRICES, answer=Response(200)) as run:
+        async with running(stage, prices=PRICES, response=Response(200)) as run:
             assert (await run.send(method, path, json=body)).status == 200
 
 
 async def test_requests_may_have_a_price() -> None:
     """Whatever they use: also where no tokens are told; not where they failed."""
     stage = RateLimit(spend_per_day=0.10, per="team")
-    async with running(stage, answer=Response.json({"data": []}), prices=PRICES, now=Clock()) as run:
+    async with running(stage, response=Response.json({"data": []}), prices=PRICES, now=Clock()) as run:
 
         async def draw() -> int:
             sent = await run.send("POST", "/images/generations", json={"model": "dall-e", "prompt": "a cat"})
             return sent.status
 
         assert [await draw() for _ in range(3)] == [200, 200, 429]
-    async with running(stage, answer=Response.json({"error": {}}, 500), prices=PRICES, now=Clock()) as run:
+    async with running(stage, response=Response.json({"error": {}}, 500), prices=PRICES, now=Clock()) as run:
         assert [await draw() for _ in range(4)] == [500] * 4
 
 
@@ -450,7 +450,7 @@ async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
     stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
     azure_s = {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5", "x-other": "1"}
     with capture_logs() as events:
-        async with running(stage, shared=Shared(Away()), answer=Response(200, b"", azure_s)) as run:
+        async with running(stage, shared=Shared(Away()), response=Response(200, b"", azure_s)) as run:
             sent = await run.post()
     assert sent.status == status
     assert not any(name.startswith("x-ratelimit") for name, _ in sent.headers)
@@ -471,7 +471,7 @@ async def test_a_request_may_wait_for_room() -> None:
         await release.wait()
         return Response()
 
-    async with running(RateLimit(in_flight=1, per="team", wait=1), answer=slow) as run:
+    async with running(RateLimit(in_flight=1, per="team", wait=1), response=slow) as run:
         first = asyncio.create_task(run.post())
         await asyncio.sleep(0)
         assert (await run.post()).status == 429

@@ -1,4 +1,4 @@
-"""`resource_ids`: what was made in one of several resources is found there again, also after a restart."""
+"""`resource_ids`: a request with an id goes to the resource that made the id, also after a restart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pipeline:
 
 @contextlib.asynccontextmanager
 async def two(start_gateway: StartGateway) -> AsyncIterator[tuple[Gateway, FakeAzure, FakeAzure]]:
-    """Two resources whose ids look alike, and which know only their own."""
+    """Two resources with similar ids, each of which knows only its own."""
     async with FakeAzure(tag="e", own_ids=True) as east, FakeAzure(tag="w", own_ids=True) as west:
         yield await start_gateway(east.endpoint, YAML, env={"WEST": west.endpoint}), east, west
 
@@ -49,7 +49,7 @@ async def made(gateway: Gateway, path: str, body: object, **more: Any) -> str:
 
 
 async def test_a_response_is_found_in_the_resource_of_its_model(start_gateway: StartGateway) -> None:
-    """To be read, continued, cancelled and deleted; Azure sees its own ids."""
+    """For reading, continuing, cancelling and deleting; Azure gets its own ids."""
     async with two(start_gateway) as (gateway, east, west):
         for model, azure in (("gpt-4o", east), ("far", west)):
             made_id = await made(gateway, "/v1/responses", {"model": model, "input": "x"})
@@ -76,7 +76,7 @@ async def test_a_response_is_found_in_the_resource_of_its_model(start_gateway: S
 
 
 async def test_streamed_ids_are_marked(start_gateway: StartGateway) -> None:
-    """In every event that names one."""
+    """In every event that has one."""
     async with two(start_gateway) as (gateway, _, west):
         async with gateway.post("/v1/responses", {"model": "far", "input": "x", "stream": True}) as answer:
             text = await answer.text()
@@ -86,7 +86,7 @@ async def test_streamed_ids_are_marked(start_gateway: StartGateway) -> None:
 
 
 async def test_messages_of_a_websocket_have_marked_ids(start_gateway: StartGateway) -> None:
-    """Both ways: Azure hears its own; an id of another resource is an error event that says so."""
+    """In both directions: Azure gets its own ids; an id of another resource is an error event."""
     heard: list[str] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
@@ -112,7 +112,7 @@ async def test_messages_of_a_websocket_have_marked_ids(start_gateway: StartGatew
 
 
 async def test_ids_survive_a_restart(start_gateway: StartGateway) -> None:
-    """Nothing is kept: another gateway with the same resources, or another worker, knows them too."""
+    """Nothing is stored: another gateway with the same resources, or another worker, knows them too."""
     async with two(start_gateway) as (gateway, east, west):
         made_id = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
         await gateway.server.stop()
@@ -122,7 +122,7 @@ async def test_ids_survive_a_restart(start_gateway: StartGateway) -> None:
 
 
 async def test_files_batches_and_what_uses_them_stay_together(start_gateway: StartGateway) -> None:
-    """A batch goes where its file is, which is where the models of its lines are."""
+    """A batch goes to the resource of its file, which is that of the models in its lines."""
     async with two(start_gateway) as (gateway, east, west):
         line = json.dumps({"custom_id": "1", "body": {"model": "far"}}).encode()
         data = io.BytesIO(form(purpose="batch", file=line))
@@ -144,7 +144,7 @@ async def test_files_batches_and_what_uses_them_stay_together(start_gateway: Sta
 
 
 async def test_without_a_mark_it_is_the_team_s_own_resource(start_gateway: StartGateway) -> None:
-    """Where new threads, and lists, and ids from before go."""
+    """For new threads, lists, and ids without a mark."""
     async with two(start_gateway) as (gateway, east, west):
         thread = await made(gateway, "/v1/threads", {})
         async with gateway.get(f"/v1/threads/{thread}") as answer:
@@ -157,7 +157,7 @@ async def test_without_a_mark_it_is_the_team_s_own_resource(start_gateway: Start
 
 
 async def test_what_cannot_be_together_is_said(start_gateway: StartGateway) -> None:
-    """Ids of two resources, a model of another one, and a resource that is not the team's."""
+    """Ids of two resources, a model of another one, and a resource of another team."""
     async with two(start_gateway) as (gateway, east, west):
         near = await made(gateway, "/v1/responses", {"model": "gpt-4o", "input": "x"})
         far = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
@@ -173,7 +173,7 @@ async def test_what_cannot_be_together_is_said(start_gateway: StartGateway) -> N
 
 
 async def test_files_in_chats_and_bodies_of_any_type_lead_back(start_gateway: StartGateway) -> None:
-    """Curl says that JSON is a web form; a chat may name a file."""
+    """Curl labels JSON as a web form; a chat may name a file."""
     async with two(start_gateway) as (gateway, east, west):
         far = await made(gateway, "/v1/responses", {"model": "far", "input": "x"})
         own = far.partition(".")[0]
@@ -193,7 +193,7 @@ async def test_files_in_chats_and_bodies_of_any_type_lead_back(start_gateway: St
 
 
 async def test_what_is_the_user_s_own_stays(start_gateway: StartGateway) -> None:
-    """Metadata, texts, and the content of files, whatever they look like; an upload whose boundary says json, too."""
+    """Metadata, texts and the content of files; also an upload whose boundary contains json."""
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
         return web.json_response({"id": "resp_1", "metadata": {"ticket_id": "thread-42", "x": '"{'}})
@@ -218,7 +218,7 @@ async def test_what_is_the_user_s_own_stays(start_gateway: StartGateway) -> None
 
 
 async def test_evaluations_go_where_their_models_are(start_gateway: StartGateway) -> None:
-    """And not where an id of another resource would lead them."""
+    """And not to the resource of another id."""
     async with two(start_gateway) as (gateway, east, west):
         path = f"/v1/evals/eval_1.{mark_of(west.endpoint)}/runs"
         async with gateway.post(path, {"data_source": {"type": "completions", "model": "gpt-4o"}}) as answer:
@@ -228,7 +228,7 @@ async def test_evaluations_go_where_their_models_are(start_gateway: StartGateway
 
 
 async def test_a_deployment_in_the_path_chooses_the_resource(start_gateway: StartGateway) -> None:
-    """Where nothing else does: a thread, or a file, can be made beside a model that is not in the team's own."""
+    """If nothing else does: a thread or a file can be created beside a model in another resource."""
     async with two(start_gateway) as (gateway, east, west):
         thread = await made(gateway, "/openai/deployments/far/threads", {})
         assert thread.endswith(mark_of(west.endpoint))
@@ -237,7 +237,7 @@ async def test_a_deployment_in_the_path_chooses_the_resource(start_gateway: Star
 
 
 async def test_a_stage_below_may_ask_another_resource(start_gateway: StartGateway) -> None:
-    """The mark is that of the resource which answered."""
+    """The mark is that of the resource that responded."""
     stage = """
 from gateway import Stage
 
@@ -259,12 +259,12 @@ class Elsewhere(Stage):
 @pytest.mark.parametrize("body", [b'"metadata":{\\"' * 20_000, b'{"metadata":{' + b" " * 3_000_000 + b"}}"])
 @pytest.mark.timeout(20)
 def test_hostile_metadata_takes_no_time(body: bytes) -> None:
-    """It is looked at once, wherever its braces and quotes are."""
+    """It is scanned once, wherever its braces and quotes are."""
     assert marked(body, b"M") == body
 
 
 async def test_what_only_looks_like_a_mark_is_left_alone(start_gateway: StartGateway) -> None:
-    """In a query: `plan.revised` is no id."""
+    """In a query: `plan.revised` is not an id."""
     async with two(start_gateway) as (gateway, east, _):
         async with gateway.get("/v1/files?name=plan.revised") as answer:
             assert answer.status == 200
@@ -272,7 +272,7 @@ async def test_what_only_looks_like_a_mark_is_left_alone(start_gateway: StartGat
 
 
 async def test_long_paths_take_no_time(start_gateway: StartGateway) -> None:
-    """A mark is looked for without going back; with it, these took a second each."""
+    """The pattern does not backtrack; with backtracking, these took a second each."""
     async with two(start_gateway) as (gateway, _, _):
         async with asyncio.timeout(30):
             for name in ("a", "a-", "a_", "-", "resp_") * 5:
@@ -281,7 +281,7 @@ async def test_long_paths_take_no_time(start_gateway: StartGateway) -> None:
 
 
 async def test_only_what_azure_keeps_is_marked(start_gateway: StartGateway) -> None:
-    """A chat completion is not, unless it is stored."""
+    """A chat completion only if it is stored."""
     async with two(start_gateway) as (gateway, _, _):
         for body, kept in (({}, False), ({"store": True}, True)):
             async with gateway.post("/v1/chat/completions", {"model": "far", "messages": [], **body}) as answer:
@@ -289,14 +289,14 @@ async def test_only_what_azure_keeps_is_marked(start_gateway: StartGateway) -> N
 
 
 async def test_with_one_resource_nothing_is_touched(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Ids are Azure's own."""
+    """Clients get Azure's own ids."""
     yaml = YAML.replace(", far: west/gpt-4o", "")
     gateway = await start_gateway(azure.endpoint, yaml, env={"WEST": "http://127.0.0.1:9"})
     assert await made(gateway, "/v1/responses", {"model": "gpt-4o", "input": "x"}) in azure.ids
 
 
 async def test_a_team_without_a_default_says_what_is_missing(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A list of files belongs to one resource, and nobody said which."""
+    """A list of files belongs to one resource, and the configuration does not say which."""
     gateway = await start_gateway(
         azure.endpoint, YAML.replace("resource: east\n", "").replace("gpt-4o: gpt-4o", "gpt-4o: east/gpt-4o"),
         env={"WEST": azure.endpoint + "/x"},
@@ -326,5 +326,5 @@ async def test_a_team_without_a_default_says_what_is_missing(start_gateway: Star
     ],
 )
 def test_what_is_marked(before: str, after: str | None) -> None:
-    """The values of fields that hold ids, never text that only looks like it; other bytes stay."""
+    """The values of fields with ids, never text that only looks like one; other bytes stay."""
     assert marked(before.encode(), b"M") == (before if after is None else after).encode()

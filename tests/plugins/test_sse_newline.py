@@ -1,4 +1,4 @@
-"""`sse_newline`: the end of a stream, repaired where it is wrong and untouched where it is right."""
+"""`sse_newline`: repairs the end of a stream, and leaves a correct one alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BODY = b'data: {"a":1}\n\n: ping\n\nevent: e\ndata: x\ndata: y\n\n'
 
 
 def reference(stream: bytes) -> list[bytes]:
-    """Return the data of each event that a reader by the letter of WHATWG HTML 9.2.6 dispatches."""
+    """Return the data of each event that a reader dispatches by the letter of WHATWG HTML 9.2.6."""
     events: list[bytes] = []
     data: list[bytes] = []
     lines = re.split(rb"\r\n|\n|\r", stream)
@@ -44,7 +44,7 @@ def repaired(pieces: list[bytes]) -> bytes:
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("body", [BODY, b"", b"data: [DONE] is not it\n\n", b": only a comment\n\n"])
 def test_correct_streams_pass_unchanged_at_every_split(ending: bytes, body: bytes) -> None:
-    """Byte for byte, also when the last newline comes in a read of its own."""
+    """Byte for byte, also if the last newline arrives in its own read."""
     stream = (body + b"data: [DONE]\n\n").replace(b"\n", ending)
     for pieces, out in every_split(stream, CompleteEvents):
         assert stream == out, pieces
@@ -54,7 +54,7 @@ def test_correct_streams_pass_unchanged_at_every_split(ending: bytes, body: byte
 @pytest.mark.parametrize("body", [BODY, b""])
 @pytest.mark.parametrize("newlines", [0, 1])
 def test_last_event_is_completed_in_the_stream_s_own_ending(ending: bytes, body: bytes, newlines: int) -> None:
-    """`[DONE]` without its blank line, or without any newline, becomes what it should have been."""
+    """`[DONE]` without its blank line, or without any newline, is completed."""
     whole = (body + b"data: [DONE]\n\n").replace(b"\n", ending)
     broken = (body + b"data: [DONE]" + b"\n" * newlines).replace(b"\n", ending)
     if not body and not newlines:
@@ -65,7 +65,7 @@ def test_last_event_is_completed_in_the_stream_s_own_ending(ending: bytes, body:
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_done_is_completed_the_moment_it_is_there(ending: bytes) -> None:
-    """A reader need not wait for the stream to end: the blank line follows the line at once."""
+    """The blank line follows the line at once, before the stream ends."""
     linked = chain_filters([CompleteEvents()])
     first = b"data: 1\n\n".replace(b"\n", ending)
     assert first == linked.feed(first)
@@ -75,7 +75,7 @@ def test_done_is_completed_the_moment_it_is_there(ending: bytes) -> None:
 
 
 def test_what_follows_done_is_dropped() -> None:
-    """Bytes after the completed event are no part of the answer."""
+    """Bytes after the completed event are not part of the response."""
     for more in (b"\n", b"\n\n", b"data: more\n\n", b"x"):
         for pieces, out in every_split(b"data: 1\n\ndata: [DONE]\n\n" + more, CompleteEvents):
             assert out == b"data: 1\n\ndata: [DONE]\n\n", pieces
@@ -84,7 +84,7 @@ def test_what_follows_done_is_dropped() -> None:
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("last", [b"data: 2\n", b"data: 2", b"event: e\ndata: 2\n", b"data: a\ndata: 2", b"id: 3\n"])
 def test_other_open_events_are_completed(ending: bytes, last: bytes) -> None:
-    """An event still open at the end gets what it lacks, in its own line ending."""
+    """An event that is open at the end is completed, in its own line ending."""
     stream = (b"data: 1\n\n" + last).replace(b"\n", ending)
     wanted = (b"data: 1\n\n" + last.rstrip(b"\n") + b"\n\n").replace(b"\n", ending)
     for pieces, out in every_split(stream, CompleteEvents):
@@ -95,7 +95,7 @@ def test_other_open_events_are_completed(ending: bytes, last: bytes) -> None:
     "stream", [b"", b"\n", b"data: 1\n\n", b"data: 1\n\n: ping\n", b"data: 1\n\n: ping", b"data: 1\r\n\r"]
 )
 def test_streams_without_an_open_event_pass_unchanged(stream: bytes) -> None:
-    """No `[DONE]` is invented, and comments are no events."""
+    """No `[DONE]` is added, and comments are not events."""
     for pieces, out in every_split(stream, CompleteEvents):
         assert stream == out, pieces
 
@@ -122,7 +122,7 @@ def test_done_inside_other_data_is_not_the_end() -> None:
     cuts=st.lists(st.integers(0, 200), max_size=8),
 )
 def test_a_strict_reader_sees_every_event(lines: list[bytes], ending: bytes, end: bytes, cuts: list[int]) -> None:
-    """Whatever the stream and wherever it is cut, a reader by the standard gets each event up to `[DONE]`."""
+    """For any stream and any split, a reader by the standard gets each event up to `[DONE]`."""
     stream = b"".join(line + ending for line in lines) + end.replace(b"$", ending)
     places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     pieces = [stream[a:b] for a, b in itertools.pairwise(places)]
@@ -138,7 +138,7 @@ def test_a_strict_reader_sees_every_event(lines: list[bytes], ending: bytes, end
 
 
 def test_memory_is_bounded() -> None:
-    """A line without end is not kept."""
+    """An endless line is not kept."""
     filter_ = CompleteEvents()
     for _ in range(1000):
         filter_.feed(b"x" * 10_000)
@@ -156,9 +156,9 @@ def test_memory_is_bounded() -> None:
     ],
 )
 async def test_only_event_streams_are_repaired(content_type: str, repairs: bool) -> None:
-    """By the media type, whatever its parameters."""
+    """By the media type, with any parameters."""
     answer = Response(200, b"data: [DONE]", {"content-type": content_type})
-    sent = await post(SseNewline(), answer=answer)
+    sent = await post(SseNewline(), response=answer)
     assert (b"data: [DONE]\n\n" if repairs else b"data: [DONE]") == sent.body
 
 
@@ -175,7 +175,7 @@ async def test_only_event_streams_are_repaired(content_type: str, repairs: bool)
     ],
 )
 def test_an_end_that_was_mended_is_counted(ending: bytes, end: str, mended: int) -> None:
-    """Once, wherever reads end; one that was right is not."""
+    """Once, for any split; a correct end is not counted."""
     stream = BODY.replace(b"\n", ending) + end.encode().replace(b"\n", ending)
     for size in (1, 2, 3, len(stream)):
         count = Count()
@@ -196,7 +196,7 @@ def test_an_end_that_was_mended_is_counted(ending: bytes, end: str, mended: int)
     st.lists(st.integers(0, 90), max_size=5),
 )
 def test_leaving_it_out_where_it_has_nothing_to_do_changes_nothing(parts: list[bytes], places: list[int]) -> None:
-    """With event filters behind it, it is not fed what it would leave alone: the stream is the same, and the count."""
+    """Before event filters, it does not get data that it would leave alone: the stream and the count are the same."""
 
     class Mark(EventFilter):
         finds = (b"y",)

@@ -1,4 +1,4 @@
-"""`stream_errors`: an error inside a stream of status 200 is an error to clients, too."""
+"""`stream_errors`: an error inside a stream with status 200 reaches clients as an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STAGES = YAML.replace("  - sse_newline", "  - openai_errors\n  - stream_errors\n
 
 
 def pieces(*data: bytes) -> Any:
-    """Return an end of the pipeline that answers with a stream in these pieces."""
+    """Return an end of the pipeline that responds with a stream in these pieces."""
 
     async def body() -> AsyncIterator[bytes]:
         for piece in data:
@@ -53,9 +53,9 @@ def pieces(*data: bytes) -> Any:
     ],
 )
 async def test_an_error_at_the_beginning_has_its_own_status(error: dict[str, Any], status: int) -> None:
-    """Also behind comments and the chunk of findings about the prompt; the headers of the answer stay."""
+    """Also after comments and the chunk with the prompt's filter results; the response's headers stay."""
     for before in (b"", b": ping\n\n", event(PROMPT)):
-        sent = await post(StreamErrors(), answer=pieces(before, event(error)), json={})
+        sent = await post(StreamErrors(), response=pieces(before, event(error)), json={})
         own = error["error"] if isinstance(error["error"], dict) else {"message": error["error"]}
         assert (sent.status, sent.json()) == (status, {"error": own})
         assert sent.headers.get("content-type") == "application/json"
@@ -64,18 +64,18 @@ async def test_an_error_at_the_beginning_has_its_own_status(error: dict[str, Any
 
 
 async def test_openai_errors_above_it_gives_it_openai_s_words() -> None:
-    """And says when to try again."""
-    sent = await post(OpenAIErrors(), StreamErrors(), answer=pieces(event(LIMIT)), json={})
+    """And has the time to retry."""
+    sent = await post(OpenAIErrors(), StreamErrors(), response=pieces(event(LIMIT)), json={})
     assert (sent.status, sent.json()["error"]["code"]) == (429, "rate_limit_exceeded")
     assert sent.headers.get("retry-after") == "9"
 
 
 async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
-    """What came before it has been sent; the error is what the client raises."""
+    """The events before it are sent; the client raises the error."""
     sent_on = stream(PROMPT, *PLAIN[:2], done=b"")
-    both = await post(StreamErrors(), answer=pieces(sent_on + event(FILTERED)), json={})  # in one read
+    both = await post(StreamErrors(), response=pieces(sent_on + event(FILTERED)), json={})  # in one read
     assert (both.status, both.body, both.outcome.ended_by) == (200, sent_on, "upstream")
-    answer = await post(StreamErrors(), answer=pieces(sent_on), json={})
+    answer = await post(StreamErrors(), response=pieces(sent_on), json={})
     linked = chain_filters(answer.response.filters)
     assert linked.feed(sent_on) == sent_on
     with pytest.raises(FilterFailed, match="filtered") as caught:
@@ -86,16 +86,16 @@ async def test_an_error_after_output_ends_the_stream_as_broken() -> None:
 
 @given(st.lists(st.integers(0, 3000), max_size=6), st.sampled_from([stream(*PLAIN), stream(PROMPT, *PLAIN, USAGE)]))
 async def test_a_stream_without_errors_keeps_its_bytes(places: list[int], data: bytes) -> None:
-    """Wherever its reads end, and whether it has the word in a text or not."""
+    """For any split, with and without the word in a text."""
     data = data.replace(b"Hello", b'say \\"error\\"')
-    sent = await post(StreamErrors(), answer=pieces(*cuts(data, places)), json={})
+    sent = await post(StreamErrors(), response=pieces(*cuts(data, places)), json={})
     assert (sent.status, sent.body, sent.outcome.counts) == (200, data, {})
 
 
 @pytest.mark.parametrize("data", [b"", DONE, b": ping\n\n", b"data: {\n\n", b"no event at all", event(PROMPT), b"\n\n"])
 async def test_streams_that_say_nothing_pass(data: bytes) -> None:
-    """To the byte."""
-    sent = await post(StreamErrors(), answer=pieces(data), json={})
+    """Byte for byte."""
+    sent = await post(StreamErrors(), response=pieces(data), json={})
     assert (sent.status, sent.body) == (200, data)
 
 
@@ -104,14 +104,14 @@ async def test_streams_that_say_nothing_pass(data: bytes) -> None:
     [{"type": "error", "error": {"message": "its own"}}, {"error": None, "choices": []}, {**PLAIN[0], "error": {}}],
 )
 async def test_what_is_no_error_of_a_chat_stream_passes(content: object) -> None:
-    """The Responses API has error events of its own, which its clients read."""
+    """The Responses API has its own error events, which its clients read."""
     data = stream(content, *PLAIN)
-    sent = await post(StreamErrors(), answer=pieces(data), json={})
+    sent = await post(StreamErrors(), response=pieces(data), json={})
     assert (sent.status, sent.body) == (200, data)
 
 
 async def test_the_head_waits_no_longer_than_it_may() -> None:
-    """A model that thinks for long keeps no client from its head; not a byte of the stream is lost."""
+    """A slow model does not delay the head; not a byte of the stream is lost."""
     first = asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
@@ -123,12 +123,12 @@ async def test_the_head_waits_no_longer_than_it_may() -> None:
         asyncio.get_running_loop().call_later(0.1, first.set)
         return Response(200, slow(), EVENTS)
 
-    sent = await post(StreamErrors(wait=0.01), answer=answer, json={})
+    sent = await post(StreamErrors(wait=0.01), response=answer, json={})
     assert (sent.status, sent.body) == (200, stream(PROMPT, *PLAIN))
 
 
 async def test_over_sockets(start_gateway: StartGateway) -> None:
-    """A 429 in a stream is one to the client; a later error ends a chunked answer without its last chunk."""
+    """A 429 in a stream is a 429 for the client; a later error ends a chunked body without its last chunk."""
     later = asyncio.Event()
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
@@ -159,7 +159,7 @@ async def test_over_sockets(start_gateway: StartGateway) -> None:
 
 
 async def test_a_stream_that_breaks_before_its_first_event_is_a_502(start_gateway: StartGateway) -> None:
-    """Nothing was sent yet, so the client gets a status that says so."""
+    """Nothing was sent yet, so the client gets a status."""
 
     async def cut(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -193,15 +193,15 @@ async def test_a_stream_that_breaks_before_its_first_event_is_a_502(start_gatewa
 async def test_an_error_that_is_not_quite_an_event_is_one(data: bytes) -> None:
     """Without its blank line, which Azure has left out, as plain JSON, and as API Management writes it."""
     for before in (b"", event(PROMPT)):
-        sent = await post(StreamErrors(), answer=pieces(before, data), json={})
+        sent = await post(StreamErrors(), response=pieces(before, data), json={})
         assert sent.status == 429, data
 
 
 async def test_an_error_after_output_says_what_it_was() -> None:
-    """Its code, be it a number, and the type that its status means."""
+    """Its code, even a number, and the type of its status."""
     for code, kind in ((429, "requests"), ("content_filter", "invalid_request_error"), (None, "server_error")):
         error = {"error": {"code": code, "message": "m", "param": "prompt"}}
-        linked = chain_filters((await post(StreamErrors(), answer=pieces(stream(*PLAIN)), json={})).response.filters)
+        linked = chain_filters((await post(StreamErrors(), response=pieces(stream(*PLAIN)), json={})).response.filters)
         with pytest.raises(FilterFailed) as caught:
             linked.feed(event(error))
         cause = caught.value.cause
@@ -210,19 +210,19 @@ async def test_an_error_after_output_says_what_it_was() -> None:
 
 
 async def test_a_compressed_stream_is_not_waited_for() -> None:
-    """Its first bytes tell nothing: the body goes on as it is."""
+    """Its first bytes cannot be read: the body passes unchanged."""
 
     async def body() -> AsyncIterator[bytes]:
         yield gzip.compress(stream(*PLAIN))
 
     made = body()
     answer = Response(200, made, {**EVENTS, "content-encoding": "gzip"})
-    sent = await post(StreamErrors(), answer=lambda _: answer, json={})
+    sent = await post(StreamErrors(), response=lambda _: answer, json={})
     assert (sent.body, sent.response.body) == (stream(*PLAIN), made)
 
 
 async def test_the_end_is_completed_at_once_where_it_stands_above_sse_newline(start_gateway: StartGateway) -> None:
-    """A client sees `[DONE]` the moment it is there, not when Azure closes; the other order is a mistake."""
+    """A client gets `[DONE]` at once, not when Azure closes; the other order is a mistake."""
     seen = asyncio.Event()
 
     async def respond(_: Seen, request: web.BaseRequest) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""`strip_azure_fields`: answers without the fields that only Azure has."""
+"""`strip_azure_fields`: responses without the fields that only Azure has."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ EVENTS = {"content-type": "text/event-stream"}
 
 
 async def stripper() -> StripAzureFields:
-    """Return the stage, started."""
+    """Return the started stage."""
     stage = StripAzureFields()
     await post(stage, json={})
     return stage
 
 
 def without(content: Any) -> Any:
-    """Return a chunk without Azure's fields, worked out another way."""
+    """Return a chunk without Azure's fields, computed in another way."""
     if isinstance(content, list):
         return [without(each) for each in content]
     if not isinstance(content, dict):
@@ -48,7 +48,7 @@ def without(content: Any) -> Any:
 
 
 async def test_chunks_lose_them_at_every_split() -> None:
-    """In the chunk and in its choices; chunks without them keep their bytes."""
+    """In the chunk and its choices; chunks without them keep their bytes."""
     stage = await stripper()
     chunks = [PROMPT, {**PLAIN[1], "obfuscation": "kK"}, findings(), USAGE]
     for pieces, out in every_split(stream(*chunks), lambda: Strip(stage.finds, stage.stripped, Count())):
@@ -58,7 +58,7 @@ async def test_chunks_lose_them_at_every_split() -> None:
 
 @given(data=streams(PROMPT, findings()), places=st.lists(st.integers(0, 5000), max_size=6))
 def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> None:
-    """Whatever chunks there are."""
+    """For any chunks."""
     stage = StripAzureFields()
     stage._names, stage.finds = frozenset(stage.fields), tuple(f'"{name}"'.encode() for name in stage.fields)
     out = same_however_it_is_cut(data, places, lambda: Strip(stage.finds, stage.stripped, Count()))
@@ -66,14 +66,14 @@ def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> 
 
 
 async def test_completions_and_responses_lose_them() -> None:
-    """In JSON, and in the answer inside an event of the Responses API."""
+    """In JSON, and in the response inside an event of the Responses API."""
     completion = {**NAMED, "choices": [{"message": {"content": "a"}, "content_filter_results": {}}]}
     answer = Response(200, json.dumps({**completion, "prompt_filter_results": FOUND}).encode(), JSON)
-    sent = await post(StripAzureFields(), answer=answer, json={})
+    sent = await post(StripAzureFields(), response=answer, json={})
     assert sent.json() == {**NAMED, "choices": [{"message": {"content": "a"}}]}
     assert dict(sent.outcome.counts) == {"StripAzureFields": 1}
     event = {"type": "response.completed", "response": {"id": "r", "content_filters": [], "output": []}}
-    streamed = await send([StripAzureFields()], path="/responses", answer=Response(200, stream(event), EVENTS))
+    streamed = await send([StripAzureFields()], path="/responses", response=Response(200, stream(event), EVENTS))
     assert contents(streamed.body) == [{"type": "response.completed", "response": {"id": "r", "output": []}}]
 
 
@@ -90,14 +90,14 @@ async def test_completions_and_responses_lose_them() -> None:
     ],
 )
 async def test_everything_else_keeps_its_bytes(path: str, status: int, headers: dict[str, str], body: bytes) -> None:
-    """Texts and what users wrote, errors, files, and what is no JSON."""
+    """Texts and users' data, errors, files, and bodies that are not JSON."""
     method = "GET" if "content" in path else "POST"
-    sent = await send([StripAzureFields()], method, path, answer=Response(status, body, headers))
+    sent = await send([StripAzureFields()], method, path, response=Response(status, body, headers))
     assert (sent.body, sent.outcome.counts) == (body, {})
 
 
 async def test_the_fields_can_be_others() -> None:
-    """As listed; none at all takes the stage away."""
+    """As listed; an empty list turns the stage off."""
     answer = Response(200, b'{"a":1,"b":2,"obfuscation":"x"}', JSON)
-    assert (await post(StripAzureFields(["a"]), answer=answer, json={})).json() == {"b": 2, "obfuscation": "x"}
-    assert (await post(StripAzureFields([]), answer=answer, json={})).body == answer.body
+    assert (await post(StripAzureFields(["a"]), response=answer, json={})).json() == {"b": 2, "obfuscation": "x"}
+    assert (await post(StripAzureFields([]), response=answer, json={})).body == answer.body

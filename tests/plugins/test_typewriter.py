@@ -1,4 +1,4 @@
-"""`typewriter`: events that come in lumps leave one after the other."""
+"""`typewriter`: spreads events that arrive in bursts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PACED = YAML + "  - typewriter: 0.3\n"
 
 
 async def test_streams_alone_get_a_pace() -> None:
-    """The one that is set; other answers have none."""
-    events = await post(Typewriter(0.25), answer=Response(200, LUMP, {"content-type": "text/event-stream"}), json={})
+    """The configured one; other responses have none."""
+    events = await post(Typewriter(0.25), response=Response(200, LUMP, {"content-type": "text/event-stream"}), json={})
     assert events.response.pace == 0.25
     assert (await post(Typewriter(), json={})).response.pace is None
 
 
 async def test_a_lump_reaches_the_client_in_pieces_and_whole(start_gateway: StartGateway) -> None:
-    """Each event in a piece of its own or nearly, in order, and the stream ends as it should."""
+    """Each event in nearly its own piece, in order, and the stream ends correctly."""
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -47,7 +47,7 @@ async def test_a_lump_reaches_the_client_in_pieces_and_whole(start_gateway: Star
 
 @pytest.mark.parametrize("reset", [False, True])
 async def test_what_came_before_a_break_is_not_lost(start_gateway: StartGateway, reset: bool) -> None:
-    """A stream that Azure breaks off ends with all that came, then the error."""
+    """A stream that Azure breaks off ends with all events that arrived, then the error."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await upstream.request(reader)
@@ -71,7 +71,7 @@ async def test_what_came_before_a_break_is_not_lost(start_gateway: StartGateway,
 
 
 async def test_a_client_that_leaves_ends_it(start_gateway: StartGateway) -> None:
-    """Nothing is kept for it, and Azure is told."""
+    """Nothing is kept for it, and the connection to Azure is closed."""
     async with FakeAzure(words=["x"] * 1000, delay=0.001) as azure:
         gateway = await start_gateway(azure.endpoint, PACED)
         async with gateway.post(json={**CHAT, "stream": True}) as answer:
@@ -81,7 +81,7 @@ async def test_a_client_that_leaves_ends_it(start_gateway: StartGateway) -> None
 
 
 async def test_a_client_that_reads_slowly_gets_every_byte(start_gateway: StartGateway) -> None:
-    """Azure waits meanwhile, and so does what was paced."""
+    """Azure waits meanwhile, and so do the paced events."""
     words = ["y" * 2000] * 2000
 
     async with FakeAzure(words=words) as azure:
@@ -102,7 +102,7 @@ async def test_a_client_that_reads_slowly_gets_every_byte(start_gateway: StartGa
 
 
 async def test_a_gateway_that_stops_lets_what_waits_leave(start_gateway: StartGateway) -> None:
-    """Azure has said all, so the answer is whole: it ends well, only sooner."""
+    """Azure has sent the whole response: it ends correctly, only sooner."""
     sent = asyncio.Event()
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:

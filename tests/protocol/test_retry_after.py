@@ -8,7 +8,7 @@ from email.utils import formatdate
 import pytest
 
 from gateway.protocol.headers import Headers
-from gateway.protocol.retry_after import retry_after
+from gateway.protocol.retry_after import cooldown, retry_after
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,11 @@ def test_a_date() -> None:
     assert later is not None
     assert 28 <= later <= 30
     assert retry_after(Headers({"retry-after": formatdate(time.time() - 30, usegmt=True)})) == 0.0
+
+
+def test_a_429_without_a_time_has_the_default_cooldown() -> None:
+    """Other statuses have none; a given time counts, even if it is zero."""
+    assert cooldown(429, Headers()) == 1.0
+    assert cooldown(503, Headers()) is None
+    assert cooldown(429, Headers({"retry-after": "0"})) == 0.0
+    assert cooldown(429, Headers(), "try again in 2 seconds") == 2.0

@@ -204,10 +204,10 @@ async def test_a_stage_that_wants_usage_gets_it() -> None:
     """In the outcome; nothing is measured where nobody wants it."""
     counting = Counting()
     answer = Response(200, BODIES["chat"][0], {"content-type": "application/json"})
-    await post(counting, answer=answer, json=CHAT)
+    await post(counting, response=answer, json=CHAT)
     assert counting.outcomes[0].usage == WHOLE
     assert counting.outcomes[0].usage.total_tokens == 25
-    sent = await post(answer=answer, json=CHAT)
+    sent = await post(response=answer, json=CHAT)
     assert sent.outcome.usage is None
 
 
@@ -215,7 +215,7 @@ async def test_only_what_uses_tokens_is_asked() -> None:
     """A stored answer, or the file of a batch, tells what others used."""
     for method, path in (("GET", "/responses/resp_1"), ("GET", "/files/f/content"), ("GET", "/chat/completions/c")):
         counting = Counting()
-        await send([counting], method, path, answer=Response(200, BODIES["chat"][0]))
+        await send([counting], method, path, response=Response(200, BODIES["chat"][0]))
         assert counting.outcomes[0].usage is None
 
 
@@ -223,7 +223,7 @@ async def test_a_refused_request_used_nothing() -> None:
     """An error of Azure's, one of the way to it, or of a stage."""
     for answer in (Response.json({"error": {"usage": {"x": 1}}}, 429), UpstreamError("down")):
         counting = Counting()
-        await post(counting, answer=answer, json=CHAT)
+        await post(counting, response=answer, json=CHAT)
         assert counting.outcomes[0].usage is None
 
 
@@ -238,7 +238,7 @@ async def test_an_abandoned_stream_is_counted() -> None:
     answer = Response(200, stream(), {"content-type": "text/event-stream"})
     body = {**CHAT, "stream": True}
     await post(
-        counting, answer=answer, json=body, leave_after=2 * len(sse({"choices": [{"delta": {"content": " word"}}]}))
+        counting, response=answer, json=body, leave_after=2 * len(sse({"choices": [{"delta": {"content": " word"}}]}))
     )
     used = counting.outcomes[0].usage
     assert used is not None
@@ -257,7 +257,7 @@ async def test_several_answers_are_summed() -> None:
             return await call_next(request)
 
     counting = Counting()
-    await post(counting, Twice(), answer=Response(200, BODIES["chat"][0]), json=CHAT)
+    await post(counting, Twice(), response=Response(200, BODIES["chat"][0]), json=CHAT)
     assert counting.outcomes[0].usage == WHOLE + WHOLE
 
 
