@@ -16,12 +16,13 @@ from gateway.azure.key_redaction import secrets_of
 from gateway.errors import ApiError, StreamBroken, UpstreamError
 from gateway.limits.memory_budget import UNCOUNTED, BudgetExhausted
 from gateway.logs import exception_fields, get_logger, redacted
-from gateway.protocol.header_policy import WRITTEN
-from gateway.protocol.sse import EventFilter, FilterChain, FilterFailed, chain_filters, unfinished_event
+from gateway.protocol.filters import EventFilter, FilterChain, FilterFailed, chain_filters
+from gateway.protocol.header_policy import MANAGED
+from gateway.protocol.sse import unfinished_event
 from gateway.response import Response, check_body
 from gateway.transport.pacing import Pacer
 from gateway.transport.response_head import date_line, status_line
-from gateway.transport.upstream_connection import UpstreamResponse
+from gateway.transport.upstream_response import UpstreamResponse
 from gateway.transport.websocket_handshake import WebSocket, accepted, chosen_protocol, offered_protocols
 from gateway.transport.websocket_relay import WebSocketRelay
 from gateway.transport.write_timeout import WriteTimeout
@@ -62,7 +63,7 @@ async def write_response(
     `error` event, where it is one, and never with the last chunk, so that nobody takes it for whole.
     """
     connection, request = arrived.connection, arrived.head
-    old = request.old
+    old = request.http10
     close = close or request.close or connection.ends_after_answer()
     if isinstance(opened := response.body, WebSocket):
         try:
@@ -461,9 +462,9 @@ def _unreadable(exc: Exception, hidden: list[str], request_id: str) -> Response:
 def _head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:
     fields = response.headers.fields
     lines = [status_line(response.status)]
-    lines += [field[2] for field in fields if not field[3] & WRITTEN]
+    lines += [field[2] for field in fields if not field[3] & MANAGED]
     dated = events = buffering = False
-    for name, value, line, _ in [field for field in fields if field[3] & WRITTEN]:
+    for name, value, line, _ in [field for field in fields if field[3] & MANAGED]:
         if name == b"content-type":
             lines.append(line)
             events = True

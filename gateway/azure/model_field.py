@@ -17,9 +17,10 @@ import msgspec
 from gateway.azure.batch_files import batch_models, map_batch
 from gateway.azure.resources import common_resource
 from gateway.errors import ApiError
+from gateway.protocol.filters import EventFilter
 from gateway.protocol.json_fields import decode_json, encode_fields, raw_fields, with_field
 from gateway.protocol.multipart import FormReader, boundary_of
-from gateway.protocol.sse import Event, EventFilter
+from gateway.protocol.sse import Event
 
 if TYPE_CHECKING:
     from gateway.azure.operations import Operation

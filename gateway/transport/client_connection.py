@@ -1,7 +1,7 @@
 """One client's connection: what arrives on it becomes requests, one at a time, each in a task of its own.
 
 aiohttp's low-level server (`web.Server`) keeps the connections, and its protocol the flow control; heads
-and bodies are read by `http1.py`, which reads them in one way only and costs a third of aiohttp's parser.
+and bodies are read by `protocol/http1_*.py`, which read them in one way only and cost a third of aiohttp's parser.
 """
 
 from __future__ import annotations
@@ -22,16 +22,9 @@ from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
 from gateway.logs import exception_fields, get_logger
-from gateway.protocol.http1 import (
-    HEAD_END,
-    MAX_HEAD,
-    MOST_LINES,
-    HeadCheck,
-    HeadReader,
-    MalformedMessage,
-    RequestHead,
-    malformed_request,
-)
+from gateway.protocol.http1_chunked import MOST_LINES
+from gateway.protocol.http1_fields import HEAD_END, MAX_HEAD, MalformedMessage
+from gateway.protocol.http1_request import HeadCheck, HeadReader, RequestHead, malformed_request
 from gateway.settings import Limits, Timeouts
 from gateway.transport.deadline import Deadline
 from gateway.transport.response_head import closing_response

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.protocol.content_coding import BadCoding, Inflater, is_identity
-from gateway.protocol.http1 import parse_response
+from gateway.protocol.http1_response import parse_response
 from tests.conftest import CHAT, StartGateway, raw_upstream
 
 

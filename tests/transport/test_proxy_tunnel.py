@@ -132,7 +132,7 @@ async def test_azure_s_certificate_is_verified_behind_a_proxy(
         status, message = await refusal(gateway)
         assert status == 502
         assert message.startswith(
-            f"the certificate of the Azure resource 'azure', which 'azure.test' shows, is not valid: {why}"
+            f"the certificate of the Azure resource 'azure', from 'azure.test', is not valid: {why}"
         )
         await until(lambda: proxy.open == 0)
     assert not azure.requests
@@ -201,7 +201,7 @@ async def test_a_proxy_that_does_not_answer_in_time(scheme: str, said: bytes, st
         )  # fmt: skip
         status, message = await refusal(gateway)
         assert status == 504
-        assert message == "the proxy of the Azure resource 'azure' gave no connection to it within 0.3 s"
+        assert message == "the proxy of the Azure resource 'azure' did not connect to it within 0.3 s"
         await until(lambda: proxy.open == 0)
 
 
@@ -231,15 +231,15 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
         (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", "with status 502"),
         (b"HTTP/1.1 301 Moved\r\nLocation: http://x\r\n\r\n", "with status 301"),
         (b"HTTP/1.1 100 Continue\r\n\r\n", "with status 100"),
-        (b"", "is not a whole answer"),
-        (b"HTTP/1.1 200 OK\r\nX: y\r\n", "is not a whole answer"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is not a whole answer"),
-        (b"\x05\x00", "is not a whole answer"),
-        (OK.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 33_000), "is not a whole answer"),
+        (b"", "is not a complete HTTP response"),
+        (b"HTTP/1.1 200 OK\r\nX: y\r\n", "is not a complete HTTP response"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is not a complete HTTP response"),
+        (b"\x05\x00", "is not a complete HTTP response"),
+        (OK.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 33_000), "is not a complete HTTP response"),
         (b"HTTP/1.1 abc\r\n\r\n", "is not valid HTTP"),
         (b"HTTP/1.1 200 OK\r\nno field\r\n\r\n", "is not valid HTTP"),
         (b"HTTP/1.1 200 OK\r\nX: a\nb\r\n\r\n", "is not valid HTTP"),
-        (OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "sent something behind its answer"),
+        (OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "sent bytes after its response"),
     ],
 )
 async def test_what_an_http_proxy_must_not_say(said: bytes, words: str, start_gateway: StartGateway) -> None:
@@ -270,7 +270,7 @@ async def test_a_proxy_s_answer_without_end_is_given_up(start_gateway: StartGate
     async with RawUpstream(script) as proxy:
         gateway = await start_gateway("http://azure.test", YAML, env={"WAY": proxy.endpoint}, timeouts={"connect": 3})
         status, message = await refusal(gateway)
-        assert (status, "is not a whole answer" in message) == (502, True), message
+        assert (status, "is not a complete HTTP response" in message) == (502, True), message
         await until(lambda: proxy.open == 0)
 
 

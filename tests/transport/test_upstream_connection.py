@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from gateway.errors import UpstreamError
 from gateway.fair_scheduler import STEP
 from gateway.transport.connection_pool import ConnectionPool, Destination
-from gateway.transport.upstream_connection import _MOST_INFLATED, _MOST_LINES, UpstreamConnection, UpstreamResponse
+from gateway.transport.paused_reading import MOST_LINES
+from gateway.transport.upstream_connection import UpstreamConnection
+from gateway.transport.upstream_response import _MAX_INFLATED, UpstreamResponse
 from gateway.transport.write_buffer import WriteBuffer
 from tests.test_costs import Pipe
 
@@ -34,13 +36,13 @@ class Home(ConnectionPool):
 
     def __init__(self) -> None:
         super().__init__()
-        self.there = cast(Destination, SimpleNamespace(kept=[], forgotten=False))
+        self.there = cast(Destination, SimpleNamespace(idle=[], retired=False))
 
     def connection(self) -> tuple[UpstreamConnection, Pipe]:
         loop = asyncio.get_running_loop()
         wire, pipe = UpstreamConnection(loop), Pipe()
         wire.connection_made(pipe)
-        wire.settle(None, self, self.there, WriteBuffer(loop))
+        wire.attach(None, self, self.there, WriteBuffer(loop))
         return wire, pipe
 
     async def close(self) -> None:
@@ -65,7 +67,7 @@ async def test_a_connection_is_pooled_only_if_it_is_as_new() -> None:
         wire, pipe = home.connection()
         spoil(wire, pipe)
         home.put(wire)
-        return home.there.kept[-1:] == [wire]
+        return home.there.idle[-1:] == [wire]
 
     async def nothing() -> None: ...
 
@@ -76,9 +78,9 @@ async def test_a_connection_is_pooled_only_if_it_is_as_new() -> None:
         lambda wire, _: wire.ask(10, 10),
         lambda wire, _: wire._deadline.set(10, wire.abort),
         lambda wire, _: wire._backlog.append(b"x"),
-        lambda wire, _: setattr(wire, "_buffer", b"HTTP/1.1 2"),
+        lambda wire, _: setattr(wire._head_reader, "unparsed", b"HTTP/1.1 2"),
         lambda wire, _: setattr(wire, "_relay", object()),
-        lambda wire, _: setattr(wire, "_early", b"x"),
+        lambda wire, _: setattr(wire, "_early_data", b"x"),
         lambda wire, _: setattr(wire, "_unsent", b"x"),
         lambda wire, _: wire.eof_received(),
         lambda wire, pipe: setattr(pipe, "closing", True),
@@ -97,7 +99,7 @@ async def test_a_watch_that_fails_on_the_last_bytes_leaves_nobody_waiting(split:
     answer = wire.ask(10, 10)
 
     def watch(data: bytes) -> None:
-        assert not home.there.kept
+        assert not home.there.idle
         if data.endswith(b"}"):
             raise ValueError("a bug")
 
@@ -109,7 +111,7 @@ async def test_a_watch_that_fails_on_the_last_bytes_leaves_nobody_waiting(split:
         wire.data_received(OK[split:])
     with pytest.raises(ValueError, match="a bug"):
         await asyncio.wait_for(waiting, 5)
-    assert not home.there.kept
+    assert not home.there.idle
     assert pipe.is_closing()
     await home.close()
 
@@ -124,7 +126,7 @@ async def test_a_response_that_ends_while_its_reader_is_behind_leaves_the_connec
     await asyncio.sleep(0)
     wire.data_received(chunk(EVENT) + b"0\r\n\r\n")
     await asyncio.wait_for(pumped, 5)
-    assert home.there.kept == [wire]
+    assert home.there.idle == [wire]
     assert wire.is_clean()
     assert pipe.reading
     await home.close()
@@ -156,11 +158,11 @@ async def test_a_large_read_is_handled_in_bounded_steps(event: bytes) -> None:
         seen = len(out)
         assert len(now) <= 1
         assert all(len(each) <= STEP for each in now)
-        assert all(each.count(b"\n") + each.count(b"\r") <= _MOST_LINES for each in now)
+        assert all(each.count(b"\n") + each.count(b"\r") <= MOST_LINES for each in now)
     wire.data_received(b"0\r\n\r\n")
     await turns_until(lambda: answer.done)
     assert pipe.reading
-    assert home.there.kept == [wire]
+    assert home.there.idle == [wire]
     await home.close()
 
 
@@ -177,7 +179,7 @@ async def test_a_read_of_thousands_of_lines_is_handled_in_steps(event: bytes) ->
     assert wire._reading_paused
     await turns_until(lambda: not wire._reading_paused)
     assert pipe.reading
-    assert max(each.count(b"\n") + each.count(b"\r") for each in out) <= _MOST_LINES
+    assert max(each.count(b"\n") + each.count(b"\r") for each in out) <= MOST_LINES
     wire.abort()
 
 
@@ -193,7 +195,7 @@ async def test_events_of_known_length_are_handled_in_steps() -> None:
     await turns_until(lambda: answer.done)
     assert b"".join(out) == body
     assert max(map(len, out)) <= STEP
-    assert home.there.kept == [wire]
+    assert home.there.idle == [wire]
     await home.close()
 
 
@@ -234,7 +236,7 @@ async def test_no_step_is_taken_while_the_reader_wants_no_more() -> None:
     answer.release()
     await turns_until(lambda: answer.done)
     assert b"".join(out) == body
-    assert home.there.kept == [wire]
+    assert home.there.idle == [wire]
     assert wire.is_clean()
     await home.close()
 
@@ -284,7 +286,7 @@ async def test_what_came_before_the_connection_was_lost_is_handed_on(held: bool,
     else:
         with pytest.raises(UpstreamError):
             await waiting
-    assert not home.there.kept
+    assert not home.there.idle
 
 
 @settings(max_examples=60)
@@ -333,7 +335,7 @@ def test_any_response_arrives_byte_for_byte(
                 held.clear()
                 answer.release()
         assert b"".join(out) == body
-        assert home.there.kept == [wire]
+        assert home.there.idle == [wire]
         assert wire.is_clean()
         await home.close()
 
@@ -357,7 +359,7 @@ async def test_compressed_json_is_plain_before_anything_reads_it() -> None:
     assert answer.whole == b"".join(watched) == body
     assert answer.inflated
     assert max(map(len, watched)) <= STEP
-    assert home.there.kept == [wire]
+    assert home.there.idle == [wire]
     await home.close()
 
 
@@ -373,8 +375,8 @@ async def test_a_bomb_of_json_is_refused_before_it_fills_the_memory() -> None:
     wire.data_received(head + b"Content-Length: %d\r\n\r\n" % len(packed) + packed)
     with pytest.raises(UpstreamError, match="inflates"):
         await asyncio.wait_for(begun, 20)
-    assert answer._size <= _MOST_INFLATED + STEP
-    assert not home.there.kept
+    assert answer._size <= _MAX_INFLATED + STEP
+    assert not home.there.idle
 
 
 @pytest.mark.parametrize("ended", [False, True])
