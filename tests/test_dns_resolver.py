@@ -256,7 +256,7 @@ async def test_names_that_are_asked_for_once_do_not_fill_the_memory(names: Names
 
 LOOPS = """
 import asyncio, socket, sys, threading
-from gateway.transport.connection_pool import Connector
+from gateway.transport.connection_pool import ConnectionPool
 from gateway.errors import UpstreamTimeout
 from gateway.dns_resolver import Resolver
 from gateway.azure.resources import Resource
@@ -269,7 +269,7 @@ socket.getaddrinfo = fake
 async def main():
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    connector = Connector()
+    connector = ConnectionPool()
     await connector.start()
     def there(host):
         return connector.destination(Resource(host, f"http://{host}:{port}"))

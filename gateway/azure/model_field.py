@@ -360,7 +360,7 @@ def _placed_in_form(
     field = form.fields.get("model") or form.fields.get("session[model]")
     if field is not None:
         if deployment is None:
-            return body.edited(field.begins, field.next, b"")
+            return body.edited(field.part_start, field.part_end, b"")
         if field.text == deployment:
             return body.edited(0, 0, b"")
         return body.edited(field.start, field.end, deployment.encode())

@@ -297,7 +297,7 @@ class ClientConnection(BaseProtocol):
             self.hold()
 
     def step(self) -> bool:
-        """Read more of what has come of a body in many chunks; see `fair_scheduler.Work`."""
+        """Read more of what has come of a body in many chunks; see `fair_scheduler.ScheduledWork`."""
         arriving = self._arriving
         if arriving is None:
             return False

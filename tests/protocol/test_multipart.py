@@ -46,7 +46,7 @@ VALUES = st.binary(max_size=60) | st.sampled_from(
 def test_places_are_exact_at_every_split(
     others: list[tuple[str, bytes]], model: bytes, file: bytes, pieces: list[int], first: bool
 ) -> None:
-    """Wherever the body is cut, a field's value is `body[start:end]` and its part `body[begins:next]`."""
+    """Wherever the body is cut, a field's value is `body[start:end]` and its part `body[part_start:part_end]`."""
     fields = [("model", model), ("file", file)] if first else [("file", file), ("model", model)]
     body = form([*others, *fields])
     if any(b"\n--xyz" in b"\n" + value for _, value in [*others, *fields]):
@@ -60,7 +60,7 @@ def test_places_are_exact_at_every_split(
     assert found.value == b""
     for name, value in fields:
         part = reader.fields[name]
-        rest = body[: part.begins] + body[part.next :]
+        rest = body[: part.part_start] + body[part.part_end :]
         assert rest == form([*others, *[pair for pair in fields if pair != (name, value)]])
     assert reader.first == 0
 
@@ -73,7 +73,7 @@ def test_a_field_is_there_before_the_form_ends() -> None:
     reader.feed(b"\r\n--xyz")
     found = reader.fields["model"]
     assert (found.whole, found.text, reader.done) == (True, "m-1", False)
-    with pytest.raises(ApiError, match="breaks off"):
+    with pytest.raises(ApiError, match="ends before its last boundary"):
         reader.end()
 
 
