@@ -71,7 +71,7 @@ def test_untouched_events_keep_their_bytes_at_every_split(ending: bytes) -> None
     cuts=st.lists(st.integers(0, 80), max_size=6),
 )
 def test_any_mix_of_line_endings_passes_unchanged(lines: list[bytes], endings: list[bytes], cuts: list[int]) -> None:
-    """However lines end and wherever reads end, bytes are neither lost, doubled nor moved."""
+    """For any line endings and cuts, bytes are neither lost, doubled nor moved."""
     stream = b"".join(line + ending for line, ending in zip(lines, endings, strict=False))
     places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
     pieces = [stream[a:b] for a, b in itertools.pairwise(places)]
@@ -79,14 +79,14 @@ def test_any_mix_of_line_endings_passes_unchanged(lines: list[bytes], endings: l
     assert stream == fed([Keep(), Filter(), Keep(), Keep()], pieces)
 
 
-def test_events_leave_as_soon_as_they_are_whole() -> None:
+def test_events_leave_as_soon_as_they_are_complete() -> None:
     """An event is not held until the next one begins."""
     for event in (b"data: 1\n\n", b"data: 1\r\n\r\n", b"data: 1\r\r", b"data: 1\r\n\r"):
         assert event == chain_filters([Keep()]).feed(event)
 
 
-def test_filters_run_in_the_order_in_which_they_were_put_on() -> None:
-    """The one nearest Azure first; what one leaves at the end runs through those after it."""
+def test_filters_run_in_the_order_in_which_they_were_added() -> None:
+    """The one nearest Azure runs first; the rest of each one runs through those after it."""
 
     class Add(Filter):
         def __init__(self, text: bytes) -> None:
@@ -102,8 +102,8 @@ def test_filters_run_in_the_order_in_which_they_were_put_on() -> None:
     assert fed([Upper()], [b"x"]) == b"X!"
 
 
-def test_events_can_be_dropped_changed_and_multiplied() -> None:
-    """None drops an event, a list puts several in its place, set_json changes the data and nothing else."""
+def test_events_can_be_dropped_changed_and_added() -> None:
+    """None drops an event, a list replaces it by several, set_json changes only the data."""
 
     class Change(EventFilter):
         def event(self, event: Event) -> Event | list[Event] | None:
@@ -126,7 +126,7 @@ def test_events_can_be_dropped_changed_and_multiplied() -> None:
 
 
 def test_a_dropped_event_takes_its_whole_line_ending_along() -> None:
-    """Also where its last LF comes in a read of its own."""
+    """Even if its last LF arrives in another read."""
 
     class Drop(EventFilter):
         def event(self, event: Event) -> None:
@@ -136,8 +136,8 @@ def test_a_dropped_event_takes_its_whole_line_ending_along() -> None:
         assert out == b"", pieces
 
 
-def test_a_filter_is_asked_about_what_lacks_something() -> None:
-    """In each event of a read by itself, and it may change its mind from one event to the next."""
+def test_a_filter_sees_the_events_that_lack_something() -> None:
+    """Each event of a read counts by itself, and the filter may change `lacks` from one event to the next."""
 
     class Lacking(EventFilter):
         finds: Sequence[bytes] = ()
@@ -153,8 +153,8 @@ def test_a_filter_is_asked_about_what_lacks_something() -> None:
     assert fed([Filter(), Lacking()], events) == b"data: z1\n\ndata: z2\n\ndata: y2\n\n"
 
 
-def test_of_several_events_in_the_place_of_one_those_before_a_failure_are_not_lost() -> None:
-    """Each goes through the filters behind before the next one is looked at."""
+def test_replacement_events_before_a_failure_are_not_lost() -> None:
+    """Each passes the filters after it before the next one does."""
 
     class Split(EventFilter):
         def event(self, event: Event) -> list[Event]:
@@ -171,14 +171,14 @@ def test_of_several_events_in_the_place_of_one_those_before_a_failure_are_not_lo
     assert caught.value.left == b"data: held\n\n"
 
 
-def test_a_comma_that_was_forgotten_is_told() -> None:
+def test_a_missing_comma_in_finds_is_an_error() -> None:
     """Bytes are a sequence too, of numbers, and each of those is in nearly every event."""
     with pytest.raises(TypeError, match="with a comma"):
         type("Odd", (EventFilter,), {"finds": b"x"})
 
 
-def test_what_filters_make_of_a_message_stays_one() -> None:
-    """An event that a filter has made anew has the kind of the one in whose place it is."""
+def test_a_replacement_has_the_type_of_the_event() -> None:
+    """A filter's replacement for a WebSocket message is a WebSocket message, too."""
 
     class Kind(Event):
         pass
@@ -187,8 +187,8 @@ def test_what_filters_make_of_a_message_stays_one() -> None:
     assert [type(each) for each in made] == [Kind] * len(made)
 
 
-def test_blank_lines_behind_an_event_are_no_event() -> None:
-    """One, two or three more of them: each passes, and is asked about by nobody."""
+def test_blank_lines_after_an_event_are_not_events() -> None:
+    """One, two or three more of them: each passes, and no filter sees it."""
     for count in range(5):
         stream = b"data: y\n\ndata: z\n\n" + b"\n" * count
         assert stream == fed([Mark(search=True)], [stream])
@@ -196,7 +196,7 @@ def test_blank_lines_behind_an_event_are_no_event() -> None:
 
 
 class Mark(EventFilter):
-    """Marks events that hold an `x`, and knows which it was asked about."""
+    """Marks events that hold an `x`, and records the events it sees."""
 
     def __init__(self, *, search: bool) -> None:
         self.asked: list[bytes] = []
@@ -214,10 +214,10 @@ class Mark(EventFilter):
     plain=st.booleans(),
     cuts=st.lists(st.integers(0, 80), max_size=6),
 )
-def test_a_filter_that_says_what_it_wants_makes_what_it_made(
+def test_finds_does_not_change_the_result(
     lines: list[bytes], endings: list[bytes], plain: bool, cuts: list[int]
 ) -> None:
-    """It is asked about no other event, and the stream is the same as if it were asked about each."""
+    """The filter sees no other events, and the stream is the same as if it saw all of them."""
     endings = [b"\n"] * 12 if plain else endings
     stream = b"".join(line + ending for line, ending in zip(lines, endings, strict=False))
     places = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
@@ -228,8 +228,8 @@ def test_a_filter_that_says_what_it_wants_makes_what_it_made(
 
 
 @given(cuts=st.lists(st.integers(0, 80), max_size=6), more=st.booleans())
-def test_what_came_before_a_filter_failed_is_not_lost(cuts: list[int], more: bool) -> None:
-    """It runs through the filters behind, wherever the reads end; then the failure is told."""
+def test_bytes_before_a_failure_are_not_lost(cuts: list[int], more: bool) -> None:
+    """They run through the filters after it, at any cuts; then the failure is raised."""
 
     class Fail(EventFilter):
         finds = (b"bad",)
@@ -252,8 +252,8 @@ def test_what_came_before_a_filter_failed_is_not_lost(cuts: list[int], more: boo
         chain_filters([Fail()]).whole(stream)
 
 
-def test_event_without_end_is_bounded() -> None:
-    """A stream that never ends an event is broken off before it fills the memory."""
+def test_an_event_without_end_is_bounded() -> None:
+    """A stream that never ends an event is stopped before it fills the memory."""
     linked = chain_filters([Keep()])
     block = b"x" * (8 * 1024 * 1024)
     for _ in range(MAX_EVENT // len(block)):
@@ -273,7 +273,7 @@ def test_ten_megabytes_byte_by_byte_is_linear() -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "GZIP"])
 def test_filters_see_text_where_azure_compresses(encoding: str) -> None:
-    """Gzip and deflate are undone before the first filter; a coding nobody here knows is an error."""
+    """Gzip and deflate are decoded before the first filter; an unknown coding is an error."""
     text = b"data: hello\n\n" * 50
     packed = gzip.compress(text) if encoding.lower() == "gzip" else zlib.compress(text)
     pieces = [packed[place : place + 7] for place in range(0, len(packed), 7)]
@@ -288,7 +288,7 @@ def test_filters_see_text_where_azure_compresses(encoding: str) -> None:
 
 
 def test_gzip_of_several_members_is_read_whole() -> None:
-    """As RFC 1952 allows; what follows the last member is an error, and nothing at all is no text."""
+    """As RFC 1952 allows; bytes after the last member are an error, and no bytes are an empty text."""
     packed = gzip.compress(b"one ") + gzip.compress(b"two")
     for size in (1, 5, len(packed)):
         pieces = [packed[place : place + size] for place in range(0, len(packed), size)]

@@ -15,11 +15,11 @@ def chunked(*pieces: bytes) -> bytes:
 
 
 def cuts(data: bytes) -> list[list[bytes]]:
-    """Return `data` whole, cut in two at every place, and byte by byte."""
+    """Return `data` whole, cut in two at every offset, and byte by byte."""
     return [
         [data],
-        *([data[:place], data[place:]] for place in range(1, len(data))),
-        [data[place : place + 1] for place in range(len(data))],
+        *([data[:cut], data[cut:]] for cut in range(1, len(data))),
+        [data[cut : cut + 1] for cut in range(len(data))],
     ]
 
 
@@ -31,7 +31,7 @@ def feed_all(chunks: ChunkedDecoder, pieces: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wire", "body"),
+    ("encoded", "body"),
     [
         (chunked(b"hello", b" ", b"world\r\n"), b"hello world\r\n"),
         (b'5;a=b\r\nhello\r\n1 ;c="d"\r\n!\r\n000\r\nX-Trailer: y\r\n\r\n', b"hello!"),
@@ -39,9 +39,9 @@ def feed_all(chunks: ChunkedDecoder, pieces: list[bytes]) -> None:
         (chunked(b"x" * 300), b"x" * 300),
     ],
 )
-def test_chunks_at_every_cut(wire: bytes, body: bytes) -> None:
-    """The body is the same however the wire's bytes are cut, and what follows its end is told apart."""
-    for pieces in cuts(wire + b"next"):
+def test_chunks_at_every_cut(encoded: bytes, body: bytes) -> None:
+    """The body is the same at any cut, and the bytes after its end are separate."""
+    for pieces in cuts(encoded + b"next"):
         chunks = ChunkedDecoder()
         out = extra = b""
         for piece in pieces:
@@ -54,7 +54,7 @@ def test_chunks_at_every_cut(wire: bytes, body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "wire",
+    "encoded",
     [
         b"\r\nhello",
         b"g\r\n",
@@ -77,42 +77,42 @@ def test_chunks_at_every_cut(wire: bytes, body: bytes) -> None:
         b"0\r\n" + b"X-Trailer: y\r\n" * 1000,
     ],
 )
-def test_chunks_that_are_none(wire: bytes) -> None:
-    """Bare line ends, signs, wrong sizes, framing without end: malformed, at whatever byte they are cut."""
-    for pieces in cuts(wire) if len(wire) < 100 else ([wire], [wire[:3000], wire[3000:]]):
+def test_malformed_chunks(encoded: bytes) -> None:
+    """Bare line ends, signs, wrong sizes, framing without end: malformed at any cut."""
+    for pieces in cuts(encoded) if len(encoded) < 100 else ([encoded], [encoded[:3000], encoded[3000:]]):
         with pytest.raises(MalformedMessage):
             feed_all(ChunkedDecoder(), pieces)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=8), st.lists(st.integers(1, 30), max_size=20))
 def test_chunks_of_any_body(pieces: list[bytes], sizes: list[int]) -> None:
-    """Whatever the body, whatever the cuts: what comes out is what went in."""
-    wire = chunked(*pieces)
+    """For any body and any cuts, decoding reverses encoding."""
+    encoded = chunked(*pieces)
     chunks = ChunkedDecoder()
     out = []
-    for size in [*sizes, len(wire)]:
-        out.append(chunks.feed(wire[:size]))
-        wire = wire[size:]
-        if not wire:
+    for size in [*sizes, len(encoded)]:
+        out.append(chunks.feed(encoded[:size]))
+        encoded = encoded[size:]
+        if not encoded:
             break
     assert b"".join(out) == b"".join(pieces)
     assert chunks.done
 
 
 def test_one_call_reads_a_bounded_number_of_chunks() -> None:
-    """What is above the bound stays unread, in order, and nothing is lost over the calls."""
+    """Bytes above the limit stay unread, in order, and nothing is lost between calls."""
     chunks = ChunkedDecoder()
-    wire, out, calls = b"1\r\nx\r\n" * 1000 + b"0\r\n\r\nnext", b"", 0
+    encoded, out, calls = b"1\r\nx\r\n" * 1000 + b"0\r\n\r\nnext", b"", 0
     while not chunks.done:
-        piece = chunks.feed(wire, 10)
-        out, wire, calls = out + piece, chunks.unread, calls + 1
+        piece = chunks.feed(encoded, 10)
+        out, encoded, calls = out + piece, chunks.unread, calls + 1
         assert len(piece) <= 5
     assert (out, chunks.extra) == (b"x" * 1000, b"next")
     assert calls > 200
 
 
 def test_a_body_that_is_mostly_framing_is_refused() -> None:
-    """More than the allowance and two bytes of framing for each byte; a response may have more."""
+    """More than the allowance and two bytes of framing for each byte of a request; a response may have more."""
     tiny, small = b"1\r\nx\r\n" * 5000, b"3\r\nxyz\r\n" * 5000
     with pytest.raises(MalformedMessage):
         feed_all(ChunkedDecoder(FRAMING_OF_REQUESTS), [tiny])

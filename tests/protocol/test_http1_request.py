@@ -32,8 +32,8 @@ def test_a_request_s_head() -> None:
     assert parse_request(LINE + b"Host: a\r\nTransfer-Encoding: CHUNKED", MIB).length is None
 
 
-def test_what_connection_names_ends_here() -> None:
-    """No stage, and not Azure, sees a field that the client's own hop was to keep (RFC 9110, 7.6.1)."""
+def test_fields_named_by_connection_end_here() -> None:
+    """They are hop-by-hop: neither a stage nor Azure sees them (RFC 9110, 7.6.1)."""
     head = parse_request(
         LINE + b"Host: a\r\nConnection: close, X-Mine\r\nconnection: x-other\r\nx-mine: 1\r\nX-Other: 2", 1
     )
@@ -70,7 +70,7 @@ def test_what_connection_names_ends_here() -> None:
     ],
 )
 def test_heads_that_no_gateway_may_pass_on(head: bytes, status: int) -> None:
-    """Two lengths, two hosts, none, a line that is none, more than there may be: refused, each with its status."""
+    """Two lengths, two hosts, no host, malformed lines, heads above a limit: refused, each with its status."""
     with pytest.raises(ApiError) as caught:
         parse_request(head, MIB)
     assert caught.value.status == status
@@ -86,8 +86,8 @@ def test_heads_that_no_gateway_may_pass_on(head: bytes, status: int) -> None:
         (b"GET /" + b"a" * 17_000 + b" HTTP/1.1\r\nHost: a", "16384"),
     ],
 )
-def test_a_head_above_a_limit_is_told_which(head: bytes, names: str) -> None:
-    """Whole, or while it comes."""
+def test_the_error_for_a_head_above_a_limit_names_the_limit(head: bytes, names: str) -> None:
+    """Whether the head is whole or still arriving."""
     with pytest.raises(ApiError, match=names) as whole:
         parse_request(head, MIB)
     with pytest.raises(ApiError, match=names) as begun:
@@ -128,7 +128,7 @@ NEVER_HEADS = [
 
 @pytest.mark.parametrize("begun", NEVER_HEADS)
 def test_a_head_that_can_never_become_one_is_refused_at_once(begun: bytes) -> None:
-    """With the byte that makes it one, however it is cut; no byte later, and nothing before it is refused."""
+    """With the first byte that makes it invalid, at any cut, and not before."""
     with pytest.raises(ApiError) as caught:
         HeadCheck().check(begun)
     assert caught.value.status == 400
@@ -150,10 +150,10 @@ def test_a_head_that_can_never_become_one_is_refused_at_once(begun: bytes) -> No
     st.lists(st.tuples(st.sampled_from([b"X-A", b"Accept"]), st.binary(max_size=300)), max_size=10),
     st.lists(st.integers(1, 60), min_size=1, max_size=5),
 )
-def test_a_head_that_is_taken_whole_is_taken_in_parts(
+def test_a_head_that_is_accepted_whole_is_accepted_in_parts(
     method: bytes, target: str, fields: list[tuple[bytes, bytes]], sizes: list[int]
 ) -> None:
-    """The check refuses nothing that the reader takes."""
+    """The check refuses nothing that the reader accepts."""
     lines = [b"%b /%b HTTP/1.1" % (method, target.encode()), b"Host: a"]
     lines += [b"%b: %b" % field for field in fields]
     head = b"\r\n".join(lines)
@@ -169,8 +169,8 @@ def test_a_head_that_is_taken_whole_is_taken_in_parts(
             return
 
 
-def test_a_head_in_many_parts_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line is read when it ends, and never again."""
+def test_a_head_in_many_parts_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is parsed when it ends, and never again."""
     read: list[bytes] = []
     take = http1_request._parse_request_fields
 
@@ -187,7 +187,7 @@ def test_a_head_in_many_parts_is_looked_at_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_same_head_again_is_the_same_request_but_for_its_length() -> None:
-    """What a connection's last head said is used again; the new length is the new request's own."""
+    """The connection's last head is used again, with the new length."""
     reader = HeadReader()
     for length in (10, 10, 2000, 7):
         head = LINE + SDK % length
@@ -226,8 +226,8 @@ def test_a_stage_s_changes_stay_with_their_request() -> None:
         LINE + SDK % 10 + b"\r\nTransfer-Encoding: chunked",
     ],
 )
-def test_another_head_is_read_anew(second: bytes) -> None:
-    """One byte more or other than the length, and nothing of the last head counts: as if it were the first."""
+def test_another_head_is_parsed_again(second: bytes) -> None:
+    """If any byte except the length differs, nothing of the last head is used."""
     reader = HeadReader()
     reader.read(LINE + SDK % 10, MIB)
     try:
@@ -242,8 +242,8 @@ def test_another_head_is_read_anew(second: bytes) -> None:
         assert read._replace(headers=anew.headers) == anew
 
 
-def test_keys_are_not_among_the_lines_that_are_kept() -> None:
-    """Lines of heads are kept to be found again, but no line that may hold a key."""
+def test_lines_with_keys_are_not_cached() -> None:
+    """The cache of lines has no line that may hold a key."""
     for name in (
         b"Authorization",
         b"api-key",
@@ -259,8 +259,8 @@ def test_keys_are_not_among_the_lines_that_are_kept() -> None:
     assert b"Host: a" in kept
 
 
-def test_lines_that_are_kept_are_bounded() -> None:
-    """A client that never sends the same line twice fills nothing up."""
+def test_the_cache_of_lines_is_bounded() -> None:
+    """A client that never sends the same line twice does not fill the memory."""
     for number in range(http1_fields._MAX_CACHED_LINES + 10):
         parse_request(b"GET /%d HTTP/1.1\r\nHost: a\r\nX: %d" % (number, number), MIB)
     assert len(http1_fields._cached_fields) <= http1_fields._MAX_CACHED_LINES

@@ -35,8 +35,8 @@ def test_how_a_response_s_body_ends() -> None:
         b"HTTP/1.1 200 OK" + b"\r\nX: y" * 129,
     ],
 )
-def test_responses_that_cannot_be_believed(head: bytes) -> None:
-    """What could be read in two ways, or is no HTTP/1.1, is malformed."""
+def test_malformed_responses(head: bytes) -> None:
+    """Heads that two readers could read differently, or that are not HTTP/1.1."""
     with pytest.raises(MalformedMessage):
         parse_response(head)
 

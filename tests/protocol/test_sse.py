@@ -8,7 +8,7 @@ from gateway import Event
 from gateway.protocol.sse import unfinished_event
 
 
-def test_json_of_an_event_is_lazy_and_none_where_it_is_no_json() -> None:
+def test_json_of_an_event_is_lazy_and_none_if_it_is_no_json() -> None:
     """`[DONE]` and broken JSON are None; a BOM before the first event does not hide it."""
     assert Event(b'\xef\xbb\xbfdata: {"a":1}\n\n').json() == {"a": 1}
     assert Event(b"data: [DONE]\n\n").json() is None
@@ -17,7 +17,7 @@ def test_json_of_an_event_is_lazy_and_none_where_it_is_no_json() -> None:
 
 
 def test_half_a_surrogate_pair_is_json() -> None:
-    """As JavaScript writes it; it is written again as it came."""
+    """As JavaScript writes it; it is encoded as it was received."""
     event = Event(rb'data: {"a":"\ud83d"}' + b"\n\n")
     content = event.json()
     event.set_json({**content, "b": 1})
@@ -38,6 +38,6 @@ def test_half_a_surrogate_pair_is_json() -> None:
         (b"a", b"\n\n"),
     ],
 )
-def test_what_ends_an_open_event(tail: bytes, ending: bytes) -> None:
-    """A broken stream's open event is ended, so that the error event after it stands for itself."""
+def test_the_bytes_that_end_an_open_event(tail: bytes, ending: bytes) -> None:
+    """The open event of a broken stream is ended, so that the error event after it is separate."""
     assert ending == unfinished_event(tail)
