@@ -15,8 +15,9 @@ from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.limits.counters import CountersUnavailable
 from gateway.limits.token_bucket import Charge, Decision, Limit
+from gateway.protocol.filters import EventFilter, Filter
 from gateway.protocol.headers import Headers
-from gateway.protocol.sse import Event, EventFilter, Filter
+from gateway.protocol.sse import Event
 from gateway.request import Request
 from gateway.response import Response
 from gateway.services import Services

@@ -1,9 +1,9 @@
-"""Fair turns: the bulk work of many connections, a bounded piece at a time.
+"""Fair scheduler: runs the bulk work of many connections in bounded steps, round robin.
 
-The event loop handles all that arrived on one connection before it looks at the next. A connection that brings
-thousands of chunks, frames or events at once would keep it from everybody else. Such a connection stops reading,
-keeps the unparsed bytes, and does its work in steps: the scheduler runs one step in each turn of the loop, one
-connection after another; a connection that has bulk work alone gets two.
+The event loop handles all bytes of one connection before it looks at the next. A connection that brings thousands of
+chunks, frames or events at once would block all others. Such a connection pauses reading, keeps the unparsed bytes, and
+does its work in steps: the scheduler runs one step in each turn of the loop, one connection after another. A
+connection that has bulk work alone gets two.
 
 Small reads, which are nearly all, are handled at once and never come here.
 """
@@ -20,12 +20,10 @@ __all__ = ("MOST_UNITS", "SMALL", "STEP", "FairScheduler", "ScheduledWork")
 SMALL = 4 * 1024
 """Reads of up to this many bytes are handled at once."""
 STEP = 16 * 1024
-"""The most bytes that one step handles."""
+"""Maximum number of bytes that one step handles."""
 MOST_UNITS = 64
-"""The most chunks, frames or events that one step handles."""
-# Steps in one turn of the loop, of all connections together.
-_STEPS = 1
-# Bytes of larger reads that may be handled at once in one turn, of all connections together.
+"""Maximum number of chunks, frames or events that one step handles."""
+# Bytes of larger reads that may be handled at once in one turn of the loop, for all connections together.
 _ALLOWANCE = 64 * 1024
 
 
@@ -37,19 +35,19 @@ class ScheduledWork(Protocol):
 
 
 class FairScheduler:
-    """Shares the turns of one event loop among the connections that have bulk work."""
+    """Shares the turns of one event loop among the connections with bulk work."""
 
-    __slots__ = ("_left", "_loop", "_scheduled", "_waiting")
+    __slots__ = ("_allowance_left", "_loop", "_scheduled", "_waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waiting: OrderedDict[ScheduledWork, None] = OrderedDict()
         self._scheduled = False
-        self._left = _ALLOWANCE
+        self._allowance_left = _ALLOWANCE
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> FairScheduler:
-        """Return the scheduler of a loop: one for each."""
+        """Return the scheduler of a loop: there is one for each."""
         found = _schedulers.get(loop)
         if found is None:
             found = _schedulers[loop] = cls(loop)
@@ -61,22 +59,22 @@ class FairScheduler:
             return True
         if not self._scheduled:
             self._schedule()
-        left = self._left
-        self._left = left - size
+        left = self._allowance_left
+        self._allowance_left = left - size
         return size <= STEP and left >= size
 
     def add(self, work: ScheduledWork) -> None:
-        """Run the steps of `work` from the next turn on, until it has no more to do."""
+        """Run the steps of `work` from the next turn on, until it is done."""
         self._waiting[work] = None
         if not self._scheduled:
             self._schedule()
 
     async def turn(self) -> None:
-        """Wait for a turn: a task with bulk work does so between two pieces of it."""
+        """Wait for a turn: a task with bulk work does this between two pieces of it."""
         turn = _Turn(self._loop.create_future())
         self.add(turn)
         try:
-            await turn.come
+            await turn.reached
         finally:
             self.remove(turn)
 
@@ -90,10 +88,10 @@ class FairScheduler:
 
     def _run(self) -> None:
         self._scheduled = False
-        self._left = _ALLOWANCE
+        self._allowance_left = _ALLOWANCE
         try:
             waiting = self._waiting
-            # One connection alone may take two: a turn costs as much as the work of some events.
+            # A single connection takes two steps: a turn costs as much as the work of some events.
             for _ in range(2 if len(waiting) == 1 else 1):
                 if not waiting:
                     break
@@ -108,15 +106,15 @@ class FairScheduler:
 class _Turn:
     """The next piece of a task's work."""
 
-    __slots__ = ("come",)
+    __slots__ = ("reached",)
 
-    def __init__(self, come: asyncio.Future[None]) -> None:
-        self.come = come
+    def __init__(self, reached: asyncio.Future[None]) -> None:
+        self.reached = reached
 
     def step(self) -> bool:
-        """Let the task go on."""
-        if not self.come.done():
-            self.come.set_result(None)
+        """Resume the task."""
+        if not self.reached.done():
+            self.reached.set_result(None)
         return False
 
 

@@ -17,11 +17,11 @@ from gateway.body.peekable_body import PeekableBody, PeekedBody
 from gateway.errors import ApiError
 from gateway.exchange import Exchange
 from gateway.limits.memory_budget import UNCOUNTED
+from gateway.protocol.filters import EventFilter, Filter, FilterFailed, chain_filters
 from gateway.protocol.headers import Field, Headers
 from gateway.protocol.json_fields import decode_json, encode_json
 from gateway.protocol.media_type import cached_media_type
 from gateway.protocol.retry_after import cooldown, retry_after
-from gateway.protocol.sse import EventFilter, Filter, FilterFailed, chain_filters
 from gateway.transport.websocket_handshake import WebSocket
 
 __all__ = ("Response", "check_body")

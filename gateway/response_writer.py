@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 from gateway.azure.key_redaction import secrets_of
 from gateway.errors import ApiError, StreamBroken, UpstreamError
 from gateway.logs import exception_fields, get_logger, redacted
-from gateway.protocol.header_policy import WRITTEN
-from gateway.protocol.sse import EventFilter, FilterChain, chain_filters, unfinished_event
+from gateway.protocol.filters import EventFilter, FilterChain, chain_filters
+from gateway.protocol.header_policy import MANAGED
+from gateway.protocol.sse import unfinished_event
 from gateway.response import Response, check_body
 from gateway.stream_writer import ClientDisconnected, StreamWriter, drain, write_counted
 from gateway.transport.response_head import date_line, status_line
@@ -49,7 +50,7 @@ async def write_response(
     event stream, and never with the last chunk, so that no client takes it for complete.
     """
     connection, request = incoming.connection, incoming.head
-    http_1_0 = request.old
+    http_1_0 = request.http10
     close = close or request.close or connection.closes_after_response()
     if isinstance(websocket := response.body, WebSocket):
         try:
@@ -254,9 +255,9 @@ def _failed_response(exc: Exception, hidden: list[str], request_id: str) -> Resp
 def _response_head(response: Response, request_id: str, *, close: bool, chunked: bool, length: int | None) -> bytes:
     fields = response.headers.fields
     lines = [status_line(response.status)]
-    lines += [field[2] for field in fields if not field[3] & WRITTEN]
+    lines += [field[2] for field in fields if not field[3] & MANAGED]
     has_date = has_content_type = has_buffering = False
-    for name, value, line, _ in [field for field in fields if field[3] & WRITTEN]:
+    for name, value, line, _ in [field for field in fields if field[3] & MANAGED]:
         if name == b"content-type":
             lines.append(line)
             has_content_type = True

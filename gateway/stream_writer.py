@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from gateway.errors import ApiError
 from gateway.limits.memory_budget import UNCOUNTED, BudgetExhausted
-from gateway.protocol.sse import FilterChain, FilterFailed
+from gateway.protocol.filters import FilterChain, FilterFailed
 from gateway.transport.pacing import Pacer
-from gateway.transport.upstream_connection import UpstreamResponse
+from gateway.transport.upstream_response import UpstreamResponse
 from gateway.transport.write_timeout import WriteTimeout
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Iterable
 from functools import lru_cache
+from typing import cast
 
 from gateway.auth.credentials import Credential
 from gateway.auth.entra_tokens import TokenUnavailable
@@ -27,13 +28,14 @@ from gateway.azure.urls import upstream_path
 from gateway.body.request_body import Body
 from gateway.errors import ApiError, GatewayError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Exchange
-from gateway.protocol.header_policy import DOWN
+from gateway.protocol.header_policy import TO_CLIENT
 from gateway.protocol.headers import Headers
 from gateway.request import Request
 from gateway.response import Response
 from gateway.settings import Timeouts
 from gateway.transport.connection_pool import ConnectionPool, Destination
-from gateway.transport.upstream_connection import UpstreamConnection, UpstreamResponse
+from gateway.transport.upstream_connection import UpstreamConnection
+from gateway.transport.upstream_response import UpstreamResponse
 from gateway.transport.websocket_handshake import WebSocket, check_asked, new_key, offered_protocols, opening, taken
 from gateway.usage.accounting import METERED, PROMPTED, UsageReader
 from gateway.usage.stream_usage import STREAMED, HideUsage, request_stream_usage
@@ -187,7 +189,7 @@ class Upstream:
         answer = await self._ask(request, resource, destination, head, b"", None, upgrade=True)
         if answer.status != 101:
             return _unusual(answer, resource, credential if request.target.credential is None else None)
-        socket = WebSocket(answer.switched())
+        socket = WebSocket(cast(UpstreamConnection, answer.switched()))
         exchange.own(socket)
         exchange.request = exchange.request or request
         socket.protocol = taken(answer.fields, key)
@@ -224,7 +226,7 @@ class Upstream:
             return isinstance(body, bytes) and seems_idempotent(request, body)
 
         while True:
-            wire = None if again else self._connector.kept(destination, repeatable)
+            wire = None if again else self._connector.take_idle(destination, repeatable)
             if wire is None:
                 if (until := request.begin_by) is not None:
                     connect = min(connect, max(0.001, until - time.monotonic()))
@@ -312,7 +314,7 @@ def _unusual(answer: UpstreamResponse, resource: Resource, stored: Credential | 
 
 
 def _down(answer: UpstreamResponse) -> Headers:
-    headers = Headers.of([each for each in answer.fields if each[3] & DOWN])
+    headers = Headers.of([each for each in answer.fields if each[3] & TO_CLIENT])
     if answer.inflated:
         headers.remove("content-encoding")
         headers.remove("content-length")
@@ -362,7 +364,7 @@ def _head(request: Request, destination: Destination, path: str, credential: Cre
     # Filters read text, and Azure compresses nothing by itself: ask for it plain.
     return b"%b\r\n%b\r\naccept-encoding: identity\r\nx-request-id: %b\r\n%b%b\r\n%b\r\n\r\n" % (
         _request_line(request.method, destination.base, path, destination.host_header),
-        request.headers.up() or b"accept: */*",
+        request.headers.lines_to_azure() or b"accept: */*",
         request.id.encode(),
         b"authorization: Bearer " if credential.bearer else b"api-key: ",
         credential.value.encode(),

@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from gateway import EventFilter, Filter
-from gateway.protocol.sse import chain_filters
+from gateway.protocol.filters import chain_filters
 
 FOUND = [{"prompt_index": 0, "content_filter_results": {"hate": {"filtered": False, "severity": "safe"}}}]
 EMPTY = {"id": "", "object": "", "created": 0, "model": ""}

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from gateway import EventFilter, Response
-from gateway.protocol.sse import chain_filters
+from gateway.protocol.filters import chain_filters
 from gateway.testing import FakeAzure, Seen, every_split, post
 from plugins.missing_delta import Deltas
 from plugins.missing_fields import Fill
@@ -23,7 +23,7 @@ from plugins.stream_errors import StreamErrors
 from plugins.strip_azure_fields import StripAzureFields
 from tests.chunks import Count, fed
 from tests.conftest import CHAT, StartGateway
-from tests.protocol.test_sse import Keep
+from tests.protocol.test_filters import Keep
 
 CAPTURES = Path(__file__).parents[2] / "shared" / "azure" / "captures"
 BODIES = sorted(CAPTURES.glob("*.body")) if CAPTURES.is_dir() else []

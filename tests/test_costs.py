@@ -87,9 +87,9 @@ class Line:
         self.azure, self.client = Pipe(), Pipe()
         self.wire = UpstreamConnection(loop)
         self.wire.connection_made(self.azure)
-        assert connector._outbox is not None
-        self.wire.settle(cast(Any, None), connector, destination, connector._outbox)
-        destination.kept.append(self.wire)
+        assert connector._write_buffer is not None
+        self.wire.attach(cast(Any, None), connector, destination, connector._write_buffer)
+        destination.idle.append(self.wire)
         assert server._http is not None
         self.connection = cast(ClientConnection, server._http())
         self.connection.connection_made(self.client)
@@ -126,7 +126,7 @@ async def test_a_plain_exchange_is_one_write_each_way(line: Line) -> None:
         await line.ask()
         assert len(line.azure.written) == count
         line.wire.data_received(PLAIN)
-        assert len(cast(Any, line.wire.destination).kept) == 1
+        assert len(cast(Any, line.wire.destination).idle) == 1
         await settle()
         assert len(line.client.written) == count
         assert line.client.written[-1].startswith(b"HTTP/1.1 200 OK\r\n")

@@ -1,4 +1,4 @@
-"""Host names that hang, fail, and change: who waits, for how long, and in how many threads."""
+"""Host names that hang, fail and change: timeouts, stale addresses, and limits on threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gateway.transport.connection_pool import ConnectionPool
 
 
 class Names:
-    """What `socket.getaddrinfo` finds; a name that hangs does so until the test is over."""
+    """The results of `socket.getaddrinfo`; a name that hangs does so until the test ends."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[str] | Exception] = {}
@@ -47,7 +47,7 @@ class Names:
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
-    """Stand in for the names of this machine."""
+    """Replace the names of this machine."""
     names = Names()
     monkeypatch.setattr(socket, "getaddrinfo", names.getaddrinfo)
     yield names
@@ -69,14 +69,14 @@ def addresses(found: list[Any]) -> list[str]:
 
 
 async def until_idle(resolver: Resolver) -> None:
-    """Wait until no look-up is under way."""
+    """Wait until no look-up is in progress."""
     async with asyncio.timeout(10):
         while resolver.threads:
             await asyncio.sleep(0.001)
 
 
-async def test_all_who_ask_for_a_name_share_one_look_up(names: Names) -> None:
-    """One thread for a hundred who ask at once, and none for those after them, while the addresses are fresh."""
+async def test_all_callers_share_one_look_up_of_a_name(names: Names) -> None:
+    """One thread for a hundred callers at once, and none for later callers while the addresses are fresh."""
     names.found["east.test"] = ["192.0.2.1", "192.0.2.2"]
     resolver = Resolver()
     found = await asyncio.gather(*(resolver.look_up("east.test") for _ in range(100)))
@@ -87,7 +87,7 @@ async def test_all_who_ask_for_a_name_share_one_look_up(names: Names) -> None:
 
 
 async def test_all_addresses_of_a_name_are_connected_to_in_turn(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One connection after another, also through a proxy: each begins with the next address."""
+    """Each connection begins with the next address, also through a proxy."""
     names.found["east.test"] = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
     tried: list[str] = []
 
@@ -112,8 +112,8 @@ async def test_all_addresses_of_a_name_are_connected_to_in_turn(names: Names, mo
 
 
 @pytest.mark.parametrize("literal", ["192.0.2.7", "2001:db8::7"])
-async def test_an_address_is_no_name(literal: str) -> None:
-    """It is looked up nowhere, and takes no thread."""
+async def test_an_address_is_not_looked_up(literal: str) -> None:
+    """It takes no thread."""
     resolver = Resolver()
     (found,) = await resolver.look_up(literal)
     assert found[4][0] == literal
@@ -121,7 +121,7 @@ async def test_an_address_is_no_name(literal: str) -> None:
 
 
 async def test_a_name_that_hangs_keeps_no_other_waiting(names: Names) -> None:
-    """However many hang: each has a thread of its own, up to a bound, and who waits for one is told its name."""
+    """Each has its own thread, up to a limit, and the error names the host."""
     resolver = Resolver()
     names.hanging = {f"hangs-{number}.test" for number in range(20)}
     names.found["well.test"] = ["192.0.2.1"]
@@ -135,7 +135,7 @@ async def test_a_name_that_hangs_keeps_no_other_waiting(names: Names) -> None:
 
 
 async def test_threads_are_bounded_for_each_name_and_in_all(names: Names) -> None:
-    """A second thread for a name whose first one hangs for long, never a third; and a bound for all names together."""
+    """A second thread for a name whose first one hangs, never a third; and a limit for all names together."""
     clock = Clock()
     resolver = Resolver(clock)
     names.hanging = {"one.test"}
@@ -155,7 +155,7 @@ async def test_threads_are_bounded_for_each_name_and_in_all(names: Names) -> Non
 
 
 async def test_a_name_recovers_while_its_first_look_up_hangs_for_ever(names: Names) -> None:
-    """The second one's answer counts, and what the first finds at last is old."""
+    """The result of the second counts, and the late result of the first is ignored."""
     clock = Clock()
     resolver = Resolver(clock)
     names.hanging = {"east.test"}
@@ -172,8 +172,8 @@ async def test_a_name_recovers_while_its_first_look_up_hangs_for_ever(names: Nam
     assert addresses(await resolver.look_up("east.test")) == ["192.0.2.2"]
 
 
-async def test_old_addresses_are_used_while_a_look_up_hangs(names: Names) -> None:
-    """RFC 8767: the look-up is waited for a while, once; who comes later does not wait; after a day it is an error."""
+async def test_stale_addresses_are_used_while_a_look_up_hangs(names: Names) -> None:
+    """RFC 8767: the first caller waits for a while, later callers do not; after a day it is an error."""
     clock = Clock()
     resolver = Resolver(clock)
     names.found["east.test"] = ["192.0.2.1"]
@@ -193,8 +193,8 @@ async def test_old_addresses_are_used_while_a_look_up_hangs(names: Names) -> Non
         await resolver.look_up("east.test", 0.01)
 
 
-async def test_old_addresses_are_used_when_a_look_up_fails_but_not_when_the_name_is_gone(names: Names) -> None:
-    """A failure is tried again after half a minute; that there is no such name is an answer."""
+async def test_stale_addresses_are_used_if_a_look_up_fails_but_not_if_the_name_is_gone(names: Names) -> None:
+    """A failed look-up is retried after half a minute; "no such name" is a result, not a failure."""
     clock = Clock()
     resolver = Resolver(clock)
     names.found["east.test"] = ["192.0.2.1"]
@@ -213,8 +213,8 @@ async def test_old_addresses_are_used_when_a_look_up_fails_but_not_when_the_name
         await resolver.look_up("east.test")
 
 
-async def test_whatever_a_look_up_raises_is_told(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that cannot be encoded, a system without another thread: an error, and the next look-up works."""
+async def test_any_exception_of_a_look_up_reaches_the_caller(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that cannot be encoded, or a system without threads: an error, and the next look-up works."""
     resolver = Resolver()
     names.found["odd.test"] = UnicodeError("label too long")
     with pytest.raises(LookupFailed, match="label too long"):
@@ -232,8 +232,8 @@ async def test_whatever_a_look_up_raises_is_told(names: Names, monkeypatch: pyte
     assert addresses(await resolver.look_up("east.test")) == ["192.0.2.1"]
 
 
-async def test_who_leaves_does_not_end_the_look_up_of_others(names: Names) -> None:
-    """It is shared: one of those who wait may be cancelled."""
+async def test_a_cancelled_caller_does_not_cancel_the_look_up_of_others(names: Names) -> None:
+    """They share it."""
     resolver = Resolver()
     names.hanging = {"east.test"}
     names.found["east.test"] = ["192.0.2.1"]
@@ -245,8 +245,8 @@ async def test_who_leaves_does_not_end_the_look_up_of_others(names: Names) -> No
     assert addresses(await stays) == ["192.0.2.1"]
 
 
-async def test_names_that_are_asked_for_once_do_not_fill_the_memory(names: Names) -> None:
-    """The ones that were asked for longest ago are forgotten."""
+async def test_the_number_of_remembered_names_is_bounded(names: Names) -> None:
+    """The least recently used names are forgotten."""
     resolver = Resolver()
     for number in range(1100):
         names.found[f"{number}.test"] = ["192.0.2.1"]
@@ -256,7 +256,7 @@ async def test_names_that_are_asked_for_once_do_not_fill_the_memory(names: Names
 
 LOOPS = """
 import asyncio, socket, sys, threading
-from gateway.transport.connection_pool import Connector
+from gateway.transport.connection_pool import ConnectionPool
 from gateway.errors import UpstreamTimeout
 from gateway.dns_resolver import Resolver
 from gateway.azure.resources import Resource
@@ -269,7 +269,7 @@ socket.getaddrinfo = fake
 async def main():
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    connector = Connector()
+    connector = ConnectionPool()
     await connector.start()
     def there(host):
         return connector.destination(Resource(host, f"http://{host}:{port}"))
@@ -292,8 +292,8 @@ else:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_names_that_hang_for_ever_keep_neither_others_nor_the_process(loop: str) -> None:
-    """A healthy resource is connected to, the error names the name, and the process ends."""
+async def test_names_that_hang_for_ever_block_neither_others_nor_the_exit(loop: str) -> None:
+    """A healthy resource is reached, the error names the host, and the process ends."""
     if loop == "uvloop":
         pytest.importorskip("uvloop")
     done = await asyncio.to_thread(
@@ -309,8 +309,8 @@ async def test_names_that_hang_for_ever_keep_neither_others_nor_the_process(loop
     ), done.stderr
 
 
-async def test_everything_that_looks_names_up_does_it_in_these_threads(names: Names) -> None:
-    """Resources, proxies, the session for issuers and tokens, Redis: none of them in a pool that others need."""
+async def test_all_look_ups_run_in_these_threads(names: Names) -> None:
+    """Resources, proxies, issuers, tokens and Redis: none of them uses a shared thread pool."""
     connector = ConnectionPool()
     await connector.start()
     shared = Shared()
@@ -335,7 +335,7 @@ async def test_everything_that_looks_names_up_does_it_in_these_threads(names: Na
 
 
 async def test_a_proxy_whose_name_hangs_is_named(names: Names) -> None:
-    """The time for its look-up is a part of the time to connect."""
+    """Its look-up is a part of the connect timeout."""
     names.hanging = {"proxy.test"}
     connector = ConnectionPool()
     await connector.start()
@@ -348,8 +348,8 @@ async def test_a_proxy_whose_name_hangs_is_named(names: Names) -> None:
     await connector.close()
 
 
-def test_nobody_else_looks_names_up() -> None:
-    """`getaddrinfo` is called here, and where the addresses to listen at are found; nowhere through the loop."""
+def test_no_other_module_looks_up_names() -> None:
+    """Only this module and the listener call `getaddrinfo`; none calls it through the loop."""
     from pathlib import Path
 
     places = {

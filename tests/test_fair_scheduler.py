@@ -1,4 +1,4 @@
-"""Fair turns of the loop: how many steps one turn has, whose they are, and what is handled at once."""
+"""The fair scheduler: steps in one turn, their order, and reads that are handled at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gateway.fair_scheduler import _ALLOWANCE, SMALL, STEP, FairScheduler
 
 
 class Counting:
-    """Work of a known number of steps, which notes in which turn each one runs."""
+    """Work of a known number of steps, which records the turn of each."""
 
     def __init__(self, name: str, steps: int, seen: list[str]) -> None:
         self.name, self.steps, self.seen = name, steps, seen
@@ -20,7 +20,7 @@ class Counting:
 
 
 async def turns(seen: list[str], count: int) -> list[list[str]]:
-    """Return what ran in each of the next turns of the loop."""
+    """Return the steps of each of the next turns of the loop."""
     out = []
     for _ in range(count):
         before = len(seen)
@@ -30,7 +30,7 @@ async def turns(seen: list[str], count: int) -> list[list[str]]:
 
 
 async def test_a_turn_has_a_bounded_number_of_steps() -> None:
-    """However much there is to do, and however many connections have it; each gets its step in turn."""
+    """For any amount of work and any number of connections; each gets its step in turn."""
     seen: list[str] = []
     scheduler = FairScheduler.of(asyncio.get_running_loop())
     for name in "abc":
@@ -54,6 +54,10 @@ async def test_one_connection_alone_gets_two_steps() -> None:
 
 async def test_what_is_removed_runs_no_more() -> None:
     """And what is added again goes on behind the others."""
+
+
+async def test_removed_work_runs_no_more() -> None:
+    """Work that is added again continues after the others."""
     seen: list[str] = []
     scheduler = FairScheduler.of(asyncio.get_running_loop())
     work = Counting("a", 100, seen)
@@ -69,8 +73,8 @@ async def test_what_is_removed_runs_no_more() -> None:
     scheduler.remove(work)
 
 
-async def test_work_that_fails_stops_nobody_else() -> None:
-    """The others go on; the loop is told of the mistake."""
+async def test_work_that_fails_does_not_stop_other_work() -> None:
+    """The others continue; the loop reports the exception."""
     seen: list[str] = []
     told: list[object] = []
     loop = asyncio.get_running_loop()
@@ -89,7 +93,7 @@ async def test_work_that_fails_stops_nobody_else() -> None:
 
 
 async def test_small_reads_are_always_handled_at_once_and_large_ones_up_to_an_allowance() -> None:
-    """The allowance is that of one turn, of all connections together."""
+    """The allowance is for one turn, and for all connections together."""
     scheduler = FairScheduler.of(asyncio.get_running_loop())
     for _ in range(_ALLOWANCE // STEP):
         assert scheduler.may_handle(STEP)
@@ -102,6 +106,6 @@ async def test_small_reads_are_always_handled_at_once_and_large_ones_up_to_an_al
 
 
 async def test_each_loop_has_one_scheduler() -> None:
-    """The connections to clients and those to Azure share its turns."""
+    """Connections to clients and to Azure share it."""
     loop = asyncio.get_running_loop()
     assert FairScheduler.of(loop) is FairScheduler.of(loop)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.protocol.http1 import parse_response
+from gateway.protocol.http1_response import parse_response
 from tests.fuzz import readings
 from tests.fuzz.answers import BadAnswer, read_answers
 from tests.fuzz.fuzzing import differ, fuzz

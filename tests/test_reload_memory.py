@@ -187,16 +187,16 @@ async def test_a_connection_in_use_is_closed_when_its_destination_is_forgotten(s
     await running.name(json=CHAT)
     upstream = running.gateway.server.upstream
     (destination,) = upstream._connector._destinations.values()
-    (wire,) = destination.kept
+    (wire,) = destination.idle
     async with running.gateway.post(json={**CHAT, "stream": True}) as answer:
-        assert destination.kept == []
+        assert destination.idle == []
         upstream.keep([])
         assert (await answer.text()).rstrip().endswith("data: [DONE]")
     await until(lambda: not wire.is_connected())
-    assert destination.kept == []
+    assert destination.idle == []
     await running.name(json=CHAT)
     (other,) = upstream._connector._destinations.values()
     assert other is not destination
-    (idle,) = other.kept
+    (idle,) = other.idle
     upstream.keep([])
     await until(lambda: not idle.is_connected())

@@ -530,7 +530,7 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
         (authority, "other.test", None, None, "it is for another host"),
         (stranger, "localhost", None, None, "its issuer is not known"),
         (authority, "localhost", None, yesterday, "it has expired"),
-        (authority, "localhost", tomorrow, None, "its time has not begun"),
+        (authority, "localhost", tomorrow, None, "it is not valid yet"),
     ):
         server_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         issuer.issue_cert(name, not_before=begins, not_after=ends).configure_cert(server_context)
@@ -547,13 +547,13 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
         async with gateway.post() as answer:
             assert answer.status == (200 if why is None else 502), await answer.text()
             if why is not None:
-                said = "the certificate of the Azure resource 'azure', which 'localhost' shows, is not valid: "
+                said = "the certificate of the Azure resource 'azure', from 'localhost', is not valid: "
                 assert (await answer.json())["error"]["message"].startswith(said + why)
         server.close()
 
 
 async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
-    """What aiohttp keeps private and connector.py relies on; an upgrade that moves it must fail here first."""
+    """What aiohttp keeps private and connection_pool.py relies on; an upgrade that moves it must fail here first."""
     import ast
     import inspect
 
@@ -564,14 +564,18 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
     await own.start()
     connector = own._connector
     assert connector is not None
-    assert hasattr(connector, "_factory"), "TCPConnector._factory moved: connector.py makes its protocol through it"
+    assert hasattr(connector, "_factory"), (
+        "TCPConnector._factory moved: connection_pool.py makes its protocol through it"
+    )
     assert isinstance(connector._factory(), UpstreamConnection), "TCPConnector._factory is made by something else now"
     assert list(inspect.signature(connector.connect).parameters) == ["req", "traces", "timeout"], (
-        "TCPConnector.connect() takes other arguments: connector.py calls it"
+        "TCPConnector.connect() takes other arguments: connection_pool.py calls it"
     )
     made = inspect.signature(ConnectionKey).parameters
-    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], "ConnectionKey's fields moved: connector.py makes one"
-    assert len(made) == 8, "ConnectionKey has other fields: connector.py makes one"
+    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], (
+        "ConnectionKey's fields moved: connection_pool.py makes one"
+    )
+    assert len(made) == 8, "ConnectionKey has other fields: connection_pool.py makes one"
     # What the connector asks of a request, and of a protocol: those that stand in must have it.
     tree = ast.parse(inspect.getsource(module))
     asked: dict[str, set[str]] = {"req": set(), "proto": set(), "protocol": set()}
@@ -592,11 +596,11 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
         "request_info",
     }
     missing = {name for name in asked["req"] if not hasattr(destination, name)} - elsewhere
-    assert not missing, f"the connector asks a request for {missing}: give it to connector.Destination"
+    assert not missing, f"the connector asks a request for {missing}: give it to connection_pool.Destination"
     wire = UpstreamConnection(asyncio.get_running_loop())
     unused = {"set_response_params", "read"}
     missing = {name for name in asked["proto"] | asked["protocol"] if not hasattr(wire, name)} - unused
-    assert not missing, f"the connector asks a protocol for {missing}: give it to wire.Wire"
+    assert not missing, f"the connector asks a protocol for {missing}: give it to UpstreamConnection"
     await own.close()
 
 

@@ -72,7 +72,7 @@ _MAX_SEEN, _MAX_TOKENS = 4096, 256
 def presented_key(headers: Headers) -> Credential | None:
     """Return the key that these headers present; see `Request.key`."""
     shown: Credential | None = None
-    for name, value, _, _ in headers.presenting():
+    for name, value, _, _ in headers.credential_fields():
         if name == b"authorization":
             scheme, _, token = value.partition(b" ")
             if scheme.lower() != b"bearer":

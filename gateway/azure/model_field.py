@@ -17,10 +17,11 @@ import msgspec
 from gateway.azure.batch_files import batch_models, map_batch
 from gateway.azure.resources import common_resource
 from gateway.errors import ApiError
+from gateway.protocol.filters import EventFilter
 from gateway.protocol.json_fields import decode_json, encode_fields, raw_fields, with_field
 from gateway.protocol.media_type import media_type
 from gateway.protocol.multipart import FormReader, boundary_of
-from gateway.protocol.sse import Event, EventFilter
+from gateway.protocol.sse import Event
 
 if TYPE_CHECKING:
     from gateway.azure.operations import Operation
@@ -359,7 +360,7 @@ def _placed_in_form(
     field = form.fields.get("model") or form.fields.get("session[model]")
     if field is not None:
         if deployment is None:
-            return body.with_replacement(field.begins, field.next, b"")
+            return body.with_replacement(field.part_start, field.part_end, b"")
         if field.text == deployment:
             return body.with_replacement(0, 0, b"")
         return body.with_replacement(field.start, field.end, deployment.encode())

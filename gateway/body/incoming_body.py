@@ -14,7 +14,8 @@ from typing import Protocol
 
 from gateway.body.request_body import body_too_large
 from gateway.errors import ApiError
-from gateway.protocol.http1 import FRAMING_OF_REQUESTS, MOST_LINES, ChunkedDecoder, too_large
+from gateway.protocol.http1_chunked import FRAMING_OF_REQUESTS, MOST_LINES, ChunkedDecoder
+from gateway.protocol.http1_request import too_large
 
 __all__ = ("INLINE_FRAMING_LINES", "BodyTransport", "IncomingBody")
 

@@ -1,8 +1,8 @@
-"""Compressed responses: gzip and deflate undone in bounded pieces (RFC 9110, 8.4).
+"""Content codings: gzip and deflate, decompressed in bounded pieces (RFC 9110, 8.4).
 
-The gateway asks Azure for plain responses. One that comes compressed all the same, from an API management layer
-perhaps, is undone before anything looks at it: repairs, errors and usage are read from plain bytes alone.
-A few bytes can stand for a thousand times as many, so no call returns more than it was asked for.
+The gateway asks Azure for plain responses. A response that is compressed anyway, by an API management layer perhaps,
+is decompressed before anything reads it: repairs, errors and usage see plain bytes only.
+A few bytes can inflate to a thousand times their size, so no call returns more than the caller asked for.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ from gateway.errors import GatewayError
 
 __all__ = ("BadCoding", "Inflater", "UnknownCoding", "is_identity")
 
-_INFLATED = (b"gzip", b"x-gzip", b"deflate")
-# What a member counts for, besides its bytes: thousands of empty ones would else be read in one call.
-_MEMBER = 256
+_SUPPORTED = (b"gzip", b"x-gzip", b"deflate")
+# A member of a gzip file counts as this many bytes more than it has, so that one call does not read thousands of
+# empty ones.
+_MEMBER_COST = 256
 
 
 class BadCoding(GatewayError):
-    """A body is compressed in an unknown way, or is broken."""
+    """The content coding of a body is unknown, or its data is broken."""
 
 
 class UnknownCoding(BadCoding):
-    """A body is compressed in a way that is not undone here."""
+    """The content coding of a body is not supported."""
 
 
 def is_identity(coding: bytes) -> bool:
-    """Whether the value of a Content-Encoding says that the body is plain."""
+    """Whether the value of a Content-Encoding means a plain body."""
     return coding.strip().lower() in (b"", b"identity")
 
 
 class Inflater:
-    """Undoes gzip or deflate: `feed` compressed bytes, then `read` until nothing is `pending`."""
+    """Decompresses gzip or deflate: `feed` compressed bytes, then `read` until nothing is `pending`."""
 
-    __slots__ = ("_begun", "_inflate", "_input", "pending")
+    __slots__ = ("_begun", "_decompressor", "_input", "pending")
 
     def __init__(self, coding: bytes) -> None:
-        """Begin. Raises UnknownCoding for another than gzip or deflate."""
+        """Prepare for a coding. Raises UnknownCoding if it is neither gzip nor deflate."""
         name = coding.strip().lower()
-        if name not in _INFLATED:
-            told = name.decode("latin-1") if name.isascii() and len(name) < 40 else "another"
+        if name not in _SUPPORTED:
+            shown = repr(name.decode("latin-1")) if name.isascii() and len(name) < 40 else "an unknown name"
             raise UnknownCoding(
-                f"the response has the content coding {told!r}; the gateway decodes gzip and deflate alone"
+                f"the response has the content coding {shown}; the gateway decodes only gzip and deflate"
             )
-        self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+        self._decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
         self._input = b""
         self._begun = False
         self.pending = False
@@ -57,25 +58,25 @@ class Inflater:
             self.pending = True
 
     def read(self, most: int) -> bytes:
-        """Return at most `most` plain bytes. Raises BadCoding if what was fed is broken."""
+        """Return at most `most` plain bytes. Raises BadCoding if the compressed data is broken."""
         out: list[bytes] = []
         try:
             while most > 0 and self.pending:
-                if self._inflate.eof:  # gzip may have several members (RFC 1952, 2.2)
-                    self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+                if self._decompressor.eof:  # gzip may have several members (RFC 1952, 2.2)
+                    self._decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
                 self._begun = True
-                piece = self._inflate.decompress(self._input, most)
-                ended = self._inflate.eof
-                self._input = self._inflate.unused_data if ended else self._inflate.unconsumed_tail
-                # A decoder that was stopped by `most` may have more, even if it has taken all of its input.
+                piece = self._decompressor.decompress(self._input, most)
+                ended = self._decompressor.eof
+                self._input = self._decompressor.unused_data if ended else self._decompressor.unconsumed_tail
+                # A decompressor that stopped at `most` may have more, even if it has taken all of its input.
                 self.pending = bool(self._input) or (len(piece) == most and not ended)
-                most -= len(piece) + (_MEMBER if ended else 0)
+                most -= len(piece) + (_MEMBER_COST if ended else 0)
                 out.append(piece)
         except zlib.error:
-            raise BadCoding("the response's content coding is broken") from None
+            raise BadCoding("the compressed data of the response is broken") from None
         return out[0] if len(out) == 1 else b"".join(out)
 
     def check_end(self) -> None:
-        """Note that nothing more is fed. Raises BadCoding if the last member has not ended."""
-        if self._begun and not self._inflate.eof:
-            raise BadCoding("the response's content coding ends too early")
+        """Note the end of the input. Raises BadCoding if the last member has not ended."""
+        if self._begun and not self._decompressor.eof:
+            raise BadCoding("the compressed data of the response ends too early")

@@ -1,4 +1,4 @@
-"""JSON bodies: decoded as clients really send them, and written anew with as few changes as can be."""
+"""JSON bodies: decoded as clients really send them, and edited with as few changes as possible."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gateway.errors import ApiError
 
 __all__ = ("decode_json", "encode_fields", "encode_json", "raw_fields", "with_field")
 
-# The most values that JSON may be decoded into. A small object takes some 70 bytes for 3 bytes of JSON; text is cheap.
-_MOST_VALUES = 1_000_000
-_raw_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+# Maximum number of values to decode. A small object takes some 70 bytes for 3 bytes of JSON; text is cheap.
+_MAX_VALUES = 1_000_000
+_raw_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def decode_json(data: bytes, decode: Callable[[bytes], Any], *, skips: bool = False) -> Any:
-    r"""Return what `decode` makes of JSON.
+    r"""Decode JSON with `decode`.
 
-    Raises ApiError 400 if it is none, and 413 where it has more values than may be decoded, unless `decode` `skips`
-    what it was not asked for: values in it are decoded into nothing.
+    Raises ApiError 400 if it is not JSON, and 413 if it has too many values. With `skips`, `decode` skips most values
+    without decoding them, and there is no limit.
 
-    msgspec refuses half of a surrogate pair (`"\ud83d"`), which JSON allows (RFC 8259, 8.2) and JavaScript
-    sends where a program has cut a text in the wrong place: such a body is decoded the slow way.
+    msgspec rejects half of a surrogate pair (`"\ud83d"`). JSON allows it (RFC 8259, 8.2), and JavaScript sends it if a
+    program has cut a text in the wrong position: such a body is decoded the slow way.
     """
-    if not skips and len(data) > _MOST_VALUES:
+    if not skips and len(data) > _MAX_VALUES:
         check_values(data)
     try:
         return decode(data)
@@ -43,24 +43,23 @@ def decode_json(data: bytes, decode: Callable[[bytes], Any], *, skips: bool = Fa
 
 
 def check_values(data: bytes) -> None:
-    """Raise ApiError 413 for JSON that may have more values than are decoded.
+    """Raise ApiError 413 for JSON that may have too many values.
 
-    Each value follows one of these signs. Those in texts count, too: to tell them apart would be to decode it.
+    Each value follows one of these signs. Signs inside texts count, too: only decoding could tell them apart.
     """
     values = 0
     for sign in b",:[{":
         values += data.count(sign)
-        if values > _MOST_VALUES:
+        if values > _MAX_VALUES:
             raise ApiError(
                 413,
-                f"the JSON has more than {_MOST_VALUES} values (signs , : [ and {{), the most that are decoded; "
-                "send less at once",
+                f"the JSON has more than {_MAX_VALUES} values (signs , : [ and {{); send a smaller body",
                 code="body_too_large",
             )
 
 
 def encode_json(content: object) -> bytes:
-    """Return JSON; half of a surrogate pair is written as it came."""
+    """Encode JSON; half of a surrogate pair is written as it was received."""
     try:
         return msgspec.json.encode(content)
     except UnicodeEncodeError:
@@ -70,17 +69,17 @@ def encode_json(content: object) -> bytes:
 
 
 def _number(text: str) -> float:
-    """Return a number that JSON can say again. Raises ValueError for `NaN`, `Infinity` and what is as large."""
+    """Return a finite number. Raises ValueError for `NaN`, `Infinity` and numbers too large for a float."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no number that can be sent on")
+        raise ValueError(f"{text} is not a finite number")
     return number
 
 
 def with_field(body: bytes, name: str, value: str | bytes | None) -> bytes:
-    """Return a JSON object's bytes with another field `name`; every other value keeps its bytes.
+    """Set one field of a JSON object, given and returned as bytes; every other value keeps its bytes.
 
-    `value` is text, or JSON already in bytes, or None for no such field.
+    `value` is text, or encoded JSON as bytes, or None to remove the field.
     """
     fields = _all_fields(body)
     if not isinstance(fields, dict):
@@ -98,15 +97,15 @@ def with_field(body: bytes, name: str, value: str | bytes | None) -> bytes:
 
 
 def raw_fields(body: bytes, names: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Return the fields of a JSON object, each value as the bytes it has there; only those named, if any are.
+    """Return the fields of a JSON object, each value as its bytes; with `names`, only those.
 
-    Of a doubled field it is the last one, as all readers of JSON at hand have it. Raises ApiError 400 where the body
-    is no JSON object.
+    If a field is repeated, the last one counts, as in all common JSON readers. Raises ApiError 400 if the body is not a
+    JSON object.
     """
     if names:
-        decode, none = _named(names)
+        decode, empty = _named_decoder(names)
         found = decode_json(body, decode, skips=True)
-        if found == none:  # nearly always
+        if found == empty:  # nearly always
             return {}
     else:
         found = _all_fields(body)
@@ -115,31 +114,31 @@ def raw_fields(body: bytes, names: tuple[str, ...] = ()) -> dict[str, bytes]:
         return {name: bytes(value) for name, value in values if value is not None}
     if not isinstance(found, dict):
         raise ApiError(400, "the body is not a JSON object")
-    return {name: _bytes(found[name]) for name in names or found if name in found}
+    return {name: _encoded(found[name]) for name in names or found if name in found}
 
 
 def _all_fields(body: bytes) -> Any:
-    """Decode the fields of a JSON object, whose values stay bytes. Raises ApiError 400, and 413 for too many fields."""
-    if len(body) > _MOST_VALUES and body.count(b":") > _MOST_VALUES:
+    """Decode the fields of a JSON object; the values stay bytes. Raises ApiError 400, and 413 for too many fields."""
+    if len(body) > _MAX_VALUES and body.count(b":") > _MAX_VALUES:
         check_values(body)
-    return decode_json(body, _raw_fields.decode, skips=True)
+    return decode_json(body, _raw_decoder.decode, skips=True)
 
 
 def encode_fields(fields: Mapping[str, bytes]) -> bytes:
-    """Return the JSON object of fields whose values are JSON already."""
+    """Encode a JSON object; the values are encoded already."""
     try:
         return msgspec.json.encode({name: msgspec.Raw(value) for name, value in fields.items()})
     except UnicodeEncodeError:  # half of a surrogate pair in a name
         return b"{%b}" % b",".join(json.dumps(name).encode() + b":" + value for name, value in fields.items())
 
 
-def _bytes(value: object) -> bytes:
+def _encoded(value: object) -> bytes:
     return bytes(value) if isinstance(value, msgspec.Raw) else json.dumps(value).encode()
 
 
 @lru_cache(maxsize=256)
-def _named(names: tuple[str, ...]) -> tuple[Callable[[bytes], Any], msgspec.Struct]:
-    """Return what decodes the bytes of these fields and skips the others unread, and what it returns of none."""
-    places = {f"f{place}": name for place, name in enumerate(names)}
-    kind = msgspec.defstruct("_Named", [(place, msgspec.Raw, None) for place in places], rename=places)
-    return msgspec.json.Decoder(kind).decode, kind()
+def _named_decoder(names: tuple[str, ...]) -> tuple[Callable[[bytes], Any], msgspec.Struct]:
+    """Return a decoder that skips all fields but these, and its result for an object with none of them."""
+    attributes = {f"f{index}": name for index, name in enumerate(names)}
+    struct = msgspec.defstruct("_Named", [(each, msgspec.Raw, None) for each in attributes], rename=attributes)
+    return msgspec.json.Decoder(struct).decode, struct()

@@ -1,4 +1,4 @@
-"""For how long Azure asks to be left alone: in headers, or only in words."""
+"""Retry-After: how long Azure asks the gateway to wait, in headers or only in the words of an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "
 
 
 def retry_after(headers: Headers, message: str = "") -> float | None:
-    """Return the seconds, by the headers, else by the words of the message; None where neither says."""
+    """Return the wait in seconds, from the headers or else from the message; None if neither has it."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = (headers.get(name) or "").strip()
         if re.fullmatch(r"\d{1,9}(\.\d{1,6})?", value):

@@ -19,8 +19,9 @@ from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.exchange import Exchange, Outcome
 from gateway.limits.memory_counters import MemoryCounters
+from gateway.protocol.filters import EventFilter, Filter, FilterFailed, chain_filters, run_filters
 from gateway.protocol.headers import Headers
-from gateway.protocol.sse import Event, EventFilter, Filter, FilterFailed, chain_filters, run_filters
+from gateway.protocol.sse import Event
 from gateway.request import Request
 from gateway.response import Response
 from gateway.response_writer import note_end

@@ -18,16 +18,9 @@ from gateway.body.request_body import Body
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
 from gateway.logs import exception_fields, get_logger
-from gateway.protocol.http1 import (
-    HEAD_END,
-    MAX_HEAD,
-    MOST_LINES,
-    HeadCheck,
-    HeadReader,
-    MalformedMessage,
-    RequestHead,
-    malformed_request,
-)
+from gateway.protocol.http1_chunked import MOST_LINES
+from gateway.protocol.http1_fields import HEAD_END, MAX_HEAD, MalformedMessage
+from gateway.protocol.http1_request import HeadCheck, HeadReader, RequestHead, malformed_request
 from gateway.settings import Limits, Timeouts
 from gateway.transport.connection_limit import PROBE_CONNECTIONS, PROBE_HEAD_TIMEOUT, connection_limit_reached
 from gateway.transport.deadline import Deadline

@@ -1,6 +1,6 @@
-"""A way to Azure through a proxy: a connected socket, from a CONNECT or a SOCKS 5 handshake with bounds.
+"""A tunnel to Azure through a proxy: a connected socket, made by an HTTP CONNECT or a SOCKS 5 handshake with limits.
 
-What is wrong is said as the proxy's fault: who reads it must not look for it at Azure.
+Error messages name the proxy, so that an operator does not search for the fault at Azure.
 """
 
 from __future__ import annotations
@@ -12,74 +12,75 @@ from typing import Any
 
 from gateway.dns_resolver import LookupFailed, connected_socket
 from gateway.errors import UpstreamError
-from gateway.protocol.http1 import HEAD_END, MAX_HEAD, MalformedMessage, parse_response
+from gateway.protocol.http1_fields import HEAD_END, MAX_HEAD, MalformedMessage
+from gateway.protocol.http1_response import parse_response
 from gateway.protocol.proxy_url import Proxy
 
 __all__ = ("open_tunnel",)
 
-# The time limit is the caller's; python-socks insists on one of its own, in seconds.
-_NEVER = 86_400.0
+# The timeout is the caller's; python-socks requires one of its own, in seconds.
+_NO_TIMEOUT = 86_400.0
 
 
 async def open_tunnel(proxy: Proxy, host: str, port: int, resource: str) -> socket.socket:
-    """Return a socket whose other end is `host` and `port`, behind the proxy; `resource` is for messages.
+    """Return a socket that a proxy has connected to `host` and `port`; `resource` is for messages.
 
-    Raises UpstreamError, and LookUpFailed if the proxy's own name has no address. There is no time limit of its own.
+    Raises UpstreamError, and LookupFailed if the proxy's own name has no address. The caller sets a timeout.
     """
-    of = f"the proxy of the Azure resource {resource!r}"
-    sock = await _connect(proxy, of)
+    owner = f"the proxy of the Azure resource {resource!r}"
+    sock = await _connect(proxy, owner)
     try:
         if proxy.socks:
-            await _socks(sock, proxy, host, port, of)
+            await _socks5_handshake(sock, proxy, host, port, owner)
         else:
-            await _http_connect(sock, proxy, host, port, of)
+            await _http_connect(sock, proxy, host, port, owner)
     except OSError:
         sock.close()
-        raise UpstreamError(f"{of} broke the connection off") from None
+        raise UpstreamError(f"{owner} closed the connection") from None
     except BaseException:
         sock.close()
         raise
     return sock
 
 
-async def _connect(proxy: Proxy, of: str) -> socket.socket:
+async def _connect(proxy: Proxy, owner: str) -> socket.socket:
     try:
         return await connected_socket(proxy.host, proxy.port)
     except LookupFailed:
         raise
     except OSError:
-        raise UpstreamError(f"could not connect to {of}") from None
+        raise UpstreamError(f"could not connect to {owner}") from None
 
 
-async def _http_connect(sock: socket.socket, proxy: Proxy, host: str, port: int, of: str) -> None:
-    """Ask for the way with CONNECT (RFC 9110, 9.3.6): any other answer than a 2xx is a refusal."""
+async def _http_connect(sock: socket.socket, proxy: Proxy, host: str, port: int, owner: str) -> None:
+    """Send a CONNECT (RFC 9110, 9.3.6): a response other than a 2xx is a refusal."""
     loop = asyncio.get_running_loop()
-    there = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    lines = [f"CONNECT {there} HTTP/1.1", f"host: {there}"]
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    lines = [f"CONNECT {authority} HTTP/1.1", f"host: {authority}"]
     if proxy.user is not None:
         basic = b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
         lines.append(f"proxy-authorization: Basic {basic}")
     await loop.sock_sendall(sock, "\r\n".join([*lines, "", ""]).encode())
-    answer = b""
-    while (end := answer.find(HEAD_END)) < 0:
+    response = b""
+    while (end := response.find(HEAD_END)) < 0:
         data = await loop.sock_recv(sock, MAX_HEAD)
-        answer += data
-        if not data or len(answer) > MAX_HEAD or not answer.startswith(b"HTTP/1."[: len(answer)]):
-            raise UpstreamError(f"what {of} answered is not a whole answer of an HTTP proxy")
+        response += data
+        if not data or len(response) > MAX_HEAD or not response.startswith(b"HTTP/1."[: len(response)]):
+            raise UpstreamError(f"the response of {owner} is not a complete HTTP response")
     try:
-        status = parse_response(answer[:end]).status
+        status = parse_response(response[:end]).status
     except MalformedMessage as exc:
-        raise UpstreamError(f"what {of} answered is not valid HTTP: {exc}") from None
+        raise UpstreamError(f"the response of {owner} is not valid HTTP: {exc}") from None
     if not 200 <= status <= 299:
-        hint = ": it wants another user name or password" if status == 407 else ""
-        raise UpstreamError(f"{of} refused to connect to it, with status {status}{hint}")
-    if len(answer) > end + len(HEAD_END):
-        # Neither TLS nor HTTP lets the server speak first; taken along, it would be some answer's beginning.
-        raise UpstreamError(f"{of} sent something behind its answer")
+        hint = ": it requires another user name or password" if status == 407 else ""
+        raise UpstreamError(f"{owner} refused to connect to it, with status {status}{hint}")
+    if len(response) > end + len(HEAD_END):
+        # In neither TLS nor HTTP does the server send first; these bytes would be the beginning of some response.
+        raise UpstreamError(f"{owner} sent bytes after its response")
 
 
-class _Connected:
-    """Stands for a proxy before the proxy, which python-socks asks to connect: it is connected already."""
+class _ConnectedProxy:
+    """The connection to the proxy, in a form that python-socks can "connect": it is connected already."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -88,16 +89,16 @@ class _Connected:
         return self._sock
 
 
-async def _socks(sock: socket.socket, proxy: Proxy, host: str, port: int, of: str) -> None:
-    """Ask for the way as SOCKS 5 has it (RFC 1928); the proxy looks the host name up."""
+async def _socks5_handshake(sock: socket.socket, proxy: Proxy, host: str, port: int, owner: str) -> None:
+    """Do the handshake of SOCKS 5 (RFC 1928); the proxy looks up the host name."""
     from python_socks import ProxyError, ProxyType  # noqa: PLC0415 -- the extra `socks`
     from python_socks.async_.asyncio import Proxy as Socks  # noqa: PLC0415
 
-    forward: Any = _Connected(sock)
-    asked = Socks(ProxyType.SOCKS5, proxy.host, proxy.port, proxy.user, proxy.password, rdns=True, forward=forward)
+    forward: Any = _ConnectedProxy(sock)
+    handshake = Socks(ProxyType.SOCKS5, proxy.host, proxy.port, proxy.user, proxy.password, rdns=True, forward=forward)
     try:
-        await asked.connect(host, port, timeout=_NEVER)
+        await handshake.connect(host, port, timeout=_NO_TIMEOUT)
     except ProxyError as exc:
-        raise UpstreamError(f"{of} refused to connect to it: {exc}") from None
+        raise UpstreamError(f"{owner} refused to connect to it: {exc}") from None
     except (UnicodeError, ValueError, AssertionError):
-        raise UpstreamError(f"{of} cannot be asked for it, or its answer is not SOCKS 5") from None
+        raise UpstreamError(f"{owner} does not accept the host name, or its response is not SOCKS 5") from None

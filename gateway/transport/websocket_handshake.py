@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 
 from gateway.auth.credentials import KEY_PROTOCOL
 from gateway.errors import ApiError, UpstreamError
+from gateway.protocol.filters import EventFilter
 from gateway.protocol.headers import TOKEN, Field, Headers
-from gateway.protocol.sse import EventFilter
 from gateway.transport.upstream_connection import UpstreamConnection
 
 __all__ = (

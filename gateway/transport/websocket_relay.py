@@ -26,8 +26,9 @@ from gateway.errors import ApiError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Exchange
 from gateway.fair_scheduler import SMALL, STEP, FairScheduler
 from gateway.logs import exception_fields, get_logger, redacted
+from gateway.protocol.filters import EventFilter, run_filters
 from gateway.protocol.json_fields import decode_json, encode_json, raw_fields
-from gateway.protocol.sse import Event, EventFilter, run_filters
+from gateway.protocol.sse import Event
 from gateway.protocol.websocket_frames import (
     CLOSE,
     PING,

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 
 from gateway.errors import ApiError
+from gateway.protocol.filters import Filter
 from gateway.protocol.json_fields import raw_fields, with_field
-from gateway.protocol.sse import Event, EventSplitter, Filter
+from gateway.protocol.sse import Event, EventSplitter
 
 __all__ = ("STREAMED", "HideUsage", "request_stream_usage")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gateway.body.incoming_body import INLINE_FRAMING_LINES, IncomingBody
 from gateway.errors import ApiError
 from gateway.fair_scheduler import FairScheduler
-from gateway.protocol.http1 import MOST_LINES
+from gateway.protocol.http1_chunked import MOST_LINES
 from gateway.settings import Limits, Timeouts
 from gateway.testing import FakeAzure
 from gateway.transport import client_connection as connection

@@ -251,7 +251,7 @@ async def test_tokens_outlive_a_reload(azure: FakeAzure, tmp_path: Path, start_g
 @pytest.mark.parametrize(
     ("answer", "timeouts", "words"),
     [
-        (b"", "first_byte: 0.2", "did not begin to answer within 0.2 s"),
+        (b"", "first_byte: 0.2", "did not begin to respond within 0.2 s"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab", "idle: 0.2", "sent nothing for 0.2 s"),
     ],
 )

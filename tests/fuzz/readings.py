@@ -1,4 +1,4 @@
-"""One reading of a connection's bytes: by `gateway/protocol/http1.py`, and by aiohttp's C parser (llhttp).
+"""One reading of a connection's bytes: by `gateway/protocol/http1_*.py`, and by aiohttp's C parser (llhttp).
 
 Both say where each head and each body ends, in bytes from the beginning. Where both accept a message they must agree
 on that; a reader that sees a boundary elsewhere lets a client smuggle a request past it, or hands one client the
@@ -17,16 +17,10 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 
 from gateway.errors import ApiError
-from gateway.protocol.http1 import (
-    FRAMING_OF_REQUESTS,
-    HEAD_END,
-    MAX_HEAD,
-    ChunkedDecoder,
-    HeadCheck,
-    HeadReader,
-    MalformedMessage,
-    parse_response,
-)
+from gateway.protocol.http1_chunked import FRAMING_OF_REQUESTS, ChunkedDecoder
+from gateway.protocol.http1_fields import HEAD_END, MAX_HEAD, MalformedMessage
+from gateway.protocol.http1_request import HeadCheck, HeadReader
+from gateway.protocol.http1_response import parse_response
 
 __all__ = ("Difference", "Message", "Reading", "compare", "our_requests", "our_response", "requests", "response")
 

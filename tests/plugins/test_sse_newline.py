@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway import Event, EventFilter, Response
-from gateway.protocol.sse import chain_filters
+from gateway.protocol.filters import chain_filters
 from gateway.testing import every_split, post
 from plugins.sse_newline import CompleteEvents, SseNewline
 from tests.chunks import Count, cuts

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway import Response, UpstreamError
 from gateway.errors import ConfigError
-from gateway.protocol.sse import FilterFailed, chain_filters
+from gateway.protocol.filters import FilterFailed, chain_filters
 from gateway.testing import FakeAzure, Seen, post
 from plugins.openai_errors import OpenAIErrors
 from plugins.stream_errors import StreamErrors

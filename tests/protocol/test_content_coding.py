@@ -1,4 +1,4 @@
-"""Compressed responses, undone in bounded pieces."""
+"""Compressed responses, decompressed in bounded pieces."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.protocol.content_coding import BadCoding, Inflater, is_identity
-from gateway.protocol.http1 import parse_response
+from gateway.protocol.http1_response import parse_response
 from tests.conftest import CHAT, StartGateway, raw_upstream
 
 
 def inflated(coding: bytes, pieces: list[bytes], most: int) -> list[bytes]:
-    """Return what comes out, piece by piece, each at most `most` bytes."""
+    """Return the decompressed pieces, each of at most `most` bytes."""
     inflater, out = Inflater(coding), []
     for piece in pieces:
         inflater.feed(piece)
@@ -33,7 +33,7 @@ def inflated(coding: bytes, pieces: list[bytes], most: int) -> list[bytes]:
     st.sampled_from([b"gzip", b" X-Gzip", b"deflate"]),
 )
 def test_any_body_comes_out_whole_in_bounded_pieces(body: bytes, cut: int, most: int, coding: bytes) -> None:
-    """However the compressed bytes are cut, and however little may come out at once."""
+    """For any cuts of the compressed bytes, and any limit on a piece."""
     packed = zlib.compress(body) if coding == b"deflate" else gzip.compress(body[:50]) + gzip.compress(body[50:])
     out = inflated(coding, [packed[place : place + cut] for place in range(0, len(packed), cut)], most)
     assert b"".join(out) == body
@@ -41,7 +41,7 @@ def test_any_body_comes_out_whole_in_bounded_pieces(body: bytes, cut: int, most:
 
 
 def test_a_few_bytes_never_become_many_at_once() -> None:
-    """A thousandfold expansion comes out in as many pieces as it takes."""
+    """A thousandfold expansion takes many pieces."""
     packed = gzip.compress(bytes(10_000_000))
     out = inflated(b"gzip", [packed], 16_384)
     assert sum(map(len, out)) == 10_000_000
@@ -53,34 +53,34 @@ def test_a_few_bytes_never_become_many_at_once() -> None:
     [gzip.compress(b"hello")[:-3], b"nonsense", gzip.compress(b"one") + b"garbage"],
     ids=["cut short", "nonsense", "garbage behind it"],
 )
-def test_what_is_broken_or_cut_short_is_refused(packed: bytes) -> None:
-    """It is never taken for the whole."""
+def test_broken_or_truncated_data_is_refused(packed: bytes) -> None:
+    """It never passes for complete."""
     with pytest.raises(BadCoding):
         inflated(b"gzip", [packed], 100)
 
 
-def test_nothing_at_all_is_an_empty_body() -> None:
-    """Some servers say that they compress, and send none."""
+def test_no_data_is_an_empty_body() -> None:
+    """Some servers announce compression, and send no bytes."""
     assert inflated(b"gzip", [], 10) == []
 
 
 @pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, br", b"gzip, gzip", b"x" * 100, b"\xff"])
 def test_other_codings_are_refused_by_name(coding: bytes) -> None:
-    """With a message that shows no more of the header than a name."""
+    """The message shows no more of the header than a name."""
     with pytest.raises(BadCoding) as refused:
         Inflater(coding)
     assert len(str(refused.value)) < 150
 
 
-def test_identity_is_no_coding() -> None:
-    """And neither is an empty header."""
+def test_identity_means_plain() -> None:
+    """So does an empty header."""
     assert is_identity(b"identity")
     assert is_identity(b" ")
     assert not is_identity(b"gzip")
 
 
 def test_empty_members_are_read_in_bounded_pieces() -> None:
-    """A member has a cost of its own, whatever it holds: one call never reads thousands of them."""
+    """Each member has a cost, whatever it holds: one call never reads thousands of them."""
     inflater, calls = Inflater(b"gzip"), 0
     inflater.feed(gzip.compress(b"") * 10_000 + gzip.compress(b"end"))
     out = b""
@@ -108,8 +108,8 @@ def test_empty_members_are_read_in_bounded_pieces() -> None:
         ("brown", b""),
     ],
 )
-def test_which_answers_are_compressed(value: str, encoding: bytes) -> None:
-    """By the codings that are registered; two lines are as one."""
+def test_which_responses_are_compressed(value: str, encoding: bytes) -> None:
+    """Those with a registered coding; two header lines count as one."""
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {value}"
     assert parse_response(head.encode()).coding == encoding
     if encoding:
@@ -151,7 +151,7 @@ COMPLETION = {
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 async def test_usage_and_repairs_look_into_it(encoding: str, chunked: bool, start_gateway: StartGateway) -> None:
-    """What is missing in it is put in, and its tokens are counted, as of a plain one."""
+    """Missing fields are added and tokens are counted, as in a plain response."""
     text = json.dumps(COMPLETION).encode()
     packed = gzip.compress(text) if encoding == "gzip" else zlib.compress(text)
     async with raw_upstream(packed_answer(packed, encoding=encoding, chunked=chunked)) as upstream:
@@ -167,7 +167,7 @@ async def test_usage_and_repairs_look_into_it(encoding: str, chunked: bool, star
 
 
 async def test_a_stream_s_usage_is_found_in_it(start_gateway: StartGateway) -> None:
-    """And its events are filtered as those of a plain one."""
+    """Its events are filtered as in a plain stream."""
     last = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": COMPLETION["usage"]}
     text = b"data: " + json.dumps(last).encode() + b"\n\ndata: [DONE]\n\n"
     answer_ = packed_answer(gzip.compress(text), chunked=True, kind="text/event-stream")
@@ -183,7 +183,7 @@ async def test_a_stream_s_usage_is_found_in_it(start_gateway: StartGateway) -> N
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_errors_are_read_in_it(chunked: bool, start_gateway: StartGateway) -> None:
-    """A 404 for a deployment that is not there says so in OpenAI's words."""
+    """A 404 for a missing deployment has OpenAI's words."""
     text = json.dumps({"error": {"code": "DeploymentNotFound", "message": "The API deployment does not exist."}})
     async with raw_upstream(packed_answer(gzip.compress(text.encode()), status=404, chunked=chunked)) as upstream:
         gateway = await start_gateway(upstream.endpoint, METERED)
@@ -215,7 +215,7 @@ pipeline: [access_log, {model_map: {models: {gpt-4o: "pool:p"}, unmapped: refuse
     ids=["error", "brotli", "redirect"],
 )
 async def test_a_pool_looks_into_it(first: bytes, reason: str, start_gateway: StartGateway) -> None:
-    """What it says, or that it is not to be read, or a redirect, is a failure of the deployment: another is asked."""
+    """An error in it, an unreadable body or a redirect is a failure of the deployment: the gateway tries another."""
     good: bytes = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     async with raw_upstream(first) as upstream, raw_upstream(good) as other:
         gateway = await start_gateway(upstream.endpoint, POOL, env={"OTHER": other.endpoint})
@@ -227,7 +227,7 @@ async def test_a_pool_looks_into_it(first: bytes, reason: str, start_gateway: St
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress"])
 async def test_other_codings_are_refused(encoding: str, start_gateway: StartGateway) -> None:
-    """Nothing here could read them, and a client did not ask for them."""
+    """The gateway cannot read them, and the client did not ask for them."""
     async with raw_upstream(packed_answer(b"12345", encoding=encoding)) as upstream:
         gateway = await start_gateway(upstream.endpoint, METERED)
         async with gateway.post(json=CHAT, key=None) as answer:
@@ -237,8 +237,8 @@ async def test_other_codings_are_refused(encoding: str, start_gateway: StartGate
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_broken_one_is_never_taken_for_whole(chunked: bool, start_gateway: StartGateway) -> None:
-    """A 502, or a body that is cut off."""
+async def test_a_broken_one_never_passes_for_complete(chunked: bool, start_gateway: StartGateway) -> None:
+    """It is a 502, or a truncated body."""
     import aiohttp
 
     async with raw_upstream(packed_answer(gzip.compress(b"{}" * 9000)[:-9], chunked=chunked)) as upstream:
@@ -251,8 +251,8 @@ async def test_a_broken_one_is_never_taken_for_whole(chunked: bool, start_gatewa
             pass
 
 
-async def test_a_file_that_is_kept_compressed_keeps_its_bytes(start_gateway: StartGateway) -> None:
-    """A gzip file is no content encoding: it passes."""
+async def test_a_compressed_file_keeps_its_bytes(start_gateway: StartGateway) -> None:
+    """A gzip file has no content coding: it passes."""
     data = gzip.compress(b"a file")
     raw = b"HTTP/1.1 200 OK\r\nContent-Type: application/gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
     async with raw_upstream(raw + data) as upstream:

@@ -1,4 +1,4 @@
-"""JSON bodies, written anew with as few changes as can be."""
+"""JSON bodies, edited with as few changes as possible."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ BODY = b'{"x":1.0e2,"model":"a","n":123456789012345678901234567890,"o":{"b":1,"a
     ],
 )
 def test_other_values_keep_their_bytes(value: str | bytes | None, expected: bytes) -> None:
-    """Numbers keep their digits, nested objects their order; a doubled field becomes one, or none."""
+    """Numbers keep their digits, nested objects their order; a repeated field becomes one, or none."""
     assert with_field(BODY, "model", value) == expected
 
 
-def test_a_field_that_was_not_there_is_added() -> None:
+def test_a_missing_field_is_added() -> None:
     """At the end."""
     assert with_field(b'{"a":1}', "model", "d") == b'{"a":1,"model":"d"}'
 
 
 def test_half_a_surrogate_pair_survives() -> None:
-    """JavaScript cuts texts so; the body is then written by the slow way."""
+    """JavaScript may cut a text there; the body is then encoded the slow way."""
     body = b'{"model": "m", "t": "\\ud83d"}'
     assert with_field(body, "model", "d") == b'{"t": "\\ud83d", "model": "d"}'
     assert b"model" not in with_field(body, "model", None)
 
 
 @pytest.mark.parametrize("number", [b"1e400", b"NaN", b"-Infinity"])
-def test_the_slow_way_makes_no_number_that_is_none(number: bytes) -> None:
-    """Python would write them in a way that JSON does not have."""
+def test_the_slow_way_refuses_infinite_numbers(number: bytes) -> None:
+    """Python would encode them as text that is not JSON."""
     with pytest.raises(ApiError, match="not a JSON object"):
         with_field(b'{"t": "\\ud83d", "n": %b}' % number, "model", "d")
 
 
-def test_what_is_no_object_is_refused() -> None:
-    """With the place of the mistake."""
+def test_a_body_that_is_no_object_is_refused() -> None:
+    """With the position of the mistake."""
     with pytest.raises(ApiError, match="not a JSON object"):
         with_field(b"[1]", "model", "d")
 
 
-def test_fields_have_the_bytes_that_they_came_with() -> None:
-    """All of them, or those named that are there; of a doubled one the last."""
+def test_fields_keep_their_bytes() -> None:
+    """All fields, or only those named; the last one of a repeated field."""
     assert raw_fields(BODY, ("x", "o", "no")) == {"x": b"1.0e2", "o": b'{"b":1,"a":[1.50]}'}
     assert raw_fields(BODY, ("model",)) == {"model": b'"b"'}
     assert raw_fields(BODY, ("no",)) == {}
@@ -61,11 +61,11 @@ def test_fields_have_the_bytes_that_they_came_with() -> None:
 
 
 def test_a_name_in_escapes_and_a_null_are_found() -> None:
-    """As any reader of JSON finds them."""
+    """As in any JSON reader."""
     assert raw_fields(b'{"\\u0074emperature": null}', ("temperature",)) == {"temperature": b"null"}
 
 
-def test_fields_beside_half_a_surrogate_pair() -> None:
+def test_fields_next_to_half_a_surrogate_pair() -> None:
     """Decoded the slow way; a name may hold one too."""
     body = b'{"t": "\\ud83d", "n": 1, "\\ud83d": [2]}'
     assert raw_fields(body, ("n", "t", "no")) == {"n": b"1", "t": b'"\\ud83d"'}
@@ -74,8 +74,8 @@ def test_fields_beside_half_a_surrogate_pair() -> None:
 
 @pytest.mark.parametrize("body", [b"[1]", b'["\\ud83d"]', b"", b"{", b'{"a": NaN}', b'{"a": 1} x', b"null"])
 @pytest.mark.parametrize("names", [(), ("a",)])
-def test_fields_of_what_is_no_object_are_a_400(body: bytes, names: tuple[str, ...]) -> None:
-    """Whatever it is."""
+def test_fields_of_a_body_that_is_no_object_are_a_400(body: bytes, names: tuple[str, ...]) -> None:
+    """Whatever else it is."""
     with pytest.raises(ApiError, match="not a JSON object"):
         raw_fields(body, names)
 
@@ -89,7 +89,7 @@ MANY = 1_000_001
     ids=["lists", "objects", "numbers"],
 )
 def test_small_values_are_not_decoded_without_bound(values: bytes) -> None:
-    """Each would take many times its bytes: above so many signs that begin one it is a 413 that says so."""
+    """Each takes many times its bytes: above a number of signs that begin a value, it is a 413."""
     asked: list[bytes] = []
     with pytest.raises(ApiError) as refused:
         decode_json(values, asked.append)
@@ -98,7 +98,7 @@ def test_small_values_are_not_decoded_without_bound(values: bytes) -> None:
 
 
 def test_long_text_is_decoded_however_long_it_is() -> None:
-    """It takes what its bytes take; neither is a value counted that a decoder skips."""
+    """It takes no more than its bytes; values that a decoder skips do not count either."""
     text = b'{"a":"' + b"x" * 20_000_000 + b'"}'
     assert len(decode_json(text, msgspec.json.decode)["a"]) == 20_000_000
     tokens = b'{"model":"m","input":[' + b"1," * MANY + b"1]}"
@@ -106,8 +106,8 @@ def test_long_text_is_decoded_however_long_it_is() -> None:
     assert with_field(tokens, "model", "d").startswith(b'{"model":"d","input":[1,1')
 
 
-def test_the_slow_way_has_the_same_bound() -> None:
-    """Half a surrogate pair must not be the way round it, with a decoder that skips."""
+def test_the_slow_way_has_the_same_limit() -> None:
+    """Half a surrogate pair does not bypass it, even with a decoder that skips."""
     body = b'{"model":"\\ud83d","x":[' + b"[]," * 600_000 + b"[]]}"
     with pytest.raises(ApiError) as refused:
         decode_json(body, msgspec.json.Decoder(dict[str, str]).decode, skips=True)
@@ -115,7 +115,7 @@ def test_the_slow_way_has_the_same_bound() -> None:
 
 
 def test_fields_are_bounded_too() -> None:
-    """A million names of fields take more than their bytes."""
+    """A million field names take more than their bytes."""
     body = b"{" + b",".join(b'"%x":0' % number for number in range(MANY)) + b"}"
     for work in (lambda: raw_fields(body), lambda: with_field(body, "model", "d")):
         with pytest.raises(ApiError) as refused:
@@ -124,8 +124,8 @@ def test_fields_are_bounded_too() -> None:
 
 
 @pytest.mark.parametrize("depth", [200, 400, 600, 800, 900, 950, 990, 1000, 100_000])
-def test_depth_is_a_client_s_mistake(depth: int) -> None:
-    """However deep: what can be decoded can be written again, or it is a 400, and never a failure of the gateway."""
+def test_deep_nesting_is_a_client_error(depth: int) -> None:
+    """At any depth: JSON that can be decoded can be encoded again, or it is a 400; the gateway never fails."""
     refused: ApiError | None = None
     try:
         content = decode_json(b"[" * depth + b"]" * depth, msgspec.json.decode)

@@ -1,4 +1,4 @@
-"""Forms are read piece by piece, and only where their fields are is found out."""
+"""Forms, parsed piece by piece: only the offsets of fields are found."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ VALUES = st.binary(max_size=60) | st.sampled_from(
     st.lists(st.integers(0, 400), max_size=8),
     st.booleans(),
 )
-def test_places_are_exact_at_every_split(
+def test_offsets_are_exact_at_every_split(
     others: list[tuple[str, bytes]], model: bytes, file: bytes, pieces: list[int], first: bool
 ) -> None:
-    """Wherever the body is cut, a field's value is `body[start:end]` and its part `body[begins:next]`."""
+    """Wherever the body is cut, a field's value is `body[start:end]` and its part `body[part_start:part_end]`."""
     fields = [("model", model), ("file", file)] if first else [("file", file), ("model", model)]
     body = form([*others, *fields])
     if any(b"\n--xyz" in b"\n" + value for _, value in [*others, *fields]):
@@ -60,20 +60,20 @@ def test_places_are_exact_at_every_split(
     assert found.value == b""
     for name, value in fields:
         part = reader.fields[name]
-        rest = body[: part.begins] + body[part.next :]
+        rest = body[: part.part_start] + body[part.part_end :]
         assert rest == form([*others, *[pair for pair in fields if pair != (name, value)]])
     assert reader.first == 0
 
 
 def test_a_field_is_there_before_the_form_ends() -> None:
-    """As soon as the line after its value has begun; a form that ends there is none."""
+    """As soon as the line after its value has begun; a form that ends there is malformed."""
     reader = FormReader(b"xyz", {"model": True})
     reader.feed(b'--xyz\r\ncontent-disposition: form-data; name="model"\r\n\r\nm-1')
     assert reader.fields["model"].end == -1
     reader.feed(b"\r\n--xyz")
     found = reader.fields["model"]
     assert (found.whole, found.text, reader.done) == (True, "m-1", False)
-    with pytest.raises(ApiError, match="breaks off"):
+    with pytest.raises(ApiError, match="ends before its last boundary"):
         reader.end()
 
 
@@ -101,7 +101,7 @@ def test_a_field_is_there_before_the_form_ends() -> None:
     ],
 )
 def test_how_a_part_is_named(head: str, name: str | None) -> None:
-    """In quotes or not, in any order and case, and never by what only looks like its name."""
+    """Quoted or not, in any order and case, and never by text that only looks like a name."""
     body = f"--xyz\r\n{head}\r\n\r\nv\r\n--xyz--".encode()
     assert list(read(body, []).fields) == ([name] if name else [])
 
@@ -136,8 +136,8 @@ HIDDEN = 'Content-Disposition: form-data; name="model"'
         "",
     ],
 )
-def test_what_two_readers_could_name_differently_is_refused(head: str) -> None:
-    """Azure might see a `model` there that was not checked."""
+def test_an_ambiguous_name_is_refused(head: str) -> None:
+    """Azure might read a `model` there that the gateway has not checked."""
     with pytest.raises(ApiError) as caught:
         read(f"--xyz\r\n{head}\r\n\r\nv\r\n--xyz--".encode(), [])
     assert (caught.value.status, caught.value.code) == (400, "malformed_form")
@@ -154,28 +154,28 @@ def test_what_two_readers_could_name_differently_is_refused(head: str) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_a_delimiter_that_only_some_readers_see_is_refused(value: bytes, size: int) -> None:
-    """After half a line break, or with more behind it; however the form is cut."""
+def test_a_delimiter_that_only_some_readers_recognize_is_refused(value: bytes, size: int) -> None:
+    """One after half a line break, or with more bytes after it; at any cut."""
     body = form([("prompt", b"a" + value)])
     with pytest.raises(ApiError, match="malformed"):
         read(body, list(range(size, len(body), size)))
 
 
-def test_line_feeds_alone_make_no_form() -> None:
-    """Neither do they hide one from those who take them."""
+def test_single_line_feeds_are_refused() -> None:
+    """They cannot hide a form from readers that accept them."""
     with pytest.raises(ApiError, match="malformed"):
         read(form([("model", b"m")]).replace(b"\r\n", b"\n"), [])
 
 
 @pytest.mark.parametrize("name", ["model", "MODEL", "Model"])
-def test_a_doubled_field_is_refused(name: str) -> None:
-    """Azure might take the other one: the model that was checked must be the one that is used."""
+def test_a_repeated_field_is_refused(name: str) -> None:
+    """Azure might use the other one: the model that is checked must be the model that is used."""
     with pytest.raises(ApiError, match="two fields 'model'"):
         read(form([("model", b"a"), ("x", b""), (name, b"b")]), [])
 
 
-def test_fields_that_are_alike_are_one() -> None:
-    """Two names for the same thing are a doubled field, too."""
+def test_alike_fields_count_as_one() -> None:
+    """Two names for the same thing are a repeated field, too."""
     reader = FormReader(b"xyz", {"a": True, "b": True}, alike=frozenset({"a", "b"}))
     with pytest.raises(ApiError, match="two fields 'b'"):
         reader.feed(form([("a", b""), ("b", b"")]))
@@ -186,15 +186,15 @@ def test_fields_that_are_alike_are_one() -> None:
     [b"--xyz\r\n" + b"a" * 20_000, form([("model", b"m" * 70_000)]), form([("x", b"")] * 10_001)],
     ids=["endless head", "endless model", "too many parts"],
 )
-def test_what_is_no_sound_form_is_refused(body: bytes) -> None:
-    """With a 400, before it takes memory."""
+def test_a_malformed_form_is_refused(body: bytes) -> None:
+    """With a 400, before it uses memory."""
     with pytest.raises(ApiError) as caught:
         read(body, [])
     assert caught.value.status == 400
 
 
 def test_boundaries() -> None:
-    """From the Content-Type, in quotes or not; another type has none."""
+    """From the Content-Type, quoted or not; another type has none."""
     assert boundary_of(["multipart/form-data; boundary=abc"]) == b"abc"
     assert boundary_of(['Multipart/Form-Data; charset=utf-8; Boundary="a b,c"']) == b"a b,c"
     assert boundary_of(["multipart/form-data; boundary=----=_Part_1_2.3; charset=utf-8"]) == b"----=_Part_1_2.3"
@@ -217,14 +217,14 @@ def test_boundaries() -> None:
         ["text/plain", "multipart/form-data; boundary=a"],
     ],
 )
-def test_a_boundary_that_cannot_be_told_for_sure_is_refused(given: list[str]) -> None:
-    """Who reads another one reads another form."""
+def test_an_ambiguous_boundary_is_refused(given: list[str]) -> None:
+    """A reader with another boundary reads another form."""
     with pytest.raises(ApiError, match="malformed"):
         boundary_of(given)
 
 
 def steps_of(call: Callable[[], object]) -> int:
-    """Return how many functions a call calls, those of C included."""
+    """Return the number of function calls within a call, including C functions."""
     steps = 0
 
     def count(_frame: object, event: str, _of: object) -> None:
@@ -245,7 +245,7 @@ def steps_of(call: Callable[[], object]) -> int:
     ids=["dashes", "boundaries", "long"],
 )
 def test_a_value_full_of_boundaries_costs_no_more_steps_than_another(boundary: bytes, value: bytes) -> None:
-    """One that is in no line of its own is no delimiter, and none of them is a step: clients choose both."""
+    """A boundary that is not on its own line is not a delimiter, and costs no step: clients choose both."""
     head = b'--%b\r\nContent-Disposition: form-data; name="file"\r\n\r\n' % boundary
 
     def steps(value: bytes) -> int:

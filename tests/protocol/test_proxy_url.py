@@ -1,4 +1,4 @@
-"""`proxy:` of a resource: what may stand there, and that nothing prints a password."""
+"""`proxy:` of a resource: valid URLs, and that nothing prints a password."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pipeline: [auth_passthrough, model_map, api_version]
 def test_urls_that_name_a_proxy(
     text: str, host: str, port: int, socks: bool, user: str | None, password: str | None
 ) -> None:
-    """Both kinds, percent escapes in user names and passwords, the usual ports; Basic has no `:` in a user name."""
+    """Both schemes, percent escapes in user names and passwords, default ports; Basic has no `:` in a user name."""
     if password is None:
         with pytest.raises(ValueError, match="cannot be sent"):
             Proxy.parse(text)
@@ -66,8 +66,8 @@ def test_urls_that_name_a_proxy(
         ("socks5://u:sesame" + "x" * 255 + "@proxy:1", "1 to 255 ASCII"),
     ],
 )
-def test_what_is_no_proxy_is_a_mistake_that_does_not_repeat_it(text: str, words: str, tmp_path: Path) -> None:
-    """It may hold a password: literally, in a variable, or with a variable beside it."""
+def test_the_error_for_an_invalid_url_does_not_quote_it(text: str, words: str, tmp_path: Path) -> None:
+    """It may hold a password: literally, in a variable, or next to a variable."""
     for yaml, env in (
         (YAML.replace("PROXY", text), {}),
         (YAML.replace("PROXY", "${WAY}"), {"WAY": text}),
@@ -82,8 +82,8 @@ def test_what_is_no_proxy_is_a_mistake_that_does_not_repeat_it(text: str, words:
         assert "sesame" not in mistake.message
 
 
-def test_socks_without_its_library_is_a_clear_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names what to install; HTTP proxies need nothing."""
+def test_socks_without_its_library_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names the package to install; HTTP proxies need none."""
 
     class Without(PathFinder):
         @classmethod
@@ -111,7 +111,7 @@ def test_socks_without_its_library_is_a_clear_mistake(monkeypatch: pytest.Monkey
     ],
 )
 def test_the_shipped_configuration_takes_the_go_proxy_s_variables(env: dict[str, str], expected: str | None) -> None:
-    """SOCKS wins, empty is none, and what is shown has no password."""
+    """SOCKS wins, an empty variable counts as unset, and the shown URL has no password."""
     from gateway.config.show import show
 
     loaded = load(SHIPPED, {"AZURE_OPENAI_ENDPOINT": "https://x.openai.azure.com", **env})
@@ -122,8 +122,8 @@ def test_the_shipped_configuration_takes_the_go_proxy_s_variables(env: dict[str,
     assert ("through the proxy" in shown) == (expected is not None)
 
 
-def test_what_a_variable_holds_is_not_read_again(tmp_path: Path) -> None:
-    """`${A:-${B}}` has B where A is not set; a value that looks like a variable stays what it is."""
+def test_the_value_of_a_variable_is_not_expanded_again(tmp_path: Path) -> None:
+    """`${A:-${B}}` is B if A is not set; a value that looks like a variable stays unchanged."""
     yaml = YAML.replace('"PROXY"', '"${A:-${B:-http://${C}}}"')
     assert "a `${` has no end" in _mistake(yaml, {}, tmp_path)
     yaml = YAML.replace("PROXY", "http://${A:-${B}}:1")

@@ -1,4 +1,4 @@
-"""For how long Azure asks to be left alone."""
+"""Retry-After: how long Azure asks the gateway to wait."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from gateway.protocol.retry_after import cooldown, retry_after
     ],
 )
 def test_seconds(headers: dict[str, str], message: str, seconds: float | None) -> None:
-    """By the finest header, else by the words; what is neither is None."""
+    """From the most precise header, or else from the message; None if neither has it."""
     assert retry_after(Headers(headers), message) == seconds
 
 
 def test_a_date() -> None:
-    """RFC 9110 has it, too; one that is past is now."""
+    """RFC 9110 allows a date; a past date means now."""
     later = retry_after(Headers({"retry-after": formatdate(time.time() + 30, usegmt=True)}))
     assert later is not None
     assert 28 <= later <= 30

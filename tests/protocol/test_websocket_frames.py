@@ -1,4 +1,4 @@
-"""WebSocket frames: what may come passes, cut anywhere; what must not come is refused before it goes on."""
+"""WebSocket frames: valid frames pass at any cut; invalid ones are refused before they are passed on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST = 1_000_000
 
 
 def raw(opcode: int, payload: bytes, *, final: bool = True, masked: bool = True, bits: int = 0) -> bytes:
-    """Return a frame, worked out byte by byte."""
+    """Return a frame, computed byte by byte."""
     size = len(payload)
     first = (0x80 if final else 0) | bits | opcode
     bit = 0x80 if masked else 0
@@ -44,7 +44,7 @@ def raw(opcode: int, payload: bytes, *, final: bool = True, masked: bool = True,
 
 
 def read(frames: FrameParser, data: bytes) -> list[PassedFrames | Control | Message]:
-    """Read all of it, in as many calls as that takes."""
+    """Parse all of it, in as many calls as needed."""
     found = frames.feed(data)
     while frames.unread:
         found += frames.feed()
@@ -69,8 +69,8 @@ def sent(masked: bool) -> bytes:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_frames_pass_as_they_came_at_every_split(masked: bool) -> None:
-    """Byte for byte, mask and all; control frames are told apart, and messages counted."""
+def test_frames_pass_unchanged_at_every_split(masked: bool) -> None:
+    """Byte for byte, mask included; control frames are separate, and messages are counted."""
     data = sent(masked)
     for cut in range(len(data)):
         frames = FrameParser(masked=masked, most=MOST)
@@ -86,7 +86,7 @@ def test_frames_pass_as_they_came_at_every_split(masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_whole_messages_are_joined_and_unmasked_at_every_split(masked: bool) -> None:
-    """Fragments become one, whatever control frames come between them."""
+    """Fragments become one message, whatever control frames come between them."""
     data = sent(masked)
     pieces = [[data[:cut], data[cut:]] for cut in range(len(data))]
     pieces.append([data[place : place + 1] for place in range(len(data))])
@@ -102,8 +102,8 @@ def test_whole_messages_are_joined_and_unmasked_at_every_split(masked: bool) -> 
 
 
 @given(st.binary(max_size=70_000), st.booleans())
-def test_what_is_written_is_read_again(payload: bytes, masked: bool) -> None:
-    """Of every length, with a mask and without."""
+def test_parsing_reverses_encoding(payload: bytes, masked: bool) -> None:
+    """For every length, with a mask and without."""
     written = made(BINARY, payload, masked=masked)
     assert FrameParser(masked=masked, most=MOST, whole=True).feed(written, size=100_000) == [Message(BINARY, payload)]
     if not masked:
@@ -112,7 +112,7 @@ def test_what_is_written_is_read_again(payload: bytes, masked: bool) -> None:
 
 @given(st.binary(max_size=300), st.binary(min_size=4, max_size=4))
 def test_masking(payload: bytes, key: bytes) -> None:
-    """As RFC 6455 (5.3) has it, and undone by the same."""
+    """As RFC 6455 (5.3) defines it; masking twice restores the payload."""
     assert mask(payload, key) == bytes(byte ^ key[place % 4] for place, byte in enumerate(payload))
     assert mask(mask(payload, key), key) == payload
 
@@ -144,8 +144,8 @@ def test_masking(payload: bytes, key: bytes) -> None:
         (raw(TEXT, b"a" * (MOST - 1), final=False) + raw(0, b"aa"), 1009),
     ],
 )
-def test_what_the_rfc_forbids_is_refused(data: bytes, code: int) -> None:
-    """With the close code that says why, whether messages are kept whole or not, and cut anywhere."""
+def test_frames_that_the_rfc_forbids_are_refused(data: bytes, code: int) -> None:
+    """With the right close code, at any cut, with and without whole messages."""
     for whole in (False, True):
         for size in (len(data), 1) if len(data) < 1000 else (len(data),):
             frames = FrameParser(masked=True, most=MOST, whole=whole)
@@ -157,8 +157,8 @@ def test_what_the_rfc_forbids_is_refused(data: bytes, code: int) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_what_came_before_it_is_not_lost(whole: bool) -> None:
-    """However reads end: a whole message, or the rest of a frame that was passed on in part."""
+def test_frames_before_an_invalid_one_are_not_lost(whole: bool) -> None:
+    """At any cut: a whole message, or the rest of a frame that was passed on in part."""
     sound = raw(TEXT, b"last words") + raw(PING, b"p")
     for cut in range(len(sound)):
         frames = FrameParser(masked=True, most=MOST, whole=whole)
@@ -176,7 +176,7 @@ def test_what_came_before_it_is_not_lost(whole: bool) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize(("payload", "most"), [(b"", 682), (b"a", 2048), (b"ab", 50_000)])
 def test_a_message_that_is_nearly_all_framing_is_refused(whole: bool, payload: bytes, most: int) -> None:
-    """After an allowance, which each message has; one whose fragments carry something never is."""
+    """After an allowance per message; a message whose fragments have some payload never is."""
     for first in (raw(TEXT, b"whole"), raw(TEXT, b"", final=False) + raw(0, b"")):
         frames = FrameParser(masked=True, most=MOST, whole=whole)
         read(frames, first)
@@ -199,7 +199,7 @@ FRAMES = {
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("kind", FRAMES)
 def test_one_call_reads_a_bounded_number_of_frames(kind: str, whole: bool) -> None:
-    """Exactly as many as it may, and the next call goes on where it ended; nothing waits for more bytes to arrive."""
+    """Exactly the limit, and the next call continues there; nothing waits for more bytes to arrive."""
     frames = FrameParser(masked=True, most=MOST, whole=whole)
     if kind == "empty continuations":
         frames.feed(raw(TEXT, b"", final=False))
@@ -218,7 +218,7 @@ def test_one_call_reads_a_bounded_number_of_frames(kind: str, whole: bool) -> No
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_one_call_reads_a_bounded_number_of_bytes(whole: bool) -> None:
-    """Of a large payload, or of many small frames; whatever comes in one read."""
+    """Of a large payload, or of many small frames in one read."""
     frames = FrameParser(masked=True, most=MOST, whole=whole)
     large = made(BINARY, bytes(100_000), masked=True)
     found, handled = frames.feed(large + raw(TEXT, b"next"), 64, 10_000), []
@@ -237,8 +237,8 @@ def test_one_call_reads_a_bounded_number_of_bytes(whole: bool) -> None:
         assert handled[:10] == [10_000] * 10
 
 
-def test_a_length_that_is_announced_reserves_nothing() -> None:
-    """Memory is taken as the payload arrives; none above the largest message."""
+def test_the_length_in_a_head_reserves_no_memory() -> None:
+    """Memory grows as the payload arrives, up to the largest message."""
     frames = FrameParser(masked=True, most=60_000_000, whole=True)
     frames.feed(b"\x01\xff" + (60_000_000).to_bytes(8) + b"\x00\x00\x00\x00" + b"a" * 1000)
     assert frames.kept == 1000
@@ -253,10 +253,10 @@ def test_a_length_that_is_announced_reserves_nothing() -> None:
     st.booleans(),
     st.booleans(),
 )
-def test_bounds_change_nothing_of_what_is_read(
+def test_limits_of_a_call_do_not_change_the_result(
     frames_sent: list[tuple[int, bytes]], cuts: list[int], most: int, size: int, masked: bool, whole: bool
 ) -> None:
-    """Whatever is sent, however it is cut, whatever one call may handle: the same in the same order."""
+    """For any input, any cuts and any limits: the same frames in the same order."""
     data = b"".join(
         raw(MIX[kind][0], payload[:125] if MIX[kind][0] == PING else payload, final=MIX[kind][2], masked=masked)
         for kind, payload in frames_sent
@@ -290,8 +290,8 @@ def test_bounds_change_nothing_of_what_is_read(
 
 
 @given(st.binary(max_size=300), st.integers(1, 20), st.booleans())
-def test_a_frame_written_in_pieces_is_a_frame(payload: bytes, quarter: int, masked: bool) -> None:
-    """Masked right across its pieces; each has as many bytes of payload as were asked for."""
+def test_a_frame_encoded_in_pieces_is_a_frame(payload: bytes, quarter: int, masked: bool) -> None:
+    """The mask continues across pieces; each has the requested number of payload bytes."""
     writer = FrameWriter(TEXT, payload, masked=masked)
     pieces = [writer.piece(4 * quarter)]
     while not writer.done:
@@ -301,14 +301,14 @@ def test_a_frame_written_in_pieces_is_a_frame(payload: bytes, quarter: int, mask
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1003, 1008, 1011, 1013, 3000, 4999])
-def test_codes_that_may_be_sent(code: int) -> None:
+def test_close_codes_that_may_be_sent(code: int) -> None:
     """Those of the RFC, the registered ones, and those of libraries and programs."""
     (control,) = FrameParser(masked=True, most=MOST).feed(encode_close_frame(code, "because", masked=True))
     assert isinstance(control, Control)
     assert (control.code, control.payload[2:]) == (code, b"because")
 
 
-def test_a_close_may_say_nothing() -> None:
+def test_a_close_frame_may_be_empty() -> None:
     """Then it has no code."""
     (control,) = FrameParser(masked=True, most=MOST).feed(raw(CLOSE, b""))
     assert isinstance(control, Control)
@@ -316,30 +316,30 @@ def test_a_close_may_say_nothing() -> None:
 
 
 def test_a_large_message_in_many_reads_is_linear() -> None:
-    """What is kept is joined once, not with each read."""
+    """Kept bytes are joined once, not with each read."""
     frames = FrameParser(masked=False, most=100_000_000, whole=True)
     data = made(BINARY, bytes(50_000_000), masked=False)
     found = [each for place in range(0, len(data), 1000) for each in read(frames, data[place : place + 1000])]
     assert [len(each.payload) for each in found if isinstance(each, Message)] == [50_000_000]
 
 
-def test_nothing_is_read_behind_a_close() -> None:
-    """What a side sends after it is nobody's business."""
+def test_nothing_is_parsed_after_a_close() -> None:
+    """Bytes after it are ignored."""
     frames = FrameParser(masked=False, most=MOST)
     assert len(frames.feed(raw(CLOSE, b"", masked=False) + b"junk")) == 1
     assert frames.feed(b"more junk") == []
 
 
-def test_a_reason_is_cut_where_it_is_too_long() -> None:
-    """Between two characters, so that it stays text."""
+def test_a_long_reason_is_truncated() -> None:
+    """Between two characters, so that it stays UTF-8."""
     frames = FrameParser(masked=False, most=MOST)
     (control,) = frames.feed(encode_close_frame(1011, "ä" * 100, masked=False))
     assert isinstance(control, Control)
     assert control.payload[2:].decode() == "ä" * 61
 
 
-def test_where_another_message_may_be_put() -> None:
-    """Not between the fragments of one, where a control frame may stand."""
+def test_where_another_message_may_be_inserted() -> None:
+    """Not between the fragments of one; a control frame may be inserted there."""
     frames = FrameParser(masked=False, most=MOST)
     frames.feed(raw(TEXT, b"a", final=False, masked=False))
     seen = [(frames.between, frames.between_messages)]
@@ -348,8 +348,8 @@ def test_where_another_message_may_be_put() -> None:
     assert seen == [(True, False), (True, True)]
 
 
-def test_where_another_frame_may_be_put() -> None:
-    """Not in the middle of one that was passed on in part; the head of one that is kept is no matter."""
+def test_where_another_frame_may_be_inserted() -> None:
+    """Not in the middle of one that was passed on in part; a kept head does not matter."""
     frames = FrameParser(masked=False, most=MOST)
     data = raw(BINARY, b"x" * 1000, masked=False)
     seen = [frames.between]
@@ -361,7 +361,7 @@ def test_where_another_frame_may_be_put() -> None:
 
 @given(st.binary(max_size=400), st.booleans(), st.booleans())
 def test_any_bytes_are_frames_or_refused(data: bytes, masked: bool, whole: bool) -> None:
-    """Nothing else is ever raised, and no byte that was passed on was not there."""
+    """No other exception is raised, and only received bytes are passed on."""
     frames = FrameParser(masked=masked, most=100_000, whole=whole)
     found = frames.feed(data)
     if not whole:

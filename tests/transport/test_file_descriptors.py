@@ -144,7 +144,7 @@ def test_tls_files_that_cannot_be_opened_for_now(exhausted: None, tmp_path: Path
     """They are not reported as invalid files."""
     resource_ = Resource("east", "https://x.openai.azure.com", tls=Tls(ca=tmp_path / "ca.pem"))
     with pytest.raises(ApiError) as caught:
-        connector._context(resource_)
+        connector._own_context(resource_)
     assert caught.value.code == "overloaded"
 
 

@@ -1,4 +1,4 @@
-"""Requests to Azure through real proxies: an HTTP proxy asked to CONNECT, and a SOCKS 5 proxy."""
+"""Requests to Azure through real proxies: an HTTP proxy (by CONNECT), and a SOCKS 5 proxy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def authority(monkeypatch: pytest.MonkeyPatch) -> trustme.CA:
 
 @contextlib.asynccontextmanager
 async def over_tls(azure: FakeAzure, issuer: trustme.CA, name: str = "azure.test") -> AsyncIterator[str]:
-    """Give an endpoint with TLS in front of the fake Azure."""
+    """Provide an endpoint with TLS in front of the fake Azure."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     issuer.issue_cert(name).configure_cert(context)
     server = await asyncio.get_running_loop().create_server(azure._server, "127.0.0.1", 0, ssl=context)
@@ -47,7 +47,7 @@ async def over_tls(azure: FakeAzure, issuer: trustme.CA, name: str = "azure.test
 
 
 async def refusal(gateway: Gateway) -> tuple[int, str]:
-    """Send a request, and return the status and the message of the answer; nothing shows the password."""
+    """Send a request, and return the status and the error message; check that nothing shows the password."""
     async with gateway.post() as answer:
         text = await answer.text()
         message = (await answer.json())["error"]["message"]
@@ -61,7 +61,7 @@ async def refusal(gateway: Gateway) -> tuple[int, str]:
 async def test_requests_and_streams_go_through_the_proxy(
     kind: Kind, tls: bool, login: bool, start_gateway: StartGateway, azure: FakeAzure, authority: trustme.CA
 ) -> None:
-    """On one connection for all of them; the proxy looks the host name up, and sees none of what is inside of TLS."""
+    """All on one connection; the proxy looks up the host name, and cannot read inside TLS."""
     async with kind(*(("us er", "open:sesame/@") if login else ())) as proxy, over_tls(azure, authority) as secure:
         endpoint = secure if tls else f"http://azure.test:{azure.port}"
         way = proxy.url("us%20er:open%3Asesame%2F%40@" if login else "")
@@ -80,10 +80,10 @@ async def test_requests_and_streams_go_through_the_proxy(
 
 
 @KINDS
-async def test_a_client_that_leaves_closes_the_way_through_the_proxy(
+async def test_a_client_that_leaves_closes_the_tunnel(
     kind: Kind, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """As without a proxy, nothing is left open behind it."""
+    """As without a proxy, nothing is left open."""
     azure.words, azure.delay = ["x"] * 1000, 0.02
     async with kind() as proxy:
         gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": proxy.url()})
@@ -95,7 +95,7 @@ async def test_a_client_that_leaves_closes_the_way_through_the_proxy(
 
 @KINDS
 async def test_each_proxy_has_its_own_connections(kind: Kind, start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Resources of one endpoint share them only where proxy and login are the same; no proxy is another way, too."""
+    """Resources of one endpoint share connections only if proxy, user name and password are the same."""
     yaml = """
 resources:
   a: {endpoint: "${ENDPOINT}", proxy: "${WAY}"}
@@ -122,27 +122,27 @@ pipeline:
     [("other.test", "it is for another host"), (None, "its issuer is not known")],
     ids=["other-name", "other-authority"],
 )
-async def test_azure_s_certificate_is_verified_behind_a_proxy(
+async def test_azure_s_certificate_is_verified_through_a_proxy(
     kind: Kind, issued_for: str | None, why: str, start_gateway: StartGateway, azure: FakeAzure, authority: trustme.CA
 ) -> None:
-    """The proxy, or who sits behind it, cannot be Azure: a 502 that blames the certificate, and says why."""
+    """Neither the proxy nor a host after it can pose as Azure: a 502 names the certificate, and why it is not valid."""
     issuer = authority if issued_for else trustme.CA()
     async with kind() as proxy, over_tls(azure, issuer, issued_for or "azure.test") as endpoint:
         gateway = await start_gateway(endpoint, YAML, env={"WAY": proxy.url()})
         status, message = await refusal(gateway)
         assert status == 502
         assert message.startswith(
-            f"the certificate of the Azure resource 'azure', which 'azure.test' shows, is not valid: {why}"
+            f"the certificate of the Azure resource 'azure', from 'azure.test', is not valid: {why}"
         )
         await until(lambda: proxy.open == 0)
     assert not azure.requests
 
 
 @KINDS
-async def test_an_endpoint_that_speaks_no_tls_behind_a_proxy(
+async def test_an_endpoint_without_tls_through_a_proxy(
     kind: Kind, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """A 502 that says that it was TLS that failed."""
+    """A 502 says that TLS failed."""
     async with kind() as proxy:
         gateway = await start_gateway(azure.endpoint.replace("http://", "https://"), YAML, env={"WAY": proxy.url()})
         assert await refusal(gateway) == (502, "TLS with the Azure resource 'azure' failed")
@@ -151,10 +151,10 @@ async def test_an_endpoint_that_speaks_no_tls_behind_a_proxy(
 
 @KINDS
 @pytest.mark.parametrize("login", ["", "user:sesame@"], ids=["no-login", "wrong-login"])
-async def test_a_proxy_that_wants_another_login(
+async def test_a_proxy_that_requires_another_login(
     kind: Kind, login: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """A 502 that says that the proxy refused, and why; what was sent to it is not shown."""
+    """A 502 says that the proxy refused, and why; it does not show the password."""
     async with kind("user", "another") as proxy:
         gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": proxy.url(login)})
         status, message = await refusal(gateway)
@@ -168,7 +168,7 @@ async def test_a_proxy_that_wants_another_login(
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 async def test_a_proxy_that_is_not_there(scheme: str, start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Refused or not found, it is a 502 that names the proxy, and Azure is not asked another way."""
+    """Refused or not found, it is a 502 that names the proxy; the gateway does not bypass the proxy."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -185,7 +185,7 @@ async def test_a_proxy_that_is_not_there(scheme: str, start_gateway: StartGatewa
 
 @pytest.mark.parametrize("scheme", ["http", "socks5"])
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"\x05"])
-async def test_a_proxy_that_does_not_answer_in_time(scheme: str, said: bytes, start_gateway: StartGateway) -> None:
+async def test_a_proxy_that_does_not_respond_in_time(scheme: str, said: bytes, start_gateway: StartGateway) -> None:
     """A 504 after `timeouts.connect` that names the proxy; its connection is closed."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -201,12 +201,12 @@ async def test_a_proxy_that_does_not_answer_in_time(scheme: str, said: bytes, st
         )  # fmt: skip
         status, message = await refusal(gateway)
         assert status == 504
-        assert message == "the proxy of the Azure resource 'azure' gave no connection to it within 0.3 s"
+        assert message == "the proxy of the Azure resource 'azure' did not connect to it within 0.3 s"
         await until(lambda: proxy.open == 0)
 
 
-async def test_tls_that_azure_does_not_answer_in_time_is_not_the_proxy_s_fault(start_gateway: StartGateway) -> None:
-    """A proxy that has connected, and silence behind it: a 504 of Azure's."""
+async def test_a_tls_handshake_that_times_out_is_not_the_proxy_s_fault(start_gateway: StartGateway) -> None:
+    """The proxy has connected, and Azure is silent: a 504 that names Azure."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -231,19 +231,19 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
         (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno", "with status 502"),
         (b"HTTP/1.1 301 Moved\r\nLocation: http://x\r\n\r\n", "with status 301"),
         (b"HTTP/1.1 100 Continue\r\n\r\n", "with status 100"),
-        (b"", "is not a whole answer"),
-        (b"HTTP/1.1 200 OK\r\nX: y\r\n", "is not a whole answer"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is not a whole answer"),
-        (b"\x05\x00", "is not a whole answer"),
-        (OK.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 33_000), "is not a whole answer"),
+        (b"", "is not a complete HTTP response"),
+        (b"HTTP/1.1 200 OK\r\nX: y\r\n", "is not a complete HTTP response"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", "is not a complete HTTP response"),
+        (b"\x05\x00", "is not a complete HTTP response"),
+        (OK.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 33_000), "is not a complete HTTP response"),
         (b"HTTP/1.1 abc\r\n\r\n", "is not valid HTTP"),
         (b"HTTP/1.1 200 OK\r\nno field\r\n\r\n", "is not valid HTTP"),
         (b"HTTP/1.1 200 OK\r\nX: a\nb\r\n\r\n", "is not valid HTTP"),
-        (OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "sent something behind its answer"),
+        (OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "sent bytes after its response"),
     ],
 )
-async def test_what_an_http_proxy_must_not_say(said: bytes, words: str, start_gateway: StartGateway) -> None:
-    """Any status but 2xx, what is no head, a head without end, and bytes that would be Azure's answer: each a 502."""
+async def test_responses_that_an_http_proxy_must_not_send(said: bytes, words: str, start_gateway: StartGateway) -> None:
+    """A status other than 2xx, bytes that are not a head, a head without end, bytes after the head: each is a 502."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -257,8 +257,8 @@ async def test_what_an_http_proxy_must_not_say(said: bytes, words: str, start_ga
         await until(lambda: proxy.open == 0)
 
 
-async def test_a_proxy_s_answer_without_end_is_given_up(start_gateway: StartGateway) -> None:
-    """At 32 KiB of head, not when time is up."""
+async def test_a_proxy_s_response_without_end_is_refused(start_gateway: StartGateway) -> None:
+    """At 32 KiB of head, before the timeout."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n")
@@ -270,7 +270,7 @@ async def test_a_proxy_s_answer_without_end_is_given_up(start_gateway: StartGate
     async with RawUpstream(script) as proxy:
         gateway = await start_gateway("http://azure.test", YAML, env={"WAY": proxy.endpoint}, timeouts={"connect": 3})
         status, message = await refusal(gateway)
-        assert (status, "is not a whole answer" in message) == (502, True), message
+        assert (status, "is not a complete HTTP response" in message) == (502, True), message
         await until(lambda: proxy.open == 0)
 
 
@@ -289,10 +289,10 @@ async def test_a_proxy_s_answer_without_end_is_given_up(start_gateway: StartGate
     ],
 )
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
-async def test_what_a_socks_proxy_must_not_say(
+async def test_responses_that_a_socks_proxy_must_not_send(
     said: list[bytes], words: str, reset: bool, start_gateway: StartGateway
 ) -> None:
-    """A refusal has its reason; what is not SOCKS 5, is cut, or ends in a reset, is a 502 as well."""
+    """A refusal is a 502 with its reason; so is a response that is not SOCKS 5, is cut, or ends in a reset."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for part in said:
@@ -322,7 +322,7 @@ class Leaks(Stage):
 
 
 async def test_a_stage_s_error_does_not_log_the_password(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Even where the stage puts it into the error."""
+    """Even if the stage puts it into the error."""
     yaml = "plugins_path: mine\n" + YAML.replace("sse_newline", "leaks")
     files = {"mine/leaks.py": LEAKS}
     gateway = await start_gateway(azure.endpoint, yaml, files, env={"WAY": "http://user:sesame@127.0.0.1:1"})
@@ -337,7 +337,7 @@ async def test_a_stage_s_error_does_not_log_the_password(start_gateway: StartGat
 async def test_literal_addresses_go_through_as_they_are(
     kind: Kind, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """IPv6 in brackets where that is how it is written."""
+    """IPv6 in brackets in a CONNECT."""
     async with kind() as proxy:
         for host in ("127.0.0.1", "[::1]"):
             gateway = await start_gateway(f"http://{host}:{azure.port}", YAML, env={"WAY": proxy.url()})
@@ -349,18 +349,18 @@ async def test_literal_addresses_go_through_as_they_are(
 async def test_a_proxy_with_two_addresses_of_which_one_is_dead(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one is used: what a name resolves to is tried one after the other."""
+    """The other one is used: the addresses of a name are tried one after the other."""
     async with ConnectProxy() as proxy:
         ask = socket.getaddrinfo
 
         def both(host: Any, port: Any, **more: Any) -> Any:
             if host != "proxy.test":
                 return ask(host, port, **more)
-            # (Nobody listens at the first: the whole of 127.0.0.0/8 is this machine.)
+            # (No server listens at the first: all of 127.0.0.0/8 is this machine.)
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in ("127.9.9.9", "127.0.0.1")]
 
         gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": f"http://proxy.test:{proxy.port}"})
-        # No name of this machine has two addresses for certain.
+        # No name of this machine is sure to have two addresses.
         monkeypatch.setattr(socket, "getaddrinfo", both)
         async with gateway.post() as answer:
             assert answer.status == 200, await answer.text()

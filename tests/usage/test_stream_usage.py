@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.protocol.sse import chain_filters
+from gateway.protocol.filters import chain_filters
 from gateway.testing import every_split
 from gateway.usage.stream_usage import HideUsage, request_stream_usage
 from tests.chunks import event as sse
