@@ -22,7 +22,7 @@ from gateway.response import Response, check_body
 from gateway.transport.pacing import Pacer
 from gateway.transport.response_head import date_line, status_line
 from gateway.transport.upstream_connection import UpstreamResponse
-from gateway.transport.websocket_handshake import WebSocket, accepted, chosen_protocol, offered_protocols
+from gateway.transport.websocket_handshake import WebSocket, accept_value, offered_protocols, select_protocol
 from gateway.transport.websocket_relay import WebSocketRelay
 from gateway.transport.write_timeout import WriteTimeout
 
@@ -155,23 +155,24 @@ async def _relay(
     connection = arrived.connection
     relay = WebSocketRelay(
         connection,
-        socket.wire,
+        socket.upstream,
         exchange,
         request_id,
         up=socket.up,
         down=[each for each in response.filters if isinstance(each, EventFilter)],
-        most=limits.body,
-        ping=timeouts.ping,
-        patience=(timeouts.client, timeouts.idle),
-        hidden=_secrets(arrived, exchange),
+        max_message=limits.body,
+        ping_interval=timeouts.ping,
+        client_timeout=timeouts.client,
+        idle_timeout=timeouts.idle,
+        secrets=_secrets(arrived, exchange),
         watch=socket.watch,
     )
     response.headers.remove("content-length")  # RFC 9110, 8.6
     for name, value in (
         ("connection", "Upgrade"),
         ("upgrade", "websocket"),
-        ("sec-websocket-accept", accepted(arrived.headers.get("sec-websocket-key") or "").decode()),
-        ("sec-websocket-protocol", chosen_protocol(offered_protocols(arrived.headers), socket.protocol)),
+        ("sec-websocket-accept", accept_value(arrived.headers.get("sec-websocket-key") or "").decode()),
+        ("sec-websocket-protocol", select_protocol(offered_protocols(arrived.headers), socket.protocol)),
     ):
         if value is not None:
             response.headers.set(name, value)

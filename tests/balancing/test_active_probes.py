@@ -57,8 +57,8 @@ async def test_what_probes_find(start_gateway: StartGateway) -> None:
             assert answer.status in (401, 502)
         rows = {each.deployment.resource.name: each for each in gateway.server.shared.health.all()}
         await until(lambda: (rows["lost"].reason, rows["east"].reason) == ("connect", "refused"))
-        before = rows["lost"].rests_until
-        await until(lambda: rows["lost"].rests_until > before)
+        before = rows["lost"].blocked_until
+        await until(lambda: rows["lost"].blocked_until > before)
 
 
 async def test_without_probe_nothing_is_asked(start_gateway: StartGateway) -> None:

@@ -15,8 +15,9 @@ from gateway import Request, Response
 from gateway.auth.credentials import Credential
 from gateway.azure.operations import find_operation
 from gateway.azure.resources import Deployment, Pool, Resource, Target
-from gateway.balancing.circuit_breaker import Health
-from gateway.balancing.retries import Retrier, RetryBudget, RetryLimits
+from gateway.balancing.health import Health
+from gateway.balancing.retries import Retrier
+from gateway.balancing.retry_budget import RetryBudget, RetryLimits
 from gateway.body.request_body import Body
 from gateway.exchange import Exchange
 from gateway.logs import get_logger
@@ -65,7 +66,8 @@ def simulated(
     selector = _Jumping()
     loop = asyncio.SelectorEventLoop(selector)
     monkeypatch.setattr(loop, "time", lambda: selector.now)
-    monkeypatch.setattr("gateway.balancing.retries.monotonic", lambda: selector.now)
+    for module in ("attempts", "retries"):
+        monkeypatch.setattr(f"gateway.balancing.{module}.monotonic", lambda: selector.now)
     health = Health(lambda: selector.now)
     deployment = Deployment(Resource("east", "https://east.invalid", credential=Credential("k")), "m")
     health.use(HealthSettings(), [deployment])

@@ -12,7 +12,8 @@ import pytest
 import structlog
 
 from gateway.azure.resources import Deployment, Resource
-from gateway.balancing.circuit_breaker import DeploymentHealth, Health
+from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.balancing.health import Health
 from gateway.balancing.shared_health import SharedHealth
 from gateway.limits.redis_url import RedisUrl
 from gateway.settings import HealthSettings
@@ -64,9 +65,9 @@ async def test_a_rest_and_its_end_are_known_everywhere(server: RedisServer) -> N
         async with Peer(server) as late:
             await until(lambda: late.left() > 0)
             assert abs(late.left() - one.left()) < 1
-        one.east.rests_until = 0.0
+        one.east.block_until(0.0)
         assert one.east.begin(time.monotonic())
-        one.east.succeeded(time.monotonic(), one.east._try)
+        one.east.succeeded(time.monotonic(), one.east._trial)
         await until(lambda: other.left() == 0)
         assert not other.east.failing
 
@@ -79,12 +80,12 @@ async def test_it_is_harmless_when_redis_is_away(server: RedisServer) -> None:
             await until(lambda: other.left() > 0)
             server.kill()
             one.east.cool_down(time.monotonic(), 40, "rate_limited")
-            await until(lambda: sum("cannot be shared" in event["event"] for event in events) == 2)
+            await until(lambda: sum(event["event"] == "health_sharing_failed" for event in events) == 2)
             assert one.left() > 35
             assert other.left() <= 4
             await server.start()
             await until(lambda: other.left() > 30)
-            await until(lambda: sum("shared again" in event["event"] for event in events) == 2)
+            await until(lambda: sum(event["event"] == "health_sharing_restored" for event in events) == 2)
 
 
 async def test_what_others_wrote_there_is_nothing(server: RedisServer) -> None:
@@ -122,5 +123,5 @@ def test_a_server_s_clock_that_steps_back_makes_no_rest_longer() -> None:
     health = Health()
     health.use(HealthSettings(), [EAST])
     bulletin = SharedHealth(RedisUrl.parse("redis://127.0.0.1:1"), health)
-    bulletin._hear(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
+    bulletin._apply(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
     assert health.of(EAST).available_in(time.monotonic()) <= 1.0

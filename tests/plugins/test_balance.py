@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from gateway.balancing.circuit_breaker import CLOSED
 from gateway.config import load
 from gateway.errors import ConfigError
 from gateway.limits.memory_budget import BUDGETS
@@ -55,8 +56,9 @@ def row(gateway: Gateway, name: str) -> Any:
 def end_rest(gateway: Gateway, name: str) -> None:
     """Let a deployment's rest be over now, so that no test needs to be done before a short one ends."""
     resting = row(gateway, name)
-    assert resting.rests_until > asyncio.get_running_loop().time()
-    resting.rests_until = resting._cools_until = asyncio.get_running_loop().time()
+    assert resting.blocked_until > asyncio.get_running_loop().time()
+    resting._cooldown_until = asyncio.get_running_loop().time()
+    resting.block_until(resting._cooldown_until)
 
 
 # -- choosing ------------------------------------------------------------------------------------------
@@ -186,7 +188,7 @@ async def test_one_without_room_is_asked_last(start_gateway: StartGateway, regio
     gateway = await start_gateway("", pool_yaml(regions))
     for name in ("east", "west"):
         health = next(each for each in gateway.server.shared.health.all() if each.deployment.resource.name == name)
-        health.away_until = float("inf")
+        health.avoid_until = float("inf")
     for _ in range(3):
         await ask(gateway)
     assert counted(regions) == {"east": 0, "west": 0, "north": 3}
@@ -290,7 +292,7 @@ async def test_what_may_have_been_processed_and_would_do_harm_twice_is_not_sent_
         region.fault = "limited"
         region.saw.clear()
     for each in gateway.server.shared.health.all():
-        each.rests_until, each.failing, each.failures = 0.0, False, 0
+        each.blocked_until, each.state, each.failures = 0.0, CLOSED, 0
     assert (await ask(gateway, {"model": "gpt-4o"}, path="/v1/responses"))[0] == 429
     assert sum(counted(regions).values()) >= 3
 
@@ -329,7 +331,7 @@ async def test_all_fail(start_gateway: StartGateway, regions: dict[str, Region])
     assert content["error"]["code"] == "rate_limit_exceeded"
     assert int(headers["retry-after"]) <= 20
     assert int(headers["retry-after-ms"]) <= 20_000
-    warning = next(event for event in gateway.events if "no deployment" in event["event"])
+    warning = next(event for event in gateway.events if event["event"] == "pool_failed")
     assert warning["pool"] == "chat"
     assert len(warning["attempts"]) == 3
     assert {each["deployment"].split("/")[0] for each in warning["attempts"]} == {"east", "west", "north"}
@@ -572,7 +574,7 @@ async def test_a_403_may_be_about_one_request(start_gateway: StartGateway, regio
         respond(region, 403, "PermissionDenied")
     status, content, _ = await ask(gateway)
     assert status == 502  # the client would look for the mistake in its own key
-    assert "credential that the gateway itself has" in content["error"]["message"]
+    assert "Azure rejected the gateway's credential for this model" in content["error"]["message"]
     assert all(row(gateway, name).is_available(asyncio.get_running_loop().time()) for name in regions)
 
 
@@ -683,7 +685,7 @@ async def test_an_error_that_drips_keeps_nobody(
     start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it says is waited for as long as it is worth: not as long as all may take."""
-    monkeypatch.setattr("gateway.balancing.retries._ERROR", 0.3)
+    monkeypatch.setattr("gateway.balancing.attempts._ERROR_TIMEOUT", 0.3)
     yaml = pool_yaml(regions, settings="{deadline: 600}").replace("  - openai_errors\n", "")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
@@ -765,7 +767,7 @@ async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, region
     assert BUDGETS.memory.held == 0
     assert BUDGETS.memory.most_held > 400_000
     for each in gateway.server.shared.health.all():
-        each.rests_until, each.failing, each.failures = 0.0, False, 0
+        each.blocked_until, each.state, each.failures = 0.0, CLOSED, 0
     assert await upload(800_000) == 1
 
 
@@ -801,14 +803,14 @@ async def test_a_request_that_can_go_nowhere_else_leaves_a_rest_as_it_is(
     more = {"model": "gpt-4o", "input": "and", "previous_response_id": first["id"]}
     regions[home].fault = "error"
     assert (await ask(gateway, more, path="/v1/responses"))[0] == 500
-    rests_until = row(gateway, home).rests_until
+    blocked_until = row(gateway, home).blocked_until
     regions[home].fault = "mute"
     asked = asyncio.create_task(ask(gateway, more, path="/v1/responses"))
     await until(lambda: regions[home].saw[-1][1] == "mute")
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await gateway.idle()
-    assert row(gateway, home).rests_until == rests_until
+    assert row(gateway, home).blocked_until == blocked_until
 
 
 async def test_a_request_waits_for_the_one_that_tries(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
@@ -948,7 +950,7 @@ async def test_nothing_is_in_flight_when_all_is_over(start_gateway: StartGateway
     await asyncio.gather(*asked, return_exceptions=True)
     await gateway.idle()
     assert [each.in_flight for each in gateway.server.shared.health.all()] == [0, 0, 0]
-    assert not any(each.trying for each in gateway.server.shared.health.all())
+    assert not any(each.half_open for each in gateway.server.shared.health.all())
 
 
 # -- with other stages ---------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ from gateway.protocol.websocket_frames import (
 )
 from gateway.testing import FakeAzure, Seen
 from gateway.transport.client_connection import ClientConnection
-from gateway.transport.websocket_relay import ControlFrameLimit, WebSocketRelay, error_event
+from gateway.transport.websocket_limits import ControlFrameLimit
+from gateway.transport.websocket_messages import error_event
+from gateway.transport.websocket_relay import WebSocketRelay
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
 pytestmark = pytest.mark.both_loops
@@ -150,7 +152,7 @@ async def test_a_version_without_it_is_refused_or_another_one_is_used(
 
 async def test_headers_go_both_ways(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the handshake itself are each side's own; the id is the one in the log."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.1)
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.1)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
@@ -345,7 +347,7 @@ async def test_azure_s_fragments_and_pings_reach_the_client(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frames cut anywhere by the network, fragments with a ping between them; and the client's pong reaches Azure."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.1)
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.1)
     ponged = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -465,7 +467,10 @@ async def test_azure_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
             assert await client.recv() == "hello"
             with pytest.raises(websockets.ConnectionClosedError):
                 await client.recv()
-            assert (client.close_code, client.close_reason) == (1011, "Azure's WebSocket broke off")
+            assert (client.close_code, client.close_reason) == (
+                1011,
+                "Azure closed the WebSocket without a close frame. Reconnect.",
+            )
         await gateway.idle()
     (event,) = gateway.exchanges()
     assert (event["ended_by"], event["error"], event["close_code"]) == ("upstream", "upstream_error", 1011)
@@ -549,7 +554,7 @@ async def test_a_gateway_that_stops_says_goodbye(start_gateway: StartGateway) ->
             stopping = asyncio.create_task(gateway.server.stop())
             with pytest.raises(websockets.ConnectionClosed):
                 await client.recv()
-            assert (client.close_code, client.close_reason) == (1001, "the gateway is stopping")
+            assert (client.close_code, client.close_reason) == (1001, "The gateway is shutting down. Reconnect.")
             await stopping
         await until(lambda: told)
     assert told == [1001]
@@ -560,7 +565,7 @@ async def test_a_side_that_does_not_answer_a_goodbye_is_not_waited_for_for_ever(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had the time to."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.1)
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.1)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -662,7 +667,10 @@ async def test_azure_that_never_reads_is_given_up(start_gateway: StartGateway) -
         (control,) = FrameParser(masked=False, most=1000).feed(await reader.read(1000))
         writer.transport.abort()
         assert isinstance(control, Control)
-        assert (control.code, control.payload[2:]) == (1011, b"Azure took nothing for 0.3 s")
+        assert (control.code, control.payload[2:]) == (
+            1011,
+            b"Azure read no bytes of the WebSocket for 0.3 s. Reconnect.",
+        )
         await gateway.idle()
         await until(lambda: upstream.open <= 1)
     assert gateway.exchanges()[0]["error"] == "upstream_timeout"
@@ -694,7 +702,7 @@ async def test_a_silent_client_is_given_up(start_gateway: StartGateway, echoing:
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(HANDSHAKE)
     await until(lambda: gateway.exchanges())
-    assert (await reader.read()).endswith(b"the client was silent for 0.1 s")
+    assert (await reader.read()).endswith(b"The client sent no bytes for 0.1 s, not even a pong.")
     writer.close()
     (event,) = gateway.exchanges()
     assert (event["ended_by"], event["error"]) == ("gateway", "request_timeout")
@@ -713,7 +721,10 @@ async def test_a_silent_azure_is_given_up(start_gateway: StartGateway) -> None:
         async with opened(gateway, ping_interval=None) as client:
             with pytest.raises(websockets.ConnectionClosed):
                 await client.recv()
-            assert (client.close_code, client.close_reason) == (1011, "Azure was silent for 0.1 s")
+            assert (client.close_code, client.close_reason) == (
+                1011,
+                "Azure sent no bytes for 0.1 s, not even a pong. Reconnect.",
+            )
         await until(lambda: upstream.open == 0)
 
 
@@ -839,7 +850,7 @@ async def test_an_api_error_of_a_filter_is_told_and_the_websocket_goes_on(
         assert client.close_code == 1011
     await gateway.idle()
     assert gateway.exchanges()[0]["ended_by"] == "gateway"
-    assert any(event["event"] == "a filter failed" for event in gateway.events)
+    assert any(event["event"] == "filter_failed" for event in gateway.events)
 
 
 WRONG = """
@@ -1140,7 +1151,7 @@ async def test_a_goodbye_that_azure_does_not_answer_is_still_one(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, drops: bool
 ) -> None:
     """Whether it hangs up or says nothing: the client, which said it, gets its own code back."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.2)
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.2)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -1515,9 +1526,9 @@ async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: St
             (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
             relay = connection._relay.__self__  # type: ignore[union-attr]
             await client.send(data)
-            await until(lambda: not relay._azure.taking, 20)
+            await until(lambda: not relay._azure.writable, 20)
             assert relay._client.held == len(data)
-            assert relay._wire.transport.get_write_buffer_size() <= 64 * 1024 + STEP + 14
+            assert relay._upstream.transport.get_write_buffer_size() <= 64 * 1024 + STEP + 14
             go_on.set()
             with pytest.raises(websockets.ConnectionClosedOK):
                 await client.recv()
@@ -1530,7 +1541,7 @@ async def test_a_message_that_is_kept_has_a_limit_of_its_own(
     start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that only passes may be as large as a body; one that filters read may not, and its length alone ends it."""
-    monkeypatch.setattr("gateway.transport.websocket_relay.MOST_KEPT", 5000)
+    monkeypatch.setattr("gateway.transport.websocket_side.MAX_KEPT_MESSAGE", 5000)
     gateway = await start_gateway(echoing.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
     async with opened(gateway) as client:
         await client.send(b"x" * 5001)
@@ -1566,7 +1577,7 @@ async def test_too_many_pings_end_it(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, opcode: int, from_client: bool
 ) -> None:
     """A hundred at once go through; the next ends the WebSocket, and the client and the log are told why."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CONTROLS_PER_SECOND", 0)
+    monkeypatch.setattr("gateway.transport.websocket_limits._CONTROL_FRAMES_PER_SECOND", 0)
     flood = encode_frame(opcode, b"p", masked=from_client) * 101
     heard: list[Any] = []
 
@@ -1591,10 +1602,10 @@ async def test_too_many_pings_end_it(
     assert [each.opcode for each in passed] == [opcode] * 100 + [CLOSE]
     assert [each.opcode for each in ended] == [CLOSE]
     assert found[-1].code == (1008 if from_client else 1011)
-    assert b"more pings and pongs than 100 at once" in found[-1].payload
+    assert b"too many pings and pongs; the limit is 100 at once" in found[-1].payload
     (event,) = gateway.exchanges()
     assert event["error"] == ("policy_violation" if from_client else "upstream_error")
-    assert "more pings and pongs than 100 at once" in event["reason"]
+    assert "too many pings and pongs; the limit is 100 at once" in event["reason"]
 
 
 def test_pings_are_counted_by_a_token_bucket() -> None:
@@ -1644,7 +1655,7 @@ async def test_a_loss_is_seen_after_the_frames_before_it(
         connection, relay = relay_of(gateway)
         flood = encode_frame(TEXT, b"1", masked=from_client) * count
         (relay.from_client if from_client else relay.from_azure)(flood)
-        lost = connection.transport if from_client else relay._wire.transport
+        lost = connection.transport if from_client else relay._upstream.transport
         assert lost is not None
         lost.abort()
         if not from_client:
