@@ -1,4 +1,4 @@
-"""How deployments are: when they rest, and when they are back."""
+"""The circuit breaker: when a deployment is unavailable, and when it is available again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EAST = Deployment(Resource("east", "https://east.invalid", region="eastus"), "gp
 
 
 class Clock:
-    """A clock that stands until it is moved."""
+    """A clock that moves only by assignment."""
 
     now = 1000.0
 
@@ -28,7 +28,7 @@ def made(**settings: float) -> tuple[DeploymentHealth, Clock, Health]:
 
 
 def test_failures_in_a_row_open_the_circuit() -> None:
-    """One success in between begins the row anew."""
+    """A success in between resets the count."""
     east, clock, _ = made(failures=3, rest=2)
     for _ in range(2):
         east.failed(clock.now, "broken_off")
@@ -42,8 +42,8 @@ def test_failures_in_a_row_open_the_circuit() -> None:
     assert (east.failing, east.reason) == (True, "timeout")
 
 
-def test_a_share_of_failures_opens_it() -> None:
-    """If they were enough requests, and of the last window: what was long ago does not count."""
+def test_a_share_of_failures_opens_the_circuit() -> None:
+    """With enough requests in the window; older ones do not count."""
     east, clock, _ = made(failures=1000, share=0.5, least=10, window=10)
     for _ in range(100):
         east.succeeded(clock.now)
@@ -58,8 +58,8 @@ def test_a_share_of_failures_opens_it() -> None:
     assert not east.is_available(clock.now)
 
 
-def test_one_request_tries_it_and_its_success_closes_it() -> None:
-    """While that one is under way, nobody else may; rests double while the tries fail, up to a bound."""
+def test_the_success_of_a_trial_closes_the_circuit() -> None:
+    """There is one trial at a time; failed trials double the time until the next, up to a maximum."""
     east, clock, _ = made(failures=1, rest=1, most_rest=3)
     east.begin(clock.now)
     east.failed(clock.now, "connect")
@@ -81,11 +81,11 @@ def test_one_request_tries_it_and_its_success_closes_it() -> None:
     east.begin(clock.now)
     assert not east.half_open
     east.failed(clock.now, "connect")
-    assert east.available_in(clock.now) == 1  # as at first
+    assert east.available_in(clock.now) == 1  # as at the first time
 
 
-def test_what_was_asked_before_it_rested_changes_nothing() -> None:
-    """Neither late failures make the rest longer, nor do late answers end it."""
+def test_requests_from_before_the_circuit_opened_change_nothing() -> None:
+    """Late failures do not extend the time, and late responses do not end it."""
     east, clock, _ = made(failures=1, rest=4)
     east.failed(clock.now, "connect")
     clock.now += 1
@@ -94,15 +94,15 @@ def test_what_was_asked_before_it_rested_changes_nothing() -> None:
     assert east.available_in(clock.now) == 3
 
 
-def test_what_is_certain_is_enough_once() -> None:
-    """A wrong key, or a deployment that is not there: it rests as long as it may."""
+def test_one_permanent_failure_opens_the_circuit() -> None:
+    """A wrong key, or a missing deployment: for `most_rest`."""
     east, clock, _ = made(failures=5, most_rest=30)
     east.failed(clock.now, "refused", permanent=True)
     assert east.available_in(clock.now) == 30
 
 
 def test_a_429_is_no_failure() -> None:
-    """It rests for as long as Azure asks, an hour at most, and is no circuit that opens."""
+    """It starts a cooldown for as long as Azure asks, an hour at most, and does not open the circuit."""
     east, clock, _ = made(failures=1)
     east.cool_down(clock.now, 7, "rate_limited")
     east.cool_down(clock.now, 2, "rate_limited")
@@ -115,8 +115,8 @@ def test_a_429_is_no_failure() -> None:
     assert east.available_in(clock.now) == 3600
 
 
-def test_a_429_on_the_try_closes_it() -> None:
-    """It is there again, if busy."""
+def test_a_429_on_the_trial_closes_the_circuit() -> None:
+    """The deployment is reachable, but busy."""
     east, clock, _ = made(failures=1, rest=1)
     east.failed(clock.now, "connect")
     clock.now += 1
@@ -126,8 +126,8 @@ def test_a_429_on_the_try_closes_it() -> None:
     assert east.available_in(clock.now) == 2
 
 
-def test_a_try_that_takes_for_ever_keeps_nobody_out_for_ever() -> None:
-    """Another request may try it after some seconds."""
+def test_a_trial_without_a_result_is_replaced() -> None:
+    """By another request, after some seconds."""
     east, clock, _ = made(failures=1, rest=1, most_rest=20)
     east.failed(clock.now, "connect")
     clock.now += 1
@@ -137,8 +137,8 @@ def test_a_try_that_takes_for_ever_keeps_nobody_out_for_ever() -> None:
     assert east.begin(clock.now)
 
 
-def test_what_does_not_count_is_only_told() -> None:
-    """A failure that may be the request's own fault: neither in a row nor in the share."""
+def test_a_failure_that_does_not_count_is_only_reported() -> None:
+    """The request itself may be its cause: it counts neither in a row nor in the share."""
     east, clock, health = made(failures=2, least=2)
     for _ in range(10):
         east.failed(clock.now, "status_500", counts=False)
@@ -146,8 +146,8 @@ def test_what_does_not_count_is_only_told() -> None:
     assert health.report()[0]["counts"] == {"answered": 0, "status_500": 10}
 
 
-def test_a_stream_that_has_begun_closes_the_circuit_and_ends_no_row_of_failures() -> None:
-    """Only at its end is it known whether it was an answer."""
+def test_the_start_of_a_stream_closes_the_circuit_and_ends_no_row_of_failures() -> None:
+    """Only its end shows whether it was a success."""
     east, clock, _ = made(failures=3, rest=1)
     for _ in range(2):
         east.response_started(clock.now)
@@ -163,8 +163,8 @@ def test_a_stream_that_has_begun_closes_the_circuit_and_ends_no_row_of_failures(
     assert not east.failing
 
 
-def test_what_azure_asked_for_outlasts_all_else() -> None:
-    """A failed try, one that was left, a probe, the end of another rest, and news do not make its rest shorter."""
+def test_nothing_shortens_a_cooldown() -> None:
+    """Neither a failed or abandoned trial, a probe, a closed circuit, nor events of other processes."""
     east, clock, health = made(failures=1, rest=1)
 
     def failing() -> int:
@@ -175,7 +175,7 @@ def test_what_azure_asked_for_outlasts_all_else() -> None:
         return tried
 
     tried = failing()
-    east.cool_down(clock.now, 60, "rate_limited")  # of a request that was asked before
+    east.cool_down(clock.now, 60, "rate_limited")  # of an earlier request
     east.failed(clock.now, "connect", trial=tried)
     assert east.available_in(clock.now) == 60
     health.apply(HealthEvent(east.key))
@@ -191,8 +191,8 @@ def test_what_azure_asked_for_outlasts_all_else() -> None:
     assert east.available_in(clock.now) == 30
 
 
-def test_of_two_tries_the_older_one_says_nothing_of_the_newer() -> None:
-    """It was given up; its failure is one, and does not let a third begin."""
+def test_of_two_trials_the_newer_one_counts() -> None:
+    """A failure of the replaced one does not let a third begin."""
     east, clock, _ = made(failures=1, rest=1, most_rest=20)
     east.failed(clock.now, "connect")
     clock.now += 1
@@ -208,8 +208,8 @@ def test_of_two_tries_the_older_one_says_nothing_of_the_newer() -> None:
     assert east.available_in(clock.now) == 2
 
 
-def test_a_slow_upload_tries_it_beside_others() -> None:
-    """Its client may take any time: nobody waits for that one."""
+def test_a_slow_upload_is_not_an_exclusive_trial() -> None:
+    """Its client may take any time, so another request may be a trial meanwhile."""
     east, clock, _ = made(failures=1, rest=1)
     east.failed(clock.now, "connect")
     clock.now += 1
@@ -218,8 +218,8 @@ def test_a_slow_upload_tries_it_beside_others() -> None:
     assert east.begin(clock.now) not in (0, slow)
 
 
-def test_whoever_left_while_it_tried_lets_another_try() -> None:
-    """Nobody knows how that would have gone."""
+def test_an_abandoned_trial_lets_another_request_be_the_trial() -> None:
+    """Its result is unknown."""
     east, clock, _ = made(failures=1, rest=1)
     east.failed(clock.now, "connect")
     clock.now += 1
@@ -229,8 +229,8 @@ def test_whoever_left_while_it_tried_lets_another_try() -> None:
     assert east.failing
 
 
-def test_probes() -> None:
-    """They let a request try it as soon as nothing is wrong, and not before; one that is well is left as it is."""
+def test_probes_decide_when_a_trial_begins() -> None:
+    """At once if nothing is wrong, and not before; a closed circuit stays closed."""
     east, clock, _ = made(failures=1, rest=2)
     east.probed(clock.now, "connect", 5)
     assert east.is_available(clock.now)
@@ -242,6 +242,6 @@ def test_probes() -> None:
     assert east.is_available(clock.now)
     east.cool_down(clock.now, 4, "rate_limited")
     east.probed(clock.now, None, 5)
-    assert east.available_in(clock.now) == 4  # which Azure has asked for
+    assert east.available_in(clock.now) == 4  # as Azure asked
     clock.now += 4
     assert east.begin(clock.now)

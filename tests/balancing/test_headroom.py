@@ -22,8 +22,8 @@ from tests.balancing.test_circuit_breaker import made
         ({}, None),
     ],
 )
-def test_room(fields: dict[str, str], room: float | None) -> None:
-    """What is left of the quota that is used up most; what says nothing of it is no room, and no fullness."""
+def test_headroom(fields: dict[str, str], room: float | None) -> None:
+    """The smallest share of any quota. Headers that report none mean neither headroom nor a full quota."""
     east, clock, _ = made()
     east.observe(clock.now, Headers(fields).fields)
     if room is None:
@@ -35,8 +35,8 @@ def test_room(fields: dict[str, str], room: float | None) -> None:
         assert east.is_available(clock.now)
 
 
-def test_room_without_a_limit_is_of_the_most_that_was_left() -> None:
-    """And it is looked at ten times a second at most, and believed for some seconds."""
+def test_headroom_without_a_limit() -> None:
+    """Is a share of the largest remainder so far. It is read ten times a second at most, and valid for some seconds."""
     east, clock, _ = made()
     east.succeeded(clock.now, 0, Headers({"x-ratelimit-remaining-tokens": "800"}).fields)
     assert east.headroom == 1.0

@@ -8,43 +8,43 @@ from gateway.settings import HealthSettings
 from tests.balancing.test_circuit_breaker import EAST, made
 
 
-def test_what_others_are_told_and_hear() -> None:
-    """A rest, and its end; what is heard is not told again, and shortens nothing that is known here."""
+def test_events_between_processes() -> None:
+    """A circuit opens, and closes. A received event is not sent on, and shortens nothing."""
     east, clock, health = made(failures=1, rest=2)
-    told: list[HealthEvent] = []
-    health.listeners.append(told.append)
+    published: list[HealthEvent] = []
+    health.listeners.append(published.append)
     east.failed(clock.now, "connect")
-    assert told == [HealthEvent(east.key, 2, failing=True, reason="connect")]
-    assert health.events() == told
+    assert published == [HealthEvent(east.key, 2, failing=True, reason="connect")]
+    assert health.events() == published
     west, there, other = made(rest=2)
-    heard: list[HealthEvent] = []
-    other.listeners.append(heard.append)
-    other.apply(told[0])
+    forwarded: list[HealthEvent] = []
+    other.listeners.append(forwarded.append)
+    other.apply(published[0])
     assert (west.available_in(there.now), west.failing, west.reason) == (2, True, "connect")
     other.apply(HealthEvent(east.key, 1, failing=True, reason="dns"))
     assert west.available_in(there.now) == 2
     clock.now += 2
     east.begin(clock.now)
     east.succeeded(clock.now, east._trial)
-    other.apply(told[1])
+    other.apply(published[1])
     assert (west.is_available(there.now), west.failing) == (True, False)
-    other.apply(HealthEvent("nobody/knows it", 5))
-    assert heard == []
+    other.apply(HealthEvent("unknown/deployment", 5))
+    assert forwarded == []
 
 
-def test_small_steps_are_not_told() -> None:
-    """A hundred requests that meet the same 429 are one piece of news."""
+def test_small_changes_are_not_published() -> None:
+    """A hundred requests with the same 429 are one event."""
     east, clock, health = made()
-    told: list[HealthEvent] = []
-    health.listeners.append(told.append)
+    published: list[HealthEvent] = []
+    health.listeners.append(published.append)
     for _ in range(100):
         east.cool_down(clock.now, 10, "rate_limited")
         clock.now += 0.001
-    assert len(told) == 1
+    assert len(published) == 1
 
 
-def test_a_reload_keeps_what_is_known_of_what_stays() -> None:
-    """One that moved to another endpoint is another; one that is gone is told of no more."""
+def test_a_reload_keeps_the_health_of_deployments_that_stay() -> None:
+    """A new endpoint makes a new deployment; a removed one is not reported."""
     east, clock, health = made()
     east.cool_down(clock.now, 9, "rate_limited")
     moved = Deployment(Resource("east", "https://elsewhere.invalid"), "gpt-4o")
@@ -56,7 +56,7 @@ def test_a_reload_keeps_what_is_known_of_what_stays() -> None:
 
 
 def test_the_report() -> None:
-    """What the operator sees: the states of a circuit, and why."""
+    """The states of the circuit breaker, and the reasons."""
     east, clock, health = made(failures=1, rest=2)
     assert health.report()[0]["state"] == "available"
     east.begin(clock.now)

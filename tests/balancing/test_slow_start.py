@@ -8,7 +8,7 @@ from tests.balancing.test_circuit_breaker import made
 
 
 def sent(east: DeploymentHealth, now: float) -> int:
-    """Send as many requests as it allows now; returns how many."""
+    """Send as many requests as it allows now; return how many."""
     count = 0
     while east.is_available(now):
         assert count < 1000, "nothing holds them back"
@@ -17,8 +17,8 @@ def sent(east: DeploymentHealth, now: float) -> int:
     return count
 
 
-def test_after_a_rest_few_go_first_and_more_with_each_that_is_accepted() -> None:
-    """A slow start: one, two, four, eight. Those that are held back are not told that it rests."""
+def test_the_window_doubles() -> None:
+    """One, two, four, eight requests. A throttled deployment is not reported as unavailable."""
     east, clock, health = made()
     east.cool_down(clock.now, 1, "rate_limited")
     clock.now += 1
@@ -31,8 +31,8 @@ def test_after_a_rest_few_go_first_and_more_with_each_that_is_accepted() -> None
             east.response_started(clock.now, -1)
 
 
-def test_what_is_not_refused_soon_was_accepted() -> None:
-    """An answer may take a minute; a refusal takes milliseconds: the others do not wait for answers."""
+def test_a_request_without_a_quick_429_is_accepted() -> None:
+    """A response may take a minute, a 429 takes milliseconds: the window does not wait for responses."""
     east, clock, _ = made()
     east.cool_down(clock.now, 1, "rate_limited")
     clock.now += 1
@@ -41,8 +41,8 @@ def test_what_is_not_refused_soon_was_accepted() -> None:
         clock.now += east.available_in(clock.now)
 
 
-def test_a_refusal_halves_where_the_window_grows_slowly() -> None:
-    """Of many that come together the first refusal counts; the next slow start overshoots by little."""
+def test_a_429_halves_the_threshold() -> None:
+    """The first 429 of many counts; from half of the window on, the next slow start grows by 1 in each round."""
     east, clock, _ = made()
     east.cool_down(clock.now, 1, "rate_limited")
     clock.now += 1
@@ -63,8 +63,8 @@ def test_a_refusal_halves_where_the_window_grows_slowly() -> None:
     assert counts == [1, 2, 4, 5, 6, 7]
 
 
-def test_a_slow_start_ends_when_nothing_is_refused() -> None:
-    """After ten seconds all may go, and nothing is asked of a request any more."""
+def test_a_slow_start_ends_without_a_429() -> None:
+    """After ten seconds the circuit is closed."""
     east, clock, _ = made()
     east.cool_down(clock.now, 1, "rate_limited")
     clock.now += 11
@@ -73,8 +73,8 @@ def test_a_slow_start_ends_when_nothing_is_refused() -> None:
     assert east.is_available(clock.now)
 
 
-def test_a_deployment_that_was_tried_and_is_back_is_not_overrun() -> None:
-    """What waited for a circuit to close follows in a slow start, also where another process has closed it."""
+def test_a_closed_circuit_starts_slowly() -> None:
+    """Also if another process closed it."""
     for heard in (False, True):
         east, clock, health = made(failures=1, rest=1)
         east.failed(clock.now, "connect")
@@ -87,16 +87,16 @@ def test_a_deployment_that_was_tried_and_is_back_is_not_overrun() -> None:
         assert [sent(east, clock.now), east.is_throttled(clock.now)] == [1, True]
 
 
-def test_a_rest_that_another_process_told_of_ends_in_a_slow_start_too() -> None:
-    """All of them would begin at once."""
+def test_a_cooldown_of_another_process_ends_in_a_slow_start() -> None:
+    """All processes would start at once."""
     east, clock, health = made()
     health.apply(HealthEvent(east.key, 2, reason="rate_limited"))
     clock.now += 2
     assert sent(east, clock.now) == 1
 
 
-def test_being_held_back_leaves_what_is_known_of_its_room() -> None:
-    """One that is full stays the last that is taken, while it is held back and after."""
+def test_throttling_keeps_the_headroom() -> None:
+    """A deployment with a full quota stays the last resort, while it is throttled and after."""
     east, clock, _ = made()
     east.cool_down(clock.now, 1, "rate_limited")
     clock.now += 1
