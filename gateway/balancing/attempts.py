@@ -375,10 +375,10 @@ def _is_at(target: Target | None, candidate: Candidate) -> bool:
 
 
 def _more_useful(one: Response | None, other: Response) -> Response:
-    """Return the error that is more useful for the client.
+    """Return the more useful of two errors.
 
-    If every attempt fails, the client gets a 429 if there is one, else Azure's own error, else a connection error, else
-    an error that the client cannot act on (401, 403, 404).
+    If every attempt fails, the client gets the most useful error: a 429 if there is one, else Azure's own error, else a
+    connection error, else a 401, 403 or 404, which the client cannot correct.
     """
 
     def rank(response: Response) -> int:

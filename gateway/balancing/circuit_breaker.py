@@ -7,23 +7,25 @@ at once.
 
 State transitions (`CircuitState`). Time alone changes no state: the next request does.
 
-| State        | Event                                                     | Next state                           |
-| ------------ | --------------------------------------------------------- | ------------------------------------ |
-| not open     | N failures in a row, a large failure share, or an error   | OPEN                                 |
-|              | that affects every request; another process opened it     |                                      |
-| not open     | 429, here or in another process                           | COOLING_DOWN                         |
-| COOLING_DOWN | the first request after the cooldown                      | SLOW_START; CLOSED if 10 s passed    |
-| SLOW_START   | a request 10 s after its start, without a 429             | CLOSED                               |
-| OPEN         | the first request after `blocked_until`                   | HALF_OPEN: this request is the trial |
-| OPEN         | another process closed the circuit                        | SLOW_START, or COOLING_DOWN (1)      |
-| OPEN         | 429 of an earlier request                                 | OPEN, at least until the cooldown ends |
-| HALF_OPEN    | the trial gets a response                                 | SLOW_START, or COOLING_DOWN (1)      |
-| HALF_OPEN    | the trial gets a 429                                      | COOLING_DOWN                         |
-| HALF_OPEN    | the trial fails                                           | OPEN, for twice as long              |
-| HALF_OPEN    | the trial ends without a result: its client left          | OPEN, until now                      |
-| HALF_OPEN    | no result of the trial within 5 s, and another request    | HALF_OPEN: that request is the trial |
+| State                    | Event                                             | Next state                       |
+| ------------------------ | ------------------------------------------------- | -------------------------------- |
+| any but OPEN, HALF_OPEN  | N failures in a row, or a large share of failures | OPEN                             |
+| any but OPEN, HALF_OPEN  | an error that every request would get             | OPEN                             |
+| any but OPEN, HALF_OPEN  | another process opened the circuit                | OPEN                             |
+| any but OPEN, HALF_OPEN  | 429 or Retry-After, here or in another process    | COOLING_DOWN                     |
+| COOLING_DOWN             | the first request after the cooldown              | SLOW_START                       |
+| COOLING_DOWN, SLOW_START | a request 10 s after the cooldown, or later       | CLOSED                           |
+| OPEN                     | a request after `blocked_until`                   | HALF_OPEN: it is the trial       |
+| OPEN                     | another process closed the circuit                | SLOW_START (1)                   |
+| HALF_OPEN                | the trial gets a response                         | SLOW_START (1)                   |
+| HALF_OPEN                | the trial gets a 429                              | COOLING_DOWN                     |
+| HALF_OPEN                | the trial fails                                   | OPEN, for twice as long          |
+| HALF_OPEN                | the trial ends without a result                   | OPEN; a trial may follow at once |
+| HALF_OPEN                | a request, if the trial has no result within 5 s  | HALF_OPEN: it is the trial       |
+| OPEN, HALF_OPEN          | 429 of a request that is no trial                 | unchanged (2)                    |
 
-(1) if a cooldown that Azure asked for has not ended.
+(1) COOLING_DOWN, if a cooldown that Azure asked for has not ended.
+(2) No request is sent before the cooldown has ended.
 
 Nothing here waits or does I/O.
 """
@@ -63,7 +65,7 @@ class CircuitState(enum.Enum):
     CLOSED = "closed"
     """Requests are sent."""
     COOLING_DOWN = "cooling_down"
-    """No requests are sent, because Azure answered 429."""
+    """No requests are sent, because of a 429."""
     SLOW_START = "slow_start"
     """Few requests are sent, and more as Azure accepts them."""
     OPEN = "open"
@@ -77,7 +79,7 @@ CLOSED = CircuitState.CLOSED
 
 
 class HealthEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A change that processes tell each other: a deployment is unavailable for `seconds`, or available again if 0."""
+    """A change that processes share: a deployment is unavailable for `seconds`, or available again if that is 0."""
 
     key: str
     seconds: float = 0.0
@@ -274,7 +276,7 @@ class DeploymentHealth:
         self._block_for(now, self._backoff, reason, message)
 
     def cool_down(self, now: float, seconds: float, reason: str, message: str = "", *, trial: int = 0) -> None:
-        """Record a 429: Azure asks for no requests for a number of seconds."""
+        """Record that Azure asks for no requests for a number of seconds: a 429, or an error with Retry-After."""
         self.counts[reason] += 1
         self.headroom, self.headroom_until = 1.0, 0.0  # it will be another one after the cooldown
         if trial > 0:

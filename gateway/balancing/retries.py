@@ -115,8 +115,8 @@ class Retrier:
                 return each
         raise ApiError(
             400,
-            f"The model has no deployment in the resource {resource.name!r}, where the object that the request refers "
-            "to is stored. Use the model that created the object.",
+            f"The model has no deployment in the resource {resource.name!r}, which stores the object that the request "
+            "refers to. Use the model that created the object.",
             param="model",
             code="resource_mismatch",
         )

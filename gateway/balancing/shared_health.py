@@ -2,7 +2,7 @@
 
 One Redis hash has the latest event of each deployment, with times on the server's clock. Each process writes its own
 changes at once and reads the others' every second. No request waits for Redis: while it is unavailable, each process
-uses what it has seen itself.
+uses its own observations.
 """
 
 from __future__ import annotations

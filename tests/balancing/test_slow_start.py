@@ -75,11 +75,11 @@ def test_a_slow_start_ends_without_a_429() -> None:
 
 def test_a_closed_circuit_starts_slowly() -> None:
     """Also if another process closed it."""
-    for heard in (False, True):
+    for by_another_process in (False, True):
         east, clock, health = made(failures=1, rest=1)
         east.failed(clock.now, "connect")
         clock.now += 1
-        if heard:
+        if by_another_process:
             health.apply(HealthEvent(east.key))
         else:
             east.succeeded(clock.now, east.begin(clock.now))

@@ -73,8 +73,8 @@ async def test_requests_one_after_another_are_shared_evenly(
         assert (await ask(gateway))[0] == 200
     assert counted(regions) == {"east": 4, "west": 4, "north": 4}
     await until(lambda: len(gateway.exchanges()) == 12)
-    told = Counter(f"{event['resource']}/{event['deployment']}" for event in gateway.exchanges())
-    assert told == {"east/gpt-4o": 4, "west/gpt-4o": 4, "north/gpt-4o": 4}
+    served = Counter(f"{event['resource']}/{event['deployment']}" for event in gateway.exchanges())
+    assert served == {"east/gpt-4o": 4, "west/gpt-4o": 4, "north/gpt-4o": 4}
     assert not any("attempts" in event for event in gateway.exchanges())
 
 

@@ -380,17 +380,17 @@ async def test_frames_after_the_handshake_are_not_lost(start_gateway: StartGatew
 @pytest.mark.parametrize("code", [1000, 1001, 3000, 4321])
 async def test_the_client_s_close_code_reaches_azure(start_gateway: StartGateway, code: int) -> None:
     """With its reason; Azure's answer comes back, and both connections end."""
-    told: list[tuple[int | None, str]] = []
+    received: list[tuple[int | None, str]] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         message = await opened.receive()
-        told.append((message.data, message.extra or ""))
+        received.append((message.data, message.extra or ""))
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         async with opened(gateway) as client:
             await client.close(code, "that is all")
-        assert told == [(code, "that is all")]
+        assert received == [(code, "that is all")]
         assert client.close_code == 1000  # this Azure's answer
         await gateway.idle()
         await until(lambda: azure.connections == 0)
@@ -422,12 +422,12 @@ async def test_azure_s_close_code_reaches_the_client(start_gateway: StartGateway
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_client_that_disconnects(start_gateway: StartGateway, reset: bool) -> None:
     """Azure gets a close frame at once; deferred callbacks of the stages run once."""
-    told: list[tuple[WSMsgType, Any]] = []
+    received: list[tuple[WSMsgType, Any]] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         await opened.send_str("hello")
         message = await opened.receive()
-        told.append((message.type, message.data))
+        received.append((message.type, message.data))
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
@@ -438,10 +438,10 @@ async def test_a_client_that_disconnects(start_gateway: StartGateway, reset: boo
             hard_close(writer)
         else:
             writer.close()
-        await until(lambda: told)
+        await until(lambda: received)
         await gateway.idle()
         await until(lambda: azure.connections == 0)
-    assert told == [(WSMsgType.CLOSE, 1001)]
+    assert received == [(WSMsgType.CLOSE, 1001)]
     (event,) = gateway.exchanges()
     assert (event["ended_by"], event["close_code"]) == ("client", 1001)
 
@@ -538,11 +538,11 @@ async def test_an_invalid_frame_of_azure_ends_the_websocket(start_gateway: Start
 
 async def test_a_gateway_that_stops_sends_close_frames(start_gateway: StartGateway) -> None:
     """To both sides, when the grace period is over: 1001, going away."""
-    told: list[Any] = []
+    received: list[Any] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         message = await opened.receive()
-        told.append(message.data)
+        received.append(message.data)
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"grace": 0.1})
@@ -552,8 +552,8 @@ async def test_a_gateway_that_stops_sends_close_frames(start_gateway: StartGatew
                 await client.recv()
             assert (client.close_code, client.close_reason) == (1001, "The gateway is shutting down. Reconnect.")
             await stopping
-        await until(lambda: told)
-    assert told == [1001]
+        await until(lambda: received)
+    assert received == [1001]
     assert gateway.exchanges()[0]["ended_by"] == "gateway"
 
 
@@ -833,9 +833,9 @@ async def test_an_api_error_of_a_filter_is_an_error_event(start_gateway: StartGa
     gateway = await start_gateway(echoing.endpoint, FILTERED, {"mine/marks.py": FILTERING})
     async with opened(gateway) as client:
         await client.send('"refuse"')
-        told = json.loads(await client.recv())
+        received = json.loads(await client.recv())
         error = {"type": "invalid_request_error", "code": "refused", "message": "not this one", "param": None}
-        assert told == {"type": "error", "status": 400, "error": error}
+        assert received == {"type": "error", "status": 400, "error": error}
         await client.send('"more"')
         assert "more" in str(await client.recv())
         await client.send('"fail"')
@@ -906,8 +906,8 @@ async def test_the_responses_api_has_a_model_in_each_message(start_gateway: Star
             ({"response": {"model": "unknown"}}, "model_not_found"),
         ):
             await client.send(json.dumps({"type": "response.create", "event_id": "e1", **message}))
-            told = json.loads(await client.recv())
-            assert (told["type"], told["error"]["code"], told["error"]["event_id"]) == ("error", code, "e1")
+            received = json.loads(await client.recv())
+            assert (received["type"], received["error"]["code"], received["error"]["event_id"]) == ("error", code, "e1")
         for text in ('no json "model"', '"model"', '{"model"', '["model"]'):
             await client.send(text)
             assert json.loads(await client.recv())["error"]["type"] == "invalid_request_error"
@@ -923,11 +923,11 @@ async def test_the_responses_api_has_a_model_in_each_message(start_gateway: Star
 
 async def test_a_duplicate_model_key_is_removed(start_gateway: StartGateway) -> None:
     """Azure might use the other one: only the mapped one is forwarded."""
-    heard: list[str] = []
+    received: list[str] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         async for message in opened:
-            heard.append(message.data)
+            received.append(message.data)
             await opened.send_str("ok")
 
     async with FakeAzure(speak=speak) as azure:
@@ -935,7 +935,7 @@ async def test_a_duplicate_model_key_is_removed(start_gateway: StartGateway) -> 
         async with opened(gateway, "/v1/responses") as client:
             await client.send('{"type":"response.create","model":"forbidden","model":"mine","input":1.50}')
             await client.recv()
-    assert heard == ['{"type":"response.create","model":"gpt-4o","input":1.50}']
+    assert received == ['{"type":"response.create","model":"gpt-4o","input":1.50}']
 
 
 @pytest.mark.parametrize("fragments", [False, True])
@@ -943,7 +943,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
     start_gateway: StartGateway, fragments: bool
 ) -> None:
     """It is written neither into a frame that is partly forwarded, nor between the fragments of a message."""
-    asked, told = asyncio.Event(), asyncio.Event()
+    asked, received = asyncio.Event(), asyncio.Event()
     whole = b"\x01\x03one\x80\x03two" if fragments else encode_frame(TEXT, b"x" * 1000, masked=False)
     cut = 5 if fragments else 500
 
@@ -952,7 +952,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
         await asyncio.wait_for(asked.wait(), 30)
         await asyncio.sleep(0.05)
         writer.write(whole[cut:])
-        await told.wait()
+        await received.wait()
 
     async with RawUpstream(script) as upstream:
         gateway = await start_gateway(upstream.endpoint, TWO)
@@ -961,7 +961,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
             asked.set()
             assert await client.recv() == ("onetwo" if fragments else "x" * 1000)
             assert json.loads(await client.recv())["error"]["code"] == "model_not_found"
-            told.set()
+            received.set()
 
 
 async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway) -> None:
@@ -1021,12 +1021,12 @@ async def test_unread_error_events_pause_reading_from_the_client(start_gateway: 
 
 async def test_messages_before_an_invalid_frame_are_forwarded(start_gateway: StartGateway) -> None:
     """To Azure, and to the client."""
-    heard: list[tuple[WSMsgType, Any]] = []
+    received: list[tuple[WSMsgType, Any]] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         while not opened.closed:
             message = await opened.receive()
-            heard.append((message.type, message.data))
+            received.append((message.type, message.data))
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
@@ -1039,8 +1039,8 @@ async def test_messages_before_an_invalid_frame_are_forwarded(start_gateway: Sta
         writer.write(sound[-10:] + b"\xff\xff\xff\xff")
         await reader.read()
         writer.close()
-        await until(lambda: len(heard) >= 2)
-    assert heard[:2] == [(WSMsgType.TEXT, "0123456789" * 10), (WSMsgType.CLOSE, 1002)]
+        await until(lambda: len(received) >= 2)
+    assert received[:2] == [(WSMsgType.TEXT, "0123456789" * 10), (WSMsgType.CLOSE, 1002)]
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
@@ -1557,8 +1557,12 @@ async def test_a_stage_that_decodes_gets_no_large_message(start_gateway: StartGa
     )
     async with opened(gateway, "/v1/responses") as client:
         await client.send(json.dumps({"event_id": "e1", "x": "a" * 5_000_000}))
-        told = json.loads(await client.recv())
-        assert (told["status"], told["error"]["code"], told["error"]["event_id"]) == (413, "message_too_large", "e1")
+        received = json.loads(await client.recv())
+        assert (received["status"], received["error"]["code"], received["error"]["event_id"]) == (
+            413,
+            "message_too_large",
+            "e1",
+        )
         await client.send('"more"')
         assert await client.recv() == '"more"'
 
@@ -1571,13 +1575,13 @@ async def test_too_many_pings_end_the_websocket(
     """A hundred at once are forwarded; one more ends it, and the client and the log have the reason."""
     monkeypatch.setattr("gateway.transport.websocket_limits._CONTROL_FRAMES_PER_SECOND", 0)
     flood = encode_frame(opcode, b"p", masked=from_client) * 101
-    heard: list[Any] = []
+    received: list[Any] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + (b"" if from_client else flood))
         frames = FrameParser(masked=True, most=1000)
         while data := await reader.read(65536):
-            heard.extend(frames.feed(data, 1000))
+            received.extend(frames.feed(data, 1000))
 
     async with RawUpstream(script) as upstream:
         gateway = await start_gateway(upstream.endpoint, REALTIME)
@@ -1590,7 +1594,7 @@ async def test_too_many_pings_end_the_websocket(
         found += FrameParser(masked=False, most=1000).feed(await reader.read(), 1000)
         writer.close()
         await until(lambda: upstream.open == 0)
-    passed, ended = (heard, found) if from_client else (found, heard)
+    passed, ended = (received, found) if from_client else (found, received)
     assert [each.opcode for each in passed] == [opcode] * 100 + [CLOSE]
     assert [each.opcode for each in ended] == [CLOSE]
     assert found[-1].code == (1008 if from_client else 1011)
@@ -1626,12 +1630,12 @@ async def test_a_disconnect_is_handled_after_the_frames_before_it(
 ) -> None:
     """Most frames wait for their turns then: the other side gets them, and then a close frame."""
     count = 5000
-    heard: list[Any] = []
+    received: list[Any] = []
 
     async def read(reader: asyncio.StreamReader, masked: bool) -> None:
         frames = FrameParser(masked=masked, most=1000, whole=True)
         while not frames.closed:
-            heard.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
+            received.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -1652,11 +1656,11 @@ async def test_a_disconnect_is_handled_after_the_frames_before_it(
         lost.abort()
         if not from_client:
             await read(reader, False)
-        await until(lambda: heard and isinstance(heard[-1], Control), 20)
+        await until(lambda: received and isinstance(received[-1], Control), 20)
         writer.close()
         await gateway.idle()
-    assert heard[:-1] == [Message(TEXT, b"1")] * count
-    assert heard[-1].code == (1001 if from_client else 1011)
+    assert received[:-1] == [Message(TEXT, b"1")] * count
+    assert received[-1].code == (1001 if from_client else 1011)
     (event,) = gateway.exchanges()
     assert event["ended_by"] == ("client" if from_client else "upstream")
 
@@ -1684,14 +1688,14 @@ async def test_a_paused_side_is_not_parsed(start_gateway: StartGateway, echoing:
 
 async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) -> None:
     """Azure has closed first: the client's last message and its own close frame still reach Azure completely."""
-    heard: list[Any] = []
+    received: list[Any] = []
     large = b'{"model":"gpt-4o","x":"%b"}' % (b"a" * 3_000_000)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + encode_close_frame(4002, "", masked=False))
         frames = FrameParser(masked=True, most=10_000_000, whole=True)
         while data := await reader.read(65536):
-            heard.extend(frames.feed(data, 1_000_000, 1_000_000))
+            received.extend(frames.feed(data, 1_000_000, 1_000_000))
 
     async with RawUpstream(script) as upstream:
         gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
@@ -1702,8 +1706,8 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
         await until(lambda: gateway.exchanges(), 20)
         await until(lambda: upstream.open == 0)
         writer.close()
-    assert heard[:-1] == [Message(TEXT, large)]
-    assert heard[-1].code == 4002
+    assert received[:-1] == [Message(TEXT, large)]
+    assert received[-1].code == 4002
     assert gateway.exchanges()[0]["ended_by"] == "complete"
 
 
@@ -1720,5 +1724,5 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
 )
 def test_an_error_event_repeats_the_message_s_id_and_decodes_nothing_else(message: bytes, event_id: str | None) -> None:
     """A message may be large, and its size may be the error."""
-    told = json.loads(error_event(ApiError(413, "too much"), message))
-    assert told["error"].get("event_id") == event_id
+    received = json.loads(error_event(ApiError(413, "too much"), message))
+    assert received["error"].get("event_id") == event_id
