@@ -45,6 +45,7 @@ TESTED_ELSEWHERE = {
     "admin/diagnosis": "a part of test_doctor",
     "azure/resources": "a part of test_models and of balance's tests",
     "balancing/attempts": "a part of balance's tests",
+    "balancing/circuit_state": "a part of test_circuit_breaker",
     "balancing/failure_window": "a part of test_circuit_breaker",
     "balancing/retries": "a part of balance's tests",
     "balancing/retry_budget": "a part of balance's tests",

@@ -11,7 +11,8 @@ import time
 from typing import Protocol
 
 from gateway.azure.resources import Resource
-from gateway.balancing.circuit_breaker import CircuitState, DeploymentHealth
+from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.balancing.circuit_state import CircuitState
 from gateway.balancing.health import Health
 from gateway.errors import ApiError, UpstreamError
 from gateway.logs import exception_fields, get_logger

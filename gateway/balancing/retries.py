@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from gateway.azure.idempotency import seems_idempotent
 from gateway.azure.resources import Pool, Resource
 from gateway.balancing.attempts import Attempts, CallNext, RetryContext, target_of
-from gateway.balancing.circuit_breaker import CLOSED
+from gateway.balancing.circuit_state import CLOSED
 from gateway.balancing.health import Health
 from gateway.balancing.retry_budget import RetryBudget, RetryLimits
 from gateway.balancing.selection import Candidate, Selector

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gateway.azure.resources import Deployment, Resource
-from gateway.balancing.circuit_breaker import CircuitState, DeploymentHealth, HealthEvent
+from gateway.balancing.circuit_breaker import DeploymentHealth, HealthEvent
+from gateway.balancing.circuit_state import CircuitState
 from gateway.balancing.health import Health
 from gateway.settings import HealthSettings
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gateway.balancing.circuit_breaker import CLOSED, DeploymentHealth, HealthEvent
+from gateway.balancing.circuit_breaker import DeploymentHealth, HealthEvent
+from gateway.balancing.circuit_state import CLOSED
 from gateway.protocol.headers import Headers
 from tests.balancing.test_circuit_breaker import made
 

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from gateway.balancing.circuit_breaker import CLOSED
+from gateway.balancing.circuit_state import CLOSED
 from gateway.config import load
 from gateway.errors import ConfigError
 from gateway.limits.memory_budget import BUDGETS
