@@ -10,7 +10,8 @@ from gateway.auth.credentials import Credential
 from gateway.azure.error_body import ErrorBody
 from gateway.azure.resources import Target
 from gateway.azure.stream_errors import StreamError
-from gateway.balancing.retries import Retrier, RetryBudget, RetryLimits
+from gateway.balancing.retries import Retrier
+from gateway.balancing.retry_budget import RetryBudget, RetryLimits
 from gateway.errors import ApiError, UpstreamError
 from gateway.exchange import Outcome
 from gateway.limits.counters import CountersUnavailable

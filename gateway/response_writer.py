@@ -20,7 +20,7 @@ from gateway.protocol.sse import unfinished_event
 from gateway.response import Response, check_body
 from gateway.stream_writer import ClientDisconnected, StreamWriter, drain, write_counted
 from gateway.transport.response_head import date_line, status_line
-from gateway.transport.websocket_handshake import WebSocket, accepted, chosen_protocol, offered_protocols
+from gateway.transport.websocket_handshake import WebSocket, accept_value, offered_protocols, select_protocol
 from gateway.transport.websocket_relay import WebSocketRelay
 
 if TYPE_CHECKING:
@@ -143,23 +143,24 @@ async def _relay_websocket(
     connection = incoming.connection
     relay = WebSocketRelay(
         connection,
-        websocket.wire,
+        websocket.upstream,
         exchange,
         request_id,
         up=websocket.up,
         down=[each for each in response.filters if isinstance(each, EventFilter)],
-        most=limits.body,
-        ping=timeouts.ping,
-        patience=(timeouts.client, timeouts.idle),
-        hidden=_secrets(incoming, exchange),
+        max_message=limits.body,
+        ping_interval=timeouts.ping,
+        client_timeout=timeouts.client,
+        idle_timeout=timeouts.idle,
+        secrets=_secrets(incoming, exchange),
         watch=websocket.watch,
     )
     response.headers.remove("content-length")  # RFC 9110, 8.6
     for name, value in (
         ("connection", "Upgrade"),
         ("upgrade", "websocket"),
-        ("sec-websocket-accept", accepted(incoming.headers.get("sec-websocket-key") or "").decode()),
-        ("sec-websocket-protocol", chosen_protocol(offered_protocols(incoming.headers), websocket.protocol)),
+        ("sec-websocket-accept", accept_value(incoming.headers.get("sec-websocket-key") or "").decode()),
+        ("sec-websocket-protocol", select_protocol(offered_protocols(incoming.headers), websocket.protocol)),
     ):
         if value is not None:
             response.headers.set(name, value)

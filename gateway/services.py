@@ -12,7 +12,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import aiohttp
 
 from gateway.azure.operations import BY_NAME
-from gateway.balancing.circuit_breaker import Health
+from gateway.balancing.health import Health
 from gateway.dns_resolver import Resolver
 from gateway.limits.counters import Counters
 from gateway.limits.memory_counters import MemoryCounters

@@ -36,7 +36,14 @@ from gateway.settings import Timeouts
 from gateway.transport.connection_pool import ConnectionPool, Destination
 from gateway.transport.upstream_connection import UpstreamConnection
 from gateway.transport.upstream_response import UpstreamResponse
-from gateway.transport.websocket_handshake import WebSocket, check_asked, new_key, offered_protocols, opening, taken
+from gateway.transport.websocket_handshake import (
+    WebSocket,
+    check_accepted,
+    check_handshake,
+    handshake_lines,
+    new_key,
+    offered_protocols,
+)
 from gateway.usage.accounting import METERED, PROMPTED, UsageReader
 from gateway.usage.stream_usage import STREAMED, HideUsage, request_stream_usage
 
@@ -182,17 +189,17 @@ class Upstream:
 
     async def _open(self, request: Request, resource: Resource, path: str, credential: Credential) -> Response:
         """Open a WebSocket and return it as the body of a 101, or Azure's answer where it says no."""
-        check_asked(request.headers)
+        check_handshake(request.headers)
         exchange, key = request._exchange, new_key()
         destination = self._connector.destination(resource)
-        head = _head(request, destination, path, credential, opening(key, offered_protocols(request.headers)))
+        head = _head(request, destination, path, credential, handshake_lines(key, offered_protocols(request.headers)))
         answer = await self._ask(request, resource, destination, head, b"", None, upgrade=True)
         if answer.status != 101:
             return _unusual(answer, resource, credential if request.target.credential is None else None)
         socket = WebSocket(cast(UpstreamConnection, answer.switched()))
         exchange.own(socket)
         exchange.request = exchange.request or request
-        socket.protocol = taken(answer.fields, key)
+        socket.protocol = check_accepted(answer.fields, key)
         if exchange.meter is not None and request.operation in METERED:
             socket.watch = exchange.meter.watch(request.operation, None, request._model).feed
         if (find := request._find) is not None:

@@ -15,7 +15,8 @@ import pytest
 from gateway import Response
 from gateway.azure.operations import OPERATIONS
 from gateway.azure.resources import Deployment, Resource, ResourceTimeouts
-from gateway.balancing.circuit_breaker import DeploymentHealth, Health
+from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.balancing.health import Health
 from gateway.cli.command_line import command_line
 from gateway.config import GatewayFile, TeamFile, load
 from gateway.config.files import CredentialFile, IdentityFile, PooledFile, ResourceFile, StoreFile, TlsFile
@@ -213,6 +214,6 @@ def test_every_reason_that_a_deployment_can_have_is_documented() -> None:
         assert f"`{name}`" in text, name
     for name in ("available", "cooling_down", "open", "half_open"):
         assert f"`{name}`" in text, name
-    shown = DeploymentHealth(Deployment(Resource("east", "https://east.invalid"), "x"), Health()).report(0.0)
+    shown = DeploymentHealth(Deployment(Resource("east", "https://east.invalid"), "x"), "key", Health()).report(0.0)
     for name in shown.keys() - {"resource", "region"}:
         assert f'"{name}"' in text, name

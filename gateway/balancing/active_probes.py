@@ -1,7 +1,7 @@
-"""Trying deployments that rest because they fail, so that no request has to: `health: probe`.
+"""Active probes (`health: probe`): the gateway itself tests failing deployments, so that no client's request has to.
 
-A probe asks the resource for its models, which costs no tokens: it tells whether the resource can be reached and takes
-the credential. Where it can, a request may try the deployment at once.
+A probe asks the resource for its list of models, which costs no tokens. The response shows whether the resource is
+reachable and accepts the credential. If so, the next request may be the trial of the circuit breaker at once.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ import time
 from typing import Protocol
 
 from gateway.azure.resources import Resource
-from gateway.balancing.circuit_breaker import DeploymentHealth, Health
+from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.balancing.circuit_state import CircuitState
+from gateway.balancing.health import Health
 from gateway.errors import ApiError, UpstreamError
 from gateway.logs import exception_fields, get_logger
 from gateway.response import Response
 
 __all__ = ("ActiveProbes",)
 
-# How long, in seconds, a probe may take.
-_PATIENCE = 10.0
+_TIMEOUT = 10.0  # of a probe, in seconds
 
 
 class ListsModels(Protocol):
-    """Asks a resource for its models."""
+    """An upstream that can list the models of a resource."""
 
     async def models(self, resource: Resource, seconds: float) -> Response:
-        """Return the answer, which has begun. Raises UpstreamError, ApiError."""
+        """Return the response once it has started. Raises UpstreamError, ApiError."""
 
 
 class ActiveProbes:
-    """Probes what rests, as often as the settings of `health` say."""
+    """Probes the deployments whose circuit is open, at the interval in the settings."""
 
     def __init__(self, health: Health, upstream: ListsModels) -> None:
         self._health = health
@@ -38,44 +39,44 @@ class ActiveProbes:
         self._task: asyncio.Task[None] | None = None
 
     def follow(self) -> None:
-        """Begin, or end, as the settings of `health` say now."""
-        every = self._health.settings.probe
+        """Start or stop, according to the current settings of `health`."""
+        interval = self._health.settings.probe
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        if every is not None and self._health.all():
-            self._task = asyncio.create_task(self._work(every), name="probing deployments")
+        if interval is not None and self._health.all():
+            self._task = asyncio.create_task(self._run(interval), name="active probes")
 
     async def stop(self) -> None:
-        """End."""
+        """Stop probing."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
 
-    async def _work(self, every: float) -> None:
+    async def _run(self, interval: float) -> None:
         while True:
-            # (One that only clients have keys for cannot be asked without theirs: a request tries it.)
-            resting = [
+            # (A resource without a credential of the gateway needs a client's key: a request is its trial.)
+            open_circuits = [
                 each
                 for each in self._health.all()
-                if each.failing and not each.trying and each.deployment.resource.has_credential
+                if each.state is CircuitState.OPEN and each.deployment.resource.has_credential
             ]
-            await asyncio.gather(*(self._probe(each, every) for each in resting))
-            await asyncio.sleep(every)
+            await asyncio.gather(*(self._probe(each, interval) for each in open_circuits))
+            await asyncio.sleep(interval)
 
-    async def _probe(self, each: DeploymentHealth, every: float) -> None:
+    async def _probe(self, each: DeploymentHealth, interval: float) -> None:
         try:
-            reason = await self._ask(each)
-        except Exception as exc:  # one probe's bug must not end the others
-            get_logger().error("a probe failed", **exception_fields(exc))
+            reason = await self._failure(each)
+        except Exception as exc:  # a bug in one probe must not stop the others
+            get_logger().error("probe_failed", **exception_fields(exc))
             return
-        # What no probe has found well is not tried by a request until the next one has looked.
-        each.probed(time.monotonic(), reason, every + _PATIENCE)
+        # After a failed probe no request is a trial before the next probe has ended.
+        each.probed(time.monotonic(), reason, interval + _TIMEOUT)
 
-    async def _ask(self, each: DeploymentHealth) -> str | None:
-        """Return what is wrong with a deployment's resource, in a word, or None."""
+    async def _failure(self, each: DeploymentHealth) -> str | None:
+        """Return why a deployment's resource cannot serve requests, as a short reason, or None."""
         try:
-            response = await self._upstream.models(each.deployment.resource, _PATIENCE)
+            response = await self._upstream.models(each.deployment.resource, _TIMEOUT)
         except UpstreamError as exc:
             return exc.fault
         except ApiError:

@@ -1,4 +1,4 @@
-"""Why an attempt to ask a deployment has failed, and whether the request may be sent to another one."""
+"""The retry policy: why an attempt failed, and whether the request may be sent to another deployment."""
 
 from __future__ import annotations
 
@@ -8,66 +8,68 @@ import msgspec
 
 from gateway.azure.error_body import ErrorBody
 from gateway.errors import ApiError, UpstreamError
-from gateway.protocol.retry_after import cooldown
 
 if TYPE_CHECKING:
     from gateway.response import Response
 
-__all__ = ("AttemptFailure", "of_answer", "of_error", "of_status")
+__all__ = ("AttemptFailure", "of_error", "of_response", "of_status")
 
-# The shortest rest behind a 429, in seconds: a deployment that fails fast has little in flight, and would get all.
-_LEAST = 0.1
-# What a deployment that is not there is called, by Azure and by the stage openai_errors.
+# Minimum cooldown after a 429, in seconds. A deployment that fails fast has few requests in flight, and would get all.
+_MIN_COOLDOWN = 0.1
+# The error codes for a missing deployment, of Azure and of the stage openai_errors.
 _NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))
-# The faults that come before a body is read.
-_UNREAD = frozenset(("connect", "connect_timeout", "dns", "dns_timeout", "tls", "credential"))
+# The faults that occur before the body is read.
+_BEFORE_BODY = frozenset(("connect", "connect_timeout", "dns", "dns_timeout", "tls", "credential"))
 
 
 class AttemptFailure(msgspec.Struct):
-    """Why an attempt has failed.
+    """Why an attempt failed.
 
-    `again` says whether the request may be sent again: if it was surely not processed, if it is repeatable, or never.
-    `rest` is for how many seconds Azure asks to be left alone, `certain` that the deployment cannot answer any request,
-    `fails` whether it is the deployment that has failed, and `by_request` that it may be the request's own fault.
-    `words` are Azure's, or the gateway's, for the log.
+    `retry`: when the request may be sent again: "always", because Azure certainly did not process it; "if_idempotent";
+    or "never".
+    `cooldown`: for how many seconds Azure asks for no requests.
+    `permanent`: the deployment fails every request.
+    `blames_deployment`: the failure counts against the deployment's health.
+    `maybe_request`: the request itself may be the cause.
+    `message`: the text of Azure or the gateway, for the log.
     """
 
     reason: str
-    again: Literal["surely", "if_repeatable", "never"] = "if_repeatable"
-    rest: float | None = None
-    certain: bool = False
-    fails: bool = True
-    by_request: bool = False
-    words: str = ""
+    retry: Literal["always", "if_idempotent", "never"] = "if_idempotent"
+    cooldown: float | None = None
+    permanent: bool = False
+    blames_deployment: bool = True
+    maybe_request: bool = False
+    message: str = ""
 
     @property
-    def unread(self) -> bool:
-        """Whether nothing of the request's body had been read when it came."""
-        return self.reason in _UNREAD
+    def before_body(self) -> bool:
+        """Whether the attempt failed before any of the request's body was read."""
+        return self.reason in _BEFORE_BODY
 
 
-async def of_answer(response: Response, *, own_credential: bool, seconds: float) -> AttemptFailure | None:
-    """Return what an answer that is no stream means; None where every deployment would answer so.
+async def of_response(response: Response, *, own_credential: bool, seconds: float) -> AttemptFailure | None:
+    """Return the failure that a response means, unless it is a stream; None if every deployment would respond the same.
 
-    `own_credential` says that Azure was shown the gateway's, so that a refusal of it is not the client's fault.
-    An error's words are waited for so many seconds.
+    `own_credential`: the request has the gateway's credential, so that the client has not caused a 401. Reads an
+    error's body for at most `seconds`.
     """
     if isinstance(response.error, UpstreamError):
         return of_error(response.error)
     if response.error is not None or response.status < 400:
-        return None  # the gateway's own refusal, or none
+        return None  # an error of the gateway's own, or no error
     error = ErrorBody(await _beginning(response, seconds))
     message = error.message or error.text
     if response.status == 404:
         return (
-            AttemptFailure("no_deployment", "surely", certain=True, words=message)
+            AttemptFailure("no_deployment", "always", permanent=True, message=message)
             if error.code in _NO_DEPLOYMENT
             else None
         )
     if response.status in (401, 403):
-        # (A 403 may be about what this request is for.)
+        # (A 403 may be about this request's operation.)
         return (
-            AttemptFailure("refused", "surely", certain=response.status == 401, words=message)
+            AttemptFailure("refused", "always", permanent=response.status == 401, message=message)
             if own_credential
             else None
         )
@@ -75,7 +77,7 @@ async def of_answer(response: Response, *, own_credential: bool, seconds: float)
 
 
 async def _beginning(response: Response, seconds: float) -> bytes:
-    """Return what an error says, or as much of it as is worth looking at; it stays in the answer."""
+    """Return the beginning of an error's body; it stays in the response."""
     try:
         return await response.peek(lambda _: False, seconds)
     except ApiError:
@@ -83,24 +85,27 @@ async def _beginning(response: Response, seconds: float) -> bytes:
 
 
 def of_error(error: UpstreamError) -> AttemptFailure:
-    """Return what an error of the connection means."""
+    """Return the failure that a connection error means."""
     if error.fault == "deadline":
-        return AttemptFailure("deadline", "never", fails=False, words=error.message)
-    # (A kept connection that was closed says nothing of a deployment.)
+        return AttemptFailure("deadline", "never", blames_deployment=False, message=error.message)
+    # (A closed keep-alive connection says nothing about a deployment.)
     return AttemptFailure(
-        error.fault, "surely" if error.unsent else "if_repeatable", fails=error.fault != "stale", words=error.message
+        error.fault,
+        "always" if error.unsent else "if_idempotent",
+        blames_deployment=error.fault != "stale",
+        message=error.message,
     )
 
 
 def of_status(response: Response, status: int, message: str) -> AttemptFailure | None:
-    """Return what a status means; None where every deployment would answer so."""
-    rest = cooldown(status, response.headers, message)
+    """Return the failure that a status means; None if every deployment would respond the same."""
+    cooldown = response.cooldown(message)
     if status == 429:
         penalty = (response.headers.get("x-ratelimit-abusepenalty-active") or "").strip().lower() == "true"
         reason = "abuse_penalty" if penalty else "rate_limited"
-        return AttemptFailure(
-            reason, "never" if penalty else "surely", max(rest or 0.0, _LEAST), fails=False, words=message
-        )
+        retry: Literal["always", "never"] = "never" if penalty else "always"
+        cooldown = max(cooldown or 0.0, _MIN_COOLDOWN)
+        return AttemptFailure(reason, retry, cooldown, blames_deployment=False, message=message)
     if status == 408 or (status >= 500 and status not in (501, 505)):
-        return AttemptFailure(f"status_{status}", rest=rest or None, by_request=True, words=message)
+        return AttemptFailure(f"status_{status}", cooldown=cooldown or None, maybe_request=True, message=message)
     return None

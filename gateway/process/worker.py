@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.balancing.circuit_breaker import Health, HealthEvent
+from gateway.balancing.circuit_breaker import HealthEvent
+from gateway.balancing.health import Health
 from gateway.process.reload import Prepared, WatchedState
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class SupervisorChannel:
     def share(self, health: Health) -> None:
         """Tell the other workers, through the supervisor, what changes here, and hear what changes there."""
         self._health = health
-        health.told.append(lambda news: self._say(SupervisorMessage(NEWS, news=news)))
+        health.listeners.append(lambda news: self._say(SupervisorMessage(NEWS, news=news)))
 
     def _say(self, said: SupervisorMessage) -> None:
         with contextlib.suppress(OSError):  # the supervisor is gone, which `obey` sees too, or does not listen
@@ -146,7 +147,7 @@ class SupervisorChannel:
                 word, _, number = order.decode().partition(" ")
                 if word == HEAR:
                     if self._health is not None:
-                        self._health.hear(msgspec.json.decode(number, type=HealthEvent))
+                        self._health.apply(msgspec.json.decode(number, type=HealthEvent))
                 elif word == REPORT:
                     report = self._health.report() if self._health is not None else []
                     self._say(SupervisorMessage(REPORTED, int(number), report=report))

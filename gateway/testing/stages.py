@@ -29,7 +29,7 @@ from gateway.services import Services, Shared
 from gateway.stage import Next, Stage, compile_pipeline
 from gateway.transport.upstream_connection import UpstreamConnection
 from gateway.transport.websocket_handshake import WebSocket
-from gateway.transport.websocket_relay import MessageEvent, error_event
+from gateway.transport.websocket_messages import MessageEvent, error_event
 from gateway.usage.accounting import METERED, UsageMeter, UsageReader
 from gateway.usage.prices import Price, Prices
 

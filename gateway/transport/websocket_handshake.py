@@ -1,7 +1,7 @@
-"""Opening a WebSocket, on both sides (RFC 6455, 4), and the body of the 101 that says it is open.
+"""The opening handshake of a WebSocket, on both sides (RFC 6455, 4), and the body of the 101 response.
 
-No extension is agreed on, so that messages can be read. Of the subprotocols that a client offers, the one that holds
-its key (`openai-insecure-api-key.KEY`, for browsers, which can set no header) ends here.
+The gateway accepts no extension, so that it can read messages. Of the subprotocols that a client offers, the one with
+its key is not forwarded (`openai-insecure-api-key.KEY`, for browsers, which cannot set headers).
 """
 
 from __future__ import annotations
@@ -21,99 +21,107 @@ from gateway.transport.upstream_connection import UpstreamConnection
 
 __all__ = (
     "WebSocket",
-    "accepted",
-    "check_asked",
-    "chosen_protocol",
+    "accept_value",
+    "check_accepted",
+    "check_handshake",
+    "handshake_lines",
     "new_key",
     "offered_protocols",
-    "opening",
-    "taken",
+    "select_protocol",
 )
 
 _TOKEN = re.compile(TOKEN)
 # RFC 6455, 1.3
-_MAGIC = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 
 
 class WebSocket:
-    """The body of a 101: a connection to Azure that has become a WebSocket, and the filters on its messages.
+    """The body of a 101 response: an upstream connection that is a WebSocket now, and the filters on its messages.
 
-    `protocol` is the subprotocol that Azure chose. `up` are the filters on what the client sends, in the order in
-    which they run; those on what Azure sends are the response's.
+    `protocol` is the subprotocol that Azure selected. `up` are the filters on messages of the client, in the order in
+    which they run; the filters on messages of Azure are the response's.
     """
 
-    __slots__ = ("ended", "protocol", "up", "watch", "wire")
+    __slots__ = ("ended", "protocol", "up", "upstream", "watch")
 
-    def __init__(self, wire: UpstreamConnection) -> None:
-        self.wire = wire
+    def __init__(self, upstream: UpstreamConnection) -> None:
+        self.upstream = upstream
         self.protocol: str | None = None
         self.up: list[EventFilter] = []
         self.watch: Callable[[bytes], None] | None = None
-        """Sees what Azure sends, as it comes."""
+        """Called with the bytes that Azure sends, as they arrive."""
         self.ended = False
-        """It was relayed to its end, and its connection is closing with what is still to be written."""
+        """The relay has ended, and the connection closes after its last bytes are written."""
 
     def abort(self) -> None:
-        """Close the connection to Azure at once, unless it is closing by itself."""
+        """Close the upstream connection at once, unless it is closing already."""
         if not self.ended:
-            self.wire.abort()
+            self.upstream.abort()
 
 
-def check_asked(headers: Headers) -> str:
-    """Return the key of a client that asks for a WebSocket. Raises ApiError 400, or 426 for another version."""
+def check_handshake(headers: Headers) -> str:
+    """Return the key of a client's handshake. Raises ApiError 400, or 426 for another version."""
     versions = headers.getall("sec-websocket-version")
     if versions != ["13"]:
         raise ApiError(
             426,
-            "the version of the WebSocket protocol must be 13 (Sec-WebSocket-Version)",
+            "The WebSocket protocol version is not supported. Send `Sec-WebSocket-Version: 13`.",
             code="upgrade_required",
             headers={"sec-websocket-version": "13"},
         )
     keys = headers.getall("sec-websocket-key")
     try:
-        sound = len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16
+        valid = len(keys) == 1 and len(base64.b64decode(keys[0], validate=True)) == 16
     except (binascii.Error, ValueError):
-        sound = False
-    if not sound:
-        raise ApiError(400, "a WebSocket's handshake has one Sec-WebSocket-Key, of 16 bytes", code="malformed_request")
+        valid = False
+    if not valid:
+        raise ApiError(
+            400,
+            "The WebSocket handshake is invalid. Send one Sec-WebSocket-Key header with 16 bytes in base64.",
+            code="malformed_request",
+        )
     return keys[0]
 
 
-def accepted(key: str) -> bytes:
-    """Return the Sec-WebSocket-Accept of a key."""
-    return base64.b64encode(hashlib.sha1(key.encode() + _MAGIC, usedforsecurity=False).digest())
+def accept_value(key: str) -> bytes:
+    """Return the Sec-WebSocket-Accept value for a key."""
+    return base64.b64encode(hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest())
 
 
 def new_key() -> str:
-    """Return a key for a handshake of ours."""
+    """Return a key for a handshake with Azure."""
     return base64.b64encode(os.urandom(16)).decode()
 
 
 def offered_protocols(headers: Headers) -> list[str]:
-    """Return the subprotocols that a client offers, but for its key. Raises ApiError 400 where no other is sound."""
+    """Return the subprotocols that a client offers, without its key. Raises ApiError 400 if one is invalid."""
     lines = headers.getall("sec-websocket-protocol")
     offered = [each for line in lines for part in line.split(",") if (each := part.strip())]
     others = [each for each in offered if not each.lower().startswith(KEY_PROTOCOL)]
     if not all(map(_TOKEN.fullmatch, others)):
         raise ApiError(
-            400, "a subprotocol that is offered is no token (Sec-WebSocket-Protocol)", code="malformed_request"
+            400,
+            "An offered subprotocol has a character that is not allowed. Correct the Sec-WebSocket-Protocol header.",
+            code="malformed_request",
         )
     if offered and not others:
         raise ApiError(
-            400, "the key is the only subprotocol that is offered; offer `realtime` beside it, which can be chosen"
+            400,
+            "The key is the only subprotocol that the client offers. Offer `realtime`, too, so that the server can "
+            "select it.",
         )
     return others
 
 
-def chosen_protocol(offered: Sequence[str], by_azure: str | None) -> str | None:
-    """Return the subprotocol to tell the client: Azure's choice, else the first; a browser must be told one."""
+def select_protocol(offered: Sequence[str], by_azure: str | None) -> str | None:
+    """Return the subprotocol for the client: Azure's selection, else the first, because browsers require one."""
     if by_azure in offered:
         return by_azure
     return offered[0] if offered else None
 
 
-def opening(key: str, protocols: Sequence[str]) -> bytes:
-    """Return the lines of a handshake of ours, to Azure."""
+def handshake_lines(key: str, protocols: Sequence[str]) -> bytes:
+    """Return the header lines of a handshake with Azure."""
     lines = [b"connection: Upgrade", b"upgrade: websocket", b"sec-websocket-version: 13"]
     lines.append(b"sec-websocket-key: " + key.encode())
     if protocols:
@@ -121,11 +129,11 @@ def opening(key: str, protocols: Sequence[str]) -> bytes:
     return b"\r\n".join(lines)
 
 
-def taken(fields: Sequence[Field], key: str) -> str | None:
-    """Return the subprotocol of Azure's 101. Raises UpstreamError where it is not the answer to our handshake."""
+def check_accepted(fields: Sequence[Field], key: str) -> str | None:
+    """Return the subprotocol of Azure's 101 response. Raises UpstreamError if the response does not match the key."""
     headers = Headers.of(list(fields))
-    if headers.getall("sec-websocket-accept") != [accepted(key).decode()]:
-        raise UpstreamError("Azure's answer to a WebSocket's handshake is not the one to ours")
+    if headers.getall("sec-websocket-accept") != [accept_value(key).decode()]:
+        raise UpstreamError("Azure's response does not match the gateway's WebSocket handshake.")
     if headers.getall("sec-websocket-extensions"):
-        raise UpstreamError("Azure's answer to a WebSocket's handshake has an extension that nobody asked for")
+        raise UpstreamError("Azure selected a WebSocket extension that the gateway did not offer.")
     return headers.get("sec-websocket-protocol")

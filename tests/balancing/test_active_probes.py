@@ -1,4 +1,4 @@
-"""Probes: the gateway itself tries deployments that rest because they fail."""
+"""Active probes: the gateway itself tests deployments whose circuit is open."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ HEALTH = "health: {failures: 1, rest: 0.2, most_rest: 60, probe: 0.1}"
 
 
 @pytest.mark.parametrize("version", ["2024-10-21", "v1"])
-async def test_no_request_tries_one_in_vain(version: str, start_gateway: StartGateway) -> None:
-    """While probes fail it rests on; soon after one finds nothing wrong, a request tries it, and it is back."""
+async def test_no_request_is_a_trial_while_probes_fail(version: str, start_gateway: StartGateway) -> None:
+    """Soon after a successful probe a request is the trial, and closes the circuit."""
     async with cluster("east", "west") as regions:
         yaml = pool_yaml(regions, top=HEALTH)
         yaml = yaml.replace("api_key: azure-key}", f"api_key: azure-key, api_version: {version}}}", 1)
@@ -46,8 +46,8 @@ async def test_no_request_tries_one_in_vain(version: str, start_gateway: StartGa
         assert {seen.headers.get("api-key") for seen in probes} == {"azure-key"}
 
 
-async def test_what_probes_find(start_gateway: StartGateway) -> None:
-    """A connection that is refused, and a key that is: the reason is told, and it goes on resting."""
+async def test_failed_probes(start_gateway: StartGateway) -> None:
+    """A refused connection, and a refused key: the reason is reported, and the circuit stays open."""
     async with cluster("east") as regions:
         lost = f'  lost: {{endpoint: "http://127.0.0.1:{closed_port()}", api_key: k}}\n'
         yaml = pool_yaml(regions, top=HEALTH, more="    - lost/gpt-4o").replace("resources:\n", f"resources:\n{lost}")
@@ -57,12 +57,12 @@ async def test_what_probes_find(start_gateway: StartGateway) -> None:
             assert answer.status in (401, 502)
         rows = {each.deployment.resource.name: each for each in gateway.server.shared.health.all()}
         await until(lambda: (rows["lost"].reason, rows["east"].reason) == ("connect", "refused"))
-        before = rows["lost"].rests_until
-        await until(lambda: rows["lost"].rests_until > before)
+        before = rows["lost"].blocked_until
+        await until(lambda: rows["lost"].blocked_until > before)
 
 
-async def test_without_probe_nothing_is_asked(start_gateway: StartGateway) -> None:
-    """Nor is what is well."""
+async def test_no_probe_without_the_setting(start_gateway: StartGateway) -> None:
+    """And none of a closed circuit."""
     async with cluster("east") as regions:
         gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 1, probe: 0.05}"))
         await asyncio.sleep(0.3)

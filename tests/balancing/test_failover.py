@@ -1,4 +1,4 @@
-"""Many requests against a cluster in which one region after another fails, in every way that there is a script for."""
+"""Many requests to a cluster in which one region after another fails, in every way that the fake Azure knows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cluster import Fault, Region, cluster, pool_yaml, slow_tls
 from tests.conftest import CHAT, Gateway, StartGateway, until
 
 CLIENTS = 12
-# Each fault in turn, in one region after another; and one region is dead for a while.
+# Each fault in turn, in one region after another. Then one region is stopped for a while.
 FAULTS: list[Fault] = [
     "limited", "limited_silently", "limited_in_words", "mute", "stalled", "broken", "error", "unavailable", "timeout",
     "error_in_stream", "stalled_late", "broken_late", "no_deployment",
@@ -30,57 +30,57 @@ HEALTH = "{failures: 5, rest: 0.5, most_rest: 4, window: 5}"
 
 
 @dataclass
-class Told:
-    """What became of one request."""
+class Received:
+    """The response to one request."""
 
     number: int
     status: int = 0
     whole: bool = False
     body: bytes = b""
-    over: bool = False
+    complete: bool = False
 
 
 @dataclass
 class Run:
-    """All requests, and when each region was healed."""
+    """All requests, and when each region recovered."""
 
     gateway: Gateway
     regions: dict[str, Region]
     requests: int
-    told: list[Told] = field(default_factory=list)
+    responses: list[Received] = field(default_factory=list)
     healed: list[tuple[Region, float]] = field(default_factory=list)
 
     async def one(self, session: aiohttp.ClientSession, number: int) -> None:
-        """Send a request, which says its number."""
-        told = Told(number)
-        self.told.append(told)
+        """Send a request, which has its number in it."""
+        received = Received(number)
+        self.responses.append(received)
         body = {**CHAT, "stream": number % 3 == 0, "user": f"r{number}"}
         try:
             async with session.post(self.gateway.url + "/v1/chat/completions", json=body) as answer:
-                told.status = answer.status
+                received.status = answer.status
                 async for chunk in answer.content.iter_any():
-                    told.body += chunk
-                told.whole = True
+                    received.body += chunk
+                received.whole = True
         except aiohttp.ClientError:
             pass
-        told.over = True
+        received.complete = True
 
     async def clients(self, over: asyncio.Event) -> None:
-        """Send requests, one behind the other for each client, until all were sent and the script is over."""
+        """Send requests, one after another in each client, until all were sent and the script is over."""
         numbers = itertools.count()
 
-        async def client(session: aiohttp.ClientSession, place: int) -> None:
-            pace = random.Random(place)
-            while not over.is_set() or len(self.told) < self.requests:
+        async def client(session: aiohttp.ClientSession, index: int) -> None:
+            pace = random.Random(index)
+            while not over.is_set() or len(self.responses) < self.requests:
                 await self.one(session, next(numbers))
                 await asyncio.sleep(pace.uniform(0, 0.3) if not over.is_set() else 0)
 
         timeout = aiohttp.ClientTimeout(total=60)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-            await asyncio.gather(*(client(session, place) for place in range(CLIENTS)))
+            await asyncio.gather(*(client(session, index) for index in range(CLIENTS)))
 
     async def script(self, over: asyncio.Event, seconds: float, dead: float) -> None:
-        """Let one region after another fail, for so long, and until some requests have met it."""
+        """Make one region after another fail, for `seconds` and until some requests were affected."""
         turn = itertools.cycle(self.regions.values())
         for fault in FAULTS:
             region = next(turn)
@@ -90,20 +90,20 @@ class Run:
             self.heal(region)
             await asyncio.sleep(PAUSE)
         region = next(turn)
-        # A request that it has taken must not be cut off without an answer: it would be sent again, and rightly so.
+        # Wait for the responses to requests that it accepted: a request that is cut off is rightly sent again.
         region.fault = "unavailable"
-        taken = {json.loads(each.body)["user"] for _, fault, each in region.saw if fault is None}
-        await until(lambda: all(told.over for told in self.told if f"r{told.number}" in taken))
+        accepted = {json.loads(each.body)["user"] for _, fault, each in region.saw if fault is None}
+        await until(lambda: all(each.complete for each in self.responses if f"r{each.number}" in accepted))
         await region.azure.stop()
         await asyncio.sleep(dead)
         await region.azure.start()
         self.heal(region)
-        # How soon is a matter of time: test_health and test_herd have that, by a clock of their own.
+        # Without a time limit: test_circuit_breaker and test_herd have a simulated clock.
         await until(lambda: all(self.is_back(*each) for each in self.healed))
         over.set()
 
     def is_back(self, region: Region, healed: float) -> bool:
-        """Whether a region has been asked again since it was healed."""
+        """Whether a region has had requests since it recovered."""
         return any(at >= healed and fault is None for at, fault, _ in reversed(region.saw))
 
     def heal(self, region: Region) -> None:
@@ -119,9 +119,9 @@ class Run:
 async def test_requests_are_answered_while_one_region_after_another_fails(
     requests: int, seconds: float, dead: float, start_gateway: StartGateway
 ) -> None:
-    """Each is answered, as there was always a deployment that could; none is sent again once it was being answered.
+    """None fails, as a deployment was always available; none is sent again after its response started.
 
-    Two more resources of the pool never answer: one has no address, the other takes for ever to begin TLS.
+    Two more resources of the pool never respond: one has no address, the other never completes a TLS handshake.
     """
     async with cluster("east", "west", "north") as regions, slow_tls(3600) as port:
         lost = (
@@ -141,36 +141,36 @@ async def test_requests_are_answered_while_one_region_after_another_fails(
         await run.gateway.idle()
 
     sent = attempts_of(run)
-    assert len(run.told) >= requests
+    assert len(run.responses) >= requests
     late = {number for number, faults in sent.items() if any(fault in LATE for fault in faults)}
-    failed = [told for told in run.told if told.number not in late and not is_answered(told)]
+    failed = [received for received in run.responses if received.number not in late and not is_answered(received)]
     assert not failed, failed[:5]
-    for told in run.told:
-        if told.number in late and not is_answered(told):
-            # It had begun to be answered, and ends as what it is: broken.
-            assert told.status == 200
-            assert b'data: {"error"' in told.body
+    for received in run.responses:
+        if received.number in late and not is_answered(received):
+            # Its response had started, and it ends as a broken stream.
+            assert received.status == 200
+            assert b'data: {"error"' in received.body
     twice = [faults for faults in sent.values() if any(fault in LATE or fault is None for fault in faults[:-1])]
     assert not twice, twice[:5]
     more = sum(len(event.get("attempts", [None])) - 1 for event in run.gateway.exchanges())
-    assert more <= RETRIES * len(run.told) + RESERVE
+    assert more <= RETRIES * len(run.responses) + RESERVE
     assert more >= len(FAULTS)
     assert [each.in_flight for each in run.gateway.server.shared.health.all()] == [0] * 5
 
 
-def is_answered(told: Told) -> bool:
-    """Whether an answer is whole, and says what it should."""
-    if told.status != 200 or not told.whole:
+def is_answered(received: Received) -> bool:
+    """Whether a response is complete and correct."""
+    if received.status != 200 or not received.whole:
         return False
-    if told.body.startswith(b"data:"):
-        return told.body.endswith(b"data: [DONE]\n\n") and b'"error"' not in told.body
-    return bool(json.loads(told.body)["choices"][0]["message"]["content"] == "Hello there!")
+    if received.body.startswith(b"data:"):
+        return received.body.endswith(b"data: [DONE]\n\n") and b'"error"' not in received.body
+    return bool(json.loads(received.body)["choices"][0]["message"]["content"] == "Hello there!")
 
 
 def attempts_of(run: Run) -> dict[int, list[Any]]:
-    """Return each request's attempts that a region saw: the faults that it had then, in order.
+    """Return each request's attempts that a region saw: its faults at the time, in order.
 
-    Of a plain request a late fault is none: it ends the connection before anything was answered.
+    A late fault of a plain request is none: it breaks the connection before the response starts.
     """
     seen = sorted(
         (at, str(json.loads(each.body)["user"]), fault, json.loads(each.body)["stream"])

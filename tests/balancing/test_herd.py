@@ -1,4 +1,4 @@
-"""Many requests that wait for one deployment: they wake a few at a time. The time is simulated, and so exact."""
+"""Many requests that wait for one deployment wake up a few at a time. The time is simulated, and so exact."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from gateway import Request, Response
 from gateway.auth.credentials import Credential
 from gateway.azure.operations import find_operation
 from gateway.azure.resources import Deployment, Pool, Resource, Target
-from gateway.balancing.circuit_breaker import Health
-from gateway.balancing.retries import Retrier, RetryBudget, RetryLimits
+from gateway.balancing.health import Health
+from gateway.balancing.retries import Retrier
+from gateway.balancing.retry_budget import RetryBudget, RetryLimits
 from gateway.body.request_body import Body
 from gateway.exchange import Exchange
 from gateway.logs import get_logger
@@ -24,8 +25,8 @@ from gateway.protocol.headers import Headers
 from gateway.settings import HealthSettings
 
 
-class _Jumping(selectors.DefaultSelector):
-    """Waits for nothing: the time that it should take is over at once."""
+class _SimulatedSelector(selectors.DefaultSelector):
+    """A selector that moves the clock instead of waiting."""
 
     now = 1000.0
 
@@ -36,7 +37,7 @@ class _Jumping(selectors.DefaultSelector):
 
 
 class Azure:
-    """A deployment that answers `allowed` requests in each second, after `takes` seconds, and refuses the others."""
+    """A deployment that serves `allowed` requests per second, in `takes` seconds each, and refuses the others."""
 
     def __init__(self, allowed: int, takes: float) -> None:
         self.allowed, self.takes = allowed, takes
@@ -61,17 +62,18 @@ class Azure:
 def simulated(
     monkeypatch: pytest.MonkeyPatch, azure: Azure, requests: int, *, wait: float, seed: int
 ) -> tuple[list[int], float]:
-    """Send requests at once through one pool; return the statuses of their answers, and how many seconds passed."""
-    selector = _Jumping()
+    """Send requests at once through one pool; return the statuses of the responses, and the seconds that passed."""
+    selector = _SimulatedSelector()
     loop = asyncio.SelectorEventLoop(selector)
     monkeypatch.setattr(loop, "time", lambda: selector.now)
-    monkeypatch.setattr("gateway.balancing.retries.monotonic", lambda: selector.now)
+    for module in ("attempts", "retries"):
+        monkeypatch.setattr(f"gateway.balancing.{module}.monotonic", lambda: selector.now)
     health = Health(lambda: selector.now)
     deployment = Deployment(Resource("east", "https://east.invalid", credential=Credential("k")), "m")
     health.use(HealthSettings(), [deployment])
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     limits = RetryLimits(600, wait=wait)
-    balancer = Retrier(Pool("p", (deployment,)), health, RetryBudget(100), limits, get_logger(), seed)
+    retrier = Retrier(Pool("p", (deployment,)), health, RetryBudget(100), limits, get_logger(), seed)
 
     async def one() -> int:
         exchange = Exchange()
@@ -80,7 +82,7 @@ def simulated(
             id="r", operation=find_operation("POST", "/chat/completions"), method="POST", path="/chat/completions",
             headers=Headers(), body=body, team="t", target=Target(), exchange=exchange,
         )  # fmt: skip
-        response = await balancer.send(request, azure)
+        response = await retrier.send(request, azure)
         exchange.finish()
         return response.status
 
@@ -94,10 +96,10 @@ def simulated(
 
 @pytest.mark.parametrize(("takes", "answered"), [(0.01, 45), (3.0, 35)])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_rest_that_a_hundred_wait_out(
+def test_a_hundred_requests_wait_for_the_end_of_a_cooldown(
     takes: float, answered: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten are allowed in a second: nearly all of them are used, and few are refused after those that came at once."""
+    """At 10 per second nearly all of the quota is used, and few requests after the first ones get a 429."""
     azure = Azure(10, takes)
     statuses, _ = simulated(monkeypatch, azure, 100, wait=5, seed=seed)
     at_once = [each for each in azure.refused if each == azure.asked[0]]
@@ -106,8 +108,8 @@ def test_a_rest_that_a_hundred_wait_out(
     assert statuses.count(200) >= answered, "of fifty; a round begins slowly where only time tells what is accepted"
 
 
-def test_one_that_has_room_again_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for all, a hundred have their answers within a second after the rest, without another refusal."""
+def test_a_deployment_with_headroom_is_used_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred requests have their responses within a second after the cooldown, without another 429."""
 
     class Recovers(Azure):
         async def __call__(self, request: Request) -> Response:
@@ -122,8 +124,8 @@ def test_one_that_has_room_again_is_used_at_once(monkeypatch: pytest.MonkeyPatch
     assert seconds < 2
 
 
-def test_the_same_seed_wakes_them_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And another one otherwise."""
+def test_the_same_seed_wakes_them_at_the_same_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And another one at others."""
     asked = []
     for seed in (1, 1, 2):
         azure = Azure(10, 0.01)
@@ -132,8 +134,8 @@ def test_the_same_seed_wakes_them_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     assert asked[0] == asked[1] != asked[2]
 
 
-def test_requests_that_may_not_wait_are_not_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have one chance, and take it."""
+def test_requests_that_must_not_wait_are_not_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are sent at once, although the slow start's window is full."""
     azure = Azure(1, 0.01)
     statuses, _ = simulated(monkeypatch, azure, 20, wait=0, seed=1)
     assert len(azure.asked) == 20

@@ -1,4 +1,4 @@
-"""News of deployments through Redis: a real server, killed and started again."""
+"""Shared health of deployments through Redis: a real server, killed and started again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import structlog
 
 from gateway.azure.resources import Deployment, Resource
-from gateway.balancing.circuit_breaker import DeploymentHealth, Health
+from gateway.balancing.circuit_breaker import DeploymentHealth
+from gateway.balancing.health import Health
 from gateway.balancing.shared_health import SharedHealth
 from gateway.limits.redis_url import RedisUrl
 from gateway.settings import HealthSettings
@@ -35,27 +36,27 @@ async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
 
 
 class Peer:
-    """One gateway, as far as it knows deployments."""
+    """The health in one gateway."""
 
     def __init__(self, server: RedisServer) -> None:
         health = Health()
         health.use(HealthSettings(failures=1, rest=30), [EAST])
         self.east: DeploymentHealth = health.of(EAST)
-        self.bulletin = SharedHealth(RedisUrl.parse(server.url), health)
+        self.shared = SharedHealth(RedisUrl.parse(server.url), health)
 
     async def __aenter__(self) -> Peer:
-        self.bulletin.start()
+        self.shared.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.bulletin.stop()
+        await self.shared.stop()
 
     def left(self) -> float:
         return self.east.available_in(time.monotonic())
 
 
-async def test_a_rest_and_its_end_are_known_everywhere(server: RedisServer) -> None:
-    """Within a second or two; the rest is as long there, why is known, and one that is new knows it as well."""
+async def test_events_reach_all_gateways(server: RedisServer) -> None:
+    """Within a second or two, with the time and the reason; a new gateway gets them as well."""
     async with Peer(server) as one, Peer(server) as other:
         one.east.failed(time.monotonic(), "broken_off")
         await until(lambda: other.left() > 0)
@@ -64,31 +65,31 @@ async def test_a_rest_and_its_end_are_known_everywhere(server: RedisServer) -> N
         async with Peer(server) as late:
             await until(lambda: late.left() > 0)
             assert abs(late.left() - one.left()) < 1
-        one.east.rests_until = 0.0
+        one.east.block_until(0.0)
         assert one.east.begin(time.monotonic())
-        one.east.succeeded(time.monotonic(), one.east._try)
+        one.east.succeeded(time.monotonic(), one.east._trial)
         await until(lambda: other.left() == 0)
         assert not other.east.failing
 
 
-async def test_it_is_harmless_when_redis_is_away(server: RedisServer) -> None:
-    """Each knows what it has seen; what was not told is told when Redis is back, as long as it still counts."""
+async def test_an_unavailable_redis_does_no_harm(server: RedisServer) -> None:
+    """Each gateway uses its own events. Those that still count are shared when Redis is back."""
     with structlog.testing.capture_logs() as events:
         async with Peer(server) as one, Peer(server) as other:
             one.east.cool_down(time.monotonic(), 4, "rate_limited")
             await until(lambda: other.left() > 0)
             server.kill()
             one.east.cool_down(time.monotonic(), 40, "rate_limited")
-            await until(lambda: sum("cannot be shared" in event["event"] for event in events) == 2)
+            await until(lambda: sum(event["event"] == "health_sharing_failed" for event in events) == 2)
             assert one.left() > 35
             assert other.left() <= 4
             await server.start()
             await until(lambda: other.left() > 30)
-            await until(lambda: sum("shared again" in event["event"] for event in events) == 2)
+            await until(lambda: sum(event["event"] == "health_sharing_restored" for event in events) == 2)
 
 
-async def test_what_others_wrote_there_is_nothing(server: RedisServer) -> None:
-    """A value that is none of ours is passed over; and a hash that is none, the gateway does without."""
+async def test_foreign_values_in_redis_are_ignored(server: RedisServer) -> None:
+    """In the hash, or instead of it."""
     server.command("HSET", "{gateway}:health", "east/gpt 4o https://east.invalid", "nonsense")
     server.command("HSET", "{gateway}:health", "x", "1 2 3")
     async with Peer(server) as one, Peer(server) as other:
@@ -101,7 +102,7 @@ async def test_what_others_wrote_there_is_nothing(server: RedisServer) -> None:
 
 
 async def test_two_gateways(server: RedisServer, start_gateway: StartGateway) -> None:
-    """What one has learned of a region costs the other no request; a reload goes on sharing."""
+    """A failure that one has seen costs the other no request; a reload continues to share."""
     async with cluster("east", "west") as regions:
         top = f"store: {server.url}\nhealth: {{failures: 1, rest: 30}}"
         gateways: list[Any] = [await start_gateway("", pool_yaml(regions, top=top)) for _ in range(2)]
@@ -117,10 +118,10 @@ async def test_two_gateways(server: RedisServer, start_gateway: StartGateway) ->
         assert len(regions["east"].saw) == 1
 
 
-def test_a_server_s_clock_that_steps_back_makes_no_rest_longer() -> None:
-    """It is as long as it was told for, at most."""
+def test_a_server_s_clock_that_steps_back_extends_nothing() -> None:
+    """The time is the one of the event, at most."""
     health = Health()
     health.use(HealthSettings(), [EAST])
-    bulletin = SharedHealth(RedisUrl.parse("redis://127.0.0.1:1"), health)
-    bulletin._hear(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
+    shared = SharedHealth(RedisUrl.parse("redis://127.0.0.1:1"), health)
+    shared._apply(1_000.0, health.of(EAST).key.encode(), b"1801000 1802000 other 0 rate_limited")
     assert health.of(EAST).available_in(time.monotonic()) <= 1.0

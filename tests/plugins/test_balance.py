@@ -1,4 +1,4 @@
-"""`balance`: one of a pool's deployments answers, and another where that one cannot."""
+"""`balance`: a deployment of the pool serves the request, and another one if that one fails."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from gateway.balancing.circuit_state import CLOSED
 from gateway.config import load
 from gateway.errors import ConfigError
 from gateway.limits.memory_budget import BUDGETS
@@ -47,37 +48,38 @@ def counted(regions: dict[str, Region]) -> dict[str, int]:
 
 
 def row(gateway: Gateway, name: str) -> Any:
-    """Return how a region's deployment is."""
+    """Return the health of a region's deployment."""
     rows = gateway.server.shared.health.all()
     return next(each for each in rows if each.deployment.resource.name == name)
 
 
 def end_rest(gateway: Gateway, name: str) -> None:
-    """Let a deployment's rest be over now, so that no test needs to be done before a short one ends."""
+    """End a deployment's unavailability now, so that no test depends on a short one."""
     resting = row(gateway, name)
-    assert resting.rests_until > asyncio.get_running_loop().time()
-    resting.rests_until = resting._cools_until = asyncio.get_running_loop().time()
+    assert resting.blocked_until > asyncio.get_running_loop().time()
+    resting._cooldown_until = asyncio.get_running_loop().time()
+    resting.block_until(resting._cooldown_until)
 
 
-# -- choosing ------------------------------------------------------------------------------------------
+# -- selection -----------------------------------------------------------------------------------------
 
 
 async def test_requests_one_after_another_are_shared_evenly(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """Also where never two of them are in flight at once; the log says who answered."""
+    """Even if two are never in flight at once; the log names the deployment that responded."""
     gateway = await start_gateway("", pool_yaml(regions))
     for _ in range(12):
         assert (await ask(gateway))[0] == 200
     assert counted(regions) == {"east": 4, "west": 4, "north": 4}
     await until(lambda: len(gateway.exchanges()) == 12)
-    told = Counter(f"{event['resource']}/{event['deployment']}" for event in gateway.exchanges())
-    assert told == {"east/gpt-4o": 4, "west/gpt-4o": 4, "north/gpt-4o": 4}
+    served = Counter(f"{event['resource']}/{event['deployment']}" for event in gateway.exchanges())
+    assert served == {"east/gpt-4o": 4, "west/gpt-4o": 4, "north/gpt-4o": 4}
     assert not any("attempts" in event for event in gateway.exchanges())
 
 
 async def test_weights_are_shares(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Of three to one, three of four requests."""
+    """With 2:1:1, half of the requests go to the first deployment."""
     yaml = pool_yaml(regions).replace("- east/gpt-4o", "- {deployment: east/gpt-4o, weight: 2}")
     gateway = await start_gateway("", yaml)
     for _ in range(20):
@@ -85,10 +87,10 @@ async def test_weights_are_shares(start_gateway: StartGateway, regions: dict[str
     assert counted(regions) == {"east": 10, "west": 5, "north": 5}
 
 
-async def test_the_first_priority_is_asked_as_long_as_it_can_be(
+async def test_the_first_priority_gets_all_requests_while_it_is_available(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """The next one has what the first cannot take, and nothing once it is back."""
+    """The next priority gets requests only meanwhile."""
     yaml = pool_yaml(regions).replace("- west/gpt-4o", "- {deployment: west/gpt-4o, priority: 2}")
     yaml = yaml.replace("- north/gpt-4o", "- {deployment: north/gpt-4o, priority: 2}")
     gateway = await start_gateway("", yaml)
@@ -105,8 +107,8 @@ async def test_the_first_priority_is_asked_as_long_as_it_can_be(
     assert counted(regions) == {"east": 5, "west": 2, "north": 2}
 
 
-async def test_those_in_flight_count(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """A deployment that does not come to an end gets next to nothing more, until the others have as much to do."""
+async def test_requests_in_flight_count(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A deployment that does not respond gets few more requests, until the others have as many in flight."""
     regions["east"].fault = "mute"
     gateway = await start_gateway("", pool_yaml(regions))
     waiting = [asyncio.create_task(ask(gateway)) for _ in range(20)]
@@ -132,7 +134,7 @@ async def test_those_in_flight_count(start_gateway: StartGateway, regions: dict[
 
 
 async def test_the_same_seed_makes_the_same_choices(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """So that whoever tests a configuration sees the same each time."""
+    """So that tests of a configuration are repeatable."""
     orders = []
     for _ in range(2):
         gateway = await start_gateway("", pool_yaml(regions, settings="{seed: 7}"))
@@ -144,10 +146,10 @@ async def test_the_same_seed_makes_the_same_choices(start_gateway: StartGateway,
 
 
 @pytest.mark.parametrize("name", ["prompt_cache_key", "user", "safety_identifier"])
-async def test_requests_alike_go_to_one_deployment(
+async def test_affinity_sends_similar_requests_to_one_deployment(
     name: str, start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """So that its cache of prompts is of use; where it rests, they go to one other, and come back."""
+    """Its prompt cache helps then. While it is unavailable, all go to one other deployment, and come back."""
     gateway = await start_gateway("", pool_yaml(regions, settings=f"{{affinity: [{name}]}}"))
     for _ in range(6):
         await ask(gateway, {**CHAT, name: "alike"})
@@ -167,10 +169,8 @@ async def test_requests_alike_go_to_one_deployment(
     assert used == {"east", "west", "north"}
 
 
-async def test_a_caller_may_be_what_requests_have_in_common(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """With `caller`, those of one key go together; without a caller they are shared."""
+async def test_affinity_by_caller(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """With `caller`, requests with one key go together; requests without a caller are distributed."""
     yaml = pool_yaml(regions, settings="{affinity: [prompt_cache_key, caller]}").replace(
         "  - model_map:", "  - auth_passthrough\n  - model_map:"
     )
@@ -181,12 +181,14 @@ async def test_a_caller_may_be_what_requests_have_in_common(
     assert sorted(counted(regions).values()) == [0, 0, 6]
 
 
-async def test_one_without_room_is_asked_last(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """What Azure says is left of its quota counts, before it says no."""
+async def test_a_deployment_without_headroom_is_the_last_resort(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """The quota that Azure reports counts before the first 429."""
     gateway = await start_gateway("", pool_yaml(regions))
     for name in ("east", "west"):
         health = next(each for each in gateway.server.shared.health.all() if each.deployment.resource.name == name)
-        health.away_until = float("inf")
+        health.avoid_until = float("inf")
     for _ in range(3):
         await ask(gateway)
     assert counted(regions) == {"east": 0, "west": 0, "north": 3}
@@ -194,7 +196,7 @@ async def test_one_without_room_is_asked_last(start_gateway: StartGateway, regio
     assert (await ask(gateway))[0] == 200
 
 
-# -- failing over --------------------------------------------------------------------------------------
+# -- failover -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [CHAT, STREAM], ids=["plain", "stream"])
@@ -203,10 +205,10 @@ async def test_one_without_room_is_asked_last(start_gateway: StartGateway, regio
     ["limited", "limited_silently", "limited_in_words", "error", "unavailable", "timeout", "broken", "wrong_key",
      "no_deployment", "mute", "stalled", "error_in_stream"],
 )  # fmt: skip
-async def test_another_deployment_answers(
+async def test_another_deployment_responds(
     fault: Fault, body: Any, start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """Whatever is wrong with the first one, as long as nothing of an answer has gone to the client."""
+    """Whatever is wrong with the first one, if no byte of the response has gone to the client."""
     yaml = pool_yaml(regions).replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
@@ -224,10 +226,8 @@ async def test_another_deployment_answers(
     assert attempts[1]["status"] == 200
 
 
-async def test_a_region_that_cannot_be_reached_costs_no_request(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """Refused connections, names that nobody knows, and TLS that does not begin."""
+async def test_an_unreachable_region_fails_no_request(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Refused connections, unknown names, and a TLS handshake that does not start."""
     async with slow_tls(30) as port:
         lost = {
             "refused": f"http://127.0.0.1:{closed_port()}",
@@ -247,10 +247,10 @@ async def test_a_region_that_cannot_be_reached_costs_no_request(
 
 
 @pytest.mark.parametrize("fault", ["broken_late", "error_late", "stalled_late"])
-async def test_nothing_is_sent_twice_once_something_was_answered(
+async def test_no_retry_after_the_first_byte_of_a_response(
     fault: Fault, start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """A stream that has begun ends as a broken one, with an `error` event: by a reset, an error, or idleness."""
+    """A reset, an error, or the idle timeout breaks a stream that has started; it ends with an `error` event."""
     for region in regions.values():
         region.fault = fault
     yaml = pool_yaml(regions).replace("  - sse_newline", "  - stream_errors\n  - sse_newline")
@@ -270,10 +270,10 @@ async def test_nothing_is_sent_twice_once_something_was_answered(
     assert sum(each.report(0)["counts"]["answered"] for each in rows) == 0
 
 
-async def test_what_may_have_been_processed_and_would_do_harm_twice_is_not_sent_twice(
+async def test_a_request_that_is_not_idempotent_is_not_retried_if_it_may_have_been_processed(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """A chat that is stored, or a response: not after a 500, but after a 429, which says that it was not."""
+    """A stored chat, or a response: not after a 500, but after a 429, because Azure did not process it."""
     yaml = pool_yaml(regions).replace("2024-10-21", "v1")
     gateway = await start_gateway("", yaml)
     for region in regions.values():
@@ -290,13 +290,13 @@ async def test_what_may_have_been_processed_and_would_do_harm_twice_is_not_sent_
         region.fault = "limited"
         region.saw.clear()
     for each in gateway.server.shared.health.all():
-        each.rests_until, each.failing, each.failures = 0.0, False, 0
+        each.blocked_until, each.state, each.failures = 0.0, CLOSED, 0
     assert (await ask(gateway, {"model": "gpt-4o"}, path="/v1/responses"))[0] == 429
     assert sum(counted(regions).values()) >= 3
 
 
-async def test_an_abuse_penalty_ends_it(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Azure punishes who goes on then: the client is told at once, and no other deployment is asked."""
+async def test_an_abuse_penalty_is_not_retried(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Azure penalizes callers that continue, so the client gets the 429 at once."""
     for region in regions.values():
         region.fault = "penalty"
     gateway = await start_gateway("", pool_yaml(regions))
@@ -304,10 +304,8 @@ async def test_an_abuse_penalty_ends_it(start_gateway: StartGateway, regions: di
     assert sum(counted(regions).values()) == 1
 
 
-async def test_what_every_deployment_would_refuse_is_asked_once(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """A wrong request is the client's own; so is a wrong key that is its own."""
+async def test_an_error_of_the_client_is_not_retried(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """An invalid request, or an invalid key of the client's own."""
     gateway = await start_gateway("", pool_yaml(regions))
     status, _, _ = await ask(gateway, {"model": "gpt-4o", "stream": "yes", "messages": 5}, headers={"x": "y"})
     assert status in (200, 400)
@@ -320,7 +318,7 @@ async def test_what_every_deployment_would_refuse_is_asked_once(
 
 
 async def test_all_fail(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """The client gets the error that tells it most, with the soonest time to come back; the log tells each attempt."""
+    """The client gets the most useful error, with the soonest time to retry; the log has each attempt."""
     regions["east"].fault, regions["west"].fault, regions["north"].fault = "error", "limited", "broken"
     regions["west"].rest = 20
     gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0}"))
@@ -329,15 +327,15 @@ async def test_all_fail(start_gateway: StartGateway, regions: dict[str, Region])
     assert content["error"]["code"] == "rate_limit_exceeded"
     assert int(headers["retry-after"]) <= 20
     assert int(headers["retry-after-ms"]) <= 20_000
-    warning = next(event for event in gateway.events if "no deployment" in event["event"])
+    warning = next(event for event in gateway.events if event["event"] == "pool_failed")
     assert warning["pool"] == "chat"
     assert len(warning["attempts"]) == 3
     assert {each["deployment"].split("/")[0] for each in warning["attempts"]} == {"east", "west", "north"}
     assert {each["reason"] for each in warning["attempts"]} == {"status_500", "rate_limited", "broken_off"}
 
 
-async def test_all_rest(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Nobody is asked then, and the client is told when the first is back; it is known why."""
+async def test_all_are_unavailable(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """No request is sent, and the client learns when the first deployment is available, and why."""
     for region in regions.values():
         region.fault, region.rest = "limited", 30
     gateway = await start_gateway("", pool_yaml(regions))
@@ -349,10 +347,10 @@ async def test_all_rest(start_gateway: StartGateway, regions: dict[str, Region])
     assert counted(regions) == before
 
 
-async def test_a_request_waits_for_one_that_is_back_soon(
+async def test_a_request_waits_for_a_deployment_that_is_available_soon(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """Instead of saying no: but not for longer than `wait`."""
+    """Instead of an error, but for `wait` at most."""
     for region in regions.values():
         region.fault, region.rest = "limited", 0.4
     gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 2}"))
@@ -364,8 +362,8 @@ async def test_a_request_waits_for_one_that_is_back_soon(
     assert status == 200
 
 
-async def test_the_deadline_bounds_it_all(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Attempts and waits together: what is left of it is all that the last attempt has."""
+async def test_the_deadline_limits_attempts_and_waits(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """All together: the last attempt has the time that is left."""
     for region in regions.values():
         region.fault = "mute"
     yaml = pool_yaml(regions, settings="{deadline: 1.5}").replace(
@@ -379,8 +377,8 @@ async def test_the_deadline_bounds_it_all(start_gateway: StartGateway, regions: 
         assert sum(counted(regions).values()) - before == 2
 
 
-async def test_the_retry_budget_holds(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """However many fail at once: no more attempts than the reserve and a share of the requests."""
+async def test_the_retry_budget_limits_retries(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """However many requests fail at once: `reserve`, and the share `retries` of all requests."""
     for region in regions.values():
         region.fault = "error"
     yaml = pool_yaml(
@@ -393,10 +391,10 @@ async def test_the_retry_budget_holds(start_gateway: StartGateway, regions: dict
     assert sum(counted(regions).values()) >= 100 + 5
 
 
-async def test_the_budget_is_for_what_may_have_been_processed(
+async def test_the_retry_budget_is_for_requests_that_may_have_been_processed(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """A request that a deployment has refused moves on without it: provisioned throughput that is full spills over."""
+    """A 429 needs no budget: requests spill over from full provisioned throughput."""
     yaml = pool_yaml(regions, settings="{retries: 0, reserve: 0}")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
@@ -408,10 +406,10 @@ async def test_the_budget_is_for_what_may_have_been_processed(
     assert len(regions["east"].saw) > 3
 
 
-async def test_without_a_reserve_there_is_still_the_share(
+async def test_without_a_reserve_the_share_of_retries_counts(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """With a share of one each request may be sent once more."""
+    """With a share of 1, each request may be sent once more."""
     yaml = pool_yaml(regions, settings="{retries: 1, reserve: 0}", top="health: {failures: 1000, least: 100000}")
     gateway = await start_gateway("", yaml)
     regions["east"].fault = "error"
@@ -419,8 +417,8 @@ async def test_without_a_reserve_there_is_still_the_share(
         assert (await ask(gateway))[0] == 200
 
 
-async def test_attempts_are_bounded(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """With 1, there is no other."""
+async def test_attempts_limits_the_attempts(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """With 1, there is no retry."""
     for region in regions.values():
         region.fault = "error"
     gateway = await start_gateway("", pool_yaml(regions, settings="{attempts: 1}"))
@@ -428,10 +426,8 @@ async def test_attempts_are_bounded(start_gateway: StartGateway, regions: dict[s
     assert sum(counted(regions).values()) == 1
 
 
-async def test_those_that_fail_are_not_asked_again_at_once(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """Where all have failed once, there is a pause before the first is asked again."""
+async def test_backoff_if_every_deployment_has_failed(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """There is a pause before the first one gets the request again."""
     for region in regions.values():
         region.fault = "error"
     gateway = await start_gateway("", pool_yaml(regions))
@@ -441,10 +437,8 @@ async def test_those_that_fail_are_not_asked_again_at_once(
     assert times[3] - times[2] > 0.2
 
 
-async def test_a_body_that_is_too_large_to_be_kept_is_sent_once(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """But where no connection could be made, nothing of it was read, and another is asked."""
+async def test_a_body_larger_than_keep_is_sent_once(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Unless the connection failed, because no byte of it was read then."""
     for region in regions.values():
         region.fault = "error"
     yaml = pool_yaml(regions, settings="{keep: 1000}").replace('gpt-4o: "pool', 'whisper: "pool')
@@ -477,10 +471,8 @@ async def test_a_body_that_is_too_large_to_be_kept_is_sent_once(
 # -- health --------------------------------------------------------------------------------------------
 
 
-async def test_one_that_fails_rests_and_is_tried_by_one_request(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """A circuit breaker: open after failures in a row, half-open after its rest, closed once that one has answered."""
+async def test_the_circuit_breaker_opens_and_closes(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Open after failures in a row; half-open, with one trial request; closed after its success."""
     gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 3, rest: 60}"))
     regions["east"].fault = "error"
     for _ in range(30):
@@ -502,10 +494,10 @@ async def test_one_that_fails_rests_and_is_tried_by_one_request(
     assert len(regions["east"].saw) >= 6
 
 
-async def test_the_client_that_leaves_while_it_tries_one_does_not_close_it_for_ever(
+async def test_a_trial_that_its_client_abandons_is_repeated(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """The next request tries it then."""
+    """By the next request."""
     only = {"east": regions["east"]}
     gateway = await start_gateway("", pool_yaml(only, settings="{wait: 0}", top="health: {failures: 1, rest: 60}"))
     regions["east"].fault = "error"
@@ -522,7 +514,7 @@ async def test_the_client_that_leaves_while_it_tries_one_does_not_close_it_for_e
 
 
 def respond(region: Region, status: int, code: str = "x", message: str = "m", **headers: str) -> None:
-    """Let a region answer this from now on."""
+    """Make a region send this response from now on."""
 
     async def answer(seen: Any, request: web.BaseRequest) -> web.StreamResponse:
         region.saw.append((0.0, "error", seen))
@@ -533,8 +525,8 @@ def respond(region: Region, status: int, code: str = "x", message: str = "m", **
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_rest_of_nothing_is_one(status: int, start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """A deployment that fails fast, and asks for no rest, does not get every request first."""
+async def test_a_cooldown_of_0_is_not_0(status: int, start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """A deployment that fails fast with `Retry-After: 0` does not get every request first."""
     gateway = await start_gateway("", pool_yaml(regions, settings="{reserve: 5, retries: 0}"))
     respond(regions["east"], status, retry_after="0")
     for _ in range(60):
@@ -545,7 +537,7 @@ async def test_a_rest_of_nothing_is_one(status: int, start_gateway: StartGateway
 async def test_a_request_that_fails_everywhere_does_not_open_every_circuit(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """It may be what is wrong: of its failures one counts. And what the API calls the client's fault is no failure."""
+    """It may be the cause, so its failures count as one. An error that the API blames on the client counts as none."""
     gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0}", top="health: {failures: 3}"))
     for region in regions.values():
         region.fault = "error"
@@ -566,20 +558,20 @@ async def test_a_request_that_fails_everywhere_does_not_open_every_circuit(
 
 
 async def test_a_403_may_be_about_one_request(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Another is asked, and the deployment goes on: only where many are refused it rests."""
+    """It is retried elsewhere, and the deployment stays available: only many of them open the circuit."""
     gateway = await start_gateway("", pool_yaml(regions))
     for region in regions.values():
         respond(region, 403, "PermissionDenied")
     status, content, _ = await ask(gateway)
-    assert status == 502  # the client would look for the mistake in its own key
-    assert "credential that the gateway itself has" in content["error"]["message"]
+    assert status == 502  # a 401 or 403 would blame the client's key
+    assert "Azure rejected the gateway's credential for this model" in content["error"]["message"]
     assert all(row(gateway, name).is_available(asyncio.get_running_loop().time()) for name in regions)
 
 
-async def test_the_time_that_others_took_is_not_a_deployment_s_fault(
+async def test_the_time_of_earlier_attempts_is_not_a_deployment_s_fault(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """One that is given what is left of the deadline, and needs more, has not failed."""
+    """A timeout is no failure if the attempt had only the rest of the deadline."""
     two = {name: regions[name] for name in ("east", "west")}
     yaml = pool_yaml(two, settings="{deadline: 0.6}", top="health: {failures: 1, rest: 30}")
     yaml = yaml.replace("- west/gpt-4o", "- {deployment: west/gpt-4o, priority: 2}")
@@ -596,10 +588,10 @@ async def test_the_time_that_others_took_is_not_a_deployment_s_fault(
     assert (await ask(gateway))[0] == 200
 
 
-async def test_a_stream_that_does_not_begin_is_asked_for_elsewhere(
+async def test_a_stream_that_does_not_start_within_silence_is_retried(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """After `silence`: streams begin soon. Other answers may take as long as the deadline, or the resource, says."""
+    """Streams start soon. Other responses may take until the deadline, or the resource's timeout."""
     yaml = pool_yaml(regions, settings="{silence: 0.3, deadline: 1.2}")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
@@ -608,7 +600,7 @@ async def test_a_stream_that_does_not_begin_is_asked_for_elsewhere(
         regions["east"].fault = fault
         assert (await ask(gateway, STREAM))[0] == 200
     before = counted(regions)
-    assert (await ask(gateway, {**STREAM, "store": True}))[0] == 504  # which must not be sent twice
+    assert (await ask(gateway, {**STREAM, "store": True}))[0] == 504  # it is not idempotent
     assert counted(regions)["west"] == before["west"]
 
     async def slow(seen: Any, request: web.BaseRequest) -> None:
@@ -621,7 +613,7 @@ async def test_a_stream_that_does_not_begin_is_asked_for_elsewhere(
 async def test_a_slow_client_is_not_a_deployment_s_fault(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """The time to the first byte begins when the request has been sent; nor does it keep the others from a try."""
+    """The timeout for the first byte starts after the upload. A slow upload does not exclude other trials."""
     only = {"east": regions["east"]}
     yaml = pool_yaml(only, settings="{wait: 0, keep: 10}", top="health: {failures: 1, rest: 60}")
     yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
@@ -657,8 +649,8 @@ async def test_a_slow_client_is_not_a_deployment_s_fault(
     assert await slow == 200
 
 
-async def test_uploads_alone_bring_a_deployment_back(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Bodies that are not kept try it as well, each for itself."""
+async def test_uploads_alone_close_the_circuit(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Requests whose bodies are not kept are trials as well, without excluding others."""
     two = {name: regions[name] for name in ("east", "west")}
     yaml = pool_yaml(two, settings="{keep: 10}", top="health: {failures: 2, rest: 60}")
     yaml = yaml.replace("- west/gpt-4o", "- {deployment: west/gpt-4o, priority: 2}")
@@ -679,11 +671,11 @@ async def test_uploads_alone_bring_a_deployment_back(start_gateway: StartGateway
     assert not row(gateway, "east").failing
 
 
-async def test_an_error_that_drips_keeps_nobody(
+async def test_a_slow_error_body_delays_no_request(
     start_gateway: StartGateway, regions: dict[str, Region], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it says is waited for as long as it is worth: not as long as all may take."""
-    monkeypatch.setattr("gateway.balancing.retries._ERROR", 0.3)
+    """It is read for some seconds, and not until the deadline."""
+    monkeypatch.setattr("gateway.balancing.attempts._ERROR_TIMEOUT", 0.3)
     yaml = pool_yaml(regions, settings="{deadline: 600}").replace("  - openai_errors\n", "")
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
@@ -702,10 +694,8 @@ async def test_an_error_that_drips_keeps_nobody(
     assert status in (200, 429)
 
 
-async def test_the_deadline_is_for_all_that_stands_below(
-    start_gateway: StartGateway, regions: dict[str, Region]
-) -> None:
-    """However often a stage below asks; and a stage above may set one that is sooner."""
+async def test_the_deadline_includes_the_stages_below(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """However many requests a stage below sends; and a stage above may set an earlier one."""
     yaml = pool_yaml(regions, settings="{deadline: 1, attempts: 1}").replace(
         "  - api_version", "  - embeddings_split: 1\n  - api_version"
     )
@@ -729,10 +719,10 @@ async def test_the_deadline_is_for_all_that_stands_below(
     assert (await ask(gateway))[0] == 504
 
 
-async def test_a_failed_part_takes_no_other_part_s_use_away(
+async def test_a_failed_part_keeps_the_usage_of_other_parts(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """Nor is what a later part broke a failure of those that had answered."""
+    """And a failed part is no failure of the deployments that served the others."""
     yaml = pool_yaml(regions).replace("  - balance", "  - embeddings_split: 1\n  - balance")
     lost = f'  lost: {{endpoint: "http://127.0.0.1:{closed_port()}", api_key: k}}\n'
     yaml = yaml.replace("resources:\n", f"resources:\n{lost}").replace("  chat:\n", "  chat:\n    - lost/embed\n")
@@ -744,8 +734,10 @@ async def test_a_failed_part_takes_no_other_part_s_use_away(
     assert gateway.exchanges()[0]["input_tokens"] == 6
 
 
-async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """A caller's share of the memory: what is above it is sent once, and counted no more when it is over."""
+async def test_kept_bodies_count_against_the_caller_s_memory(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """A body above the caller's share is sent once; all memory is released afterwards."""
     yaml = pool_yaml(regions, top="limits: {memory: 3000000}").replace('gpt-4o: "pool', 'whisper: "pool')
     gateway = await start_gateway("", yaml)
     for region in regions.values():
@@ -765,12 +757,14 @@ async def test_bodies_are_kept_up_to_a_bound(start_gateway: StartGateway, region
     assert BUDGETS.memory.held == 0
     assert BUDGETS.memory.most_held > 400_000
     for each in gateway.server.shared.health.all():
-        each.rests_until, each.failing, each.failures = 0.0, False, 0
+        each.blocked_until, each.state, each.failures = 0.0, CLOSED, 0
     assert await upload(800_000) == 1
 
 
-async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """A refusal by the gateway, or of a client's own key, neither closes a circuit nor ends a row of failures."""
+async def test_an_error_of_the_gateway_or_the_client_is_no_success(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """It neither closes a circuit nor ends a row of failures."""
     only = {"east": regions["east"]}
     yaml = pool_yaml(only, settings="{wait: 0}", top="health: {failures: 2, rest: 60}")
     yaml = yaml.replace("  - model_map:", "  - auth_passthrough\n  - model_map:")
@@ -790,10 +784,10 @@ async def test_what_was_not_answered_is_no_answer(start_gateway: StartGateway, r
     assert row(gateway, "east").is_available(asyncio.get_running_loop().time())
 
 
-async def test_a_request_that_can_go_nowhere_else_leaves_a_rest_as_it_is(
+async def test_a_pinned_request_does_not_change_an_open_circuit(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """It is sent all the same, and is not the one that tries it."""
+    """It is sent all the same, but not as the trial."""
     yaml = pool_yaml(regions, top="health: {failures: 1, rest: 30}").replace("2024-10-21", "v1")
     gateway = await start_gateway("", yaml.replace("  - balance", "  - resource_ids\n  - balance"))
     _, first, _ = await ask(gateway, {"model": "gpt-4o", "input": "hi"}, path="/v1/responses")
@@ -801,18 +795,18 @@ async def test_a_request_that_can_go_nowhere_else_leaves_a_rest_as_it_is(
     more = {"model": "gpt-4o", "input": "and", "previous_response_id": first["id"]}
     regions[home].fault = "error"
     assert (await ask(gateway, more, path="/v1/responses"))[0] == 500
-    rests_until = row(gateway, home).rests_until
+    blocked_until = row(gateway, home).blocked_until
     regions[home].fault = "mute"
     asked = asyncio.create_task(ask(gateway, more, path="/v1/responses"))
     await until(lambda: regions[home].saw[-1][1] == "mute")
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     await gateway.idle()
-    assert row(gateway, home).rests_until == rests_until
+    assert row(gateway, home).blocked_until == blocked_until
 
 
-async def test_a_request_waits_for_the_one_that_tries(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Though another deployment rests for longer than it would wait."""
+async def test_a_request_waits_for_the_trial(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Even if another deployment is unavailable for longer than the request would wait."""
     two = {name: regions[name] for name in ("east", "west")}
     gateway = await start_gateway("", pool_yaml(two, settings="{wait: 30}", top="health: {failures: 1, rest: 50}"))
     regions["east"].fault, regions["west"].fault, regions["west"].rest = "error", "limited", 60
@@ -827,17 +821,19 @@ async def test_a_request_waits_for_the_one_that_tries(start_gateway: StartGatewa
     assert [status for status, _, _ in answers] == [200, 200, 200]
 
 
-async def test_the_wait_is_for_all_of_a_request(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+async def test_wait_limits_all_waits_of_a_request(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
     """However often it is sent in between."""
     for region in regions.values():
         region.fault, region.rest = "limited", 0.2
     gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0.5, attempts: 50}"))
     assert (await ask(gateway))[0] == 429
-    assert sum(counted(regions).values()) <= 3 * 4  # at first, and after 0.2 and 0.4 s; 50 if each wait began afresh
+    assert (
+        sum(counted(regions).values()) <= 3 * 4
+    )  # at first, and after 0.2 and 0.4 s; 50 if the limit were for each wait
 
 
 async def test_streams_that_break_open_the_circuit(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Each has begun to be answered, and none has been."""
+    """Although each response had started."""
     gateway = await start_gateway("", pool_yaml(regions, top="health: {failures: 4, share: 1, rest: 30}"))
     regions["east"].fault = "broken_late"
     for _ in range(40):
@@ -847,8 +843,10 @@ async def test_streams_that_break_open_the_circuit(start_gateway: StartGateway, 
     assert len(regions["east"].saw) == 4
 
 
-async def test_a_stream_with_a_length_is_looked_into(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """As any other: an error in it goes elsewhere."""
+async def test_a_stream_with_a_content_length_is_inspected(
+    start_gateway: StartGateway, regions: dict[str, Region]
+) -> None:
+    """Like any other: it is kept back for `hold` seconds at most, and an error in it is retried."""
     yaml = pool_yaml(regions)
     for name in ("west", "north"):
         yaml = yaml.replace(f"- {name}/gpt-4o", f"- {{deployment: {name}/gpt-4o, priority: 2}}")
@@ -865,8 +863,8 @@ async def test_a_stream_with_a_length_is_looked_into(start_gateway: StartGateway
 
 
 @pytest.mark.parametrize("status", [400, 500])
-async def test_a_large_error_is_passed_on(status: int, start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Of one deployment, or of the last one."""
+async def test_a_large_error_is_forwarded(status: int, start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """Of the only deployment, or of the last one."""
     only = {"east": regions["east"]}
     yaml = pool_yaml(only, settings="{attempts: 1}").replace("  - openai_errors\n", "")
     gateway = await start_gateway("", yaml)
@@ -875,8 +873,8 @@ async def test_a_large_error_is_passed_on(status: int, start_gateway: StartGatew
     assert len(content["error"]["message"]) == 2_000_000
 
 
-async def test_what_failed_uses_nothing(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """The log's tokens, and what limits count, are those of the deployment that answered."""
+async def test_failed_attempts_have_no_usage(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """The tokens in the log and in the limits are those of the deployment that responded."""
     for fault in ("error_in_stream", "stalled", "broken"):
         yaml = pool_yaml(regions).replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
         for name in ("west", "north"):
@@ -890,10 +888,10 @@ async def test_what_failed_uses_nothing(start_gateway: StartGateway, regions: di
         assert gateway.exchanges()[0]["input_tokens"] == 9
 
 
-async def test_each_attempt_begins_with_the_request_as_it_came(
+async def test_each_attempt_starts_with_the_original_request(
     start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """Whatever a stage below does to it, be it to the object that a stage above has decoded."""
+    """Whatever a stage below changes, even in the object that a stage above has decoded."""
     stages = {
         "mine/above.py": (
             "from gateway import Stage\n\n\nclass Above(Stage):\n    async def __call__(self, request, call_next):\n"
@@ -920,10 +918,10 @@ async def test_each_attempt_begins_with_the_request_as_it_came(
     assert [seen.headers.getall("x-below") for seen in sent] == [["b"]] * 5
 
 
-async def test_a_reload_that_comes_to_nothing_changes_nothing(
+async def test_a_failed_reload_changes_nothing(
     start_gateway: StartGateway, regions: dict[str, Region], tmp_path: Path
 ) -> None:
-    """Neither what is left of the budget, nor what the operator sees."""
+    """Neither the retry budget, nor the report for operators."""
     gateway = await start_gateway("", pool_yaml(regions, settings="{reserve: 50}"))
     yaml = pool_yaml(regions, settings="{reserve: 0, retries: 0}", more="    - east/another")
     loaded = load(write_files(tmp_path / "next", {"gateway.yaml": yaml}), {}, gateway.server.shared)
@@ -937,8 +935,8 @@ async def test_a_reload_that_comes_to_nothing_changes_nothing(
         assert (await ask(gateway))[0] == 200
 
 
-async def test_nothing_is_in_flight_when_all_is_over(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Whoever answered, failed, or was left by its client."""
+async def test_nothing_is_in_flight_at_the_end(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """After responses, failures, and clients that disconnected."""
     gateway = await start_gateway("", pool_yaml(regions))
     regions["east"].fault, regions["west"].fault = "error", "broken_late"
     asked = [asyncio.create_task(ask(gateway, body)) for body in (CHAT, STREAM) * 20]
@@ -948,14 +946,14 @@ async def test_nothing_is_in_flight_when_all_is_over(start_gateway: StartGateway
     await asyncio.gather(*asked, return_exceptions=True)
     await gateway.idle()
     assert [each.in_flight for each in gateway.server.shared.health.all()] == [0, 0, 0]
-    assert not any(each.trying for each in gateway.server.shared.health.all())
+    assert not any(each.half_open for each in gateway.server.shared.health.all())
 
 
 # -- with other stages ---------------------------------------------------------------------------------
 
 
 async def test_a_resource_may_have_its_own_api_version(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Each attempt goes out as its resource wants it."""
+    """Each attempt uses the version of its resource."""
     yaml = pool_yaml(regions, settings="{seed: 1}")
     yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, api_version: v1}", 1)
     gateway = await start_gateway("", yaml)
@@ -969,7 +967,7 @@ async def test_a_resource_may_have_its_own_api_version(start_gateway: StartGatew
 
 
 async def test_ids_lead_back_to_their_resource(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """What a response was made from is where it was made: no other deployment of the pool is asked."""
+    """A request that refers to an object goes only to the resource that stores it."""
     yaml = pool_yaml(regions).replace("2024-10-21", "v1").replace("  - balance", "  - resource_ids\n  - balance")
     gateway = await start_gateway("", yaml)
     status, first, _ = await ask(gateway, {"model": "gpt-4o", "input": "hi"}, path="/v1/responses")
@@ -985,7 +983,7 @@ async def test_ids_lead_back_to_their_resource(start_gateway: StartGateway, regi
 
 
 async def test_models_of_a_batch_go_to_one_resource(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """Its lines have the deployment of the pool there."""
+    """Its lines name the pool's deployment in that resource."""
     import aiohttp
 
     yaml = pool_yaml(regions).replace("auth: none", "auth: none\nresource: west")
@@ -1001,8 +999,8 @@ async def test_models_of_a_batch_go_to_one_resource(start_gateway: StartGateway,
     assert b'"model":"gpt-4o-west"' in regions["west"].saw[0][2].body.replace(b" ", b"")
 
 
-async def test_a_websocket_opens_elsewhere(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """A handshake that is refused is sent to another deployment."""
+async def test_a_failed_websocket_handshake_is_retried(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """It is sent to another deployment."""
     yaml = pool_yaml(regions).replace("2024-10-21", "2025-04-01-preview")
     gateway = await start_gateway("", yaml)
     regions["east"].fault = regions["west"].fault = "error"
@@ -1010,8 +1008,8 @@ async def test_a_websocket_opens_elsewhere(start_gateway: StartGateway, regions:
         assert (await socket.receive_json())["type"] == "session.created"
 
 
-async def test_what_is_no_pools_goes_its_own_way(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
-    """A model with one deployment is asked there, and its errors are the client's."""
+async def test_a_model_without_a_pool_is_not_retried(start_gateway: StartGateway, regions: dict[str, Region]) -> None:
+    """It has one deployment, whose errors go to the client."""
     yaml = pool_yaml(regions).replace('gpt-4o: "pool:chat"', "gpt-4o: west/gpt-4o")
     gateway = await start_gateway("", yaml)
     regions["west"].fault = "error"
@@ -1032,10 +1030,10 @@ async def test_what_is_no_pools_goes_its_own_way(start_gateway: StartGateway, re
         ("  - balance: {}\n", "  - balance: {}\n  - resource_ids\n", "'resource_ids' must stand above 'balance'"),
     ],
 )
-async def test_a_wrong_order_is_found_when_it_is_loaded(
+async def test_a_wrong_order_of_stages_is_a_configuration_error(
     old: str, new: str, found: str, start_gateway: StartGateway, regions: dict[str, Region]
 ) -> None:
-    """With its place, as all mistakes."""
+    """With its position, as all errors."""
     assert old in pool_yaml(regions)
     with pytest.raises(ConfigError, match=found):
         await start_gateway("", pool_yaml(regions).replace(old, new))

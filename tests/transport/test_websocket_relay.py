@@ -39,7 +39,9 @@ from gateway.protocol.websocket_frames import (
 )
 from gateway.testing import FakeAzure, Seen
 from gateway.transport.client_connection import ClientConnection
-from gateway.transport.websocket_relay import ControlFrameLimit, WebSocketRelay, error_event
+from gateway.transport.websocket_limits import ControlFrameLimit
+from gateway.transport.websocket_messages import error_event
+from gateway.transport.websocket_relay import WebSocketRelay
 from tests.conftest import CHAT, KEY, YAML, Gateway, RawUpstream, StartGateway, hard_close, until
 
 pytestmark = pytest.mark.both_loops
@@ -54,7 +56,7 @@ HANDSHAKE = (
 
 
 async def echo(seen: Seen, opened: web.WebSocketResponse) -> None:
-    """Send back what comes, answer pings, and say goodbye with the client's own code."""
+    """Send each message back, answer pings, and close with the client's own code."""
     async for message in opened:
         if message.type is WSMsgType.TEXT:
             await opened.send_str(message.data)
@@ -66,7 +68,7 @@ async def echo(seen: Seen, opened: web.WebSocketResponse) -> None:
 
 @pytest.fixture
 async def echoing() -> AsyncIterator[FakeAzure]:
-    """A fake Azure whose WebSockets are echoes."""
+    """A fake Azure that echoes messages."""
     async with FakeAzure(speak=echo) as running:
         yield running
 
@@ -78,7 +80,7 @@ def opened(gateway: Gateway, path: str = URL, *, key: str | None = KEY, **more: 
 
 
 async def refused(gateway: Gateway, path: str = URL, **more: Any) -> tuple[int, dict[str, Any]]:
-    """Return the status and the error of a handshake that is not answered with 101."""
+    """Return the status and the error of a handshake without a 101 response."""
     with pytest.raises(websockets.InvalidStatus) as caught:
         await opened(gateway, path, **more)
     answer = caught.value.response
@@ -108,10 +110,10 @@ async def events(opened: WebSocketClient, until_type: str) -> list[dict[str, Any
     ],
 )
 @pytest.mark.parametrize("asked", [URL, "/openai/realtime?api-version=2024-01-01&deployment=gpt-4o"])
-async def test_realtime_is_asked_for_where_azure_has_it(
+async def test_realtime_urls(
     start_gateway: StartGateway, azure: FakeAzure, version: str, path: str, query: list[tuple[str, str]], asked: str
 ) -> None:
-    """By `model=` on v1, by `deployment=` and `api-version=` on a dated preview, whichever way the client asks."""
+    """`model=` on v1, `deployment=` and `api-version=` on a dated preview, for both forms of the client's URL."""
     gateway = await start_gateway(azure.endpoint, YAML.replace("2024-10-21", version))
     async with opened(gateway, asked) as client:
         assert json.loads(await client.recv())["session"]["model"] == "gpt-4o"
@@ -124,7 +126,7 @@ async def test_realtime_is_asked_for_where_azure_has_it(
 
 
 async def test_the_model_is_mapped(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """And other parameters of the query stay; those that would choose the version or a key do not."""
+    """Other query parameters stay, except those that would select the version or a key."""
     yaml = REALTIME.replace("{unmapped: own_name_without_dots}", "{models: {mine: gpt-4o}, unmapped: refuse}")
     gateway = await start_gateway(azure.endpoint, yaml)
     async with opened(gateway, "/v1/realtime?intent=x&model=mine&api-key=stolen"):
@@ -135,9 +137,7 @@ async def test_the_model_is_mapped(start_gateway: StartGateway, azure: FakeAzure
     assert len(azure.requests) == 1
 
 
-async def test_a_version_without_it_is_refused_or_another_one_is_used(
-    start_gateway: StartGateway, azure: FakeAzure
-) -> None:
+async def test_a_version_without_realtime_is_refused_or_replaced(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Of the dated versions only previews have it."""
     gateway = await start_gateway(azure.endpoint)
     status, error = await refused(gateway)
@@ -149,8 +149,8 @@ async def test_a_version_without_it_is_refused_or_another_one_is_used(
 
 
 async def test_headers_go_both_ways(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the handshake itself are each side's own; the id is the one in the log."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.1)
+    """Without those of the handshake itself, which are each side's own; the id is the one in the log."""
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.1)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
@@ -177,7 +177,7 @@ async def test_headers_go_both_ways(start_gateway: StartGateway, monkeypatch: py
 
 
 def switching(head: bytes, more: bytes = b"") -> bytes:
-    """Return Azure's 101 to a handshake."""
+    """Return Azure's 101 response to a handshake."""
     import hashlib
 
     key = next(line for line in head.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key")).split(b": ")[1]
@@ -188,10 +188,8 @@ def switching(head: bytes, more: bytes = b"") -> bytes:
     )
 
 
-async def test_a_key_among_the_subprotocols_is_a_key_and_goes_no_further(
-    start_gateway: StartGateway, azure: FakeAzure
-) -> None:
-    """As browsers must present it. It is no subprotocol to Azure, none that is chosen, and is in no log."""
+async def test_a_key_among_the_subprotocols_is_not_forwarded(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Browsers must send it so. Azure does not see it, it is not selected, and it is in no log."""
     gateway = await start_gateway(azure.endpoint, REALTIME)
     protocols: Any = ["realtime", f"openai-insecure-api-key.{KEY}", "openai-beta.realtime-v1"]
     async with opened(gateway, key=None, subprotocols=protocols) as client:
@@ -209,8 +207,8 @@ async def test_a_key_among_the_subprotocols_is_a_key_and_goes_no_further(
     assert (await refused(gateway, key=None))[0] == 401
 
 
-async def test_azure_s_refusal_is_the_answer(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """As plain HTTP, through the stages; the client's connection goes on."""
+async def test_a_refused_handshake_is_a_plain_response(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Azure's response passes through the stages; the client's connection stays open."""
     gateway = await start_gateway(azure.endpoint, REALTIME + "  - openai_errors\n")
     status, error = await refused(gateway, key="wrong")
     assert (status, error["code"]) == (401, "invalid_api_key")
@@ -238,10 +236,10 @@ async def test_azure_s_refusal_is_the_answer(start_gateway: StartGateway, azure:
         ((b"/v1/realtime?model=gpt-4o", b"/v1/live/sessions"), 404),
     ],
 )
-async def test_handshakes_that_are_none(
+async def test_invalid_handshakes(
     start_gateway: StartGateway, azure: FakeAzure, change: tuple[bytes, bytes], status: int
 ) -> None:
-    """Are refused with a status that says what is wrong, and nothing is asked of Azure."""
+    """Are refused with a status that says what is wrong, and are not sent to Azure."""
     gateway = await start_gateway(azure.endpoint, REALTIME)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(HANDSHAKE.replace(*change))
@@ -251,7 +249,7 @@ async def test_handshakes_that_are_none(
     assert azure.requests == []
 
 
-async def test_a_plain_get_is_told_to_open_a_websocket(start_gateway: StartGateway, azure: FakeAzure) -> None:
+async def test_a_plain_get_must_upgrade(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """With the status and the header of RFC 9110 (15.5.22)."""
     gateway = await start_gateway(azure.endpoint, REALTIME)
     async with gateway.get("/v1/realtime?model=gpt-4o") as answer:
@@ -269,7 +267,7 @@ async def test_a_plain_get_is_told_to_open_a_websocket(start_gateway: StartGatew
         lambda _: b"",
     ],
 )
-async def test_an_answer_of_azure_that_is_none(start_gateway: StartGateway, answer: Any) -> None:
+async def test_an_invalid_response_of_azure(start_gateway: StartGateway, answer: Any) -> None:
     """Is a 502, and its connection is closed."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -283,8 +281,8 @@ async def test_an_answer_of_azure_that_is_none(start_gateway: StartGateway, answ
         await until(lambda: upstream.open == 0)
 
 
-async def test_an_unasked_101_is_still_none(start_gateway: StartGateway) -> None:
-    """To a plain request it is no answer."""
+async def test_a_101_response_to_a_plain_request_is_invalid(start_gateway: StartGateway) -> None:
+    """As it has asked for no upgrade."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await upstream.request(reader)
@@ -329,8 +327,8 @@ async def test_ten_thousand_frames_both_ways(start_gateway: StartGateway, echoin
     assert (event["operation"], event["model"], event["deployment"]) == ("realtime.connect", "gpt-4o", "gpt-4o")
 
 
-async def test_fragments_pings_and_pongs_go_through(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """A ping is answered by the other end, whatever is in it."""
+async def test_fragments_pings_and_pongs_are_forwarded(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """The other end answers a ping, whatever its payload is."""
     gateway = await start_gateway(echoing.endpoint, REALTIME)
     async with opened(gateway) as client:
         for payload in (b"", b"are you there", b"x" * 125):
@@ -344,8 +342,8 @@ async def test_fragments_pings_and_pongs_go_through(start_gateway: StartGateway,
 async def test_azure_s_fragments_and_pings_reach_the_client(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frames cut anywhere by the network, fragments with a ping between them; and the client's pong reaches Azure."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.1)
+    """Frames that the network splits anywhere, fragments with a ping between them; the client's pong reaches Azure."""
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.1)
     ponged = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -366,8 +364,8 @@ async def test_azure_s_fragments_and_pings_reach_the_client(
             await asyncio.wait_for(ponged.wait(), 30)
 
 
-async def test_what_came_with_the_handshake_is_not_lost(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """A client that does not wait for the answer is too early, and harmless."""
+async def test_frames_after_the_handshake_are_not_lost(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """A client may send them before the response."""
     gateway = await start_gateway(echoing.endpoint, REALTIME)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(HANDSHAKE + encode_frame(TEXT, b"early", masked=True))
@@ -382,18 +380,18 @@ async def test_what_came_with_the_handshake_is_not_lost(start_gateway: StartGate
 @pytest.mark.parametrize("code", [1000, 1001, 3000, 4321])
 async def test_the_client_s_close_code_reaches_azure(start_gateway: StartGateway, code: int) -> None:
     """With its reason; Azure's answer comes back, and both connections end."""
-    told: list[tuple[int | None, str]] = []
+    received: list[tuple[int | None, str]] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         message = await opened.receive()
-        told.append((message.data, message.extra or ""))
+        received.append((message.data, message.extra or ""))
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         async with opened(gateway) as client:
             await client.close(code, "that is all")
-        assert told == [(code, "that is all")]
-        assert client.close_code == 1000  # with which this Azure answers
+        assert received == [(code, "that is all")]
+        assert client.close_code == 1000  # this Azure's answer
         await gateway.idle()
         await until(lambda: azure.connections == 0)
     (event,) = gateway.exchanges()
@@ -402,7 +400,7 @@ async def test_the_client_s_close_code_reaches_azure(start_gateway: StartGateway
 
 @pytest.mark.parametrize("code", [1000, 1008, 1011, 4000])
 async def test_azure_s_close_code_reaches_the_client(start_gateway: StartGateway, code: int) -> None:
-    """With its reason, behind everything that Azure sent before it."""
+    """With its reason, after everything that Azure sent before it."""
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         await opened.send_str("last words")
@@ -422,14 +420,14 @@ async def test_azure_s_close_code_reaches_the_client(start_gateway: StartGateway
 
 
 @pytest.mark.parametrize("reset", [False, True])
-async def test_a_client_that_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
-    """Azure is told at once, by a close frame; what the stages deferred runs once."""
-    told: list[tuple[WSMsgType, Any]] = []
+async def test_a_client_that_disconnects(start_gateway: StartGateway, reset: bool) -> None:
+    """Azure gets a close frame at once; deferred callbacks of the stages run once."""
+    received: list[tuple[WSMsgType, Any]] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         await opened.send_str("hello")
         message = await opened.receive()
-        told.append((message.type, message.data))
+        received.append((message.type, message.data))
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
@@ -440,17 +438,17 @@ async def test_a_client_that_hangs_up(start_gateway: StartGateway, reset: bool) 
             hard_close(writer)
         else:
             writer.close()
-        await until(lambda: told)
+        await until(lambda: received)
         await gateway.idle()
         await until(lambda: azure.connections == 0)
-    assert told == [(WSMsgType.CLOSE, 1001)]
+    assert received == [(WSMsgType.CLOSE, 1001)]
     (event,) = gateway.exchanges()
     assert (event["ended_by"], event["close_code"]) == ("client", 1001)
 
 
 @pytest.mark.parametrize("reset", [False, True])
-async def test_azure_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
-    """The client is told by a close frame that it was no good end."""
+async def test_azure_disconnects(start_gateway: StartGateway, reset: bool) -> None:
+    """The client gets a close frame with an error code."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + encode_frame(TEXT, b"hello", masked=False))
@@ -465,14 +463,17 @@ async def test_azure_hangs_up(start_gateway: StartGateway, reset: bool) -> None:
             assert await client.recv() == "hello"
             with pytest.raises(websockets.ConnectionClosedError):
                 await client.recv()
-            assert (client.close_code, client.close_reason) == (1011, "Azure's WebSocket broke off")
+            assert (client.close_code, client.close_reason) == (
+                1011,
+                "Azure closed the WebSocket without a close frame. Reconnect.",
+            )
         await gateway.idle()
     (event,) = gateway.exchanges()
     assert (event["ended_by"], event["error"], event["close_code"]) == ("upstream", "upstream_error", 1011)
 
 
-async def test_azure_hangs_up_in_the_middle_of_a_frame(start_gateway: StartGateway) -> None:
-    """No close frame can be put there: the connection ends, and the client sees that the message is not whole."""
+async def test_azure_disconnects_in_the_middle_of_a_frame(start_gateway: StartGateway) -> None:
+    """A close frame would be part of it: the connection ends, and the client sees that the message is incomplete."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + encode_frame(TEXT, b"x" * 1000, masked=False)[:500])
@@ -497,10 +498,10 @@ async def test_azure_hangs_up_in_the_middle_of_a_frame(start_gateway: StartGatew
         (b"GET / HTTP/1.1\r\n\r\n", 1002),
     ],
 )
-async def test_what_is_no_frame_of_a_client_ends_it(
+async def test_an_invalid_frame_of_the_client_ends_the_websocket(
     start_gateway: StartGateway, echoing: FakeAzure, data: bytes, code: int
 ) -> None:
-    """Both sides are told, by the code that says why, and not a byte of it reaches Azure."""
+    """Both sides get the code for it, and no byte of the frame reaches Azure."""
     gateway = await start_gateway(echoing.endpoint, REALTIME, limits={"body": 4000})
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(HANDSHAKE)
@@ -517,8 +518,8 @@ async def test_what_is_no_frame_of_a_client_ends_it(
     await until(lambda: echoing.connections == 0)
 
 
-async def test_what_is_no_frame_of_azure_ends_it(start_gateway: StartGateway) -> None:
-    """The client is told that it is Azure's fault."""
+async def test_an_invalid_frame_of_azure_ends_the_websocket(start_gateway: StartGateway) -> None:
+    """The error for the client blames Azure."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + b"\x81\x85masked-though")
@@ -535,13 +536,13 @@ async def test_what_is_no_frame_of_azure_ends_it(start_gateway: StartGateway) ->
     assert gateway.exchanges()[0]["ended_by"] == "upstream"
 
 
-async def test_a_gateway_that_stops_says_goodbye(start_gateway: StartGateway) -> None:
+async def test_a_gateway_that_stops_sends_close_frames(start_gateway: StartGateway) -> None:
     """To both sides, when the grace period is over: 1001, going away."""
-    told: list[Any] = []
+    received: list[Any] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         message = await opened.receive()
-        told.append(message.data)
+        received.append(message.data)
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME, timeouts={"grace": 0.1})
@@ -549,18 +550,18 @@ async def test_a_gateway_that_stops_says_goodbye(start_gateway: StartGateway) ->
             stopping = asyncio.create_task(gateway.server.stop())
             with pytest.raises(websockets.ConnectionClosed):
                 await client.recv()
-            assert (client.close_code, client.close_reason) == (1001, "the gateway is stopping")
+            assert (client.close_code, client.close_reason) == (1001, "The gateway is shutting down. Reconnect.")
             await stopping
-        await until(lambda: told)
-    assert told == [1001]
+        await until(lambda: received)
+    assert received == [1001]
     assert gateway.exchanges()[0]["ended_by"] == "gateway"
 
 
-async def test_a_side_that_does_not_answer_a_goodbye_is_not_waited_for_for_ever(
+async def test_an_unanswered_close_frame_has_a_timeout(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had the time to."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.1)
+    """Then the WebSocket ends without an error."""
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.1)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -575,11 +576,11 @@ async def test_a_side_that_does_not_answer_a_goodbye_is_not_waited_for_for_ever(
     assert gateway.exchanges()[0]["close_code"] == 1000
 
 
-# -- who is slow, who is silent --------------------------------------------------------------------------------
+# -- backpressure and silence ----------------------------------------------------------------------------------
 
 
-async def test_azure_waits_for_a_client_that_reads_slowly(start_gateway: StartGateway) -> None:
-    """Not a byte is lost, and what Azure could send meanwhile is bounded."""
+async def test_backpressure_of_a_slow_client(start_gateway: StartGateway) -> None:
+    """Reaches Azure: no byte is lost, and the buffered bytes are bounded."""
     sent = 0
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
@@ -592,14 +593,14 @@ async def test_azure_waits_for_a_client_that_reads_slowly(start_gateway: StartGa
         gateway = await start_gateway(azure.endpoint, REALTIME)
         async with opened(gateway, max_queue=1) as client:
             await asyncio.sleep(0.5)
-            assert sent < 300  # of 60 MB, what sockets hold
+            assert sent < 300  # of 60 MB: the socket buffers
             for number in range(600):
                 assert await client.recv() == struct.pack("!I", number) * 25_000
     await gateway.idle()
 
 
-async def test_a_client_waits_for_azure_that_reads_slowly(start_gateway: StartGateway) -> None:
-    """The other way round."""
+async def test_backpressure_of_a_slow_azure(start_gateway: StartGateway) -> None:
+    """Reaches the client."""
     go_on = asyncio.Event()
     received = 0
 
@@ -628,8 +629,8 @@ async def test_a_client_waits_for_azure_that_reads_slowly(start_gateway: StartGa
         assert received == 60_000_000
 
 
-async def test_a_client_that_never_reads_is_given_up(start_gateway: StartGateway) -> None:
-    """After the time for clients; Azure is told, nothing stays open."""
+async def test_the_write_timeout_of_the_client(start_gateway: StartGateway) -> None:
+    """Azure gets a close frame, and no connection stays open."""
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         while True:
@@ -646,8 +647,8 @@ async def test_a_client_that_never_reads_is_given_up(start_gateway: StartGateway
     assert (event["ended_by"], event["error"]) == ("client", "client_not_reading")
 
 
-async def test_azure_that_never_reads_is_given_up(start_gateway: StartGateway) -> None:
-    """After the idle time; the client is told."""
+async def test_the_write_timeout_of_azure(start_gateway: StartGateway) -> None:
+    """It is the idle timeout; the client gets a close frame."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -662,14 +663,17 @@ async def test_azure_that_never_reads_is_given_up(start_gateway: StartGateway) -
         (control,) = FrameParser(masked=False, most=1000).feed(await reader.read(1000))
         writer.transport.abort()
         assert isinstance(control, Control)
-        assert (control.code, control.payload[2:]) == (1011, b"Azure took nothing for 0.3 s")
+        assert (control.code, control.payload[2:]) == (
+            1011,
+            b"Azure read no bytes of the WebSocket for 0.3 s. Reconnect.",
+        )
         await gateway.idle()
         await until(lambda: upstream.open <= 1)
     assert gateway.exchanges()[0]["error"] == "upstream_timeout"
 
 
-async def test_silence_is_asked_about_and_the_answer_goes_no_further(start_gateway: StartGateway) -> None:
-    """Both sides get pings of the gateway's; those that answer live on, and see no pong of the other."""
+async def test_pings_of_the_gateway_s_own(start_gateway: StartGateway) -> None:
+    """Both sides get them. A side that answers stays connected, and its pong is not forwarded."""
     seen: list[WSMsgType] = []
 
     async def speak(_: Seen, opened: web.WebSocketResponse) -> None:
@@ -688,21 +692,21 @@ async def test_silence_is_asked_about_and_the_answer_goes_no_further(start_gatew
     assert gateway.exchanges()[0]["ended_by"] == "complete"
 
 
-async def test_a_silent_client_is_given_up(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """One that answers no ping: its machine is gone, or it hangs."""
+async def test_a_silent_client_is_disconnected(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """If it does not answer a ping: its machine is gone, or it hangs."""
     gateway = await start_gateway(echoing.endpoint, REALTIME, timeouts={"ping": 0.05})
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(HANDSHAKE)
     await until(lambda: gateway.exchanges())
-    assert (await reader.read()).endswith(b"the client was silent for 0.1 s")
+    assert (await reader.read()).endswith(b"The client sent no bytes for 0.1 s, not even a pong.")
     writer.close()
     (event,) = gateway.exchanges()
     assert (event["ended_by"], event["error"]) == ("gateway", "request_timeout")
     await until(lambda: echoing.connections == 0)
 
 
-async def test_a_silent_azure_is_given_up(start_gateway: StartGateway) -> None:
-    """The client is told."""
+async def test_a_silent_azure_is_disconnected(start_gateway: StartGateway) -> None:
+    """The client gets a close frame."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -713,12 +717,15 @@ async def test_a_silent_azure_is_given_up(start_gateway: StartGateway) -> None:
         async with opened(gateway, ping_interval=None) as client:
             with pytest.raises(websockets.ConnectionClosed):
                 await client.recv()
-            assert (client.close_code, client.close_reason) == (1011, "Azure was silent for 0.1 s")
+            assert (client.close_code, client.close_reason) == (
+                1011,
+                "Azure sent no bytes for 0.1 s, not even a pong. Reconnect.",
+            )
         await until(lambda: upstream.open == 0)
 
 
 async def test_two_hundred_at_once_leave_nothing_open(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """A third says goodbye, a third hangs up, a third is closed by a mistake; no descriptor is left."""
+    """A third closes, a third disconnects, a third sends an invalid frame; no file descriptor is left."""
     gateway = await start_gateway(echoing.endpoint, REALTIME)
     async with opened(gateway) as client:
         await client.send("warm")
@@ -755,8 +762,8 @@ async def test_two_hundred_at_once_leave_nothing_open(start_gateway: StartGatewa
 # -- stages ----------------------------------------------------------------------------------------------------
 
 
-async def test_limits_hold_for_as_long_as_it_is_open(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """One in flight is one WebSocket; above the limit the handshake is a 429, and its end gives the place back."""
+async def test_limits_hold_while_it_is_open(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """One in flight is one WebSocket: above the limit the handshake is a 429; after its end another may open."""
     yaml = REALTIME.replace("  - model_map", "  - rate_limit: {in_flight: 1}\n  - model_map")
     gateway = await start_gateway(echoing.endpoint, yaml)
     async with opened(gateway):
@@ -805,7 +812,7 @@ FILTERED = "plugins_path: mine\n" + REALTIME + "  - marks as far\n  - marks as n
 async def test_filters_see_messages_in_both_directions(
     start_gateway: StartGateway, echoing: FakeAzure, binary: bool
 ) -> None:
-    """As events; down the one nearest Azure runs first, up the one nearest the client; fragments are one message."""
+    """As events; to the client, the filter nearest to Azure runs first, and vice versa; fragments are one message."""
     gateway = await start_gateway(echoing.endpoint, FILTERED, {"mine/marks.py": FILTERING})
     async with opened(gateway) as client:
         await client.send(['"a', 'b"'] if not binary else [b'"a', b'b"'])
@@ -821,16 +828,14 @@ async def test_filters_see_messages_in_both_directions(
         assert "end" in str(await client.recv())
 
 
-async def test_an_api_error_of_a_filter_is_told_and_the_websocket_goes_on(
-    start_gateway: StartGateway, echoing: FakeAzure
-) -> None:
-    """As an error event; any other error of a filter ends it, and both sides are told."""
+async def test_an_api_error_of_a_filter_is_an_error_event(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """The WebSocket continues. Any other exception of a filter ends it, and both sides get a close frame."""
     gateway = await start_gateway(echoing.endpoint, FILTERED, {"mine/marks.py": FILTERING})
     async with opened(gateway) as client:
         await client.send('"refuse"')
-        told = json.loads(await client.recv())
+        received = json.loads(await client.recv())
         error = {"type": "invalid_request_error", "code": "refused", "message": "not this one", "param": None}
-        assert told == {"type": "error", "status": 400, "error": error}
+        assert received == {"type": "error", "status": 400, "error": error}
         await client.send('"more"')
         assert "more" in str(await client.recv())
         await client.send('"fail"')
@@ -863,10 +868,10 @@ class Wrong(Stage):
 
 
 @pytest.mark.parametrize("mistake", ["made", "bytes", "status", "read", "peek"])
-async def test_what_a_stage_cannot_do_with_it_is_a_500(
+async def test_a_stage_that_misuses_a_websocket_is_a_500(
     start_gateway: StartGateway, echoing: FakeAzure, mistake: str
 ) -> None:
-    """Said in the log; the connection to Azure is closed."""
+    """The log says how; the connection to Azure is closed."""
     yaml = "plugins_path: mine\n" + REALTIME.replace("  - access_log\n", f"  - access_log\n  - wrong as {mistake}\n")
     gateway = await start_gateway(echoing.endpoint, yaml, {"mine/wrong.py": WRONG})
     assert (await refused(gateway))[0] == 500
@@ -890,8 +895,8 @@ pipeline:
 """
 
 
-async def test_responses_name_their_model_in_each_message(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """It becomes the deployment; one that is not mapped, or elsewhere, is an error event, and the next one works."""
+async def test_the_responses_api_has_a_model_in_each_message(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """It becomes the deployment; an unmapped one, or one elsewhere, is an error event, and the next message works."""
     gateway = await start_gateway(azure.endpoint, TWO)
     async with opened(gateway, "/v1/responses") as client:
         for message, code in (
@@ -901,8 +906,8 @@ async def test_responses_name_their_model_in_each_message(start_gateway: StartGa
             ({"response": {"model": "unknown"}}, "model_not_found"),
         ):
             await client.send(json.dumps({"type": "response.create", "event_id": "e1", **message}))
-            told = json.loads(await client.recv())
-            assert (told["type"], told["error"]["code"], told["error"]["event_id"]) == ("error", code, "e1")
+            received = json.loads(await client.recv())
+            assert (received["type"], received["error"]["code"], received["error"]["event_id"]) == ("error", code, "e1")
         for text in ('no json "model"', '"model"', '{"model"', '["model"]'):
             await client.send(text)
             assert json.loads(await client.recv())["error"]["type"] == "invalid_request_error"
@@ -916,13 +921,13 @@ async def test_responses_name_their_model_in_each_message(start_gateway: StartGa
     assert gateway.exchanges()[0]["model"] == "mine"
 
 
-async def test_two_models_in_one_message_are_one(start_gateway: StartGateway) -> None:
-    """Of a doubled key Azure might take the other: only the mapped one is sent on."""
-    heard: list[str] = []
+async def test_a_duplicate_model_key_is_removed(start_gateway: StartGateway) -> None:
+    """Azure might use the other one: only the mapped one is forwarded."""
+    received: list[str] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         async for message in opened:
-            heard.append(message.data)
+            received.append(message.data)
             await opened.send_str("ok")
 
     async with FakeAzure(speak=speak) as azure:
@@ -930,15 +935,15 @@ async def test_two_models_in_one_message_are_one(start_gateway: StartGateway) ->
         async with opened(gateway, "/v1/responses") as client:
             await client.send('{"type":"response.create","model":"forbidden","model":"mine","input":1.50}')
             await client.recv()
-    assert heard == ['{"type":"response.create","model":"gpt-4o","input":1.50}']
+    assert received == ['{"type":"response.create","model":"gpt-4o","input":1.50}']
 
 
 @pytest.mark.parametrize("fragments", [False, True])
 async def test_an_error_event_waits_for_the_end_of_azure_s_message(
     start_gateway: StartGateway, fragments: bool
 ) -> None:
-    """It is put neither into a frame that has come in part, nor between the fragments of a message."""
-    asked, told = asyncio.Event(), asyncio.Event()
+    """It is written neither into a frame that is partly forwarded, nor between the fragments of a message."""
+    asked, received = asyncio.Event(), asyncio.Event()
     whole = b"\x01\x03one\x80\x03two" if fragments else encode_frame(TEXT, b"x" * 1000, masked=False)
     cut = 5 if fragments else 500
 
@@ -947,7 +952,7 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
         await asyncio.wait_for(asked.wait(), 30)
         await asyncio.sleep(0.05)
         writer.write(whole[cut:])
-        await told.wait()
+        await received.wait()
 
     async with RawUpstream(script) as upstream:
         gateway = await start_gateway(upstream.endpoint, TWO)
@@ -956,11 +961,11 @@ async def test_an_error_event_waits_for_the_end_of_azure_s_message(
             asked.set()
             assert await client.recv() == ("onetwo" if fragments else "x" * 1000)
             assert json.loads(await client.recv())["error"]["code"] == "model_not_found"
-            told.set()
+            received.set()
 
 
 async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway) -> None:
-    """One that waited for the end of Azure's message is told before Azure's goodbye, if both come in one read."""
+    """One that waits for the end of Azure's message is written before a close frame in the same read."""
     asked = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -990,10 +995,8 @@ async def test_no_error_event_follows_a_close_frame(start_gateway: StartGateway)
     assert (len(found), rest) == (3, b"")
 
 
-async def test_a_client_that_does_not_read_what_it_is_told_is_not_read_from(
-    start_gateway: StartGateway, azure: FakeAzure
-) -> None:
-    """However many errors it makes, what waits to be told is bounded."""
+async def test_unread_error_events_pause_reading_from_the_client(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """However many errors it causes, the unwritten events are bounded."""
     gateway = await start_gateway(azure.endpoint, TWO, timeouts={"client": 1.0})
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -1016,14 +1019,14 @@ async def test_a_client_that_does_not_read_what_it_is_told_is_not_read_from(
     assert gateway.exchanges()[0]["error"] == "client_not_reading"
 
 
-async def test_what_came_before_a_bad_frame_goes_on(start_gateway: StartGateway) -> None:
-    """Azure gets a message whole though what follows it is none; a client gets Azure's last words."""
-    heard: list[tuple[WSMsgType, Any]] = []
+async def test_messages_before_an_invalid_frame_are_forwarded(start_gateway: StartGateway) -> None:
+    """To Azure, and to the client."""
+    received: list[tuple[WSMsgType, Any]] = []
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
         while not opened.closed:
             message = await opened.receive()
-            heard.append((message.type, message.data))
+            received.append((message.type, message.data))
 
     async with FakeAzure(speak=speak) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
@@ -1036,8 +1039,8 @@ async def test_what_came_before_a_bad_frame_goes_on(start_gateway: StartGateway)
         writer.write(sound[-10:] + b"\xff\xff\xff\xff")
         await reader.read()
         writer.close()
-        await until(lambda: len(heard) >= 2)
-    assert heard[:2] == [(WSMsgType.TEXT, "0123456789" * 10), (WSMsgType.CLOSE, 1002)]
+        await until(lambda: len(received) >= 2)
+    assert received[:2] == [(WSMsgType.TEXT, "0123456789" * 10), (WSMsgType.CLOSE, 1002)]
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await upstream.request(reader)
@@ -1053,10 +1056,10 @@ async def test_what_came_before_a_bad_frame_goes_on(start_gateway: StartGateway)
             assert client.close_code == 1011
 
 
-async def test_a_client_that_never_takes_the_end_is_let_go_of(
+async def test_a_client_that_never_reads_the_end_is_disconnected(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection does not stay for ever because a little could not be written to it."""
+    """Unwritten bytes do not keep its connection open for ever."""
     monkeypatch.setattr("gateway.transport.client_connection._LINGERING_CLOSE_TIMEOUT", 0.1)
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
@@ -1076,8 +1079,8 @@ async def test_a_client_that_never_takes_the_end_is_let_go_of(
             await until(lambda: not gateway.server._http.connections, 10)  # type: ignore[union-attr]
 
 
-async def test_a_ping_that_looks_like_ours_is_answered(start_gateway: StartGateway) -> None:
-    """Such as that of another gateway behind this one."""
+async def test_a_ping_that_looks_like_the_gateway_s_is_forwarded(start_gateway: StartGateway) -> None:
+    """Such as that of another gateway on the path."""
     ponged = asyncio.Event()
 
     async def speak(seen: Seen, opened: web.WebSocketResponse) -> None:
@@ -1097,8 +1100,8 @@ async def test_a_ping_that_looks_like_ours_is_answered(start_gateway: StartGatew
 @pytest.mark.parametrize(
     "query", ["Model=other", "model=mine&Deployment=other", "x=1;deployment=other", "x=1%3bmodel=other"]
 )
-async def test_no_way_round_the_model_map(start_gateway: StartGateway, azure: FakeAzure, query: str) -> None:
-    """By names in another case, which some servers take for the same, or another separator."""
+async def test_the_model_map_cannot_be_bypassed(start_gateway: StartGateway, azure: FakeAzure, query: str) -> None:
+    """By names in another case, which some servers treat as equal, or by another separator."""
     yaml = REALTIME.replace("{unmapped: own_name_without_dots}", "{models: {mine: gpt-4o}, unmapped: refuse}")
     gateway = await start_gateway(azure.endpoint, yaml)
     assert (await refused(gateway, f"/v1/realtime?{query}"))[0] in (400, 404)
@@ -1108,8 +1111,8 @@ async def test_no_way_round_the_model_map(start_gateway: StartGateway, azure: Fa
     assert azure.requests[0].query == [("model", "gpt-4o")]
 
 
-async def test_a_key_in_another_case_is_a_key_too(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """It goes no further, and is never a subprotocol that is told."""
+async def test_a_key_protocol_in_another_case_is_a_key_too(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """It is not forwarded, and never selected as a subprotocol."""
     gateway = await start_gateway(azure.endpoint, REALTIME)
     protocols: Any = [f"OpenAI-Insecure-API-Key.{KEY}", "realtime"]
     async with opened(gateway, key=None, subprotocols=protocols) as client:
@@ -1117,8 +1120,8 @@ async def test_a_key_in_another_case_is_a_key_too(start_gateway: StartGateway, a
     assert azure.requests[0].headers.get("sec-websocket-protocol") == "realtime"
 
 
-async def test_a_handshake_like_the_last_one_but_with_a_body_is_none(start_gateway: StartGateway) -> None:
-    """Of a connection that is kept, too."""
+async def test_a_repeated_handshake_with_a_body_is_invalid(start_gateway: StartGateway) -> None:
+    """On a keep-alive connection, too."""
     async with FakeAzure(deployments=()) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -1136,11 +1139,11 @@ async def test_a_handshake_like_the_last_one_but_with_a_body_is_none(start_gatew
 
 
 @pytest.mark.parametrize("drops", [False, True])
-async def test_a_goodbye_that_azure_does_not_answer_is_still_one(
+async def test_a_close_frame_that_azure_does_not_answer(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, drops: bool
 ) -> None:
-    """Whether it hangs up or says nothing: the client, which said it, gets its own code back."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSING", 0.2)
+    """If Azure disconnects or stays silent, the client, which closed, gets its own code back."""
+    monkeypatch.setattr("gateway.transport.websocket_relay._CLOSE_TIMEOUT", 0.2)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -1159,7 +1162,7 @@ async def test_a_goodbye_that_azure_does_not_answer_is_still_one(
 
 
 def test_descriptors_are_counted() -> None:
-    """The test above counts what this system counts."""
+    """The test above counts the descriptors of this system."""
     before = len(os.listdir("/proc/self/fd"))
     with socket.socket():
         assert len(os.listdir("/proc/self/fd")) == before + 1
@@ -1190,7 +1193,7 @@ BOTH_WAYS = pytest.mark.parametrize("handshake", [HANDSHAKE, RESPONSES], ids=["p
 
 
 class Steps:
-    """What each call that reads frames, and each step, has handled."""
+    """The amounts that each call that reads frames, and each step, has handled."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.frames: list[int] = []
@@ -1200,7 +1203,7 @@ class Steps:
 
         def counted_feed(frames: FrameParser, data: bytes = b"", most: int = MOST_UNITS, size: int = STEP) -> list[Any]:
             found = feed(frames, data, most, size)
-            if most == MOST_UNITS:  # else it is the test that reads
+            if most == MOST_UNITS:  # else the test itself reads
                 self.frames.append(sum(each.messages if isinstance(each, PassedFrames) else 1 for each in found))
             return found
 
@@ -1223,7 +1226,7 @@ class Steps:
 async def test_others_are_served_while_one_side_floods(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, handshake: bytes, from_client: bool
 ) -> None:
-    """No call handles more frames than it may; another WebSocket and a plain request come in between; none is lost."""
+    """No call handles more frames than its limit; other requests are served meanwhile; no frame is lost."""
     count, others = 30_000, asyncio.Event()
     flood = encode_frame(TEXT, b"1", masked=from_client) * count
     received = 0
@@ -1285,10 +1288,10 @@ async def test_others_are_served_while_one_side_floods(
 @BOTH_WAYS
 @pytest.mark.parametrize("size", [1, 400, 400_000])
 @pytest.mark.parametrize("goodbye", [True, False])
-async def test_frames_of_a_client_that_leaves_are_not_lost(
+async def test_frames_of_a_client_that_disconnects_are_not_lost(
     start_gateway: StartGateway, handshake: bytes, size: int, goodbye: bool
 ) -> None:
-    """It sends more than one turn handles, says goodbye or not, and closes: Azure gets all of it in order."""
+    """It sends more than one turn handles, with a close frame or not: Azure gets all of it in order."""
     got: list[bytes] = []
     code: list[int | None] = []
 
@@ -1321,10 +1324,10 @@ async def test_frames_of_a_client_that_leaves_are_not_lost(
 @BOTH_WAYS
 @pytest.mark.parametrize("size", [1, 400, 400_000])
 @pytest.mark.parametrize("end", ["goodbye", "loss", "bad frame"])
-async def test_frames_of_azure_that_leaves_are_not_lost(
+async def test_frames_of_azure_that_disconnects_are_not_lost(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, handshake: bytes, size: int, end: str
 ) -> None:
-    """It sends more than one turn handles, and says goodbye, or closes, or sends a bad frame: the client gets all."""
+    """It sends more than one turn handles, then a close frame, an invalid frame or none: the client gets all."""
     sent = [b"%d%b" % (number, b"x" * size) for number in range(3 if size > 1000 else 1000)]
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1380,7 +1383,7 @@ FILTERED_DOWN = "plugins_path: mine\n" + TWO + "  - same\n"
 async def test_a_large_message_is_written_in_pieces(
     start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty megabytes that filters read, both ways: the same bytes, and no step makes more than it may."""
+    """20 MB through filters, both ways: the same bytes, and no step handles more than its limit."""
     gateway = await start_gateway(echoing.endpoint, FILTERED_DOWN, {"mine/same.py": SAME})
     data = os.urandom(20_000_000)
     steps = Steps(monkeypatch)
@@ -1406,10 +1409,10 @@ class Memory(Stage):
 """
 
 
-async def test_messages_that_are_kept_are_held(
+async def test_kept_messages_count_as_memory(
     start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unfinished messages of all WebSockets of a caller count; above its share 1013, and nothing stays held."""
+    """All incomplete messages of a caller: above its share the code is 1013, and all memory is released."""
     most = 0
     budgets: set[MemoryBudget] = set()
     take = MemoryBudget.take
@@ -1453,8 +1456,8 @@ async def test_messages_that_are_kept_are_held(
 
 
 @pytest.mark.parametrize("end", ["the client leaves", "Azure leaves", "a bad frame", "the gateway stops"])
-async def test_nothing_is_kept_of_a_websocket_that_has_ended(start_gateway: StartGateway, end: str) -> None:
-    """Its messages are given up with it, though the collector may find its cycle of objects much later."""
+async def test_a_websocket_that_has_ended_keeps_no_messages(start_gateway: StartGateway, end: str) -> None:
+    """They are released at its end, although the collector may find its cycle of objects much later."""
     go_on = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -1492,7 +1495,7 @@ async def test_nothing_is_kept_of_a_websocket_that_has_ended(start_gateway: Star
 
 
 async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: StartGateway) -> None:
-    """What waits in the transport is bounded; the rest is counted as held until the last piece is written."""
+    """The transport's buffer is bounded; the rest counts as held until the last piece is written."""
     go_on = asyncio.Event()
     data = os.urandom(20_000_000)
     got = b""
@@ -1515,9 +1518,9 @@ async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: St
             (connection,) = gateway.server._http.connections  # type: ignore[union-attr]
             relay = connection._relay.__self__  # type: ignore[union-attr]
             await client.send(data)
-            await until(lambda: not relay._azure.taking, 20)
+            await until(lambda: not relay._azure.writable, 20)
             assert relay._client.held == len(data)
-            assert relay._wire.transport.get_write_buffer_size() <= 64 * 1024 + STEP + 14
+            assert relay._upstream.transport.get_write_buffer_size() <= 64 * 1024 + STEP + 14
             go_on.set()
             with pytest.raises(websockets.ConnectionClosedOK):
                 await client.recv()
@@ -1529,8 +1532,8 @@ async def test_a_large_message_waits_for_azure_in_the_exchange(start_gateway: St
 async def test_a_message_that_is_kept_has_a_limit_of_its_own(
     start_gateway: StartGateway, echoing: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that only passes may be as large as a body; one that filters read may not, and its length alone ends it."""
-    monkeypatch.setattr("gateway.transport.websocket_relay.MOST_KEPT", 5000)
+    """Without filters it is the limit of bodies. With filters it is lower, and a length above it ends the WebSocket."""
+    monkeypatch.setattr("gateway.transport.websocket_side.MAX_KEPT_MESSAGE", 5000)
     gateway = await start_gateway(echoing.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
     async with opened(gateway) as client:
         await client.send(b"x" * 5001)
@@ -1548,33 +1551,37 @@ async def test_a_message_that_is_kept_has_a_limit_of_its_own(
 
 
 async def test_a_stage_that_decodes_gets_no_large_message(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """The client is told by an error event, and the WebSocket goes on."""
+    """The client gets an error event, and the WebSocket continues."""
     gateway = await start_gateway(
         echoing.endpoint, FILTERED_DOWN.replace("- same", "- same as decoding"), {"mine/same.py": SAME}
     )
     async with opened(gateway, "/v1/responses") as client:
         await client.send(json.dumps({"event_id": "e1", "x": "a" * 5_000_000}))
-        told = json.loads(await client.recv())
-        assert (told["status"], told["error"]["code"], told["error"]["event_id"]) == (413, "message_too_large", "e1")
+        received = json.loads(await client.recv())
+        assert (received["status"], received["error"]["code"], received["error"]["event_id"]) == (
+            413,
+            "message_too_large",
+            "e1",
+        )
         await client.send('"more"')
         assert await client.recv() == '"more"'
 
 
 @pytest.mark.parametrize("opcode", [PING, PONG])
 @pytest.mark.parametrize("from_client", [True, False])
-async def test_too_many_pings_end_it(
+async def test_too_many_pings_end_the_websocket(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch, opcode: int, from_client: bool
 ) -> None:
-    """A hundred at once go through; the next ends the WebSocket, and the client and the log are told why."""
-    monkeypatch.setattr("gateway.transport.websocket_relay._CONTROLS_PER_SECOND", 0)
+    """A hundred at once are forwarded; one more ends it, and the client and the log have the reason."""
+    monkeypatch.setattr("gateway.transport.websocket_limits._CONTROL_FRAMES_PER_SECOND", 0)
     flood = encode_frame(opcode, b"p", masked=from_client) * 101
-    heard: list[Any] = []
+    received: list[Any] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + (b"" if from_client else flood))
         frames = FrameParser(masked=True, most=1000)
         while data := await reader.read(65536):
-            heard.extend(frames.feed(data, 1000))
+            received.extend(frames.feed(data, 1000))
 
     async with RawUpstream(script) as upstream:
         gateway = await start_gateway(upstream.endpoint, REALTIME)
@@ -1587,18 +1594,18 @@ async def test_too_many_pings_end_it(
         found += FrameParser(masked=False, most=1000).feed(await reader.read(), 1000)
         writer.close()
         await until(lambda: upstream.open == 0)
-    passed, ended = (heard, found) if from_client else (found, heard)
+    passed, ended = (received, found) if from_client else (found, received)
     assert [each.opcode for each in passed] == [opcode] * 100 + [CLOSE]
     assert [each.opcode for each in ended] == [CLOSE]
     assert found[-1].code == (1008 if from_client else 1011)
-    assert b"more pings and pongs than 100 at once" in found[-1].payload
+    assert b"too many pings and pongs; the limit is 100 at once" in found[-1].payload
     (event,) = gateway.exchanges()
     assert event["error"] == ("policy_violation" if from_client else "upstream_error")
-    assert "more pings and pongs than 100 at once" in event["reason"]
+    assert "too many pings and pongs; the limit is 100 at once" in event["reason"]
 
 
 def test_pings_are_counted_by_a_token_bucket() -> None:
-    """A hundred at once, then twenty a second, and never more than a hundred saved up."""
+    """Its capacity is 100, its refill is 20 per second."""
     bucket = ControlFrameLimit()
     for now, allowed in ((1000.0, 100), (1001.0, 20), (1001.5, 10), (2000.0, 100)):
         for _ in range(allowed):
@@ -1610,7 +1617,7 @@ def test_pings_are_counted_by_a_token_bucket() -> None:
 
 
 def relay_of(gateway: Gateway) -> tuple[ClientConnection, WebSocketRelay]:
-    """Return the only WebSocket that is open, and its client's connection."""
+    """Return the relay of the only open WebSocket, and its client's connection."""
     connections: list[Any] = gateway.server._http.connections  # type: ignore[union-attr]
     (connection,) = (each for each in connections if each._relay is not None)
     return connection, connection._relay.__self__
@@ -1618,17 +1625,17 @@ def relay_of(gateway: Gateway) -> tuple[ClientConnection, WebSocketRelay]:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("from_client", [True, False])
-async def test_a_loss_is_seen_after_the_frames_before_it(
+async def test_a_disconnect_is_handled_after_the_frames_before_it(
     start_gateway: StartGateway, handshake: bytes, from_client: bool
 ) -> None:
-    """The side is gone while most of its frames wait for their turns: the other gets them, and then a close frame."""
+    """Most frames wait for their turns then: the other side gets them, and then a close frame."""
     count = 5000
-    heard: list[Any] = []
+    received: list[Any] = []
 
     async def read(reader: asyncio.StreamReader, masked: bool) -> None:
         frames = FrameParser(masked=masked, most=1000, whole=True)
         while not frames.closed:
-            heard.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
+            received.extend(frames.feed(await reader.read(65536), 1_000_000, 1_000_000))
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)))
@@ -1644,28 +1651,28 @@ async def test_a_loss_is_seen_after_the_frames_before_it(
         connection, relay = relay_of(gateway)
         flood = encode_frame(TEXT, b"1", masked=from_client) * count
         (relay.from_client if from_client else relay.from_azure)(flood)
-        lost = connection.transport if from_client else relay._wire.transport
+        lost = connection.transport if from_client else relay._upstream.transport
         assert lost is not None
         lost.abort()
         if not from_client:
             await read(reader, False)
-        await until(lambda: heard and isinstance(heard[-1], Control), 20)
+        await until(lambda: received and isinstance(received[-1], Control), 20)
         writer.close()
         await gateway.idle()
-    assert heard[:-1] == [Message(TEXT, b"1")] * count
-    assert heard[-1].code == (1001 if from_client else 1011)
+    assert received[:-1] == [Message(TEXT, b"1")] * count
+    assert received[-1].code == (1001 if from_client else 1011)
     (event,) = gateway.exchanges()
     assert event["ended_by"] == ("client" if from_client else "upstream")
 
 
-async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, echoing: FakeAzure) -> None:
-    """Bytes that arrive all the same are kept until the other side takes more."""
+async def test_a_paused_side_is_not_parsed(start_gateway: StartGateway, echoing: FakeAzure) -> None:
+    """Bytes that still arrive are kept until the other side is writable."""
     gateway = await start_gateway(echoing.endpoint, REALTIME)
     async with opened(gateway) as client:
         connection, relay = relay_of(gateway)
         looked_at = []
         relay.azure_flow(True)
-        looked_at.append(connection._disconnect_timer is not None)  # whether the client is still there
+        looked_at.append(connection._disconnect_timer is not None)  # it checks whether the client is connected
         relay.from_client(encode_frame(TEXT, b"held", masked=True))
         assert relay._client.frames.unread
         assert relay._client.messages == 0
@@ -1680,15 +1687,15 @@ async def test_a_side_that_is_held_is_not_parsed(start_gateway: StartGateway, ec
 
 
 async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) -> None:
-    """Azure has said goodbye first: the client's last message and its own goodbye still reach Azure whole."""
-    heard: list[Any] = []
+    """Azure has closed first: the client's last message and its own close frame still reach Azure completely."""
+    received: list[Any] = []
     large = b'{"model":"gpt-4o","x":"%b"}' % (b"a" * 3_000_000)
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(switching(await upstream.request(reader)) + encode_close_frame(4002, "", masked=False))
         frames = FrameParser(masked=True, most=10_000_000, whole=True)
         while data := await reader.read(65536):
-            heard.extend(frames.feed(data, 1_000_000, 1_000_000))
+            received.extend(frames.feed(data, 1_000_000, 1_000_000))
 
     async with RawUpstream(script) as upstream:
         gateway = await start_gateway(upstream.endpoint, TWO.replace("models: {", "models: {gpt-4o: gpt-4o, "))
@@ -1699,8 +1706,8 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
         await until(lambda: gateway.exchanges(), 20)
         await until(lambda: upstream.open == 0)
         writer.close()
-    assert heard[:-1] == [Message(TEXT, large)]
-    assert heard[-1].code == 4002
+    assert received[:-1] == [Message(TEXT, large)]
+    assert received[-1].code == 4002
     assert gateway.exchanges()[0]["ended_by"] == "complete"
 
 
@@ -1716,6 +1723,6 @@ async def test_the_end_waits_for_a_large_message(start_gateway: StartGateway) ->
     ],
 )
 def test_an_error_event_repeats_the_message_s_id_and_decodes_nothing_else(message: bytes, event_id: str | None) -> None:
-    """A message may be large, and be refused for just that."""
-    told = json.loads(error_event(ApiError(413, "too much"), message))
-    assert told["error"].get("event_id") == event_id
+    """A message may be large, and its size may be the error."""
+    received = json.loads(error_event(ApiError(413, "too much"), message))
+    assert received["error"].get("event_id") == event_id
