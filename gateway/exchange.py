@@ -17,7 +17,8 @@ import msgspec
 
 from gateway.limits.memory_budget import BUDGETS, Hold, MemoryBudget
 from gateway.logs import exception_fields, get_logger
-from gateway.usage.accounting import Usage, UsageMeter
+from gateway.usage.accounting import UsageMeter
+from gateway.usage.reported_usage import Usage
 
 if TYPE_CHECKING:
     from gateway.azure.resources import Target

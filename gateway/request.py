@@ -21,8 +21,8 @@ from gateway.limits.memory_budget import BudgetExhausted
 from gateway.protocol.headers import Headers
 from gateway.protocol.json_fields import decode_json, encode_fields, encode_json, raw_fields
 from gateway.protocol.multipart import FormReader
-from gateway.usage.accounting import METERED, PROMPTED, UNTOLD
-from gateway.usage.tokenizer import expected_prompt_tokens, most_output
+from gateway.usage.metered_operations import METERED, PROMPTED, UNREPORTED
+from gateway.usage.tokenizer import expected_prompt_tokens, max_output_tokens
 
 __all__ = ("Request",)
 
@@ -276,9 +276,9 @@ class Request:
         return self._model
 
     @property
-    def tells_usage(self) -> bool:
+    def reports_usage(self) -> bool:
         """Whether the tokens that it uses, if any, are told in its answer: not those of batches, runs and the like."""
-        return self.operation not in UNTOLD
+        return self.operation not in UNREPORTED
 
     async def expected_tokens(self) -> tuple[int, int | None]:
         """Return how many tokens the request is going to use: its prompt's, and the most that its answer may have.
@@ -291,7 +291,7 @@ class Request:
             return (1, None) if self.operation in METERED else (0, 0)
         body = await self.body()
         prompt = await expected_prompt_tokens(body, await self.model())
-        return max(1, prompt), 0 if self.operation == "embeddings" else most_output(body)
+        return max(1, prompt), 0 if self.operation == "embeddings" else max_output_tokens(body)
 
     async def models(self) -> tuple[str, ...]:
         """Return every model that the request names, each once: also those of a batch file's lines and an evaluation.

@@ -21,7 +21,6 @@ from aiohttp.web_server import Server as AiohttpServer
 
 from gateway.admin.listener import Admin
 from gateway.auth.client_address import client_address
-from gateway.auth.client_address import request_id as request_id_of
 from gateway.auth.oidc import TokenVerification
 from gateway.azure.operations import find_operation
 from gateway.azure.urls import ClientPath, parse_client_path
@@ -31,6 +30,7 @@ from gateway.exchange import Exchange
 from gateway.limits.memory_budget import BUDGETS
 from gateway.logs import get_logger
 from gateway.protocol.headers import Headers
+from gateway.protocol.request_id import request_id as request_id_of
 from gateway.request import Request
 from gateway.response import Response
 from gateway.response_writer import ClientDisconnected, write_response

@@ -35,8 +35,9 @@ from gateway.settings import Timeouts
 from gateway.transport.connection_pool import ConnectionPool, Destination
 from gateway.transport.upstream_connection import UpstreamConnection, UpstreamResponse
 from gateway.transport.websocket_handshake import WebSocket, check_asked, new_key, offered_protocols, opening, taken
-from gateway.usage.accounting import METERED, PROMPTED, UsageReader
-from gateway.usage.stream_usage import STREAMED, HideUsage, request_stream_usage
+from gateway.usage.include_usage import STREAMED, HideUsage, request_stream_usage
+from gateway.usage.metered_operations import METERED, PROMPTED
+from gateway.usage.usage_reader import UsageReader
 
 __all__ = ("Upstream",)
 

@@ -342,7 +342,7 @@ class RateLimit(LimitSettings, Stage):
         """Raise ApiError 403 for what would get round the limits."""
         if request.operation == "responses.connect" and self._spends:
             why = "its models, and so its prices, are named by each message"
-        elif self.untold == "refuse" and not request.tells_usage:
+        elif self.untold == "refuse" and not request.reports_usage:
             why = "no answer tells what it uses"
         else:
             return

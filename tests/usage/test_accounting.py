@@ -19,9 +19,12 @@ from gateway import Next, Outcome, Request, Response, Stage, UpstreamError
 from gateway.azure.operations import BY_NAME
 from gateway.testing import FakeAzure, post, send
 from gateway.usage import tokenizer as tokens
-from gateway.usage.accounting import _KEPT_TEXT, METERED, PROMPTED, UNTOLD, Usage, UsageMeter, UsageReader
+from gateway.usage.accounting import UsageMeter
+from gateway.usage.metered_operations import METERED, PROMPTED, UNREPORTED
+from gateway.usage.reported_usage import Usage
 from gateway.usage.response_text import text_of_events
 from gateway.usage.tokenizer import count_tokens, load_encodings, prompt_tokens
+from gateway.usage.usage_reader import _TEXT_SIZE, UsageReader
 from tests.chunks import event as sse
 from tests.conftest import CHAT, RawUpstream, StartGateway, until
 
@@ -73,34 +76,34 @@ def test_the_usage_of_every_api_at_every_split(name: str) -> None:
     """However the answer is cut: in the words of each API, and never what only looks like one."""
     body, expected = BODIES[name]
     for place in range(len(body) + 1):
-        watch = UsageReader()
-        watch.feed(body[:place])
-        watch.feed(body[place:])
-        assert watch.found == expected, place
-    watch = UsageReader()
+        reader = UsageReader()
+        reader.feed(body[:place])
+        reader.feed(body[place:])
+        assert reader.reported == expected, place
+    reader = UsageReader()
     for place in range(len(body)):
-        watch.feed(body[place : place + 1])
-    assert watch.found == expected
+        reader.feed(body[place : place + 1])
+    assert reader.reported == expected
 
 
 @given(st.lists(st.integers(1, 40)), st.sampled_from(sorted(BODIES)))
 def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
     """What was found does not depend on how the bytes came."""
     body, expected = BODIES[name]
-    watch = UsageReader()
+    reader = UsageReader()
     for size in sizes:
-        watch.feed(body[:size])
+        reader.feed(body[:size])
         body = body[size:]
-    watch.feed(body)
-    assert watch.found == expected
+    reader.feed(body)
+    assert reader.reported == expected
 
 
 def test_the_answers_of_a_websocket_are_summed() -> None:
     """Each of its responses uses tokens; of one answer the last usage counts."""
     for each, expected in ((True, Usage(20, 40, 4, 0, 12, 30)), (False, Usage(10, 20, 2, 0, 6, 15))):
-        watch = UsageReader(each=each)
-        watch.feed(BODIES["realtime"][0] * 2)
-        assert watch.found == expected
+        reader = UsageReader(each=each)
+        reader.feed(BODIES["realtime"][0] * 2)
+        assert reader.reported == expected
 
 
 def test_what_a_tool_is_described_by_is_no_usage() -> None:
@@ -108,10 +111,10 @@ def test_what_a_tool_is_described_by_is_no_usage() -> None:
     tools = [{"parameters": {"properties": {"usage": {"input_tokens": 0, "output_tokens": 0}}}}]
     created = sse({"type": "response.created", "response": {"tools": tools, "usage": None}})
     for place in range(len(created)):
-        watch = UsageReader()
-        watch.feed(created[:place])
-        watch.feed(created[place:])
-        assert watch.found is None
+        reader = UsageReader()
+        reader.feed(created[:place])
+        reader.feed(created[place:])
+        assert reader.reported is None
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
@@ -119,21 +122,21 @@ def test_what_a_tool_is_described_by_is_no_usage() -> None:
 def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
     """Whatever came in its first read, and whatever its lines end with."""
     data = (WORD * 3).replace(b"\n", newline)
-    watch = UsageReader()
-    watch.feed(data[:first])
-    watch.feed(data[first:])
-    assert watch.output()[0] == count_tokens(" word" * 3, "gpt-4o")[0]
+    reader = UsageReader()
+    reader.feed(data[:first])
+    reader.feed(data[first:])
+    assert reader.output()[0] == count_tokens(" word" * 3, "gpt-4o")[0]
 
 
 def test_a_picture_in_a_stream_is_not_kept() -> None:
     """What follows it is counted."""
-    watch = UsageReader()
-    watch.feed(b'data: {"type":"image_generation.partial_image","b64_json":"')
+    reader = UsageReader()
+    reader.feed(b'data: {"type":"image_generation.partial_image","b64_json":"')
     for _ in range(500):
-        watch.feed(b"A" * 16_384)
-    assert sum(map(len, watch._kept)) < 1_100_000
-    watch.feed(b'"}\n\n' + WORD)
-    assert watch.output()[0] == count_tokens(" word", "gpt-4o")[0]
+        reader.feed(b"A" * 16_384)
+    assert sum(map(len, reader._kept)) < 1_100_000
+    reader.feed(b'"}\n\n' + WORD)
+    assert reader.output()[0] == count_tokens(" word", "gpt-4o")[0]
 
 
 @pytest.mark.parametrize(
@@ -163,27 +166,27 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
     """Neither its events nor its text, whose tokens are counted, or estimated, in pieces as it comes."""
     if not counted:
         monkeypatch.setattr(tokens, "toktok", None)
-    watch, most, text = UsageReader("gpt-4o"), 0, ""
+    reader, most, text = UsageReader("gpt-4o"), 0, ""
     for number in range(20_000):
         word = f" word {number % 700}"
         text += word
-        watch.feed(sse({"choices": [{"delta": {"content": word}}], "padding": "x" * 300}))
-        most = max(most, watch._text.tell() + sum(map(len, watch._kept)))
-    assert most < _KEPT_TEXT + 10_000
-    assert len(text) > 5 * _KEPT_TEXT
+        reader.feed(sse({"choices": [{"delta": {"content": word}}], "padding": "x" * 300}))
+        most = max(most, reader._text.tell() + sum(map(len, reader._kept)))
+    assert most < _TEXT_SIZE + 10_000
+    assert len(text) > 5 * _TEXT_SIZE
     whole, source = count_tokens(text, "gpt-4o")
-    found, how = watch.output()
+    found, how = reader.output()
     assert how == source
-    assert whole <= found <= whole + 3 * len(text) // _KEPT_TEXT
+    assert whole <= found <= whole + 3 * len(text) // _TEXT_SIZE
 
 
 def test_a_long_answer_is_estimated_by_its_length() -> None:
     """It tells its usage at its end, and broke off before."""
-    watch = UsageReader()
+    reader = UsageReader()
     for _ in range(100):
-        watch.feed(b'{"data": "' + b"x" * 4000)
-    assert sum(map(len, watch._kept)) < 70_000
-    assert watch.output() == (100_250, "estimated")
+        reader.feed(b'{"data": "' + b"x" * 4000)
+    assert sum(map(len, reader._kept)) < 70_000
+    assert reader.output() == (100_250, "estimated")
 
 
 @dataclass
@@ -422,5 +425,5 @@ async def test_a_body_of_which_nobody_asks_the_model_is_metered(
 
 def test_what_is_metered_are_operations() -> None:
     """By their names in the table; what tells nothing, but for runs that stream, is not among what has a prompt."""
-    assert set(BY_NAME) >= METERED | UNTOLD
-    assert not UNTOLD & PROMPTED
+    assert set(BY_NAME) >= METERED | UNREPORTED
+    assert not UNREPORTED & PROMPTED

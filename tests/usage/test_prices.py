@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.usage.accounting import Usage
 from gateway.usage.prices import Price, Prices
+from gateway.usage.reported_usage import Usage
 
 
 @pytest.mark.parametrize(
@@ -45,4 +45,4 @@ def test_names_win_over_globs() -> None:
     assert not Prices()
     for number in range(10_000):
         prices.of(f"made-up-{number}")
-    assert len(prices._known) <= 4096
+    assert len(prices._cache) <= 4096

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from gateway.usage import tokenizer as tokens
-from gateway.usage.tokenizer import count_tokens, expected_prompt_tokens, load_encodings, most_output, prompt_tokens
+from gateway.usage.tokenizer import (
+    count_tokens,
+    expected_prompt_tokens,
+    load_encodings,
+    max_output_tokens,
+    prompt_tokens,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -150,12 +156,12 @@ def test_what_is_no_json_object_is_estimated() -> None:
 )
 def test_what_an_answer_may_have_at_most(fields: dict[str, Any], most: int | None) -> None:
     """All choices together."""
-    assert most_output(body(**fields)) == most
+    assert max_output_tokens(body(**fields)) == most
 
 
 def test_a_body_that_is_none_bounds_nothing() -> None:
     """It is refused elsewhere."""
-    assert most_output(b"{") is None
+    assert max_output_tokens(b"{") is None
 
 
 def test_nobody_waits_while_an_encoding_is_loaded() -> None:
@@ -199,6 +205,6 @@ def test_a_body_full_of_pictures_is_not_searched_for_ever() -> None:
 def test_a_bomb_of_prompts_is_not_decoded() -> None:
     """So many prompts have at most as many answers as there are commas; other fields are numbers or nothing."""
     bomb = b"[" + b"[]," * 1_000_000 + b"[]]"
-    assert most_output(b'{"max_tokens":3,"prompt":%b}' % bomb) == 3 * 1_000_001
-    assert most_output(b'{"max_tokens":%b}' % bomb) is None
-    assert most_output(b'{"max_tokens":3,"n":%b}' % bomb) == 3
+    assert max_output_tokens(b'{"max_tokens":3,"prompt":%b}' % bomb) == 3 * 1_000_001
+    assert max_output_tokens(b'{"max_tokens":%b}' % bomb) is None
+    assert max_output_tokens(b'{"max_tokens":3,"n":%b}' % bomb) == 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.protocol.sse import chain_filters
 from gateway.testing import every_split
-from gateway.usage.stream_usage import HideUsage, request_stream_usage
+from gateway.usage.include_usage import HideUsage, request_stream_usage
 from tests.chunks import event as sse
 
 CHUNK: dict[str, Any] = {"choices": [{"delta": {"content": 'a "usage":null, {"usage":{'}}], "id": "c", "usage": None}
