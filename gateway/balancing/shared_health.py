@@ -12,9 +12,9 @@ import contextlib
 import os
 
 from gateway.balancing.circuit_breaker import Health, HealthEvent
-from gateway.limits.late_timer import within
 from gateway.limits.redis_script import RedisScript
 from gateway.limits.redis_url import RedisUrl
+from gateway.limits.stall_tolerant_timer import stall_tolerant_timeout
 from gateway.logs import get_logger, redacted
 
 __all__ = ("SharedHealth",)
@@ -79,7 +79,7 @@ class SharedHealth:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
-        await self._script.hang_up()
+        await self._script.disconnect()
 
     def _note(self, news: HealthEvent) -> None:
         self._unsaid[news.key] = asyncio.get_running_loop().time(), news
@@ -88,15 +88,15 @@ class SharedHealth:
     async def _work(self) -> None:
         while True:
             try:
-                async with within(_PATIENCE):
+                async with stall_tolerant_timeout(_PATIENCE):
                     await self._once()
             except Exception as exc:  # whatever a library finds to raise: nobody waits for it
                 if not self._away:
                     self._away = True
                     reason = redacted({"reason": f"{type(exc).__name__}: {exc}"}, [self._place.password or ""])
                     get_logger().warning("news of deployments cannot be shared", store=str(self._place), **reason)
-                await self._script.hang_up()
-                self._script.try_another()
+                await self._script.disconnect()
+                self._script.use_next_node()
                 await asyncio.sleep(_EVERY)
                 continue
             if self._away:

@@ -10,7 +10,7 @@ from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.recent_refusals import RecentRefusals
 from gateway.limits.token_bucket import Charge, Decision, Limit
 
-RULE = Limit(600, "minute", 10)
+LIMIT = Limit(600, "minute", 10)
 
 
 class Time:
@@ -30,38 +30,40 @@ class Asker:
         self.asked = 0
 
     def take(self, charges: Sequence[Charge]) -> Decision:
-        known = self.refusals.of(charges)
+        known = self.refusals.find(charges)
         if known is not None:
             return known
         self.asked += 1
-        verdict = self.counters.take_now(charges)
-        if verdict.refused:
-            self.refusals.note(verdict)
-        return verdict
+        decision = self.counters.take_now(charges)
+        if decision.refused:
+            self.refusals.add(decision)
+        return decision
 
 
 @pytest.fixture
 def asker() -> Asker:
     """One whose limit is used up but for one."""
     asker = Asker()
-    assert not asker.take([Charge("a", RULE, 9)]).refused
+    assert not asker.take([Charge("a", LIMIT, 9)]).refused
     return asker
 
 
 def test_who_insists_costs_no_question(asker: Asker) -> None:
-    """The same cost or a larger one, until the wait is over; the verdict says what it would have said."""
-    first = asker.take([Charge("a", RULE, 2)])
+    """The same cost or a larger one, until the wait is over; the decision says what it would have said."""
+    first = asker.take([Charge("a", LIMIT, 2)])
     assert first.refused
     asker.time.now += 0.25
     for cost in (2, 3, 50):
-        verdict = asker.take([Charge("a", RULE, cost)])
-        assert verdict.refused
-        assert list(verdict.over) == [0]
-        assert verdict.wait(0) == Charge("a", RULE, cost).rule.wait(verdict.records[0], cost, asker.time.now)
-    assert verdict.left(0) == first.left(0) == 1
+        decision = asker.take([Charge("a", LIMIT, cost)])
+        assert decision.refused
+        assert list(decision.over) == [0]
+        assert decision.retry_after(0) == Charge("a", LIMIT, cost).limit.retry_after(
+            decision.records[0], cost, asker.time.now
+        )
+    assert decision.remaining(0) == first.remaining(0) == 1
     assert asker.asked == 2
     asker.time.now += 0.75
-    assert asker.take([Charge("a", RULE, 2)]).refused is False
+    assert asker.take([Charge("a", LIMIT, 2)]).refused is False
     assert asker.asked == 3
 
 
@@ -81,19 +83,19 @@ def test_it_lasts_a_second_at_most(asker: Asker) -> None:
 
 def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
     """A smaller cost, another set of names, a raised limit, a charge in the shadow, and what was given back here."""
-    asker.take([Charge("a", RULE, 2)])
+    asker.take([Charge("a", LIMIT, 2)])
     asked = asker.asked
     for charges in (
-        [Charge("a", RULE, 1.5)],
-        [Charge("a", RULE, 2), Charge("b", RULE)],
+        [Charge("a", LIMIT, 1.5)],
+        [Charge("a", LIMIT, 2), Charge("b", LIMIT)],
         [Charge("a", Limit(600, "minute", 100), 2)],
-        [Charge("a", RULE, 2, shadow=True)],
-        [Charge("b", RULE, 2)],
+        [Charge("a", LIMIT, 2, shadow=True)],
+        [Charge("b", LIMIT, 2)],
     ):
         asker.take(charges)
         asked += 1
         assert asker.asked == asked
-    full = [Charge("a", RULE, 20)]
+    full = [Charge("a", LIMIT, 20)]
     asker.take(full)
     asker.take(full)
     asker.refusals.forget("a")
@@ -103,20 +105,20 @@ def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
 
 
 def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
-    """The verdict is on all charges: the records of those with room are those of a moment ago."""
+    """The decision is on all charges: the records of those with room are those of a moment ago."""
     charges = [
         Charge("wide", Limit(100, "day"), 5),
-        Charge("a", RULE, 2),
+        Charge("a", LIMIT, 2),
         Charge("shade", Limit(1, "day"), 2, shadow=True),
     ]
     first = asker.take(charges)
     again = asker.take(
-        [Charge("wide", Limit(100, "day"), 5), Charge("a", RULE, 3), Charge("shade", Limit(1, "day"), 2, shadow=True)]
+        [Charge("wide", Limit(100, "day"), 5), Charge("a", LIMIT, 3), Charge("shade", Limit(1, "day"), 2, shadow=True)]
     )
     assert asker.asked == 2
     assert list(first.over) == list(again.over) == [1, 2]
-    assert again.left(0) == first.left(0) == 100
-    assert not any(again.holds(place) for place in range(3))
+    assert again.remaining(0) == first.remaining(0) == 100
+    assert not any(again.was_taken(place) for place in range(3))
 
 
 def test_they_are_not_kept_without_end(asker: Asker) -> None:

@@ -21,7 +21,7 @@ from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.redis_counters import RedisCounters
 from gateway.limits.redis_script import SCRIPT
 from gateway.limits.redis_url import RedisUrl
-from gateway.limits.token_bucket import Charge, Decision, Limit, Period, calendar
+from gateway.limits.token_bucket import Charge, Decision, Limit, Period, calendar_period
 from gateway.testing import FakeAzure
 from tests.conftest import Gateway, RawUpstream, StartGateway
 from tests.redis_server import RedisServer, free_port, tls_in_front
@@ -51,7 +51,7 @@ async def open_counters() -> AsyncIterator[Callable[..., RedisCounters]]:
 
     def make(server: RedisServer | str, timeout: float = 5.0, **more: Any) -> RedisCounters:
         url = server if isinstance(server, str) else server.url
-        own = {name: more.pop(name) for name in ("script", "patience") if name in more}
+        own = {name: more.pop(name) for name in ("script", "gateway_timeout") if name in more}
         counters = RedisCounters(RedisUrl.parse(url, timeout=timeout, **more), **own)
         made.append(counters)
         return counters
@@ -90,19 +90,19 @@ def clock(server: RedisServer) -> Iterator[Clock]:
     clock.close()
 
 
-def told(verdict: Decision) -> tuple[Any, ...]:
-    """Return what a verdict says, to a millionth; what is held at once has only its level in common."""
+def told(decision: Decision) -> tuple[Any, ...]:
+    """Return what a decision says, to a millionth; what is held at once has only its level in common."""
     records = [
-        [round(each, 6) for each in (record[:1] if charge.rule.period == "at_once" else record)]
-        for charge, record in zip(verdict.charges, verdict.records, strict=True)
+        [round(each, 6) for each in (record[:1] if charge.limit.period == "at_once" else record)]
+        for charge, record in zip(decision.charges, decision.records, strict=True)
     ]
-    return (records, verdict.now, tuple(verdict.over), verdict.refused)
+    return (records, decision.now, tuple(decision.over), decision.refused)
 
 
 async def settled(counters: RedisCounters) -> None:
     """Wait until everything that was settled is."""
     async with asyncio.timeout(30):
-        while counters._settles or not counters._idle:
+        while counters._settlements or not counters._idle:
             await asyncio.sleep(0.002)
 
 
@@ -110,10 +110,10 @@ async def settled(counters: RedisCounters) -> None:
 async def test_the_script_counts_as_the_rules_do(
     server: RedisServer, open_counters: OpenCounters, clock: Clock, seed: int
 ) -> None:
-    """The same takes, settlements and times have the same verdicts and the same records."""
+    """The same takes, settlements and times have the same decisions and the same records."""
     rng = random.Random(seed)
     memory, counters = MemoryCounters(clock), open_counters(server, script=TURNED)
-    rules = {
+    limits = {
         "bucket": Limit(600, "minute", 30),
         "wide": Limit(100_000, "minute"),
         "odd": Limit(7, "minute", 3),
@@ -135,17 +135,17 @@ async def test_the_script_counts_as_the_rules_do(
             counters.settle(ours, actual)
             await settled(counters)
             continue
-        names = rng.sample(sorted(rules), rng.randrange(1, 4))
+        names = rng.sample(sorted(limits), rng.randrange(1, 4))
         charges = [
             Charge(
                 f"{name}-{rng.randrange(2)}",
-                rules[name],
+                limits[name],
                 float(rng.randrange(0, 40_000) if name == "wide" else rng.randrange(0, 8)),
                 shadow=rng.random() < 0.2,
             )
             for name in names
         ]
-        counters._refusals._known.clear()  # the clock was turned behind their back
+        counters._refusals._refusals.clear()  # the clock was turned behind their back
         theirs, ours = await memory.take(charges), await counters.take(charges)
         assert told(ours) == told(theirs)
         held.append((theirs, ours))
@@ -159,7 +159,7 @@ async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, c
     moments = [rng.uniform(0, 8e9) for _ in range(4_000)]
     for year in range(1970, 2210):
         for month in (1, 3, 12):
-            for moment in calendar("month", (year - 1970) * 31_556_952 + month * 2_629_746):
+            for moment in calendar_period("month", (year - 1970) * 31_556_952 + month * 2_629_746):
                 moments += [moment, moment - 1e-3, moment + 1e-3]
     head, found, _ = TURNED.partition("-- Keep a record for as long")
     assert found
@@ -173,14 +173,14 @@ async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, c
             some = moments[start : start + 1_000]
             arguments: list[Any] = [script, 0, *[struct.pack("<d", each) for each in some]]
             told = await redis.eval(*arguments)
-            expected = [calendar(period, moment) for moment in some for period in periods]
+            expected = [calendar_period(period, moment) for moment in some for period in periods]
             assert list(struct.iter_unpack("<dd", told)) == expected
 
 
-async def level(counters: RedisCounters, name: str, rule: Limit) -> float:
+async def level(counters: RedisCounters, name: str, limit: Limit) -> float:
     """Return what is counted under a name."""
-    verdict = await counters.take([Charge(name, rule, 0.0, shadow=True)])
-    return verdict.records[0][0]
+    decision = await counters.take([Charge(name, limit, 0.0, shadow=True)])
+    return decision.records[0][0]
 
 
 async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters: OpenCounters) -> None:
@@ -189,18 +189,18 @@ async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters:
     wide, narrow, slots = Limit(1_000, "day"), Limit(1, "day"), Limit(5, "at_once")
     charges = [Charge("wide", wide, 10), Charge("narrow", narrow), Charge("slots", slots)]
     assert not (await counters.take(charges)).refused
-    verdict = await counters.take(charges)
-    assert verdict.refused
-    assert list(verdict.over) == [1]
+    decision = await counters.take(charges)
+    assert decision.refused
+    assert list(decision.over) == [1]
     assert [
-        await level(counters, name, rule) for name, rule in (("wide", wide), ("narrow", narrow), ("slots", slots))
+        await level(counters, name, limit) for name, limit in (("wide", wide), ("narrow", narrow), ("slots", slots))
     ] == [10, 1, 1]
     shadow = [Charge("wide", wide, 10), Charge("narrow", narrow, shadow=True), Charge("slots", slots)]
-    verdict = await counters.take(shadow)
-    assert not verdict.refused
-    assert [verdict.holds(place) for place in range(3)] == [True, False, True]
+    decision = await counters.take(shadow)
+    assert not decision.refused
+    assert [decision.was_taken(place) for place in range(3)] == [True, False, True]
     assert [
-        await level(counters, name, rule) for name, rule in (("wide", wide), ("narrow", narrow), ("slots", slots))
+        await level(counters, name, limit) for name, limit in (("wide", wide), ("narrow", narrow), ("slots", slots))
     ] == [20, 1, 2]
 
 
@@ -212,29 +212,29 @@ async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_cou
         Charge("at once", Limit(650, "at_once")),
         Charge("all", Limit(10**9, "month"), 3.0),
     ]
-    verdicts = await asyncio.gather(*[gateways[place % 2].take(charges) for place in range(2_000)])
-    taken = [verdict for verdict in verdicts if not verdict.refused]
+    decisions = await asyncio.gather(*[gateways[place % 2].take(charges) for place in range(2_000)])
+    taken = [decision for decision in decisions if not decision.refused]
     assert len(taken) == 650
-    assert [await level(gateways[0], charge.name, charge.rule) for charge in charges] == [650, 650, 1_950]
-    for place, verdict in enumerate(taken):
-        gateways[place % 2].settle(verdict, [None, 0.0, 1.0])  # by whichever: each knows its own only
+    assert [await level(gateways[0], charge.name, charge.limit) for charge in charges] == [650, 650, 1_950]
+    for place, decision in enumerate(taken):
+        gateways[place % 2].settle(decision, [None, 0.0, 1.0])  # by whichever: each knows its own only
     for gateway in gateways:
         await settled(gateway)
-    assert await level(gateways[0], "requests", charges[0].rule) == 650
-    assert await level(gateways[0], "all", charges[2].rule) == 650
+    assert await level(gateways[0], "requests", charges[0].limit) == 650
+    assert await level(gateways[0], "all", charges[2].limit) == 650
 
 
 async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
     """A settlement goes before what is asked for behind it, and is heard by another gateway."""
     one, other = open_counters(server), open_counters(server)
     slot = [Charge("slot", Limit(1, "at_once"))]
-    verdict = await one.take(slot)
+    decision = await one.take(slot)
     for _ in range(20):
         assert (await other.take(slot)).refused
-        one.settle(verdict, [0.0])
-        verdict = await one.take(slot)
-        assert not verdict.refused
-    one.settle(verdict, [0.0])
+        one.settle(decision, [0.0])
+        decision = await one.take(slot)
+        assert not decision.refused
+    one.settle(decision, [0.0])
     await settled(one)
     other._refusals.forget("slot")
     assert not (await other.take(slot)).refused
@@ -243,15 +243,15 @@ async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_c
 async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
     """A second settlement of the same does nothing."""
     counters = open_counters(server)
-    rule = Limit(100, "day")
-    first, second = await counters.take([Charge("a", rule, 10)]), await counters.take([Charge("a", rule, 10)])
+    limit = Limit(100, "day")
+    first, second = await counters.take([Charge("a", limit, 10)]), await counters.take([Charge("a", limit, 10)])
     counters.settle(first, [4.0])
     counters.settle(first, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 14
+    assert await level(counters, "a", limit) == 14
     counters.settle(second, [25.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 29
+    assert await level(counters, "a", limit) == 29
 
 
 async def test_what_has_drained_is_not_given_back(
@@ -259,23 +259,23 @@ async def test_what_has_drained_is_not_given_back(
 ) -> None:
     """Neither what drained while a request ran, nor what was held under a name that was forgotten meanwhile."""
     counters = open_counters(server, script=TURNED)
-    rule = Limit(600, "minute")
-    early = await counters.take([Charge("a", rule, 300)])
+    limit = Limit(600, "minute")
+    early = await counters.take([Charge("a", limit, 300)])
     clock.set(clock.now + 20)  # 200 of them have drained
-    late = await counters.take([Charge("a", rule, 300)])
+    late = await counters.take([Charge("a", limit, 300)])
     counters.settle(early, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 300
+    assert await level(counters, "a", limit) == 300
     counters.settle(late, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 0
-    early = await counters.take([Charge("a", rule, 300)])
+    assert await level(counters, "a", limit) == 0
+    early = await counters.take([Charge("a", limit, 300)])
     server.command("FLUSHALL")
     clock.set(clock.now + 60)
-    await counters.take([Charge("a", rule, 300)])
+    await counters.take([Charge("a", limit, 300)])
     counters.settle(early, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 300
+    assert await level(counters, "a", limit) == 300
 
 
 async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: OpenCounters, clock: Clock) -> None:
@@ -285,8 +285,8 @@ async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: Open
     assert not (await counters.take(charges)).refused
     clock.set(clock.now - 86_400)
     for seconds in range(0, 61, 5):
-        verdict = await counters.take(charges)
-        assert verdict.refused is (seconds < 60)
+        decision = await counters.take(charges)
+        assert decision.refused is (seconds < 60)
         clock.set(clock.now + 5)
         counters._refusals.forget("a")
 
@@ -294,30 +294,30 @@ async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: Open
 async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: OpenCounters) -> None:
     """Budgets in millionths of a currency's unit are large; not one of them is lost on the way."""
     counters = open_counters(server)
-    rule = Limit(2**52, "month")
+    limit = Limit(2**52, "month")
     for cost in (2**51 + 1, 123_456_789_012_345, 1, 7):
-        await counters.take([Charge("budget", rule, cost)])
-    assert await level(counters, "budget", rule) == 2**51 + 1 + 123_456_789_012_345 + 8
+        await counters.take([Charge("budget", limit, cost)])
+    assert await level(counters, "budget", limit) == 2**51 + 1 + 123_456_789_012_345 + 8
 
 
 async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: OpenCounters) -> None:
     """Every key expires by itself: a minute's when it is empty again, a month's at the month's end."""
     counters = open_counters(server)
-    rules = {
+    limits = {
         "minute": Limit(60_000, "minute", 10),
         "long": Limit(1, "minute", 10**9),
         "day": Limit(9, "day"),
         "month": Limit(9, "month"),
         "slots": Limit(9, "at_once"),
     }
-    verdict = await counters.take([Charge(name, rule, 5) for name, rule in rules.items()])
-    assert not verdict.refused
+    decision = await counters.take([Charge(name, limit, 5) for name, limit in limits.items()])
+    assert not decision.refused
     keys = server.command("KEYS", "*").split()
-    assert len(keys) == len(rules) + 2
+    assert len(keys) == len(limits) + 2
     assert all(key.startswith("{gateway}:") for key in keys)
     for key in keys:
         assert 0 < int(server.command("PTTL", key)) <= 32 * 86_400_000 or "long" in key
-    counters.settle(verdict, [None, None, None, None, 0.0])
+    counters.settle(decision, [None, None, None, None, 0.0])
     await settled(counters)
     assert server.command("EXISTS", "{gateway}:held:slots") == "0"
     async with asyncio.timeout(30):
@@ -344,9 +344,9 @@ async def back(counters: RedisCounters, charges: list[Charge]) -> Decision:
     """Wait until the counters answer again."""
     async with asyncio.timeout(30):
         while True:
-            verdict = await refused_or_taken(counters, charges)
-            if verdict is not None:
-                return verdict
+            decision = await refused_or_taken(counters, charges)
+            if decision is not None:
+                return decision
             await asyncio.sleep(0.02)
 
 
@@ -369,8 +369,8 @@ async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_p
         finally:
             server.kill()
     assert [(log["log_level"], log["event"]) for log in logs] == [
-        ("warning", "the counters of limits are away"),
-        ("info", "the counters of limits are back"),
+        ("warning", "limit_store_unavailable"),
+        ("info", "limit_store_available"),
     ]
 
 
@@ -385,13 +385,13 @@ async def test_a_killed_server_that_is_started_again(server: RedisServer, open_c
     assert await refused_or_taken(counters, SLOTS) is None
     await server.start()
     assert not (await back(counters, SLOTS)).refused
-    for verdict in held:
-        counters.settle(verdict, [0.0])
-    for verdict in day:
-        counters.settle(verdict, [0.0])
+    for decision in held:
+        counters.settle(decision, [0.0])
+    for decision in day:
+        counters.settle(decision, [0.0])
     await settled(counters)
-    assert await level(counters, "slots", SLOTS[0].rule) == 1
-    assert await level(counters, "day", DAY[0].rule) == 0
+    assert await level(counters, "slots", SLOTS[0].limit) == 1
+    assert await level(counters, "day", DAY[0].limit) == 0
 
 
 async def test_a_server_restarted_between_two_takes_is_not_noticed(
@@ -417,15 +417,15 @@ async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters)
     server.resume()
     await back(counters, DAY)
     await settled(counters)
-    assert await level(counters, "slots", SLOTS[0].rule) == 0
-    assert await level(counters, "day", DAY[0].rule) == 2
+    assert await level(counters, "slots", SLOTS[0].limit) == 0
+    assert await level(counters, "day", DAY[0].limit) == 2
 
 
 async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: OpenCounters) -> None:
     """A connection may take longer than a request waits: meanwhile nobody else waits at all, and then it is used."""
     counters = open_counters(server, timeout=0.3)
     server.pause()
-    assert await refused_or_taken(counters, [Charge("never", DAY[0].rule)]) is None
+    assert await refused_or_taken(counters, [Charge("never", DAY[0].limit)]) is None
     with pytest.raises(CountersUnavailable):
         counters.take(DAY).send(None)  # it never waits
     connecting = counters._script._client
@@ -443,7 +443,7 @@ async def test_a_server_that_pauses_its_clients(server: RedisServer, open_counte
     assert await refused_or_taken(counters, DAY) is None
     await back(counters, DAY)
     await settled(counters)
-    assert await level(counters, "day", DAY[0].rule) == 2
+    assert await level(counters, "day", DAY[0].limit) == 2
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -460,11 +460,11 @@ async def test_killed_paused_and_restarted_under_load(
     async def caller(place: int) -> None:
         counters = gateways[place % 2]
         while not stop:
-            verdict = await refused_or_taken(counters, slots)
-            outcomes.add("away" if verdict is None else "refused" if verdict.refused else "taken")
+            decision = await refused_or_taken(counters, slots)
+            outcomes.add("away" if decision is None else "refused" if decision.refused else "taken")
             await asyncio.sleep(rng.random() * 0.02)
-            if verdict is not None:
-                counters.settle(verdict, [0.0, 1.0])
+            if decision is not None:
+                counters.settle(decision, [0.0, 1.0])
 
     callers = [asyncio.create_task(caller(place)) for place in range(60)]
     for _ in range(4):
@@ -485,10 +485,10 @@ async def test_killed_paused_and_restarted_under_load(
         await settled(counters)
     assert {"away", "taken"} <= outcomes
     others = [open_counters(server), open_counters(server)]  # which wait longer: what is looked at is what there is
-    assert await level(others[0], "slots", slots[0].rule) == 0
+    assert await level(others[0], "slots", slots[0].limit) == 0
     for counters, room in zip(others, (25, 15), strict=True):
-        verdicts = await asyncio.gather(*[counters.take(slots[:1]) for _ in range(25)])
-        assert len([verdict for verdict in verdicts if not verdict.refused]) == room
+        decisions = await asyncio.gather(*[counters.take(slots[:1]) for _ in range(25)])
+        assert len([decision for decision in decisions if not decision.refused]) == room
 
 
 class Wire(RawUpstream):
@@ -532,16 +532,16 @@ class Wire(RawUpstream):
 async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """The call is repeated under its number: it is not done twice, and the verdict is the one it had."""
+    """The call is repeated under its number: it is not done twice, and the decision is the one it had."""
     async with Wire(server.port) as wire:
         counters = open_counters(wire.url)
         await counters.take(DAY)
         for count in range(2, 6):
             wire.lose = 1
-            verdict = await counters.take(DAY)
-            assert verdict.records[0][0] == count
+            decision = await counters.take(DAY)
+            assert decision.records[0][0] == count
         assert wire.lost == 4
-        assert await level(counters, "day", DAY[0].rule) == 5
+        assert await level(counters, "day", DAY[0].limit) == 5
         await counters.close()
 
 
@@ -554,17 +554,17 @@ async def test_a_take_whose_answer_is_lost_is_undone(
         counters = open_counters(wire.url, timeout=0.3)
         watching = open_counters(server)
         held = await counters.take(SLOTS)
-        spent = await counters.take([Charge("budget", DAY[0].rule, 100)])
+        spent = await counters.take([Charge("budget", DAY[0].limit, 100)])
         wire.lose, wire.breaks = 2, breaks
         counters.settle(spent, [40.0])
         counters.settle(held, [0.0])
         assert await refused_or_taken(counters, SLOTS) is None
-        assert await level(watching, "slots", SLOTS[0].rule) == 1  # it was done
+        assert await level(watching, "slots", SLOTS[0].limit) == 1  # it was done
         wire.lose = 0
         await back(counters, DAY)
         await settled(counters)
-        assert await level(watching, "slots", SLOTS[0].rule) == 0
-        assert await level(watching, "budget", DAY[0].rule) == 40
+        assert await level(watching, "slots", SLOTS[0].limit) == 0
+        assert await level(watching, "budget", DAY[0].limit) == 40
         await counters.close()
 
 
@@ -583,7 +583,7 @@ async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_count
         with contextlib.suppress(asyncio.CancelledError):
             counters.settle(await task, [0.0])
     await settled(counters)
-    assert await level(counters, "slots", SLOTS[0].rule) == 0
+    assert await level(counters, "slots", SLOTS[0].limit) == 0
 
 
 async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenCounters) -> None:
@@ -595,9 +595,9 @@ async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenC
     for _ in range(3):
         await counters.take(DAY)
     async with Redis(port=server.port) as redis:
-        keys = [counters._gateways, counters._last]
-        arguments: list[Any] = [SCRIPT, 2, *keys, counters._me, struct.pack("<ddB", 1, 20, 0)]
-        with pytest.raises(ResponseError, match="given up"):
+        keys = [counters._gateways_key, counters._last_call_key]
+        arguments: list[Any] = [SCRIPT, 2, *keys, counters._id, struct.pack("<ddB", 1, 20, 0)]
+        with pytest.raises(ResponseError, match="abandoned"):
             await redis.eval(*arguments)
 
 
@@ -608,14 +608,14 @@ async def crash(counters: RedisCounters) -> None:
     worker.cancel()
     await asyncio.wait((worker,))
     counters._worker = None
-    counters._settles.clear()
-    await counters._script.hang_up()
+    counters._settlements.clear()
+    await counters._script.disconnect()
 
 
 async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_counters: OpenCounters) -> None:
     """What it held at once counts until it has been silent for a time, and the others' go on to count."""
     crashed = open_counters(server)
-    here = open_counters(server, patience=0.5)
+    here = open_counters(server, gateway_timeout=0.5)
     for counters in (crashed, crashed, here):
         assert not (await counters.take(SLOTS)).refused
     assert (await here.take(SLOTS)).refused
@@ -633,43 +633,43 @@ async def test_a_gateway_that_was_only_silent_is_counted_again(
 ) -> None:
     """One that was cut off has its exchanges still: when it is heard of, they count, and their ends count too."""
     silent = open_counters(server)
-    here = open_counters(server, patience=0.3)
-    verdict = await silent.take(SLOTS)
+    here = open_counters(server, gateway_timeout=0.3)
+    decision = await silent.take(SLOTS)
     worker = silent._worker
     assert worker is not None
     await asyncio.sleep(0.4)
-    assert await level(here, "slots", SLOTS[0].rule) == 0
+    assert await level(here, "slots", SLOTS[0].limit) == 0
     await silent.take(DAY)
-    assert await level(here, "slots", SLOTS[0].rule) == 1
-    silent.settle(verdict, [0.0])
+    assert await level(here, "slots", SLOTS[0].limit) == 1
+    silent.settle(decision, [0.0])
     await settled(silent)
-    assert await level(here, "slots", SLOTS[0].rule) == 0
+    assert await level(here, "slots", SLOTS[0].limit) == 0
 
 
 async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
     """What it holds counts for as long as it runs."""
-    quiet, here = open_counters(server, patience=1.5), open_counters(server, patience=1.5)
+    quiet, here = open_counters(server, gateway_timeout=1.5), open_counters(server, gateway_timeout=1.5)
     await quiet.take(SLOTS)
     for _ in range(10):
         await asyncio.sleep(0.3)
-        assert await level(here, "slots", SLOTS[0].rule) == 1
+        assert await level(here, "slots", SLOTS[0].limit) == 1
 
 
 async def test_closing_settles_what_is_left(server: RedisServer, open_counters: OpenCounters) -> None:
     """All of it, in as many calls as it takes; and what the gateway held at once is free."""
     counters, watching = open_counters(server), open_counters(server)
-    verdicts = await asyncio.gather(
+    decisions = await asyncio.gather(
         *[
-            counters.take([Charge("day", DAY[0].rule, 10), Charge("slot", Limit(10**6, "at_once"))])
+            counters.take([Charge("day", DAY[0].limit, 10), Charge("slot", Limit(10**6, "at_once"))])
             for _ in range(1_000)
         ]
     )
-    for verdict in verdicts:
-        counters.settle(verdict, [3.0, None])
+    for decision in decisions:
+        counters.settle(decision, [3.0, None])
     await counters.close()
-    assert await level(watching, "day", DAY[0].rule) == 3_000
+    assert await level(watching, "day", DAY[0].limit) == 3_000
     assert await level(watching, "slot", Limit(10**6, "at_once")) == 0
     assert await refused_or_taken(counters, DAY) is None
     await counters.close()
@@ -678,14 +678,19 @@ async def test_closing_settles_what_is_left(server: RedisServer, open_counters: 
 async def test_closing_without_a_server_ends(server: RedisServer, open_counters: OpenCounters) -> None:
     """It says what could not be settled, once."""
     counters = open_counters(server)
-    verdicts = [await counters.take(DAY) for _ in range(7)]
+    decisions = [await counters.take(DAY) for _ in range(7)]
     server.kill()
-    for verdict in verdicts:
-        counters.settle(verdict, [0.0])
+    for decision in decisions:
+        counters.settle(decision, [0.0])
     with structlog.testing.capture_logs() as logs:
         async with asyncio.timeout(30):
             await counters.close()
-    assert logs[-1] == {"event": "limits that were not settled", "charges": 7, "log_level": "warning"}
+    assert logs[-1] == {
+        "event": "limit_store_settlements_lost",
+        "store": str(counters.url),
+        "charges": 7,
+        "log_level": "warning",
+    }
 
 
 # -- Redis refuses ---------------------------------------------------------------------------------------
@@ -707,8 +712,8 @@ async def test_a_server_that_is_full_takes_nothing(server: RedisServer, open_cou
     server.command("CONFIG", "SET", "maxmemory", "1")
     assert await refused_or_taken(counters, both) is None
     server.command("CONFIG", "SET", "maxmemory", "0")
-    verdict = await back(counters, both)
-    assert verdict.records[0][0] == 2
+    decision = await back(counters, both)
+    assert decision.records[0][0] == 2
 
 
 async def test_a_server_that_has_become_a_replica(server: RedisServer, open_counters: OpenCounters) -> None:
@@ -739,8 +744,8 @@ async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCount
         with structlog.testing.capture_logs() as logs:
             assert await refused_or_taken(counters, DAY) is None
         assert "loading" in logs[0]["reason"]
-        verdict = await back(counters, DAY)
-        assert verdict.records[0][0] == 2
+        decision = await back(counters, DAY)
+        assert decision.records[0][0] == 2
     finally:
         server.kill()
 
@@ -754,13 +759,13 @@ async def test_something_else_under_a_name(
     command, value = words
     server.command(command, "{gateway}:used:bad", value)
     server.command(command, "{gateway}:held:bad", value)
-    for rule in (Limit(5, "day"), Limit(5, "minute"), Limit(5, "at_once")):
-        bad = Charge("bad", rule)
+    for limit in (Limit(5, "day"), Limit(5, "minute"), Limit(5, "at_once")):
+        bad = Charge("bad", limit)
         results = await asyncio.gather(
             refused_or_taken(counters, [*DAY, bad]), refused_or_taken(counters, DAY), refused_or_taken(counters, [bad])
         )
         assert [result is None for result in results] == [True, False, True]
-    assert await level(counters, "day", DAY[0].rule) == 3
+    assert await level(counters, "day", DAY[0].limit) == 3
 
 
 @pytest.mark.parametrize("name", ["gateways", "last"])
@@ -770,13 +775,13 @@ async def test_something_else_under_the_gateways_own_names(
     """It is away until that is gone, and then right."""
     counters = open_counters(server)
     await counters.take(DAY)
-    key = (counters._gateways if name == "gateways" else counters._last).decode()
+    key = (counters._gateways_key if name == "gateways" else counters._last_call_key).decode()
     server.command("DEL", key)
     server.command("SADD", key, "x")
     assert await refused_or_taken(counters, DAY) is None
     server.command("DEL", key)
-    verdict = await back(counters, DAY)
-    assert verdict.records[0][0] == 2
+    decision = await back(counters, DAY)
+    assert decision.records[0][0] == 2
 
 
 # What docs/operating.md lets the gateway's user do.
@@ -795,14 +800,14 @@ async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: Ope
             assert await refused_or_taken(wrong, DAY) is None
         assert "AuthenticationError" in logs[0]["reason"]
         assert "sesame" not in str(logs)
-        assert "sesame" not in repr(wrong.place)
-        wrong._away_since = None
+        assert "sesame" not in repr(wrong.url)
+        wrong._unavailable_since = None
         with structlog.testing.capture_logs() as logs:
-            wrong._gone("a library that says opensesame")
+            wrong._mark_unavailable("a library that says opensesame")
         assert logs[0]["reason"] == "a library that says ***"
         right = open_counters(f"redis://gw:sesame@127.0.0.1:{server.port}")
-        verdict = await right.take([*SLOTS, *DAY, Charge("minute", Limit(60, "minute"))])
-        right.settle(verdict, [0.0, 0.0, 0.0])
+        decision = await right.take([*SLOTS, *DAY, Charge("minute", Limit(60, "minute"))])
+        right.settle(decision, [0.0, 0.0, 0.0])
         await settled(right)
         assert await level(right, "minute", Limit(60, "minute")) == 0
     finally:
@@ -860,8 +865,8 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
                 await asyncio.sleep(0.05)
         gateways = [open_counters(server, cluster=True) for server in servers]
         charges = [Charge("requests", Limit(50, "day")), Charge("slots", Limit(1_000, "at_once"))]
-        verdicts = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
-        assert len([verdict for verdict in verdicts if not verdict.refused]) == 50
+        decisions = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
+        assert len([decision for decision in decisions if not decision.refused]) == 50
         owner = next(server for server in servers if "MovedError" not in server.command("GET", "{gateway}:x"))
         other = next(server for server in servers if server is not owner)
         with structlog.testing.capture_logs() as logs:
@@ -875,7 +880,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
         owner.command("CLUSTER", "SETSLOT", slot, "MIGRATING", there)
         for _ in range(20):
             for counters in gateways:
-                await refused_or_taken(counters, [Charge(f"new{random.random()}", DAY[0].rule)])
+                await refused_or_taken(counters, [Charge(f"new{random.random()}", DAY[0].limit)])
         owner.command("FLUSHALL")
         for server in (other, owner):
             server.command("CLUSTER", "SETSLOT", slot, "NODE", there)
@@ -883,7 +888,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
         owner.kill()
         for counters in gateways:
             await back(counters, DAY)
-        assert await level(gateways[0], "day", DAY[0].rule) == 3
+        assert await level(gateways[0], "day", DAY[0].limit) == 3
     finally:
         for server in servers:
             server.kill()
@@ -896,9 +901,9 @@ async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_co
     assert (await counters.take(SLOTS)).refused
     asked = counters._number
     for _ in range(500):
-        verdict = await counters.take(SLOTS)
-        assert verdict.refused
-        assert verdict.wait(0) == 1
+        decision = await counters.take(SLOTS)
+        assert decision.refused
+        assert decision.retry_after(0) == 1
     assert counters._number <= asked + 1  # it may have said that it is there
     counters.settle(held[0], [0.0])
     assert not (await counters.take(SLOTS)).refused
@@ -939,7 +944,7 @@ async def test_what_cannot_be_asked_is_the_askers_mistake(server: RedisServer, o
     """A charge that is none raises where it is made, and Redis is not away for the others."""
     counters = open_counters(server)
     with pytest.raises(struct.error):
-        await counters.take([Charge("a", DAY[0].rule, "many")])  # type: ignore[arg-type] # that is the point
+        await counters.take([Charge("a", DAY[0].limit, "many")])  # type: ignore[arg-type] # that is the point
     assert not (await counters.take(DAY)).refused
 
 
@@ -984,33 +989,33 @@ async def test_nothing_that_is_to_be_settled_is_dropped(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where more waits than Redis keeps up with, no more is taken; every slot and every token comes back."""
-    monkeypatch.setattr("gateway.limits.redis_counters._KEPT", 20)
-    monkeypatch.setattr("gateway.limits.redis_counters._SETTLES", 3)
+    monkeypatch.setattr("gateway.limits.redis_counters._MAX_PENDING", 20)
+    monkeypatch.setattr("gateway.limits.redis_counters._MAX_SETTLEMENTS", 3)
     counters = open_counters(server)
     charges = [Charge("slots", Limit(1000, "at_once")), Charge("tokens", Limit(10**6, "day"), 100.0)]
-    verdicts = [await counters.take(charges) for _ in range(50)]
-    for verdict in verdicts:
-        counters.settle(verdict, [0.0, 1.0])
+    decisions = [await counters.take(charges) for _ in range(50)]
+    for decision in decisions:
+        counters.settle(decision, [0.0, 1.0])
     with pytest.raises(CountersUnavailable, match="too slow"):
         await counters.take(charges)
     await settled(counters)
-    verdict = await counters.take([Charge(each.name, each.rule, 0.0) for each in charges])
-    assert [record[0] for record in verdict.records] == [0.0, 50.0]
+    decision = await counters.take([Charge(each.name, each.limit, 0.0) for each in charges])
+    assert [record[0] for record in decision.records] == [0.0, 50.0]
 
 
 async def test_slots_are_given_back_however_late(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After an outage that is so long that tokens say nothing any more."""
-    monkeypatch.setattr("gateway.limits.redis_counters._KEPT_FOR", 0.2)
+    monkeypatch.setattr("gateway.limits.redis_counters._MAX_PENDING_AGE", 0.2)
     monkeypatch.setattr("gateway.limits.redis_counters._RETRY", 0.1)
     counters = open_counters(server, timeout=0.3)
     charges = [Charge("tokens", Limit(10**6, "day"), 100.0), Charge("slots", Limit(1, "at_once"))]
-    verdict = await counters.take(charges)
+    decision = await counters.take(charges)
     server.pause()
     with pytest.raises(CountersUnavailable):
         await counters.take([Charge("other", Limit(5, "day"))])
-    counters.settle(verdict, [1.0, 0.0])
+    counters.settle(decision, [1.0, 0.0])
     await asyncio.sleep(1)
     server.resume()
     await back(counters, DAY)

@@ -162,7 +162,7 @@ pipeline: [auth_passthrough, rate_limit: {requests_per_minute: 100}, model_map, 
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [(RateLimit(), "nothing to limit"), (RateLimit(in_flight=1, burst=2), "requests_per_minute")],
+    [(RateLimit(), "no limit is set"), (RateLimit(in_flight=1, burst=2), "requests_per_minute")],
 )
 def test_settings_that_say_nothing_are_mistakes(stage: RateLimit, words: str) -> None:
     """Found when the configuration is loaded."""
@@ -259,8 +259,8 @@ async def test_a_token_limit_that_is_used_up() -> None:
         sent = await run.post({**CHAT, "max_tokens": 300})
     error = sent.json()["error"]
     assert (sent.status, error["type"], error["code"]) == (429, "tokens", "rate_limit_exceeded")
-    assert "100 are left of the 600 per minute for this team" in error["message"]
-    assert error["message"].endswith("or try again in 30s")
+    assert "but 100 are left of the 600 per minute for this team" in error["message"]
+    assert error["message"].endswith("or retry in 30s")
     assert sent.headers.get("x-ratelimit-limit-tokens") == "600"
     assert sent.headers.get("x-ratelimit-remaining-tokens") == "100"
     assert sent.headers.get("x-ratelimit-reset-tokens") == "50s"
@@ -273,7 +273,7 @@ async def test_a_request_that_can_never_pass() -> None:
         async with running(RateLimit(tokens_per_minute=limit, token_burst=burst, per="team")) as run:
             sent = await run.post({**CHAT, "max_tokens": 200})
         assert sent.status == 429
-        assert "ask for less with max_tokens" in sent.json()["error"]["message"]
+        assert "shorten the prompt or lower max_tokens" in sent.json()["error"]["message"]
         assert sent.headers.get("x-should-retry") == "false"
         assert "retry-after" not in sent.headers
 
@@ -291,7 +291,7 @@ async def test_what_may_be_spent() -> None:
         assert sent.status == 429
         error = sent.json()["error"]
         assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
-        assert "may cost 0.005013, and 0.0025 is left of the 0.01 per day for this team" in error["message"]
+        assert "can cost up to 0.005013, but 0.0025 is left of the 0.01 per day for this team" in error["message"]
         assert (await run.post({**CHAT, "max_tokens": 100})).status == 200
         assert (await run.post({**CHAT, "model": "o3"})).json()["error"]["code"] == "model_without_price"
         assert (await run.send("GET", "/files")).status == 200
@@ -437,11 +437,11 @@ async def test_a_stage_of_shadows_alone() -> None:
         assert [(await run.post()).status for _ in range(3)] == [200] * 3
 
 
-class Away(MemoryCounters):
+class Unavailable(MemoryCounters):
     """Counters that cannot be asked."""
 
     async def take(self, charges: object) -> Decision:
-        raise CountersUnavailable("away")
+        raise CountersUnavailable("unavailable")
 
 
 @pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
@@ -450,7 +450,7 @@ async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
     stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
     azure_s = {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5", "x-other": "1"}
     with capture_logs() as events:
-        async with running(stage, shared=Shared(Away()), answer=Response(200, b"", azure_s)) as run:
+        async with running(stage, shared=Shared(Unavailable()), answer=Response(200, b"", azure_s)) as run:
             sent = await run.post()
     assert sent.status == status
     assert not any(name.startswith("x-ratelimit") for name, _ in sent.headers)
@@ -508,9 +508,9 @@ pipeline:
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        (RateLimit(requests_per_minute=1, limits=[LimitSettings()]), "limits nothing"),
+        (RateLimit(requests_per_minute=1, limits=[LimitSettings()]), "sets no limit"),
         (RateLimit(limits=[LimitSettings(tokens_per_day=1, token_burst=5)]), "tokens_per_minute"),
-        (RateLimit(limits=[LimitSettings(in_flight=1, per=[])]), "names nobody"),
+        (RateLimit(limits=[LimitSettings(in_flight=1, per=[])]), "per is empty"),
         (RateLimit(spend_per_day=1.0), "prices"),
         (RateLimit(in_flight=1, limits=[LimitSettings(in_flight=2)]), "already"),
         (
@@ -535,12 +535,12 @@ class Settled(MemoryCounters):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[int] = []
-        self._verdicts: list[Decision] = []  # so that no two have one id
+        self._decisions: list[Decision] = []  # so that no two have one id
 
-    def settle(self, verdict: Decision, actual: Any) -> None:
-        self._verdicts.append(verdict)
-        self.calls.append(id(verdict))
-        super().settle(verdict, actual)
+    def settle(self, decision: Decision, actual: Any) -> None:
+        self._decisions.append(decision)
+        self.calls.append(id(decision))
+        super().settle(decision, actual)
 
 
 async def test_1000_at_once_never_pass_a_token_limit(start_gateway: StartGateway) -> None:
