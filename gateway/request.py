@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.auth.client_address import network_of
 from gateway.auth.credentials import Credential, presented_key
-from gateway.auth.oidc import Identity, TokenVerification, unavailable
+from gateway.auth.oidc import Identity, TokenVerification, verification_unavailable
 from gateway.azure.idempotency import is_idempotent
 from gateway.azure.model_field import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.azure.operations import Operation, plain_path
@@ -145,7 +145,7 @@ class Request:
         """
         judgement = self._judgement
         if judgement is not None and judgement.retry_after is not None:
-            raise unavailable(judgement)
+            raise verification_unavailable(judgement)
         return judgement.identity if judgement is not None else None
 
     @property

@@ -387,7 +387,7 @@ class Server:
                 response = self._probe(head.method, head.path)
             else:
                 issuers = generation.teams.issuers
-                judgement = await issuers.judge(headers) if issuers is not None else None
+                judgement = await issuers.verify(headers) if issuers is not None else None
                 team, place = self._team(generation.teams, head.path, headers, judgement)
                 request = Request(
                     id=request_id,

@@ -328,7 +328,7 @@ def _complete(target: Target) -> tuple[Resource, Credential | None]:
     resource = target.resource
     credential = target.credential or (resource.credential if resource else None)
     if credential is None and resource is not None and resource.tokens is not None and target.api_version is not None:
-        return resource, resource.tokens.at_hand()
+        return resource, resource.tokens.current()
     if resource is None or target.api_version is None or credential is None:
         missing = [
             name

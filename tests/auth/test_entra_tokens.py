@@ -186,10 +186,10 @@ async def test_a_workload_shows_its_federated_token_as_it_is_then(
     ("held", "reason"),
     [
         (None, "No such file"),
-        (b"", "holds no token"),
-        (b"two words", "holds no token"),
-        (b"\xff\xfe", "holds no token"),
-        (b"x" * 100_000, "holds no token"),
+        (b"", "does not contain a token"),
+        (b"two words", "does not contain a token"),
+        (b"\xff\xfe", "does not contain a token"),
+        (b"x" * 100_000, "does not contain a token"),
     ],
 )
 async def test_a_file_without_a_federated_token_is_a_failure(
@@ -245,9 +245,9 @@ async def test_app_service_has_an_endpoint_of_its_own(
     assert place.asked == [("GET", "/msi/token", query, {})]
     assert place.headers[0]["x-identity-header"] == HEADER
     clock.time += 1000 - entra.MARGIN - 1
-    assert tokens.at_hand()
+    assert tokens.current()
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
 
 
 @pytest.mark.usefixtures("aioresponses_314")
@@ -304,16 +304,16 @@ async def test_a_token_is_kept_until_shortly_before_its_end(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
     """One fetch is for all requests until then, and the next one is for those after it."""
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
     first = await tokens.credential()
     clock.time += 3599 - entra.MARGIN - 1
     assert await tokens.credential() is first
-    assert tokens.at_hand() is first
+    assert tokens.current() is first
     assert len(place.asked) == 1
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
     assert name_of(await tokens.credential()) == "2"
-    assert name_of(tokens.at_hand()) == "2"
+    assert name_of(tokens.current()) == "2"
 
 
 async def test_a_token_s_time_counts_from_when_it_was_asked_for(
@@ -327,9 +327,9 @@ async def test_a_token_s_time_counts_from_when_it_was_asked_for(
     place.open.set()
     assert name_of(await asking) == "1"
     clock.time += 3599 - entra.MARGIN - 100 - 1
-    assert tokens.at_hand()
+    assert tokens.current()
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
 
 
 @pytest.mark.parametrize(
@@ -352,9 +352,9 @@ async def test_the_sooner_of_two_ends_holds(
     tokens = EntraTokens(identity, lambda: session, clock=clock, now=lambda: 5000.0)
     assert name_of(await tokens.credential()) == "1"
     clock.time += end - entra.MARGIN - 1
-    assert tokens.at_hand()
+    assert tokens.current()
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
 
 
 @pytest.mark.parametrize(
@@ -377,11 +377,11 @@ async def test_the_next_one_is_fetched_ahead(
     """In the background and once: at the time that the answer advises, at half a short one's, else minutes ahead."""
     place.said = said
     tokens.start()
-    await until(tokens.at_hand)
+    await until(tokens.current)
     await clock.forward(at - 1)
     assert len(place.asked) == 1
     await clock.forward(1)
-    await until(lambda: name_of(tokens.at_hand()) == "2")
+    await until(lambda: name_of(tokens.current()) == "2")
     assert len(place.asked) == 2
 
 
@@ -398,7 +398,7 @@ async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraToken
     assert raised.value.reason == "the fetch was stopped"
     clock.time += 4000
     await asyncio.sleep(0.05)
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
     assert len(place.asked) == 1
 
 
@@ -410,9 +410,9 @@ async def test_requests_do_not_wait_for_a_renewal(place: FakeEntra, tokens: Entr
     await clock.forward(3000)
     await until(lambda: len(place.asked) == 2)
     async with asyncio.timeout(30):
-        assert await tokens.credential() is tokens.at_hand() is first
+        assert await tokens.credential() is tokens.current() is first
     place.open.set()
-    await until(lambda: name_of(tokens.at_hand()) == "2")
+    await until(lambda: name_of(tokens.current()) == "2")
 
 
 async def test_a_herd_of_requests_makes_one_fetch(place: FakeEntra, tokens: EntraTokens) -> None:
@@ -438,7 +438,7 @@ async def test_a_request_s_short_token_is_renewed_in_time(place: FakeEntra, toke
     place.status, place.said = 200, {"expires_in": 50}
     before = name_of(await tokens.credential())
     await clock.forward(35)
-    assert name_of(tokens.at_hand()) not in (before, None)
+    assert name_of(tokens.current()) not in (before, None)
 
 
 # -- what cannot be had -------------------------------------------------------------------------------
@@ -459,16 +459,16 @@ async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: E
         with pytest.raises(TokenUnavailable) as raised:
             await tokens.credential()
     assert kept[:4] == [600, 590, 570, 530]
-    assert 1 <= kept[-1] <= 2 * entra.RETRY  # at last they are close: it may be back just in time
+    assert 1 <= kept[-1] <= 2 * entra.MIN_RETRY  # at last they are close: it may be back just in time
     assert tries <= 12
     assert isinstance(raised.value, GatewayError)
-    assert 0 < raised.value.retry_after <= entra.MOST_REFUSED
-    assert str(raised.value) == "no Entra token for Azure can be had at present"
-    assert "the status 503" in raised.value.reason
+    assert 0 < raised.value.retry_after <= entra.MAX_REFUSAL
+    assert str(raised.value) == "the gateway has no Entra token for Azure at the moment; retry shortly"
+    assert "status 503" in raised.value.reason
     place.status = 200
-    await clock.forward(entra.MOST_RETRY)
-    assert name_of(tokens.at_hand()) == str(len(place.asked))
-    assert await tokens.credential() is tokens.at_hand()
+    await clock.forward(entra.MAX_RETRY)
+    assert name_of(tokens.current()) == str(len(place.asked))
+    assert await tokens.credential() is tokens.current()
 
 
 async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
@@ -482,7 +482,7 @@ async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: Entra
         assert len(place.asked) == tries + 1
     place.status = 200
     await clock.forward(300)
-    assert name_of(tokens.at_hand()) == "9"
+    assert name_of(tokens.current()) == "9"
     place.status = 500
     await clock.forward(3599 - entra.MARGIN - entra.AHEAD)
     for tries, wait in enumerate((10, 20), 10):
@@ -532,9 +532,9 @@ async def test_after_very_many_failures_it_still_tries(tokens: EntraTokens, cloc
     """The times between grow to a bound, and no number overflows."""
     tokens._failures = 5000
     with structlog.testing.capture_logs():
-        tokens._note(ValueError("x"))
-    assert tokens._due == clock.time + entra.MOST_RETRY
-    assert tokens._refused_until == clock.time + entra.MOST_REFUSED
+        tokens._failed(ValueError("x"))
+    assert tokens._due == clock.time + entra.MAX_RETRY
+    assert tokens._refused_until == clock.time + entra.MAX_REFUSAL
 
 
 async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,8 +544,8 @@ async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, mon
     place.open.clear()
     with structlog.testing.capture_logs() as events, pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
-    assert raised.value.reason == "it took too long"
-    assert [(event["error"], event["reason"]) for event in events] == [("TimeoutError", "it took too long")]
+    assert raised.value.reason == "timeout"
+    assert [(event["error"], event["reason"]) for event in events] == [("TimeoutError", "timeout")]
 
 
 async def test_what_refuses_connections_is_a_failure(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
@@ -555,7 +555,7 @@ async def test_what_refuses_connections_is_a_failure(session: aiohttp.ClientSess
         await EntraTokens(identity, lambda: session).credential()
     assert events == [
         {
-            "event": "an Entra token cannot be had",
+            "event": "entra_token_fetch_failed",
             "log_level": "warning",
             "identity": "client_secret",
             "tenant": TENANT,
@@ -591,31 +591,31 @@ def bomb() -> web.StreamResponse:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (lambda: web.Response(text="<html>"), "no JSON object"),
-        (lambda: web.Response(body=b"\xff"), "no JSON object"),
-        (lambda: web.Response(), "no JSON object"),
-        (lambda: web.json_response([GOOD]), "no JSON object"),
-        (lambda: web.Response(text="[" * 60_000), "no JSON object"),
-        (lambda: web.json_response(GOOD, status=500), "answered with the status 500"),
-        (lambda: web.json_response(GOOD, status=203), "answered with the status 203"),
-        (huge, "answered with more than 65536 bytes"),
-        (bomb, "answered with more than 65536 bytes"),
+        (lambda: web.Response(text="<html>"), "without a JSON object"),
+        (lambda: web.Response(body=b"\xff"), "without a JSON object"),
+        (lambda: web.Response(), "without a JSON object"),
+        (lambda: web.json_response([GOOD]), "without a JSON object"),
+        (lambda: web.Response(text="[" * 60_000), "without a JSON object"),
+        (lambda: web.json_response(GOOD, status=500), "responded with status 500"),
+        (lambda: web.json_response(GOOD, status=203), "responded with status 203"),
+        (huge, "responded with more than 65536 bytes"),
+        (bomb, "responded with more than 65536 bytes"),
         (good(access_token=None), "no `access_token`"),
         (good(access_token=""), "no `access_token`"),
         (good(access_token=7), "no `access_token`"),
-        (good(access_token="eyJ.a\r\nx: y"), "cannot be a token"),
-        (good(access_token="eyJ.a.b" + "c" * 20_000), "cannot be a token"),
+        (good(access_token="eyJ.a\r\nx: y"), "or a malformed one"),
+        (good(access_token="eyJ.a.b" + "c" * 20_000), "or a malformed one"),
         (good(expires_in=None), "neither `expires_in` nor `expires_on`"),
-        (good(expires_in="soon"), "`expires_in` is no number"),
-        (good(expires_in=[3599]), "`expires_in` is no number"),
-        (good(expires_on="06/20/2019 02:57:58 +00:00"), "`expires_on` is no number"),
-        (good(expires_in=-1), "said to be good for -1 s"),
-        (good(expires_in=0), "said to be good for 0 s"),
-        (good(expires_in=10), "said to be good for 10 s"),
-        (good(expires_in="nan"), "said to be good for nan s"),
-        (good(expires_in="inf"), "said to be good for inf s"),
-        (good(expires_in=10**9), "said to be good for 1000000000 s"),
-        (good(expires_on=1), "is the clock right?"),
+        (good(expires_in="soon"), "`expires_in` in the response is not a number"),
+        (good(expires_in=[3599]), "`expires_in` in the response is not a number"),
+        (good(expires_on="06/20/2019 02:57:58 +00:00"), "`expires_on` in the response is not a number"),
+        (good(expires_in=-1), "an implausible lifetime of -1 s"),
+        (good(expires_in=0), "an implausible lifetime of 0 s"),
+        (good(expires_in=10), "an implausible lifetime of 10 s"),
+        (good(expires_in="nan"), "an implausible lifetime of nan s"),
+        (good(expires_in="inf"), "an implausible lifetime of inf s"),
+        (good(expires_in=10**9), "an implausible lifetime of 1000000000 s"),
+        (good(expires_on=1), "check the clock"),
     ],
 )
 async def test_what_is_no_sound_answer_is_a_failure(
@@ -625,8 +625,8 @@ async def test_what_is_no_sound_answer_is_a_failure(
     before = await tokens.credential()
     place.answer = answer
     with structlog.testing.capture_logs() as events:
-        await tokens._fetching.refresh()
-    assert tokens.at_hand() is before
+        await tokens._refresh.refresh()
+    assert tokens.current() is before
     (event,) = events
     assert reason in event["reason"]
     assert token("1") not in str(event)
@@ -647,7 +647,7 @@ async def test_a_redirect_is_not_followed(place: FakeEntra, tokens: EntraTokens)
     place.answer = lambda: web.Response(status=307, headers={"location": "/elsewhere"})
     with pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
-    assert "the status 307" in raised.value.reason
+    assert "status 307" in raised.value.reason
     assert [path for _, path, _, _ in place.asked] == [f"/{TENANT}/oauth2/v2.0/token"]
 
 
@@ -683,7 +683,7 @@ async def test_an_error_is_told_in_the_words_of_its_sender(
 
 async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> None:
     """And a secret at the place of the cut is gone before."""
-    url = f"{place.url}/{TENANT}/oauth2/v2.0/token answered with the status 400: "
+    url = f"{place.url}/{TENANT}/oauth2/v2.0/token responded with status 400: "
     filler = "x" * (entra.MAX_REASON - len(url) - 5)
     place.answer = lambda: web.json_response({"error": filler + SECRET + "y" * 1000}, status=400)
     with pytest.raises(TokenUnavailable) as raised:
@@ -722,17 +722,17 @@ async def test_a_token_is_told_by_nothing(
     place: FakeEntra, tokens: EntraTokens, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither by what keeps it nor by what is kept for a reload."""
-    kept: dict[str, Any] = {}
-    monkeypatch.setattr(tokens, "_kept", kept)
+    cache: dict[str, Any] = {}
+    monkeypatch.setattr(tokens, "_cache", cache)
     with structlog.testing.capture_logs() as events:
         found = await tokens.credential()
         clock.time += 3600
         place.status = 500
         with pytest.raises(TokenUnavailable):
             await tokens.credential()
-    assert len(events) == len(kept) == 1
-    assert found.value not in f"{found!r} {tokens!r} {kept!r} {events!r}"
-    assert SECRET not in repr(kept)
+    assert len(events) == len(cache) == 1
+    assert found.value not in f"{found!r} {tokens!r} {cache!r} {events!r}"
+    assert SECRET not in repr(cache)
 
 
 # -- reloads ------------------------------------------------------------------------------------------
@@ -740,19 +740,19 @@ async def test_a_token_is_told_by_nothing(
 
 async def test_a_token_outlives_a_reload(place: FakeEntra, session: aiohttp.ClientSession, clock: Clock) -> None:
     """The next one of an equal identity begins with the token at hand, and renews it when it was due."""
-    kept: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
     identity = dataclasses.replace(BY_SECRET, authority=place.url)
-    found = await EntraTokens(identity, lambda: session, clock=clock, kept=kept).credential()
-    again = EntraTokens(dataclasses.replace(identity), lambda: session, clock=clock, sleep=clock.sleep, kept=kept)
-    assert again.at_hand() is found
+    found = await EntraTokens(identity, lambda: session, clock=clock, cache=cache).credential()
+    again = EntraTokens(dataclasses.replace(identity), lambda: session, clock=clock, sleep=clock.sleep, cache=cache)
+    assert again.current() is found
     again.start()
     await clock.forward(3599 - entra.MARGIN - entra.AHEAD - 1)
     assert len(place.asked) == 1
     await clock.forward(1)
-    await until(lambda: name_of(again.at_hand()) == "2")
+    await until(lambda: name_of(again.current()) == "2")
     await again.stop()
     clock.time += 3600
-    assert EntraTokens(identity, lambda: session, clock=clock, kept=kept).at_hand() is None
+    assert EntraTokens(identity, lambda: session, clock=clock, cache=cache).current() is None
 
 
 @pytest.mark.parametrize(
@@ -774,9 +774,9 @@ async def test_another_identity_does_not_get_the_token(
     changed: dict[str, Any], session: aiohttp.ClientSession, clock: Clock, place: FakeEntra
 ) -> None:
     """Whatever is another about it, even if it is but the secret, which may be wrong."""
-    kept: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
     identity = dataclasses.replace(BY_SECRET, authority=place.url)
-    await EntraTokens(identity, lambda: session, clock=clock, kept=kept).credential()
-    assert EntraTokens(identity, lambda: session, clock=clock, kept=kept).at_hand()
+    await EntraTokens(identity, lambda: session, clock=clock, cache=cache).credential()
+    assert EntraTokens(identity, lambda: session, clock=clock, cache=cache).current()
     other = dataclasses.replace(identity, **changed)
-    assert EntraTokens(other, lambda: session, clock=clock, kept=kept).at_hand() is None
+    assert EntraTokens(other, lambda: session, clock=clock, cache=cache).current() is None
