@@ -1,4 +1,4 @@
-"""What is fetched in the background: one fetch at a time, for which whoever needs it waits."""
+"""Background refresh: one fetch at a time, and all callers wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway.auth.background_refresh import BackgroundRefresh
 
 
 class Slow:
-    """A fetch that takes until it is let go on; counts how many began, ended and were cancelled."""
+    """A fetch that waits for an event; counts the fetches that started, ended and were cancelled."""
 
     def __init__(self) -> None:
         self.begun = self.ended = self.cancelled = 0
@@ -27,7 +27,7 @@ class Slow:
 
 
 async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
-    """Who comes while it is under way begins none; who gives up waiting does not end it for the others."""
+    """A caller during a fetch starts no other; a cancelled caller does not cancel it for the others."""
     slow = Slow()
     refresh = BackgroundRefresh(slow, "keys")
     in_progress = [refresh.in_progress]
@@ -46,7 +46,7 @@ async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
 
 
 async def test_what_keeps_it_fresh_ends_with_it() -> None:
-    """And so does a fetch under way; to stop what never began is no mistake."""
+    """And so does the current fetch; stopping without a start is allowed."""
     slow = Slow()
     refresh = BackgroundRefresh(slow, "keys")
     await refresh.stop()

@@ -1,4 +1,4 @@
-"""Entra's tokens: what is asked for them, when they are fetched, and what becomes of one that cannot be had."""
+"""Entra tokens: their requests, the schedule of their refresh, and failed fetches."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ BY_SECRET = EntraIdentity("client_secret", TENANT, CLIENT, SECRET)
 
 
 def token(name: str) -> str:
-    """Return a token that can be told from others."""
+    """Return a token with a name."""
     return f"eyJhbGciOiJSUzI1NiJ9.{name}.c2lnbmF0dXJl"
 
 
 class Clock:
-    """A clock that a test puts forward, and the sleep that goes with it: as long as it stands, nobody wakes."""
+    """A clock that a test advances, and its sleep: while it does not advance, no sleep ends."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -57,7 +57,7 @@ class Clock:
         await woken
 
     async def forward(self, seconds: float) -> None:
-        """Let time pass for the one who sleeps, who does all that is to be done each time before it goes on."""
+        """Let time pass. After each sleep, the task does its work before time continues."""
         end = self.time + seconds
         await self._settle()
         while self._sleepers and self._sleepers[0][0] <= end:
@@ -73,7 +73,7 @@ class Clock:
 
 
 class FakeEntra:
-    """A place on loopback that gives out tokens named `1`, `2`, ...; all that it was asked is in `asked`.
+    """A server on loopback that issues tokens named `1`, `2`, ...; `asked` has all its requests.
 
     `said` is what an answer holds besides the token. With `answer`, that makes it. It waits for `open`.
     """
@@ -146,7 +146,7 @@ def name_of(found: Credential | None) -> str | None:
 
 
 async def test_an_application_shows_its_secret(place: FakeEntra, tokens: EntraTokens) -> None:
-    """In a form, as OAuth's client credentials; Azure is shown the answer's token as a bearer's."""
+    """In a form, as OAuth client credentials; Azure gets the token as a bearer token."""
     assert await tokens.credential() == Credential(token("1"), bearer=True)
     form = {
         "grant_type": "client_credentials",
@@ -195,7 +195,7 @@ async def test_a_workload_shows_its_federated_token_as_it_is_then(
 async def test_a_file_without_a_federated_token_is_a_failure(
     held: bytes | None, reason: str, place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    """Entra is not asked, and the log says which file it is."""
+    """Entra gets no request, and the log names the file."""
     file = tmp_path / "token"
     if held is not None:
         file.write_bytes(held)
@@ -215,7 +215,7 @@ async def test_a_file_without_a_federated_token_is_a_failure(
 async def test_a_virtual_machine_asks_its_metadata_service(
     client_id: str | None, named: dict[str, str], session: aiohttp.ClientSession
 ) -> None:
-    """At its one address, with the header that no forged request has."""
+    """At its fixed address, with the header that forged requests cannot have."""
     identity = EntraIdentity("managed_identity", client_id=client_id)
     query = {"api-version": "2018-02-01", "resource": "https://cognitiveservices.azure.com", **named}
     with aioresponses() as mocked:
@@ -233,7 +233,7 @@ async def test_a_virtual_machine_asks_its_metadata_service(
 async def test_app_service_has_an_endpoint_of_its_own(
     client_id: str | None, place: FakeEntra, session: aiohttp.ClientSession, clock: Clock
 ) -> None:
-    """And a header that only the app knows; its answers say nothing but when the token ends."""
+    """With a header that only the app knows; its responses have only the expiry time."""
     place.said = {"expires_on": "5000", "resource": "x", "token_type": "Bearer"}
     identity = EntraIdentity(
         "managed_identity", client_id=client_id, endpoint=place.url + "/msi/token", endpoint_header=HEADER
@@ -256,7 +256,7 @@ async def test_app_service_has_an_endpoint_of_its_own(
 async def test_other_clouds_have_other_authorities_and_scopes(
     authority: str, scope: str, session: aiohttp.ClientSession
 ) -> None:
-    """Both are as configured, and nothing else is asked."""
+    """Both are configurable."""
     identity = dataclasses.replace(BY_SECRET, authority=authority, scope=scope)
     url = f"{authority.rstrip('/')}/{TENANT}/oauth2/v2.0/token"
     with aioresponses() as mocked:
@@ -279,14 +279,14 @@ async def test_other_clouds_have_other_authorities_and_scopes(
 async def test_a_managed_identity_is_asked_for_a_resource(
     scope: str, resource: str, place: FakeEntra, session: aiohttp.ClientSession
 ) -> None:
-    """It is the scope without its `/.default`; a slash before that belongs to it."""
+    """It is the scope without `/.default`; a slash before that belongs to it."""
     identity = EntraIdentity("managed_identity", scope=scope, endpoint=place.url)
     await EntraTokens(identity, lambda: session).credential()
     assert place.asked[0][2]["resource"] == resource
 
 
 async def test_no_proxy_of_the_environment_is_used(place: FakeEntra, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the session that the gateway has for it: the metadata service must be asked by the machine itself."""
+    """The session uses none: requests to the metadata service must come from the machine itself."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -303,7 +303,7 @@ async def test_no_proxy_of_the_environment_is_used(place: FakeEntra, monkeypatch
 async def test_a_token_is_kept_until_shortly_before_its_end(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """One fetch is for all requests until then, and the next one is for those after it."""
+    """One fetch serves all requests until then."""
     assert tokens.current() is None
     first = await tokens.credential()
     clock.time += 3599 - entra.MARGIN - 1
@@ -319,7 +319,7 @@ async def test_a_token_is_kept_until_shortly_before_its_end(
 async def test_a_token_s_time_counts_from_when_it_was_asked_for(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """An answer that was long on its way has lost that time."""
+    """The time of a slow response reduces the lifetime."""
     place.open.clear()
     asking = asyncio.create_task(tokens.credential())
     await until(lambda: place.asked)
@@ -346,7 +346,7 @@ async def test_a_token_s_time_counts_from_when_it_was_asked_for(
 async def test_the_sooner_of_two_ends_holds(
     said: dict[str, Any], end: float, place: FakeEntra, session: aiohttp.ClientSession, clock: Clock
 ) -> None:
-    """Seconds may be written as text, from the answer on or since the epoch."""
+    """Seconds can be text, relative or since the epoch."""
     place.said = said
     identity = EntraIdentity("managed_identity", endpoint=place.url)
     tokens = EntraTokens(identity, lambda: session, clock=clock, now=lambda: 5000.0)
@@ -374,7 +374,7 @@ async def test_the_sooner_of_two_ends_holds(
 async def test_the_next_one_is_fetched_ahead(
     said: dict[str, Any], at: float, place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """In the background and once: at the time that the answer advises, at half a short one's, else minutes ahead."""
+    """Once, in the background: at the advised time, after half of a short lifetime, or else minutes ahead."""
     place.said = said
     tokens.start()
     await until(tokens.current)
@@ -386,7 +386,7 @@ async def test_the_next_one_is_fetched_ahead(
 
 
 async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """Neither is one that is under way."""
+    """Nor does the current fetch continue."""
     place.open.clear()
     tokens.start()
     asking = asyncio.create_task(tokens.credential())
@@ -403,7 +403,7 @@ async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraToken
 
 
 async def test_requests_do_not_wait_for_a_renewal(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """While the next token is slow to come, the one at hand is used."""
+    """The current token is used while the next one is slow to arrive."""
     tokens.start()
     first = await tokens.credential()
     place.open.clear()
@@ -416,7 +416,7 @@ async def test_requests_do_not_wait_for_a_renewal(place: FakeEntra, tokens: Entr
 
 
 async def test_a_herd_of_requests_makes_one_fetch(place: FakeEntra, tokens: EntraTokens) -> None:
-    """Of 200 at once, all get its token; and one that gives up fails no other, not even the first."""
+    """All of 200 concurrent callers get its token; a cancelled one fails no other, not even if it was the first."""
     place.open.clear()
     asking = [asyncio.create_task(tokens.credential()) for _ in range(200)]
     await until(lambda: place.asked)
@@ -430,7 +430,7 @@ async def test_a_herd_of_requests_makes_one_fetch(place: FakeEntra, tokens: Entr
 
 
 async def test_a_request_s_short_token_is_renewed_in_time(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """The background has waited for a later moment, after a row of failures, but it looks again."""
+    """The schedule had a long backoff after several failures, but it notices the earlier expiry."""
     place.status = 500
     tokens.start()
     await clock.forward(200)
@@ -445,7 +445,7 @@ async def test_a_request_s_short_token_is_renewed_in_time(place: FakeEntra, toke
 
 
 async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """The log says for how long, at each try; then requests are told when to come again, and at last it recovers."""
+    """Each failure logs for how long; then requests get Retry-After, and finally it recovers."""
     tokens.start()
     first = await tokens.credential()
     place.status = 503
@@ -472,7 +472,7 @@ async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: E
 
 
 async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """After 10 s, 20 s, ..., and then every five minutes, without any request; one that succeeds ends that."""
+    """After 10 s, 20 s, ..., and then every five minutes, without any request, until one succeeds."""
     place.status = 500
     tokens.start()
     for tries, wait in enumerate((10, 20, 40, 80, 160, 300, 300), 1):
@@ -495,7 +495,7 @@ async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: Entra
 async def test_a_herd_is_told_at_once_when_a_fetch_has_failed(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """For a second, and for longer after each failure in a row, no request makes another one."""
+    """For a second, and longer after each further failure, no request fetches."""
     place.status = 401
     for failures, seconds in enumerate((1, 2, 4, 8, 10, 10), 1):
         for _ in range(20):
@@ -513,7 +513,7 @@ async def test_a_herd_is_told_at_once_when_a_fetch_has_failed(
 
 
 async def test_a_request_waits_for_a_try_that_is_under_way(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """Rather than be told of the failures before it."""
+    """Instead of failing because of earlier failures."""
     place.status = 500
     tokens.start()
     await clock.forward(29)
@@ -529,7 +529,7 @@ async def test_a_request_waits_for_a_try_that_is_under_way(place: FakeEntra, tok
 
 
 async def test_after_very_many_failures_it_still_tries(tokens: EntraTokens, clock: Clock) -> None:
-    """The times between grow to a bound, and no number overflows."""
+    """The backoff has a maximum, and no number overflows."""
     tokens._failures = 5000
     with structlog.testing.capture_logs():
         tokens._failed(ValueError("x"))
@@ -538,7 +538,7 @@ async def test_after_very_many_failures_it_still_tries(tokens: EntraTokens, cloc
 
 
 async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a time that a client can wait: where there is no metadata service nothing answers."""
+    """After a time that a client can wait: without a metadata service nothing responds."""
     assert entra.TIMEOUT == 5
     monkeypatch.setattr(entra, "TIMEOUT", 0.05)
     place.open.clear()
@@ -549,7 +549,7 @@ async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, mon
 
 
 async def test_what_refuses_connections_is_a_failure(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
-    """One that is logged, with what is known of the identity."""
+    """It is logged with the details of the identity."""
     identity = dataclasses.replace(BY_SECRET, authority=f"http://127.0.0.1:{unused_tcp_port}")
     with structlog.testing.capture_logs() as events, pytest.raises(TokenUnavailable):
         await EntraTokens(identity, lambda: session).credential()
@@ -572,7 +572,7 @@ GOOD = {"access_token": token("1"), "expires_in": 3599}
 
 
 def good(**changed: Any) -> Callable[[], web.StreamResponse]:
-    """Return what makes a good answer with some of it changed, or, where it is None, left out."""
+    """Return a function that makes a valid response with changed fields; None removes a field."""
     said = {name: value for name, value in (GOOD | changed).items() if value is not None}
     return lambda: web.json_response(said)
 
@@ -621,7 +621,7 @@ def bomb() -> web.StreamResponse:
 async def test_what_is_no_sound_answer_is_a_failure(
     answer: Callable[[], web.StreamResponse], reason: str, place: FakeEntra, tokens: EntraTokens
 ) -> None:
-    """It is told why, in one line without the token, and the token before it stays."""
+    """The reason is one line without the token, and the current token stays."""
     before = await tokens.credential()
     place.answer = answer
     with structlog.testing.capture_logs() as events:
@@ -637,13 +637,13 @@ async def test_what_is_no_sound_answer_is_a_failure(
 
 
 async def test_the_soundest_answers_are_taken(place: FakeEntra, tokens: EntraTokens) -> None:
-    """What the failures above are made of is good as long as nothing is wrong with it."""
+    """The base of the failures above is valid."""
     place.answer = good()
     assert (await tokens.credential()).value == token("1")
 
 
 async def test_a_redirect_is_not_followed(place: FakeEntra, tokens: EntraTokens) -> None:
-    """The secret would go along; no other place is asked."""
+    """A redirect would carry the secret to another server."""
     place.answer = lambda: web.Response(status=307, headers={"location": "/elsewhere"})
     with pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
@@ -674,7 +674,7 @@ async def test_a_redirect_is_not_followed(place: FakeEntra, tokens: EntraTokens)
 async def test_an_error_is_told_in_the_words_of_its_sender(
     said: Any, reason: str, place: FakeEntra, tokens: EntraTokens
 ) -> None:
-    """Entra's, the metadata service's and App Service's, in one line."""
+    """Of Entra, the metadata service and App Service, in one line."""
     place.answer = lambda: web.json_response(said, status=400)
     with pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
@@ -682,7 +682,7 @@ async def test_an_error_is_told_in_the_words_of_its_sender(
 
 
 async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> None:
-    """And a secret at the place of the cut is gone before."""
+    """And a secret at the end of the truncated text is redacted first."""
     url = f"{place.url}/{TENANT}/oauth2/v2.0/token responded with status 400: "
     filler = "x" * (entra.MAX_REASON - len(url) - 5)
     place.answer = lambda: web.json_response({"error": filler + SECRET + "y" * 1000}, status=400)
@@ -696,7 +696,7 @@ async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> Non
 
 
 async def test_no_secret_is_told(place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """Not where what was asked tells all that it was sent, as text or as a form has it; and not in a repr."""
+    """Not if the server echoes the request, as text or form-encoded; and not in a repr."""
     file = tmp_path / "token"
     file.write_text(ASSERTION)
     identities = (
@@ -721,7 +721,7 @@ async def test_no_secret_is_told(place: FakeEntra, session: aiohttp.ClientSessio
 async def test_a_token_is_told_by_nothing(
     place: FakeEntra, tokens: EntraTokens, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by what keeps it nor by what is kept for a reload."""
+    """Neither by the object nor by the cache for reloads."""
     cache: dict[str, Any] = {}
     monkeypatch.setattr(tokens, "_cache", cache)
     with structlog.testing.capture_logs() as events:
@@ -739,7 +739,7 @@ async def test_a_token_is_told_by_nothing(
 
 
 async def test_a_token_outlives_a_reload(place: FakeEntra, session: aiohttp.ClientSession, clock: Clock) -> None:
-    """The next one of an equal identity begins with the token at hand, and renews it when it was due."""
+    """The next object of an equal identity starts with the current token, and refreshes it when it is due."""
     cache: dict[str, Any] = {}
     identity = dataclasses.replace(BY_SECRET, authority=place.url)
     found = await EntraTokens(identity, lambda: session, clock=clock, cache=cache).credential()
@@ -773,7 +773,7 @@ async def test_a_token_outlives_a_reload(place: FakeEntra, session: aiohttp.Clie
 async def test_another_identity_does_not_get_the_token(
     changed: dict[str, Any], session: aiohttp.ClientSession, clock: Clock, place: FakeEntra
 ) -> None:
-    """Whatever is another about it, even if it is but the secret, which may be wrong."""
+    """Any difference matters, even if it is only the secret, which may be wrong."""
     cache: dict[str, Any] = {}
     identity = dataclasses.replace(BY_SECRET, authority=place.url)
     await EntraTokens(identity, lambda: session, clock=clock, cache=cache).credential()

@@ -1,4 +1,4 @@
-"""An issuer's keys: fetched in the background, kept while it is down, and changed when it changes them."""
+"""The keys of an issuer: fetched in the background, kept during an outage, and rotated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = "https://keys.example.com/all"
 
 
 class Clock:
-    """A clock that a test puts forward."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -74,7 +74,7 @@ async def test_the_metadata_says_where_the_keys_are(session: aiohttp.ClientSessi
 
 @pytest.mark.usefixtures("aioresponses_314")
 async def test_keys_whose_url_is_configured_need_no_metadata(session: aiohttp.ClientSession) -> None:
-    """The metadata is not asked for."""
+    """The metadata is not fetched."""
     with aioresponses() as mocked:
         mocked.get(KEYS, payload={"keys": [jwk(rsa_key("first"), "first")]})
         assert await IssuerKeys(ISSUER, KEYS, lambda: session).find("first") is not None
@@ -96,7 +96,7 @@ async def test_keys_whose_url_is_configured_need_no_metadata(session: aiohttp.Cl
     ],
 )
 async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session: aiohttp.ClientSession) -> None:
-    """Nor one that leads to keys over plain HTTP, or to none."""
+    """Nor metadata with keys over plain HTTP, or without keys."""
     with aioresponses() as mocked:
         mocked.get(METADATA, payload=metadata)
         for url in (KEYS, "http://keys.example.com/all"):
@@ -125,7 +125,7 @@ async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session
     ],
 )
 def test_only_loopback_may_do_without_tls(url: str, sound: bool) -> None:
-    """Whoever stood between could hand out keys of their own."""
+    """An attacker on the network could replace the keys."""
     assert (url_problem(url) is None) == sound
 
 
@@ -170,7 +170,7 @@ def failing(_: web.Request) -> web.StreamResponse:
 async def test_what_is_no_sound_answer_is_not_used(
     answer: Any, issuer: FakeIssuer, session: aiohttp.ClientSession
 ) -> None:
-    """A redirect is not followed, and no more is read than a set of keys can have."""
+    """A redirect is not followed, and a response that is too large for keys is not read to its end."""
     issuer.answer = answer
     keys = IssuerKeys(issuer.url, issuer.url + "/keys", lambda: session)
     with structlog.testing.capture_logs() as events, pytest.raises(KeysUnavailable):
@@ -195,7 +195,7 @@ async def test_an_issuer_that_hangs_is_given_up(
 async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
-    """Then there are none, and the log has said all the while for how long there will be."""
+    """Then there are none, and the log has said for how long they stay valid."""
     assert await keys.find("first") is not None
     issuer.status = 503
     clock.time += 23 * 3600
@@ -221,7 +221,7 @@ async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
 async def test_they_are_fetched_at_start_and_ahead(
     issuer: FakeIssuer, keys: IssuerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the background, again and again: a key that is gone is gone without a token that asks."""
+    """Regularly in the background: a removed key becomes invalid even without a request."""
     monkeypatch.setattr(jwks, "REFRESH_INTERVAL", 0.01)
     keys.start()
     await until(lambda: keys.get("first"))
@@ -237,7 +237,7 @@ async def test_they_are_fetched_at_start_and_ahead(
 async def test_after_a_failure_they_are_fetched_sooner(
     issuer: FakeIssuer, keys: IssuerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An issuer that was down at the start is there when it is back, long before the next regular time."""
+    """After an outage at the start, keys are fetched as soon as the issuer is back, before the next regular refresh."""
     monkeypatch.setattr(jwks, "MIN_RETRY", 0.01)
     issuer.status = 500
     keys.start()
@@ -248,7 +248,7 @@ async def test_after_a_failure_they_are_fetched_sooner(
 
 
 async def test_a_key_that_is_not_known_yet_is_fetched_at_once(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """So that a rotation fails nobody; the old key is no longer good if the issuer has taken it away."""
+    """So that a rotation fails no request; the old key is invalid if the issuer has removed it."""
     await keys._refresh.refresh()
     issuer.rotate("second", keep=True)
     assert await keys.find("second") is not None
@@ -262,7 +262,7 @@ async def test_a_key_that_is_not_known_yet_is_fetched_at_once(issuer: FakeIssuer
 async def test_made_up_names_of_keys_are_no_requests_to_the_issuer(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
-    """One fetch in half a minute, whatever names are asked for."""
+    """One fetch per half a minute, whatever the key ids are."""
     await keys._refresh.refresh()
     for number in range(50):
         assert await keys.find(f"made-up-{number}") is None
@@ -273,7 +273,7 @@ async def test_made_up_names_of_keys_are_no_requests_to_the_issuer(
 
 
 async def test_a_herd_of_requests_makes_one_fetch(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """Of 200 that ask for an unknown key at once, all get it from one; and one that gives up fails no other."""
+    """All of 200 concurrent callers get the key from one fetch; a cancelled one fails no other."""
     issuer.delay = 0.02
     asking = [asyncio.create_task(keys.find("first")) for _ in range(200)]
     await until(lambda: issuer.asked)
@@ -287,7 +287,7 @@ async def test_a_herd_of_requests_makes_one_fetch(issuer: FakeIssuer, keys: Issu
 async def test_an_issuer_that_is_down_is_not_asked_by_each_request(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
-    """Those between two tries are told at once, with the time when to come again."""
+    """Requests between two tries fail at once, with the time to retry."""
     issuer.status = 500
     for _ in range(20):
         with pytest.raises(KeysUnavailable) as raised:
@@ -297,7 +297,7 @@ async def test_an_issuer_that_is_down_is_not_asked_by_each_request(
 
 
 async def test_keys_outlive_a_reload(issuer: FakeIssuer, session: aiohttp.ClientSession) -> None:
-    """The next set of issuers begins with what was fetched, but not from another place."""
+    """The next object starts with the cached keys, but not with those of another URL."""
     cache: dict[str, Any] = {}
     first = IssuerKeys(issuer.url, None, lambda: session, cache=cache)
     found = await first.find("first")
@@ -306,7 +306,7 @@ async def test_keys_outlive_a_reload(issuer: FakeIssuer, session: aiohttp.Client
 
 
 async def test_a_key_that_has_not_changed_stays_the_same(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """The same object, since tokens judged by it are known by it; another key of its name is another."""
+    """It stays the same object, which verified tokens refer to; another key with the same id is another object."""
     before = await keys.find("first")
     await keys._refresh.refresh()
     assert keys.get("first") is before
@@ -316,7 +316,7 @@ async def test_a_key_that_has_not_changed_stays_the_same(issuer: FakeIssuer, key
 
 
 async def test_an_issuer_without_any_usable_key_has_none(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """It has taken all of them away; a warning says so."""
+    """A warning says that the issuer has removed all keys."""
     await keys.find("first")
     issuer.jwks = {"keys": []}
     with structlog.testing.capture_logs() as events:
@@ -385,7 +385,7 @@ def _private() -> dict[str, Any]:
     ],
 )
 async def test_what_signs_no_tokens_is_left_out(made: Any, issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """And the others in the set are good all the same."""
+    """And the others in the set stay valid."""
     assert signing_key(made) is None
     issuer.jwks = {"keys": [made, *issuer.jwks["keys"]]}
     assert await keys.find("first") is not None

@@ -1,4 +1,4 @@
-"""Who a client is by its token: what makes one good, whose team it leads to, and what is told of one that is not."""
+"""Tokens of clients: their verification, the team of a token, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.issuer import AUDIENCE, FakeIssuer, claims_of, ec_key, jwk, rsa_key
 
 
 class Time:
-    """A clock that a test puts forward, of both kinds."""
+    """A clock that a test advances, monotonic and wall clock."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -78,7 +78,7 @@ def part(data: bytes) -> str:
 
 
 def made(header: Any, claims: Any, signature: bytes = b"signature") -> str:
-    """Return a token with any header, which the library would not make."""
+    """Return a token with any header, also one that the library would not make."""
     return ".".join(map(part, (json.dumps(header).encode(), json.dumps(claims).encode(), signature)))
 
 
@@ -90,7 +90,7 @@ HEAD = part(b'{"alg": "RS256", "kid": "first"}')
 
 @pytest.mark.parametrize("algorithm", ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"])
 async def test_a_token_that_the_issuer_signed_is_good(algorithm: str, issuers: Issuers, issuer: FakeIssuer) -> None:
-    """It says who its bearer is: the object id, and all that the issuer claims."""
+    """It identifies its bearer: the object id, and all claims."""
     verification = await verified(issuers, issuer.token(algorithm=algorithm))
     assert (verification.reason, verification.retry_after) == (None, None)
     assert verification.identity is not None
@@ -142,14 +142,14 @@ async def test_elliptic_curves_do_as_well(
 async def test_what_a_token_must_say(
     changed: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer
 ) -> None:
-    """Who made it, for whom, and until when; the log gets the reason, and no key is asked for in vain."""
+    """Issuer, audience and times; the log gets the reason, and no keys are fetched in vain."""
     token = made({"alg": "RS256", "kid": "first"}, claims_of(issuer.url, **changed))
     assert await verified(issuers, token) == TokenVerification(reason=reason)
     assert not issuer.asked
 
 
 async def test_exp_infinite_or_no_number_is_malformed(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """Python's own reader of JSON takes NaN, and nothing is later than that."""
+    """Python's JSON decoder accepts NaN, and no time is later than that."""
     for number in ("NaN", "Infinity", "1e999"):
         claims = json.dumps(claims_of(issuer.url, exp="EXP")).replace('"EXP"', number)
         token = f"{HEAD}.{part(claims.encode())}.AAAA"
@@ -157,7 +157,7 @@ async def test_exp_infinite_or_no_number_is_malformed(issuers: Issuers, issuer: 
 
 
 async def test_clocks_may_differ_by_the_leeway(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """A minute, unless it is configured otherwise; and an audience may be one of several."""
+    """A minute by default; and an audience can be one of several."""
     now = int(time.time())
     good: list[dict[str, Any]] = [{"exp": now - 50}, {"nbf": now + 50}, {"iat": now + 50}, {"aud": ["x", "other"]}]
     bad: list[dict[str, Any]] = [{"exp": now - 61}, {"nbf": now + 70}, {"iat": now + 70}]
@@ -170,7 +170,7 @@ async def test_clocks_may_differ_by_the_leeway(issuers: Issuers, issuer: FakeIss
 async def test_the_claim_that_names_the_caller_can_be_chosen(
     issuer: FakeIssuer, session: aiohttp.ClientSession
 ) -> None:
-    """Without `oid` it is `sub`; one that is configured has to be there."""
+    """Without `oid` it is `sub`; a configured claim is required."""
     for chosen, changed, caller in (
         (None, {"oid": None}, "sub-ann"),
         ("azp", {"azp": "app-1"}, "app-1"),
@@ -185,7 +185,7 @@ async def test_the_claim_that_names_the_caller_can_be_chosen(
 
 
 def forged_with_the_public_key(issuer: FakeIssuer, algorithm: str = "HS256") -> str:
-    """Return a token whose signature is right if the public key is taken for a shared secret."""
+    """Return a token whose signature is valid if the public key is used as a shared secret."""
     import hmac
 
     pem = (
@@ -210,7 +210,7 @@ async def test_a_public_key_is_no_secret(issuers: Issuers, issuer: FakeIssuer) -
     "algorithm", ["none", "None", "NONE", "", "HS256", "HS512", "EdDSA", "ES256K", None, ["RS256"]]
 )
 async def test_only_signatures_by_a_key_pair_count(algorithm: Any, issuers: Issuers, issuer: FakeIssuer) -> None:
-    """No signature at all is none, however it is written, with and without something in its place."""
+    """`none` is rejected in any spelling, with or without a signature."""
     for signature in (b"", b"x"):
         token = made({"alg": algorithm, "kid": "first", "typ": "JWT"}, claims_of(issuer.url), signature)
         assert (await verified(issuers, token)).reason == "token with an unsupported algorithm"
@@ -226,7 +226,7 @@ async def test_a_key_is_good_for_its_own_algorithm_alone(issuers: Issuers, issue
 
 
 async def test_a_changed_token_is_not_good(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """Neither with other claims, nor another header, nor another signature."""
+    """Changed claims, headers or signatures are detected."""
     head, claims, signature = issuer.token().split(".")
     other = issuer.token(roles=["admin"])
     for token in (
@@ -240,7 +240,7 @@ async def test_a_changed_token_is_not_good(issuers: Issuers, issuer: FakeIssuer)
 
 
 async def test_a_key_that_the_token_brings_along_is_not_used(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """`jwk`, `jku`, `x5u` and `x5c` in its header mean nothing: no URL of a client's is ever asked."""
+    """`jwk`, `jku`, `x5u` and `x5c` in the header are ignored: no URL of a client is ever fetched."""
     good = issuer.jwks
     issuer.key = rsa_key("attacker")
     issuer.jwks = good
@@ -265,7 +265,7 @@ async def test_a_key_that_the_token_brings_along_is_not_used(issuers: Issuers, i
 async def test_what_a_header_must_say(
     header: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer
 ) -> None:
-    """Which key; and nothing that one would have to understand."""
+    """A key id, and no critical extension."""
     token = made({"alg": "RS256", "kid": "first", **header}, claims_of(issuer.url))
     assert (await verified(issuers, token)).reason == reason
 
@@ -283,13 +283,13 @@ async def test_what_a_header_must_say(
     ],
 )
 async def test_garbage_is_only_garbage(token: str, issuers: Issuers) -> None:
-    """Whatever looks like a token from afar."""
+    """Malformed tokens are rejected."""
     assert (await verified(issuers, token)).identity is None
 
 
 @given(header=st.binary(max_size=40), claims=st.binary(max_size=40), signature=st.binary(max_size=10))
 def test_no_garbage_breaks_anything(header: bytes, claims: bytes, signature: bytes) -> None:
-    """Any three parts of bytes are judged, to be nobody's."""
+    """Any three parts of bytes are rejected without an error."""
     issuers = Issuers([Issuer("https://x.example.com", ("a",))], aiohttp.ClientSession)
     for head in (header, b'{"a' + header, b'{"a": "' + header + b'"}'):
         token = ".".join(map(part, (head, claims, signature)))
@@ -310,12 +310,12 @@ def test_no_garbage_breaks_anything(header: bytes, claims: bytes, signature: byt
     ],
 )
 async def test_what_presents_no_token_is_not_judged(headers: dict[str, str], issuers: Issuers) -> None:
-    """A key is none, nor is what cannot be a key: that is for the stage that asks for one to refuse."""
+    """A key is no token, and neither is a malformed key: the stage that needs a key rejects it."""
     assert await issuers.verify(Headers(headers)) is None
 
 
 async def test_a_browser_s_websocket_may_present_one(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """As the subprotocol in which it presents keys."""
+    """As the subprotocol for keys."""
     headers = Headers({"Sec-WebSocket-Protocol": f"realtime, openai-insecure-api-key.{issuer.token()}"})
     verification = await issuers.verify(headers)
     assert verification is not None
@@ -328,7 +328,7 @@ async def test_a_browser_s_websocket_may_present_one(issuers: Issuers, issuer: F
 async def test_a_known_token_is_one_look_up(
     issuers: Issuers, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its signature is not checked again; until it expires."""
+    """Its signature is not verified again until it expires."""
     token = issuer.token(exp=int(time.time()) + 100)
     first = await verified(issuers, token)
     monkeypatch.setattr(issuers, "_verify", None)
@@ -336,7 +336,7 @@ async def test_a_known_token_is_one_look_up(
 
 
 async def test_a_known_token_expires(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
-    """To the second at which it would not have been taken anew."""
+    """To the second."""
     token = issuer.token(exp=int(time.time()) + 100)
     passing.passed = 150
     assert (await verified(issuers, token)).identity is not None
@@ -345,7 +345,7 @@ async def test_a_known_token_expires(issuers: Issuers, issuer: FakeIssuer, passi
 
 
 async def test_a_known_token_is_as_good_as_its_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
-    """After a rotation a token of the new key is good at once; the old one's is no longer, known or not."""
+    """After a rotation a token with the new key is valid at once; one with the old key is not, cached or not."""
     old = issuer.token()
     assert (await verified(issuers, old)).identity is not None
     issuer.rotate("second", keep=True)
@@ -359,7 +359,7 @@ async def test_a_known_token_is_as_good_as_its_key(issuers: Issuers, issuer: Fak
 
 
 async def test_another_key_of_the_same_name_is_another_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
-    """A known token is none of its."""
+    """A cached token is not accepted with the new key."""
     old = issuer.token()
     assert (await verified(issuers, old)).identity is not None
     issuer.key = rsa_key("another")
@@ -373,7 +373,7 @@ async def test_another_key_of_the_same_name_is_another_key(issuers: Issuers, iss
 async def test_only_so_many_tokens_are_remembered(
     issuers: Issuers, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that was not seen for longest is forgotten first."""
+    """The least recently used one is dropped first."""
     monkeypatch.setattr("gateway.auth.oidc._MAX_CACHED", 3)
     tokens = [issuer.token(jti=str(number)) for number in range(4)]
     for token in (*tokens[:3], tokens[0], tokens[3]):
@@ -382,7 +382,7 @@ async def test_only_so_many_tokens_are_remembered(
 
 
 async def test_a_token_is_not_judged_while_its_issuer_is_down(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """It may well be good; what can be told to be wrong without a key is wrong all the same."""
+    """It may be valid; a token that is invalid without looking at its signature is still rejected."""
     issuer.status = 500
     verification = await verified(issuers, issuer.token())
     assert verification.identity is None
@@ -392,7 +392,7 @@ async def test_a_token_is_not_judged_while_its_issuer_is_down(issuers: Issuers, 
 
 
 async def test_each_issuer_has_its_own_keys_and_audience(session: aiohttp.ClientSession) -> None:
-    """A token is judged by those of the one that it names, never by another's."""
+    """A token is verified with the keys of its issuer, never with those of another."""
     async with FakeIssuer() as one, FakeIssuer() as two:
         two.rotate("second")
         issuers = Issuers([Issuer(one.url, ("a",)), Issuer(two.url, ("b",))], lambda: session)
@@ -449,7 +449,7 @@ CLAIMS: dict[str, Any] = {
     ],
 )
 def test_claims_that_a_team_wants(wanted: dict[str, list[str]], has: bool) -> None:
-    """All that it names, each with one of its values, to the letter; scopes are words of one text."""
+    """All required claims, each with one of its values, exactly; scopes are a space-separated list."""
     assert Identity(CLAIMS, "ann").has(wanted) == has
 
 
@@ -492,7 +492,7 @@ async def gateway(start_gateway: StartGateway, azure: FakeAzure, issuer: FakeIss
 async def test_the_claims_say_whose_it_is(
     path: str, claims: dict[str, Any], team: str, gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer
 ) -> None:
-    """The first team, in the order of the files, whose claims a token has; Azure is shown the resource's key."""
+    """The first team, in the order of the files, whose claims a token has; Azure gets the key of the resource."""
     async with gateway.post(f"{path}/chat/completions", BODY, key=issuer.token(**claims)) as answer:
         assert answer.status == 200, await answer.text()
     assert azure.requests[0].path.split("/")[3] == team
@@ -503,7 +503,7 @@ async def test_the_claims_say_whose_it_is(
 
 
 async def test_every_wrong_token_is_the_same_401(gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer) -> None:
-    """As every wrong key is; the reason is in the log event, and nothing of a token or its claims is but the caller."""
+    """As with every wrong key; the log event has the reason, and of the token only the caller."""
     tokens = [
         ("/v1", issuer.token(exp=1), "expired token", None),
         ("/v1", issuer.token(aud="x"), "token for another audience", None),
@@ -540,7 +540,7 @@ async def test_keys_and_tokens_live_side_by_side(gateway: Gateway) -> None:
 async def test_an_issuer_that_is_down_is_a_503(
     start_gateway: StartGateway, azure: FakeAzure, issuer: FakeIssuer
 ) -> None:
-    """The gateway starts without it; tokens that it could have signed may come again, keys and others do not wait."""
+    """The gateway starts without it; its tokens get 503 with Retry-After, keys and other tokens do not wait."""
     issuer.status = 500
     azure.deployments, azure.api_key = ("path",), "stored-key"
     gateway = await start_gateway(azure.endpoint, YAML, FILES, env={"ISSUER": issuer.url})
@@ -558,7 +558,7 @@ async def test_an_issuer_that_is_down_is_a_503(
 
 
 async def test_an_issuer_that_goes_down_later_is_not_noticed(gateway: Gateway, issuer: FakeIssuer) -> None:
-    """The keys that were fetched go on being good, for tokens that were never seen before as well."""
+    """The cached keys stay valid, also for new tokens."""
     await until(lambda: issuer.fetches)
     async with gateway.post(json=BODY, key=issuer.token(roles=["sales"])) as answer:
         assert answer.status == 200
@@ -611,7 +611,7 @@ async def test_a_herd_of_tokens_makes_one_fetch(gateway: Gateway, issuer: FakeIs
 
 
 async def test_a_gateway_without_identity_judges_nothing(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A token is a key like any other then."""
+    """A token is treated like any key."""
     yaml = f"""
 resources: {{azure: {{endpoint: "${{ENDPOINT}}", api_key: stored-key}}}}
 match: {{keys: ["{key_digest("K")}"]}}
@@ -629,7 +629,7 @@ pipeline: [access_log, auth_keys, model_map, api_version]
 
 
 def test_the_library_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not installed, `identity:` is a mistake with its place, and says how to install it."""
+    """If it is not installed, `identity:` is a mistake with file and line that says how to install it."""
     monkeypatch.setattr(config_identity, "find_spec", lambda name: None)
     yaml = YAML.replace("${ISSUER}", "https://login.example.com").replace("${ENDPOINT}", "https://x.openai.azure.com")
     with pytest.raises(ConfigError) as raised:
@@ -640,7 +640,7 @@ def test_the_library_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_library_is_loaded_only_where_it_is_used() -> None:
-    """No start without `identity:` pays for it."""
+    """A start without `identity:` does not import it."""
     import subprocess
     import sys
 
@@ -649,7 +649,7 @@ def test_the_library_is_loaded_only_where_it_is_used() -> None:
 
 
 async def test_asking_for_an_identity_that_cannot_be_judged_is_an_error() -> None:
-    """So that no stage of anybody's takes it for nobody's: it could not tell the client to come again."""
+    """Otherwise a stage could treat it as no identity, and the client would not learn to retry."""
     from gateway.testing import running
 
     async with running() as run:

@@ -1,4 +1,4 @@
-"""Counters: what may be used, whoever counts it, beside a slow and exact model of it."""
+"""All stores of counters on this machine, compared to a slow and exact model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ EVENTS = st.lists(
 
 
 async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool) -> None:
-    """Let events happen to counters and to the model, and compare what they say."""
+    """Replay events on the counters and on the model, and compare the results."""
     model = Model()
     taken: list[tuple[Decision, list[Any]]] = []
     told = list(range(len(LIMITS)))
@@ -120,14 +120,14 @@ async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool
 
 @given(EVENTS)
 def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
-    """What is settled in the order in which it was taken is counted exactly."""
+    """Charges that are settled in the order of the takes count exactly."""
     clock = Clock()
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=True))
 
 
 @given(EVENTS)
 def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
-    """What is settled in any other order may give back less than it could, and never more."""
+    """Charges that are settled in another order may give back less, never more."""
     clock = Clock()
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=False))
 
@@ -150,7 +150,7 @@ def test_as_the_exact_model_says_among_workers(events: list[Any], in_order: bool
     st.lists(st.tuples(st.integers(0, 64 * 20), st.integers(1, 30), st.floats(0, 1), st.integers(0, 3)), max_size=80),
 )
 def test_what_is_used_never_passes_the_limit(limit: Limit, uses: list[tuple[int, int, float, int]]) -> None:
-    """In no time is more used than the burst and what the rate gives in it, if no use was more than its estimate.
+    """In no time is the use above the burst plus the rate, if no use exceeds its estimate.
 
     However many run at once, and in whatever order they end: that is the bound that `rate_limit` promises.
     """
@@ -183,7 +183,7 @@ def test_what_is_used_never_passes_the_limit(limit: Limit, uses: list[tuple[int,
 
 
 async def test_all_or_none(make: Make) -> None:
-    """Where one charge has no room, nothing is taken of the others."""
+    """If one charge has no room, none is taken."""
     counters = make(Clock())
     small, large = Limit(2, "minute"), Limit(100, "minute")
     for _ in range(2):
@@ -195,7 +195,7 @@ async def test_all_or_none(make: Make) -> None:
 
 
 async def test_a_shadow_is_counted_and_refuses_nothing(make: Make) -> None:
-    """It is over where it would have refused, and not counted then, as a refused one is not."""
+    """A shadow charge without room is reported as over, and does not count."""
     counters = make(Clock())
     for number in range(4):
         decision = await counters.take([Charge("a", Limit(2, "minute"), shadow=True), Charge("b", Limit(9, "minute"))])
@@ -214,7 +214,7 @@ async def test_a_verdict_is_settled_once(make: Make) -> None:
 
 
 async def test_what_has_drained_does_not_come_back() -> None:
-    """A reservation that failed after a minute makes no room for others: it takes up none any more."""
+    """A reservation that has drained makes no room for others when its request fails."""
     clock = Clock()
     counters = MemoryCounters(clock)
     limit = Limit(60, "minute")
@@ -226,7 +226,7 @@ async def test_what_has_drained_does_not_come_back() -> None:
 
 
 async def test_what_was_used_beyond_the_estimate_counts() -> None:
-    """The room it took has to come back first."""
+    """The excess must be refilled before there is room."""
     clock = Clock()
     counters = MemoryCounters(clock)
     limit = Limit(60, "minute")
@@ -237,7 +237,7 @@ async def test_what_was_used_beyond_the_estimate_counts() -> None:
 
 
 async def test_days_and_months_are_the_calendar_s(make: Make) -> None:
-    """In UTC; what began yesterday gives nothing back today."""
+    """In UTC; a charge of yesterday gives nothing back today."""
     clock = Clock()
     clock.now = datetime.datetime(2028, 2, 28, 23, 59, 30, tzinfo=datetime.UTC).timestamp()
     counters = make(clock)
@@ -257,7 +257,7 @@ async def test_days_and_months_are_the_calendar_s(make: Make) -> None:
 
 @given(st.datetimes(datetime.datetime(1971, 1, 1), datetime.datetime(2200, 1, 1)))
 def test_the_month_of_any_moment(moment: datetime.datetime) -> None:
-    """Its first moment, and the next one's."""
+    """Return the start of the period, and of the next one."""
     moment = moment.replace(tzinfo=datetime.UTC)
     start, end = calendar_period("month", moment.timestamp())
     assert start <= moment.timestamp() < end
@@ -267,7 +267,7 @@ def test_the_month_of_any_moment(moment: datetime.datetime) -> None:
 
 
 async def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing(make: Make) -> None:
-    """The steps begin anew."""
+    """The refill intervals restart."""
     clock = Clock()
     counters = make(clock)
     await counters.take([Charge("a", Limit(60, "minute"), 60.0)])
@@ -278,7 +278,7 @@ async def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing(make: Ma
 
 
 async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
-    """What was used under a name counts, whatever the rule is now: a reload does not begin anew."""
+    """The use under a name counts for the new limit, too: a reload does not reset it."""
     counters = make(Clock())
     await counters.take([Charge("a", Limit(100, "minute"), 50.0)])
     assert (await counters.take([Charge("a", Limit(60, "minute"), 11.0)])).refused
@@ -286,7 +286,7 @@ async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
 
 
 async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> None:
-    """What was used by the old one has not to be made up for in hours: in ten minutes at most."""
+    """Callers wait for ten minutes at most after the limit was lowered."""
     clock = Clock()
     counters = make(clock)
     await counters.take([Charge("a", Limit(100_000, "minute"), 100_000.0)])
@@ -297,7 +297,7 @@ async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> 
 
 
 async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make) -> None:
-    """The old one's rate would make room that the new one does not have."""
+    """The rate of the old limit would make room that the new one does not have."""
     clock = Clock()
     counters = make(clock)
     old, new = Limit(60_000, "minute"), Limit(600, "minute")
@@ -310,7 +310,7 @@ async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make
 
 
 async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those with the smallest part of their limit in use are forgotten first."""
+    """The names with the smallest use in relation to their limit are dropped first."""
     monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 50)
     monkeypatch.setattr(memory_module, "_MAX_NAMES", 200)
     counters = MemoryCounters(Clock())
@@ -323,7 +323,7 @@ async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: py
 
 
 async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there were; those in use stay."""
+    """Names without use are dropped; the others stay."""
     monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 100)
     clock = Clock()
     counters = MemoryCounters(clock)
@@ -336,7 +336,7 @@ async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pyte
 
 
 async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives nothing back to others, and breaks nothing."""
+    """Its settlement gives nothing back to others, and does not fail."""
     monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 10)
     clock = Clock()
     counters = MemoryCounters(clock)
@@ -358,7 +358,7 @@ async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.
 
 
 async def test_one_that_can_never_pass_keeps_nobody() -> None:
-    """Behind others it is refused at once, and so is one for which a reload has lowered the limit meanwhile."""
+    """It is refused at once even if others wait, also after a reload has lowered the limit."""
     queue = WaitQueue(MemoryCounters())
     limit = Limit(1000, "day")
     await queue.take([Charge("a", limit, 500.0)])
@@ -373,7 +373,7 @@ async def test_one_that_can_never_pass_keeps_nobody() -> None:
 
 
 async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
-    """Those behind it need not wait for the next look."""
+    """The requests after it do not wait for the next try."""
     queue = WaitQueue(MemoryCounters())
     limit = Limit(10, "day")
     await queue.take([Charge("a", limit, 5.0)])
@@ -391,7 +391,7 @@ async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
 
 @contextlib.asynccontextmanager
 async def two_workers(clock: Clock) -> AsyncIterator[tuple[SharedCounters, SharedCounters]]:
-    """Two sides of one table, as two processes have them."""
+    """The counters of two workers in one table."""
     table = make_table()
     one, two = SharedCounters(table, clock), SharedCounters(os.dup(table), clock)
     yield one, two
@@ -400,7 +400,7 @@ async def two_workers(clock: Clock) -> AsyncIterator[tuple[SharedCounters, Share
 
 
 async def test_workers_share_every_limit() -> None:
-    """What one has taken is taken; what it holds at once as well, until it gives it back or is gone."""
+    """A take of one worker counts for all; concurrent use counts until it is given back or the worker ends."""
     async with two_workers(Clock()) as (one, two):
         for limit in (Limit(3, "minute"), Limit(3, "day"), Limit(3, "at_once")):
             charge = [Charge(limit.period, limit)]
@@ -468,7 +468,7 @@ def hear(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow
 async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, list[subprocess.Popen[str]]]) -> None:
-    """Three at once take 9,000 of 5,000: exactly 5,000. What a killed one held at once is free again."""
+    """Three workers try to take 9,000 of 5,000 and get exactly 5,000. A killed worker releases its concurrent use."""
     table, processes = workers
     for each in processes:
         assert hear(each) == "ready"
@@ -498,7 +498,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 @pytest.mark.slow
 async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
-    """While it has the lock: limits are not counted then, as when a store is away, and what was to be settled waits."""
+    """While a stopped worker holds the lock, takes fail as with an unavailable store, and settlements wait."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
     charge = [Charge("x", Limit(10, "day"), 8.0)]
@@ -522,7 +522,7 @@ async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
 
 
 async def test_a_process_of_the_same_number_is_another() -> None:
-    """By when it began: what the one before it held is free."""
+    """The start time distinguishes them: the concurrent use of the earlier process is free."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
     await counters.take([Charge("x", Limit(3, "at_once"), 2.0)])
@@ -535,7 +535,7 @@ async def test_a_process_of_the_same_number_is_another() -> None:
 
 
 async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says so once; rows of which nothing is left are taken first."""
+    """It logs this once. Expired rows are reused first."""
     monkeypatch.setattr(shared_module, "_ROWS", 64)
     clock = Clock()
     counters = SharedCounters(make_table(), clock)
@@ -556,7 +556,7 @@ async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.Monk
 
 
 async def test_one_who_waits_gets_what_is_given_back() -> None:
-    """As soon as it is."""
+    """The request continues as soon as another gives back its use."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
     first = await queue.take(charge)
@@ -570,7 +570,7 @@ async def test_one_who_waits_gets_what_is_given_back() -> None:
 
 
 async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
-    """A limit of a minute gives room at its next step."""
+    """A limit per minute has room after its next refill."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(600, "minute", 1))]
     assert not (await queue.take(charge)).refused
@@ -579,7 +579,7 @@ async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
 
 
 async def test_who_waits_in_vain_is_refused() -> None:
-    """After the time that it was willing to wait, and behind others as well."""
+    """After its waiting time, also if others are before it in the queue."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "day"))]
     await queue.take(charge)
@@ -589,14 +589,14 @@ async def test_who_waits_in_vain_is_refused() -> None:
 
 
 async def test_what_never_fits_does_not_wait() -> None:
-    """No time gives room for more than the limit."""
+    """A cost above the limit never has room."""
     queue = WaitQueue(MemoryCounters())
     async with asyncio.timeout(30):
         assert (await queue.take([Charge("a", Limit(10, "minute"), 11.0)], wait=3600)).refused
 
 
 async def test_callers_take_turns() -> None:
-    """One with many requests keeps nobody from the next place; each caller's own stay in their order."""
+    """A caller with many requests does not delay the others; the requests of one caller stay in order."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
     decision = await queue.take(charge)
@@ -625,7 +625,7 @@ LIMIT_OF_TEN = Limit(10, "at_once")
 
 @pytest.mark.parametrize("newer", [LIMIT_OF_TEN, Limit(10, "at_once")], ids=["one limit", "equal ones of two stages"])
 async def test_nobody_who_waits_is_overtaken(newer: Limit) -> None:
-    """Who comes while others wait is behind them, though there may be room; of teams that share a counter, too."""
+    """A later request waits after the earlier ones even if it had room, also of teams that share a counter."""
     queue = WaitQueue(MemoryCounters())
     decision = await queue.take([Charge("a", LIMIT_OF_TEN, 8.0)])
     large = asyncio.create_task(queue.take([Charge("a", LIMIT_OF_TEN, 5.0)], wait=3600, caller="x"))
@@ -640,7 +640,7 @@ async def test_nobody_who_waits_is_overtaken(newer: Limit) -> None:
 
 
 async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
-    """Its own limit, of another name, is not everybody's."""
+    """Its own limit, of another name, does not block the others."""
     queue = WaitQueue(MemoryCounters())
     shared, own = Limit(1, "at_once"), Limit(1, "day")
     await queue.take([Charge("own of x", own)])
@@ -663,7 +663,7 @@ async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
 
 
 async def test_who_waits_for_two_things_is_not_starved() -> None:
-    """It stands in the queue of what is really full, in turn with those who came later."""
+    """It waits in the queue of the limit without room, in turn with later requests."""
     queue = WaitQueue(MemoryCounters())
     team, key = Limit(1, "at_once"), Limit(600, "minute", 1)
     decision = await queue.take([Charge("team", team)])
@@ -685,7 +685,7 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
 
 
 async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
-    """They are not behind those who wait by the old one."""
+    """They do not queue up after requests with the old limit."""
     queue = WaitQueue(MemoryCounters())
     await queue.take([Charge("a", Limit(1, "at_once"))])
     old = asyncio.create_task(queue.take([Charge("a", Limit(1, "at_once"))], wait=0.3, caller="x"))
@@ -696,7 +696,7 @@ async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
 
 
 async def test_whoever_leaves_takes_nothing() -> None:
-    """A client that hangs up while it waits, even at the moment when its turn comes."""
+    """A client that disconnects while it waits takes nothing, even in the moment of its turn."""
     for moment in range(4):
         queue = WaitQueue(MemoryCounters())
         charge = [Charge("a", Limit(1, "at_once"))]
@@ -715,7 +715,7 @@ async def test_whoever_leaves_takes_nothing() -> None:
 
 
 async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
-    """Not to those behind."""
+    """The error reaches only that request."""
 
     class Failing(MemoryCounters):
         fails = False
@@ -738,7 +738,7 @@ async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
 
 
 async def test_closing_lets_nobody_wait() -> None:
-    """A gateway that stops."""
+    """Closing cancels the waiting requests."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
     await queue.take(charge)
@@ -750,7 +750,7 @@ async def test_closing_lets_nobody_wait() -> None:
 
 
 def test_a_record_of_nothing_is_all_room() -> None:
-    """Whatever the limit."""
+    """For every limit."""
     for limit in LIMITS:
         assert limit.remaining(limit.current(EMPTY, START)) == limit.capacity
         assert limit.reset(limit.current(EMPTY, START), START) == 0

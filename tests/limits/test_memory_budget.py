@@ -1,4 +1,4 @@
-"""The budget of memory that requests hold: its bound, each caller's share, and that it is given back."""
+"""The memory budget: its limit, the share of each caller, and the release of bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.limits.memory_budget import Budgets, Hold, MemoryBudget
 
 
 def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
-    """Above it there is a 503 that says when to come back, and what was held before still is."""
+    """Above the share a caller gets 503 with Retry-After, and the bytes that it already holds stay held."""
     budget = MemoryBudget(1000)
     hold, another = Hold(budget, "ann"), Hold(budget, "ann")
     hold.grow(200)
@@ -24,7 +24,7 @@ def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
 
 
 def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
-    """A single request above the share is a 413, however empty the budget is: to send it again would not help."""
+    """A single request above the share gets 413 even if the budget is empty: a retry would not help."""
     budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
     hold.grow(250)
@@ -36,7 +36,7 @@ def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
 
 
 def test_the_most_that_was_held_is_remembered() -> None:
-    """It tells an operator how large the budget should be."""
+    """The peak helps an operator to size the budget."""
     budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
     for size in (100, 150):
@@ -47,7 +47,7 @@ def test_the_most_that_was_held_is_remembered() -> None:
 
 
 def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
-    """A reload lowers it: nothing more is taken until enough was given back."""
+    """After a reload lowers the limit, takes fail until enough bytes are released."""
     budgets = Budgets(memory=1000, form=100)
     one, other = Hold(budgets.memory, "ann"), Hold(budgets.memory, "bob")
     one.grow(250)
@@ -61,7 +61,7 @@ def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
 
 
 def test_all_callers_together_have_the_limit() -> None:
-    """However many they are."""
+    """All callers together cannot exceed the limit."""
     budget = MemoryBudget(1000)
     for name in "abcd":
         Hold(budget, name).grow(250)
@@ -71,7 +71,7 @@ def test_all_callers_together_have_the_limit() -> None:
 
 
 def test_what_is_released_is_there_again() -> None:
-    """In parts or whole; a caller that holds nothing is forgotten."""
+    """A hold releases a part or everything; a caller without bytes is dropped."""
     budget = MemoryBudget(1000)
     one, other = Hold(budget, "ann"), Hold(budget, "ann")
     one.grow(200)

@@ -1,4 +1,4 @@
-"""What was refused a moment ago is refused again without asking."""
+"""Recent refusals are repeated without a round trip to the store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Time:
 
 
 class Asker:
-    """Asks counters what the refusals do not know, and counts how often."""
+    """Takes from the counters if there is no recent refusal, and counts these takes."""
 
     def __init__(self) -> None:
         self.time = Time()
@@ -42,14 +42,14 @@ class Asker:
 
 @pytest.fixture
 def asker() -> Asker:
-    """One whose limit is used up but for one."""
+    """Counters with a limit of which one is left."""
     asker = Asker()
     assert not asker.take([Charge("a", LIMIT, 9)]).refused
     return asker
 
 
 def test_who_insists_costs_no_question(asker: Asker) -> None:
-    """The same cost or a larger one, until the wait is over; the decision says what it would have said."""
+    """The same or a larger cost is refused until the wait is over, with the same decision as the store's."""
     first = asker.take([Charge("a", LIMIT, 2)])
     assert first.refused
     asker.time.now += 0.25
@@ -68,7 +68,7 @@ def test_who_insists_costs_no_question(asker: Asker) -> None:
 
 
 def test_it_lasts_a_second_at_most(asker: Asker) -> None:
-    """Another gateway may have given something back: however long the wait, it is asked again after a second."""
+    """The store is asked again after a second, even if the wait is longer: another gateway may have made room."""
     day = [Charge("day", Limit(1, "day"), 2)]
     for _ in range(10):
         asker.take(day)
@@ -82,7 +82,7 @@ def test_it_lasts_a_second_at_most(asker: Asker) -> None:
 
 
 def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
-    """A smaller cost, another set of names, a raised limit, a charge in the shadow, and what was given back here."""
+    """A smaller cost, other names, a raised limit, a shadow charge, and a name whose use was given back."""
     asker.take([Charge("a", LIMIT, 2)])
     asked = asker.asked
     for charges in (
@@ -105,7 +105,7 @@ def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
 
 
 def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
-    """The decision is on all charges: the records of those with room are those of a moment ago."""
+    """The decision covers all charges. Those with room have the records of the earlier refusal."""
     charges = [
         Charge("wide", Limit(100, "day"), 5),
         Charge("a", LIMIT, 2),
@@ -122,7 +122,7 @@ def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
 
 
 def test_they_are_not_kept_without_end(asker: Asker) -> None:
-    """A caller who is refused under ever new names fills no memory."""
+    """Refusals under many different names do not fill the memory."""
     for place in range(25_000):
         asker.take([Charge(f"name{place}", Limit(1, "day"), 2)])
     assert len(asker.refusals) <= 10_000

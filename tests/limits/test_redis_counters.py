@@ -1,4 +1,4 @@
-"""Counters in Redis: a real `redis-server`, killed, paused and started again under load."""
+"""Counters in Redis: a real `redis-server`, killed, paused and restarted under load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
 
 @pytest.fixture
 async def open_counters() -> AsyncIterator[Callable[..., RedisCounters]]:
-    """Return a function that makes counters in a server; they are closed behind the test."""
+    """Return a function that makes counters in a server; they are closed after the test."""
     made: list[RedisCounters] = []
 
     def make(server: RedisServer | str, timeout: float = 5.0, **more: Any) -> RedisCounters:
@@ -91,7 +91,7 @@ def clock(server: RedisServer) -> Iterator[Clock]:
 
 
 def told(decision: Decision) -> tuple[Any, ...]:
-    """Return what a decision says, to a millionth; what is held at once has only its level in common."""
+    """Return the content of a decision, to a millionth; concurrent use has only its level in common."""
     records = [
         [round(each, 6) for each in (record[:1] if charge.limit.period == "at_once" else record)]
         for charge, record in zip(decision.charges, decision.records, strict=True)
@@ -100,7 +100,7 @@ def told(decision: Decision) -> tuple[Any, ...]:
 
 
 async def settled(counters: RedisCounters) -> None:
-    """Wait until everything that was settled is."""
+    """Wait until all settlements are complete."""
     async with asyncio.timeout(30):
         while counters._settlements or not counters._idle:
             await asyncio.sleep(0.002)
@@ -152,7 +152,7 @@ async def test_the_script_counts_as_the_rules_do(
 
 
 async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, clock: Clock) -> None:
-    """In UTC, leap years included, to the second before and behind each border."""
+    """In UTC, with leap years, to the moments before and after each border."""
     from redis.asyncio import Redis
 
     rng = random.Random(11)
@@ -178,13 +178,13 @@ async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, c
 
 
 async def level(counters: RedisCounters, name: str, limit: Limit) -> float:
-    """Return what is counted under a name."""
+    """Return the level of a name."""
     decision = await counters.take([Charge(name, limit, 0.0, shadow=True)])
     return decision.records[0][0]
 
 
 async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters: OpenCounters) -> None:
-    """One without room keeps the others from being counted; one in the shadow does not, and is not counted itself."""
+    """A charge without room prevents the others; a shadow charge does not, and does not count itself."""
     counters = open_counters(server)
     wide, narrow, slots = Limit(1_000, "day"), Limit(1, "day"), Limit(5, "at_once")
     charges = [Charge("wide", wide, 10), Charge("narrow", narrow), Charge("slots", slots)]
@@ -205,7 +205,7 @@ async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters:
 
 
 async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Of 2,000 takes at once through two gateways as many are let through as the limit says, of each of its limits."""
+    """Of 2,000 concurrent takes through two gateways exactly as many succeed as each limit allows."""
     gateways = [open_counters(server), open_counters(server)]
     charges = [
         Charge("requests", Limit(700, "day")),
@@ -225,7 +225,7 @@ async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_cou
 
 
 async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A settlement goes before what is asked for behind it, and is heard by another gateway."""
+    """A settlement is sent before later takes, and is visible to another gateway."""
     one, other = open_counters(server), open_counters(server)
     slot = [Charge("slot", Limit(1, "at_once"))]
     decision = await one.take(slot)
@@ -241,7 +241,7 @@ async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_c
 
 
 async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A second settlement of the same does nothing."""
+    """A second settlement of a decision does nothing."""
     counters = open_counters(server)
     limit = Limit(100, "day")
     first, second = await counters.take([Charge("a", limit, 10)]), await counters.take([Charge("a", limit, 10)])
@@ -257,7 +257,7 @@ async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: Ope
 async def test_what_has_drained_is_not_given_back(
     server: RedisServer, open_counters: OpenCounters, clock: Clock
 ) -> None:
-    """Neither what drained while a request ran, nor what was held under a name that was forgotten meanwhile."""
+    """Neither a reservation that has drained, nor one under a name that was deleted meanwhile."""
     counters = open_counters(server, script=TURNED)
     limit = Limit(600, "minute")
     early = await counters.take([Charge("a", limit, 300)])
@@ -279,7 +279,7 @@ async def test_what_has_drained_is_not_given_back(
 
 
 async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: OpenCounters, clock: Clock) -> None:
-    """Steps begin anew then, and go on, also for a caller who is refused all the time."""
+    """The refill intervals restart, also for a caller that is refused all the time."""
     counters = open_counters(server, script=TURNED)
     charges = [Charge("a", Limit(60, "minute"), 60)]
     assert not (await counters.take(charges)).refused
@@ -292,7 +292,7 @@ async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: Open
 
 
 async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Budgets in millionths of a currency's unit are large; not one of them is lost on the way."""
+    """Budgets in millionths of a currency unit are large numbers; none of their digits is lost."""
     counters = open_counters(server)
     limit = Limit(2**52, "month")
     for cost in (2**51 + 1, 123_456_789_012_345, 1, 7):
@@ -301,7 +301,7 @@ async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: Open
 
 
 async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Every key expires by itself: a minute's when it is empty again, a month's at the month's end."""
+    """Every key expires: of a limit per minute when it is empty, of a month at its end."""
     counters = open_counters(server)
     limits = {
         "minute": Limit(60_000, "minute", 10),
@@ -332,7 +332,7 @@ async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: Open
 
 
 async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> Decision | None:
-    """Take; None where the counters are away. Anything else that is raised, or a hang, fails the test."""
+    """Take. Returns None if the counters are unavailable. Any other error, or a hang, fails the test."""
     async with asyncio.timeout(30):
         try:
             return await counters.take(charges)
@@ -341,7 +341,7 @@ async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> De
 
 
 async def back(counters: RedisCounters, charges: list[Charge]) -> Decision:
-    """Wait until the counters answer again."""
+    """Wait until the counters are available."""
     async with asyncio.timeout(30):
         while True:
             decision = await refused_or_taken(counters, charges)
@@ -355,7 +355,7 @@ DAY = [Charge("day", Limit(10**9, "day"))]
 
 
 async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_path: Path) -> None:
-    """The first take says that Redis is away, the others do so without trying; it is logged once, as is its end."""
+    """The first take detects the outage, the others fail at once; its start and its end are logged once."""
     server = RedisServer(tmp_path / "redis")
     counters = open_counters(server)
     with structlog.testing.capture_logs() as logs:
@@ -375,7 +375,7 @@ async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_p
 
 
 async def test_a_killed_server_that_is_started_again(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It comes back with an empty memory: what was held before gives nothing back, and limits begin anew."""
+    """After a restart without data, limits start from zero, and earlier reservations give nothing back."""
     counters = open_counters(server)
     held = [await counters.take(SLOTS) for _ in range(3)]
     day = [await counters.take(DAY) for _ in range(3)]
@@ -397,7 +397,7 @@ async def test_a_killed_server_that_is_started_again(server: RedisServer, open_c
 async def test_a_server_restarted_between_two_takes_is_not_noticed(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """A connection that broke while nobody looked is replaced, and the take is asked for again."""
+    """A connection that broke while it was idle is replaced, and the take is repeated."""
     counters = open_counters(server)
     await counters.take(DAY)
     server.kill()
@@ -406,7 +406,7 @@ async def test_a_server_restarted_between_two_takes_is_not_noticed(
 
 
 async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Takes end, and what they took all the same when it goes on is given back; settlements wait for it."""
+    """Takes fail, and what Redis takes for them later is given back; settlements wait."""
     counters = open_counters(server, timeout=0.3)
     held = await counters.take(SLOTS)
     await counters.take(DAY)
@@ -422,7 +422,7 @@ async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters)
 
 
 async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A connection may take longer than a request waits: meanwhile nobody else waits at all, and then it is used."""
+    """A connection can take longer than a request waits: meanwhile no other request waits, and then it is used."""
     counters = open_counters(server, timeout=0.3)
     server.pause()
     assert await refused_or_taken(counters, [Charge("never", DAY[0].limit)]) is None
@@ -436,7 +436,7 @@ async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: 
 
 
 async def test_a_server_that_pauses_its_clients(server: RedisServer, open_counters: OpenCounters) -> None:
-    """As `CLIENT PAUSE` does in a failover: away for its time, and right behind it."""
+    """As `CLIENT PAUSE` in a failover: unavailable for that time, and correct afterwards."""
     counters = open_counters(server, timeout=0.3)
     await counters.take(DAY)
     server.command("CLIENT", "PAUSE", "1000", "ALL")
@@ -450,7 +450,7 @@ async def test_a_server_that_pauses_its_clients(server: RedisServer, open_counte
 async def test_killed_paused_and_restarted_under_load(
     server: RedisServer, open_counters: OpenCounters, seed: int
 ) -> None:
-    """Whatever becomes of the server, each take ends; and once it is there again, no slot is lost and none too many."""
+    """Whatever happens to the server, each take ends; when it is available again, the slots are exact."""
     rng = random.Random(seed)
     gateways = [open_counters(server, timeout=0.3), open_counters(server, timeout=0.3)]
     slots = [Charge("slots", Limit(40, "at_once")), *DAY]
@@ -492,7 +492,7 @@ async def test_killed_paused_and_restarted_under_load(
 
 
 class Wire(RawUpstream):
-    """The way between gateway and Redis: it may lose what the server says, and break or not break behind it."""
+    """A proxy between gateway and Redis that can lose replies, and close the connection after that or not."""
 
     def __init__(self, port: int) -> None:
         super().__init__(self._pass_on)
@@ -532,7 +532,7 @@ class Wire(RawUpstream):
 async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """The call is repeated under its number: it is not done twice, and the decision is the one it had."""
+    """The call is repeated with its number: it is not made twice, and has the same decision."""
     async with Wire(server.port) as wire:
         counters = open_counters(wire.url)
         await counters.take(DAY)
@@ -549,7 +549,7 @@ async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
 async def test_a_take_whose_answer_is_lost_is_undone(
     server: RedisServer, open_counters: OpenCounters, breaks: bool
 ) -> None:
-    """Nobody holds what it took: it is given back as soon as Redis is heard again, and settlements are done once."""
+    """Its take is given back as soon as Redis responds, and settlements are made once."""
     async with Wire(server.port) as wire:
         counters = open_counters(wire.url, timeout=0.3)
         watching = open_counters(server)
@@ -569,7 +569,7 @@ async def test_a_take_whose_answer_is_lost_is_undone(
 
 
 async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Whenever a take is cancelled - before it is sent, under way, answered - its slot is free again."""
+    """Whenever a take is cancelled - before it is sent, in flight, after its reply - its slot is free again."""
     counters = open_counters(server)
     await counters.take(DAY)
     rng = random.Random(3)
@@ -587,7 +587,7 @@ async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_count
 
 
 async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenCounters) -> None:
-    """One that comes out of a connection that was given up, behind a later one, is refused by the script."""
+    """The script rejects a call from an abandoned connection that arrives after a later call."""
     from redis.asyncio import Redis
     from redis.exceptions import ResponseError
 
@@ -602,7 +602,7 @@ async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenC
 
 
 async def crash(counters: RedisCounters) -> None:
-    """End counters as a crash of their process does: without a last word."""
+    """End counters as a crash of their process does: without a farewell."""
     worker = counters._worker
     assert worker is not None
     worker.cancel()
@@ -613,7 +613,7 @@ async def crash(counters: RedisCounters) -> None:
 
 
 async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_counters: OpenCounters) -> None:
-    """What it held at once counts until it has been silent for a time, and the others' go on to count."""
+    """Its concurrent use counts until its timeout; the use of the others stays."""
     crashed = open_counters(server)
     here = open_counters(server, gateway_timeout=0.5)
     for counters in (crashed, crashed, here):
@@ -631,7 +631,7 @@ async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_count
 async def test_a_gateway_that_was_only_silent_is_counted_again(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """One that was cut off has its exchanges still: when it is heard of, they count, and their ends count too."""
+    """A disconnected gateway still has its exchanges: at its next call they count again, and so do their ends."""
     silent = open_counters(server)
     here = open_counters(server, gateway_timeout=0.3)
     decision = await silent.take(SLOTS)
@@ -649,7 +649,7 @@ async def test_a_gateway_that_was_only_silent_is_counted_again(
 async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """What it holds counts for as long as it runs."""
+    """Its concurrent use counts for as long as it runs."""
     quiet, here = open_counters(server, gateway_timeout=1.5), open_counters(server, gateway_timeout=1.5)
     await quiet.take(SLOTS)
     for _ in range(10):
@@ -658,7 +658,7 @@ async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
 
 
 async def test_closing_settles_what_is_left(server: RedisServer, open_counters: OpenCounters) -> None:
-    """All of it, in as many calls as it takes; and what the gateway held at once is free."""
+    """All settlements are made, in several calls; and the gateway's concurrent use is free."""
     counters, watching = open_counters(server), open_counters(server)
     decisions = await asyncio.gather(
         *[
@@ -676,7 +676,7 @@ async def test_closing_settles_what_is_left(server: RedisServer, open_counters: 
 
 
 async def test_closing_without_a_server_ends(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It says what could not be settled, once."""
+    """It logs once how many charges could not be settled."""
     counters = open_counters(server)
     decisions = [await counters.take(DAY) for _ in range(7)]
     server.kill()
@@ -697,7 +697,7 @@ async def test_closing_without_a_server_ends(server: RedisServer, open_counters:
 
 
 async def test_a_server_that_has_forgotten_the_script(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It is told again."""
+    """The script is sent again."""
     counters = open_counters(server)
     for _ in range(3):
         assert not (await counters.take(DAY)).refused
@@ -705,7 +705,7 @@ async def test_a_server_that_has_forgotten_the_script(server: RedisServer, open_
 
 
 async def test_a_server_that_is_full_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Nothing is counted in half; it goes on when there is room again."""
+    """No take counts in part; it continues when there is room again."""
     counters = open_counters(server)
     both = [*DAY, *SLOTS]
     await counters.take(both)
@@ -717,7 +717,7 @@ async def test_a_server_that_is_full_takes_nothing(server: RedisServer, open_cou
 
 
 async def test_a_server_that_has_become_a_replica(server: RedisServer, open_counters: OpenCounters) -> None:
-    """As behind a failover: it writes nothing, until it is the first again."""
+    """As after a failover: a replica accepts no writes until it is the primary."""
     counters = open_counters(server)
     await counters.take(DAY)
     server.command("REPLICAOF", "127.0.0.1", "1")
@@ -729,7 +729,7 @@ async def test_a_server_that_has_become_a_replica(server: RedisServer, open_coun
 
 
 async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """It says so, and is away until it has loaded; then what was counted before counts."""
+    """The counters are unavailable until Redis has loaded its data; then the earlier use counts."""
     server = RedisServer(tmp_path / "redis")
     await server.start()
     counters = open_counters(server)
@@ -754,7 +754,7 @@ async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCount
 async def test_something_else_under_a_name(
     server: RedisServer, open_counters: OpenCounters, words: tuple[str, str]
 ) -> None:
-    """Who asks for it is told that it cannot be counted, the others go on, and nothing is counted in half."""
+    """Takes of that key fail, the others continue, and no take counts in part."""
     counters = open_counters(server)
     command, value = words
     server.command(command, "{gateway}:used:bad", value)
@@ -772,7 +772,7 @@ async def test_something_else_under_a_name(
 async def test_something_else_under_the_gateways_own_names(
     server: RedisServer, open_counters: OpenCounters, name: str
 ) -> None:
-    """It is away until that is gone, and then right."""
+    """The counters are unavailable until that key is deleted, and then correct."""
     counters = open_counters(server)
     await counters.take(DAY)
     key = (counters._gateways_key if name == "gateways" else counters._last_call_key).decode()
@@ -789,7 +789,7 @@ ALLOWED = ["+eval", "+evalsha", "+time", "+get", "+set", "+del", "+hget", "+hset
 
 
 async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """The counters are away, the log says why, and the right one lets the gateway in."""
+    """The counters are unavailable, the log says why, and the correct password works."""
     server = RedisServer(tmp_path / "redis")
     await server.start()
     try:
@@ -818,7 +818,7 @@ async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: Ope
 
 
 async def test_a_unix_socket(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """`unix:///PATH` is a way to it, too."""
+    """`unix:///PATH` works, too."""
     path = tmp_path / "r.sock"
     server = RedisServer(tmp_path / "redis", "--unixsocket", str(path))
     await server.start()
@@ -830,7 +830,7 @@ async def test_a_unix_socket(tmp_path: Path, open_counters: OpenCounters) -> Non
 
 
 async def test_tls_with_a_private_ca(server: RedisServer, tmp_path: Path, open_counters: OpenCounters) -> None:
-    """The server's certificate is one of that CA, for that host; else the counters are away."""
+    """The certificate must be from that CA and for that host; otherwise the counters are unavailable."""
     ca, other = trustme.CA(), trustme.CA()
     paths = {name: tmp_path / f"{name}.pem" for name in ("ca", "other")}
     ca.cert_pem.write_to_path(paths["ca"])
@@ -848,7 +848,7 @@ async def test_tls_with_a_private_ca(server: RedisServer, tmp_path: Path, open_c
 
 
 async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """Any node leads to the one that has the limits, also when they move to another, and one limit is kept."""
+    """Any node redirects to the one with the keys, also after they move, and all gateways share one limit."""
     servers = [RedisServer(tmp_path / f"node{place}", "--cluster-enabled", "yes") for place in range(3)]
     for server in servers:
         await server.start("--cluster-port", str(free_port()))
@@ -895,7 +895,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
 
 
 async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It is refused here, until something is given back here, or a second is over."""
+    """The gateway refuses it itself until some use is given back here, or for a second."""
     counters, other = open_counters(server), open_counters(server)
     held = [await counters.take(SLOTS) for _ in range(3)]
     assert (await counters.take(SLOTS)).refused
@@ -919,7 +919,7 @@ async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_co
 async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
     server: RedisServer, open_counters: OpenCounters, passes: int
 ) -> None:
-    """An answer that is there counts, even where the gateway was kept from reading it until it was late."""
+    """A reply that has arrived counts, even if a stall delayed its reading beyond the timeout."""
     counters = open_counters(server, timeout=0.3)
     await counters.take(DAY)
     take = asyncio.create_task(counters.take(DAY))
@@ -933,7 +933,7 @@ async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
 
 
 async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, open_counters: OpenCounters) -> None:
-    """So that a stage can connect before its first request, and what is wrong is in the log when the gateway starts."""
+    """A stage can connect before its first request, and the log has a problem at the start."""
     counters = open_counters(server)
     assert not (await counters.take([])).refused
     server.kill()
@@ -941,7 +941,7 @@ async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, o
 
 
 async def test_what_cannot_be_asked_is_the_askers_mistake(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A charge that is none raises where it is made, and Redis is not away for the others."""
+    """An invalid charge raises for its caller only, and Redis stays available for the others."""
     counters = open_counters(server)
     with pytest.raises(struct.error):
         await counters.take([Charge("a", DAY[0].limit, "many")])  # type: ignore[arg-type] # that is the point
@@ -962,7 +962,7 @@ pipeline:
 
 
 async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Clients of both get one limit's worth together; without Redis `on_error` says what becomes of them."""
+    """Clients of both share one limit; without Redis `on_error` decides."""
     env = {"REDIS": server.url}
     gateways = [await start_gateway(azure.endpoint, GATEWAY, env=env) for _ in range(2)]
 
@@ -988,7 +988,7 @@ async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: S
 async def test_nothing_that_is_to_be_settled_is_dropped(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where more waits than Redis keeps up with, no more is taken; every slot and every token comes back."""
+    """With too many pending settlements takes fail; every slot and every token is given back."""
     monkeypatch.setattr("gateway.limits.redis_counters._MAX_PENDING", 20)
     monkeypatch.setattr("gateway.limits.redis_counters._MAX_SETTLEMENTS", 3)
     counters = open_counters(server)
@@ -1006,7 +1006,7 @@ async def test_nothing_that_is_to_be_settled_is_dropped(
 async def test_slots_are_given_back_however_late(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an outage that is so long that tokens say nothing any more."""
+    """Also after an outage that is so long that tokens no longer matter."""
     monkeypatch.setattr("gateway.limits.redis_counters._MAX_PENDING_AGE", 0.2)
     monkeypatch.setattr("gateway.limits.redis_counters._RETRY", 0.1)
     counters = open_counters(server, timeout=0.3)

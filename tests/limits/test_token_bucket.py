@@ -1,4 +1,4 @@
-"""The arithmetic of limits, and the counters of one process that go by it."""
+"""The arithmetic of token buckets, through the counters of one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Time:
 
 
 def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
-    """A first use is born when it is made: what others held under that name before has drained with it."""
+    """The first use creates a record: earlier reservations under the name have drained."""
     time = Time()
     counters = MemoryCounters(time)
     limit = Limit(600, "minute")
@@ -31,7 +31,7 @@ def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
 
 @pytest.mark.parametrize("amount", [131, 1_451, 2_986, 100_000])
 def test_what_is_said_to_be_left_can_be_taken(amount: int) -> None:
-    """Where a step's share is no whole number as well, however the steps were looked at."""
+    """Also if the amount of a refill is fractional, and independent of the times of the takes."""
     time = Time()
     counters = MemoryCounters(time)
     limit = Limit(amount, "minute")

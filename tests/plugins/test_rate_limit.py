@@ -1,4 +1,4 @@
-"""`rate_limit`: requests per minute with burst, and requests in flight."""
+"""`rate_limit`: requests, tokens, money and concurrent requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(sent: Sent) -> tuple[str | None, ...]:
 
 
 async def test_limit_and_headers() -> None:
-    """Every answer says what is left; the one too many is a 429 that says when to come again."""
+    """Every response has the remaining requests; above the limit it is a 429 with Retry-After."""
     clock = Clock()
     async with running(RateLimit(requests_per_minute=2, per="team"), now=clock) as run:
         assert shown(await run.post()) == ("2", "1", "30s")
@@ -55,7 +55,7 @@ async def test_limit_and_headers() -> None:
 
 
 async def test_burst_is_how_many_may_come_at_once() -> None:
-    """What was used comes back at the rate of the limit, never above the burst."""
+    """The bucket refills at the rate of the limit, never above the burst."""
     clock = Clock()
     async with running(RateLimit(requests_per_minute=60, burst=2, per="team"), now=clock) as run:
         for _ in range(3):
@@ -68,7 +68,7 @@ async def test_burst_is_how_many_may_come_at_once() -> None:
 
 @pytest.mark.parametrize(("limit", "burst"), [(100, None), (600, 50), (7, 3), (1, None), (60, 1)])
 async def test_never_more_than_burst_and_rate_allow(limit: int, burst: int | None) -> None:
-    """In any stretch of time: at most the burst, and the rate times the stretch; and in the long run all of it."""
+    """In any interval: at most the burst plus the rate times the interval; and in the long run all of it."""
     clock = Clock()
     admitted: list[float] = []
     async with running(RateLimit(requests_per_minute=limit, burst=burst, per="team"), now=clock) as run:
@@ -101,7 +101,7 @@ async def test_callers_are_counted_apart() -> None:
 
 
 async def test_in_flight() -> None:
-    """A slot is taken until the exchange is over, and given back however it ends."""
+    """A slot is taken until the exchange is over, and released however it ends."""
     release = asyncio.Event()
 
     async def slow(request: object) -> Response:
@@ -125,7 +125,7 @@ async def test_in_flight() -> None:
 
 
 async def test_two_limits_show_the_one_with_least_room() -> None:
-    """A burst limit beside a slow one: the client is told of the tighter."""
+    """The headers show the limit with the least room."""
     tight, wide = RateLimit(requests_per_minute=3, per="team"), RateLimit(requests_per_minute=100, per="team")
     tight.id, wide.id = "tight", "wide"
     for stages in ((tight, wide), (wide, tight)):
@@ -134,7 +134,7 @@ async def test_two_limits_show_the_one_with_least_room() -> None:
 
 
 async def test_azure_s_own_headers_are_replaced() -> None:
-    """What Azure says of its own limits is not what this caller has left."""
+    """Azure's remaining requests are not those of this caller."""
     answer = Response(200, b"", {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5"})
     async with running(RateLimit(requests_per_minute=10, per="team"), answer=answer) as run:
         sent = await run.post()
@@ -194,13 +194,13 @@ def tokens_left(sent: Sent) -> int:
 
 
 async def estimate(**fields: Any) -> int:
-    """Return what a request is taken for."""
+    """Return the number of tokens that is reserved for a request."""
     async with running(RateLimit(tokens_per_day=10**9, per="team")) as run:
         return 10**9 - tokens_left(await run.post({**CHAT, **fields}))
 
 
 async def test_tokens_are_taken_before_and_settled_after() -> None:
-    """As many as the request may use, then as many as it did; nothing where it failed."""
+    """The request reserves what it can use; the actual usage replaces it, or nothing if it failed."""
     most = await estimate(**TOKENS)
     assert 100 < most < 140
     async with running(RateLimit(tokens_per_minute=1000, per="team"), answer=used(10, 20), now=Clock()) as run:
@@ -216,7 +216,7 @@ async def test_tokens_are_taken_before_and_settled_after() -> None:
 
 
 async def test_what_bounds_an_answer() -> None:
-    """The most that it asks for, for each choice; without that `answer_tokens`; embeddings have none."""
+    """`max_tokens` for each choice; without it `answer_tokens`; embeddings have no output."""
     plain = await estimate(max_tokens=1)
     assert await estimate(max_completion_tokens=50, n=3) - plain == pytest.approx(149, abs=12)
     assert await estimate() - plain == pytest.approx(999, abs=12)
@@ -235,7 +235,7 @@ async def test_what_bounds_an_answer() -> None:
     ("method", "path"), [("POST", "/images/generations"), ("POST", "/audio/speech"), ("POST", "/threads/t/runs")]
 )
 async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, path: str) -> None:
-    """Though it is not known beforehand how many it will use; what uses none passes."""
+    """Even if its usage is not known in advance; an operation without tokens passes."""
     stage = RateLimit(tokens_per_day=5000, per="team", untold="allow")
     async with running(stage, answer=used(4000, 4000)) as run:
         assert [(await run.send(method, path, json={"model": "m"})).status for _ in range(3)] == [200, 429, 429]
@@ -243,7 +243,7 @@ async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, 
 
 
 async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None:
-    """It is answered before it is worked on, and what it used is never told."""
+    """Azure responds before it does the work, and never reports the usage."""
     answer = Response.json({"id": "resp_1", "status": "queued", "usage": None, "output": []})
     bodies = [b'"background":true,"max_output_tokens":4000', b'"backgroun\\u0064":true', b'"background": true']
     for more in bodies:  # 4096 where it asks for no less
@@ -253,7 +253,7 @@ async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None
 
 
 async def test_a_token_limit_that_is_used_up() -> None:
-    """A 429 of the kind `tokens`, that says how many are left and when to come again."""
+    """A 429 of type `tokens` with the number of tokens that are left, and Retry-After."""
     async with running(RateLimit(tokens_per_minute=600, per="team"), answer=used(0, 500), now=Clock()) as run:
         await run.post({**CHAT, "max_tokens": 500})
         sent = await run.post({**CHAT, "max_tokens": 300})
@@ -268,7 +268,7 @@ async def test_a_token_limit_that_is_used_up() -> None:
 
 
 async def test_a_request_that_can_never_pass() -> None:
-    """It says what to change, and that trying again is no use."""
+    """The error says what to change, and that a retry does not help."""
     for burst, limit in ((None, 100), (100, 10_000)):
         async with running(RateLimit(tokens_per_minute=limit, token_burst=burst, per="team")) as run:
             sent = await run.post({**CHAT, "max_tokens": 200})
@@ -298,7 +298,7 @@ async def test_what_may_be_spent() -> None:
 
 
 async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
-    """Azure ignores the case, and dots may be left out; what counts is the deployment."""
+    """Azure ignores case, and dots can be left out; the deployment counts."""
     prices = {"gpt-4o": Price(input=100.0), "*": Price(input=0.0)}
     for model in ("gpt-4o", "GPT-4o", "gpt-4.o"):
         stage = RateLimit(spend_per_day=0.10, per="team")
@@ -312,7 +312,7 @@ async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
 
 
 async def test_a_cheap_name_does_not_make_a_deployment_cheap() -> None:
-    """What is spent goes by the model's name or its deployment's, whichever is dearer."""
+    """The price is the higher one of the model's name and the deployment's."""
     prices = {"gpt-4o": Price(input=100.0), "cheap": Price(input=0.0)}
     stages = ModelMap(default="gpt-4o"), RateLimit(spend_per_day=0.10, per="team")
     async with running(*stages, answer=used(1000, 0), prices=prices, now=Clock()) as run:
@@ -321,7 +321,7 @@ async def test_a_cheap_name_does_not_make_a_deployment_cheap() -> None:
 
 
 async def test_a_shadow_needs_no_price() -> None:
-    """It refuses nothing."""
+    """A shadow limit refuses nothing."""
     stage = RateLimit(spend_per_day=0.10, per="team", shadow=True)
     async with running(stage, prices=PRICES) as run:
         assert (await run.post({**CHAT, "model": "o3"})).status == 200
@@ -340,7 +340,7 @@ async def test_a_shadow_needs_no_price() -> None:
 async def test_what_cannot_be_counted_does_not_get_round_the_limits(
     method: str, path: str, limit: dict[str, Any]
 ) -> None:
-    """It is refused where tokens or money are limited; by requests alone, in the shadow, and if allowed it passes."""
+    """It is refused if tokens or money are limited; with other limits, shadow limits, or `untold: allow` it passes."""
     body = {"model": "gpt-4o"}
     async with running(RateLimit(**limit, per="team"), prices=PRICES) as run:
         sent = await run.send(method, path, json=body)
@@ -356,7 +356,7 @@ async def test_what_cannot_be_counted_does_not_get_round_the_limits(
 
 
 async def test_requests_may_have_a_price() -> None:
-    """Whatever they use: also where no tokens are told; not where they failed."""
+    """Also if no tokens are reported; not if they failed."""
     stage = RateLimit(spend_per_day=0.10, per="team")
     async with running(stage, answer=Response.json({"data": []}), prices=PRICES, now=Clock()) as run:
 
@@ -370,7 +370,7 @@ async def test_requests_may_have_a_price() -> None:
 
 
 async def test_several_limits_hold_at_once() -> None:
-    """Of pairs as well; a refused request takes nothing of any of them."""
+    """Also per pair; a refused request takes nothing from any limit."""
     stage = RateLimit(
         requests_per_minute=100,
         per="team",
@@ -393,7 +393,7 @@ async def test_several_limits_hold_at_once() -> None:
 
 
 async def test_a_shadow_refuses_nothing() -> None:
-    """What it would have refused is counted, and named in the log event; clients are told nothing of it."""
+    """It counts and logs the requests that it would refuse; clients see nothing of it."""
     stage = RateLimit(limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)])
     async with running(stage, now=Clock()) as run:
         first = await run.post()
@@ -407,7 +407,7 @@ async def test_a_shadow_refuses_nothing() -> None:
 
 
 async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
-    """Of the same kind, for the same: each counts for itself, and names itself."""
+    """Both count separately."""
     stage = RateLimit(
         requests_per_minute=3, per="team", limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)]
     )
@@ -419,7 +419,7 @@ async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
 
 
 async def test_the_time_that_a_request_waited_is_noted() -> None:
-    """It is no fault of Azure's."""
+    """The log event separates it from the time of Azure."""
     async with running(RateLimit(requests_per_minute=600, burst=1, per="team", wait=5)) as run:
         sents = [await run.post() for _ in range(2)]
     assert [each.status for each in sents] == [200, 200]
@@ -432,13 +432,13 @@ async def test_the_time_that_a_request_waited_is_noted() -> None:
 
 
 async def test_a_stage_of_shadows_alone() -> None:
-    """The simple form may be one, too."""
+    """The simple form can be a shadow limit, too."""
     async with running(RateLimit(requests_per_minute=1, per="team", shadow=True), now=Clock()) as run:
         assert [(await run.post()).status for _ in range(3)] == [200] * 3
 
 
 class Unavailable(MemoryCounters):
-    """Counters that cannot be asked."""
+    """Counters that are unavailable."""
 
     async def take(self, charges: object) -> Decision:
         raise CountersUnavailable("unavailable")
@@ -446,7 +446,7 @@ class Unavailable(MemoryCounters):
 
 @pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
 async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
-    """Requests pass uncounted, or none does."""
+    """Requests pass uncounted, or are refused."""
     stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
     azure_s = {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5", "x-other": "1"}
     with capture_logs() as events:
@@ -464,7 +464,7 @@ async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
 
 
 async def test_a_request_may_wait_for_room() -> None:
-    """Until another has ended, or as long as it may; then it is refused like any."""
+    """Until another request is complete, or for `wait` seconds; then it is refused."""
     release = asyncio.Event()
 
     async def slow(request: object) -> Response:
@@ -482,7 +482,7 @@ async def test_a_request_may_wait_for_room() -> None:
 
 
 async def test_limits_are_kept_by_name(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Counters of a team's keys are its own; those of a model alone are everybody's."""
+    """Counters per key belong to a team; counters per model are shared by all teams."""
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
 teams: teams/*.yaml
@@ -525,12 +525,12 @@ pipeline:
     ],
 )
 def test_limits_that_cannot_be_are_mistakes(stage: RateLimit, words: str) -> None:
-    """With the entry that they stand in."""
+    """Reported for their entry."""
     assert any(words in message for _, message in stage.check(Services("t", "s")))
 
 
 class Settled(MemoryCounters):
-    """Counters that note what is settled."""
+    """Counters that record the settlements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -544,7 +544,7 @@ class Settled(MemoryCounters):
 
 
 async def test_1000_at_once_never_pass_a_token_limit(start_gateway: StartGateway) -> None:
-    """Through real sockets, with streams that end, break off and are left: together no more than the limit.
+    """Through real sockets, with streams that end, break off and are abandoned: together within the limit.
 
     The bound: what was used beyond the estimates of the requests that ran. Here no answer is longer than its
     `max_tokens`, and so there is nothing beyond it.
@@ -601,7 +601,7 @@ pipeline: [access_log, auth_passthrough, rate_limit: {tokens_per_day: 3000, per:
 
 
 async def test_a_stream_says_what_is_left(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """In its head, in Azure's place; the usage that settles it is hidden from the client."""
+    """In its headers, instead of Azure's; the usage for the settlement is hidden from the client."""
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
 pipeline:

@@ -1,4 +1,4 @@
-"""What exchanges used: as Azure reports it, and made out from what was seen where it does not."""
+"""The usage of exchanges: as Azure reports it, or else counted or estimated."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ BODIES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _tokenizer() -> None:
-    """The encodings are there, as they are a moment after they are first needed."""
+    """Load the encodings, as the gateway does when they are first needed."""
     load_encodings()
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_the_usage_of_every_api_at_every_split(name: str) -> None:
-    """However the answer is cut: in the words of each API, and never what only looks like one."""
+    """However the response is split: with the names of each API, and never a text that only looks like usage."""
     body, expected = BODIES[name]
     for place in range(len(body) + 1):
         reader = UsageReader()
@@ -88,7 +88,7 @@ def test_the_usage_of_every_api_at_every_split(name: str) -> None:
 
 @given(st.lists(st.integers(1, 40)), st.sampled_from(sorted(BODIES)))
 def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
-    """What was found does not depend on how the bytes came."""
+    """The result does not depend on how the bytes arrive."""
     body, expected = BODIES[name]
     reader = UsageReader()
     for size in sizes:
@@ -99,7 +99,7 @@ def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
 
 
 def test_the_answers_of_a_websocket_are_summed() -> None:
-    """Each of its responses uses tokens; of one answer the last usage counts."""
+    """The usage of each of its responses counts; of a single response, the last one."""
     for each, expected in ((True, Usage(20, 40, 4, 0, 12, 30)), (False, Usage(10, 20, 2, 0, 6, 15))):
         reader = UsageReader(each=each)
         reader.feed(BODIES["realtime"][0] * 2)
@@ -107,7 +107,7 @@ def test_the_answers_of_a_websocket_are_summed() -> None:
 
 
 def test_what_a_tool_is_described_by_is_no_usage() -> None:
-    """A client could else make its answers cheap, by leaving before their end."""
+    """Otherwise a client could make its responses cheap by disconnecting before the end."""
     tools = [{"parameters": {"properties": {"usage": {"input_tokens": 0, "output_tokens": 0}}}}]
     created = sse({"type": "response.created", "response": {"tools": tools, "usage": None}})
     for place in range(len(created)):
@@ -120,7 +120,7 @@ def test_what_a_tool_is_described_by_is_no_usage() -> None:
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("first", [1, 3, 5, 9])
 def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
-    """Whatever came in its first read, and whatever its lines end with."""
+    """Whatever the first read contains, and whatever the lines end with."""
     data = (WORD * 3).replace(b"\n", newline)
     reader = UsageReader()
     reader.feed(data[:first])
@@ -129,7 +129,7 @@ def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
 
 
 def test_a_picture_in_a_stream_is_not_kept() -> None:
-    """What follows it is counted."""
+    """The text after the picture counts."""
     reader = UsageReader()
     reader.feed(b'data: {"type":"image_generation.partial_image","b64_json":"')
     for _ in range(500):
@@ -152,7 +152,7 @@ def test_a_picture_in_a_stream_is_not_kept() -> None:
     ],
 )  # fmt: skip
 def test_the_text_of_a_stream_is_all_that_its_events_add(deltas: list[dict[str, Any]], text: str) -> None:
-    """However the text is found: what is quick for plain pieces is right for the others."""
+    """The fast path for plain text and the slow path have the same result."""
     chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     compact = [
         json.dumps(chunk, separators=(",", ":"), ensure_ascii=place % 2 == 0) for place, chunk in enumerate(chunks)
@@ -163,7 +163,7 @@ def test_the_text_of_a_stream_is_all_that_its_events_add(deltas: list[dict[str, 
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither its events nor its text, whose tokens are counted, or estimated, in pieces as it comes."""
+    """Neither its events nor its text: the tokens are counted or estimated piece by piece."""
     if not counted:
         monkeypatch.setattr(tokens, "toktok", None)
     reader, most, text = UsageReader("gpt-4o"), 0, ""
@@ -181,7 +181,7 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_long_answer_is_estimated_by_its_length() -> None:
-    """It tells its usage at its end, and broke off before."""
+    """The response broke off before the usage at its end."""
     reader = UsageReader()
     for _ in range(100):
         reader.feed(b'{"data": "' + b"x" * 4000)
@@ -191,7 +191,7 @@ def test_a_long_answer_is_estimated_by_its_length() -> None:
 
 @dataclass
 class Counting(Stage):
-    """Keeps what `defer` is told."""
+    """Keeps the outcomes that `defer` callbacks get."""
 
     needs_usage = True
 
@@ -204,7 +204,7 @@ class Counting(Stage):
 
 
 async def test_a_stage_that_wants_usage_gets_it() -> None:
-    """In the outcome; nothing is measured where nobody wants it."""
+    """In the outcome; nothing is measured if no stage needs it."""
     counting = Counting()
     answer = Response(200, BODIES["chat"][0], {"content-type": "application/json"})
     await post(counting, answer=answer, json=CHAT)
@@ -215,7 +215,7 @@ async def test_a_stage_that_wants_usage_gets_it() -> None:
 
 
 async def test_only_what_uses_tokens_is_asked() -> None:
-    """A stored answer, or the file of a batch, tells what others used."""
+    """A stored response, or the file of a batch, has the usage of others."""
     for method, path in (("GET", "/responses/resp_1"), ("GET", "/files/f/content"), ("GET", "/chat/completions/c")):
         counting = Counting()
         await send([counting], method, path, answer=Response(200, BODIES["chat"][0]))
@@ -223,7 +223,7 @@ async def test_only_what_uses_tokens_is_asked() -> None:
 
 
 async def test_a_refused_request_used_nothing() -> None:
-    """An error of Azure's, one of the way to it, or of a stage."""
+    """An error of Azure, of the network or of a stage."""
     for answer in (Response.json({"error": {"usage": {"x": 1}}}, 429), UpstreamError("down")):
         counting = Counting()
         await post(counting, answer=answer, json=CHAT)
@@ -236,7 +236,7 @@ async def stream(words: int = 5) -> AsyncIterator[bytes]:
 
 
 async def test_an_abandoned_stream_is_counted() -> None:
-    """What the client did not wait for was used all the same, as far as it was seen."""
+    """The tokens until the client left are counted."""
     counting = Counting()
     answer = Response(200, stream(), {"content-type": "text/event-stream"})
     body = {**CHAT, "stream": True}
@@ -251,7 +251,7 @@ async def test_an_abandoned_stream_is_counted() -> None:
 
 
 async def test_several_answers_are_summed() -> None:
-    """As many as Azure was asked for: of a request that is sent in parts, or again."""
+    """Of all requests to Azure: a request can be sent in parts, or again."""
 
     class Twice(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -265,7 +265,7 @@ async def test_several_answers_are_summed() -> None:
 
 
 def test_the_least_sure_source_is_told() -> None:
-    """Of a sum."""
+    """A sum has the least reliable source of its parts."""
     assert (Usage(1) + Usage(1, source="estimated") + Usage(1, source="counted")).source == "estimated"
 
 
@@ -286,7 +286,7 @@ async def test_the_usage_of_json_is_in_the_log(start_gateway: StartGateway, azur
 async def test_a_stream_is_asked_for_its_usage(
     options: dict[str, bool] | None, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """In the client's place; it sees the usage only if it asked itself."""
+    """For the gateway; the client sees the usage only if it requested it."""
     gateway = await start_gateway(azure.endpoint)
     body = {**CHAT, "stream": True, **({"stream_options": options} if options is not None else {})}
     async with gateway.post(json=body) as answer:
@@ -301,7 +301,7 @@ async def test_a_stream_is_asked_for_its_usage(
 
 
 async def test_an_old_api_version_is_not_asked(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """It refuses `stream_options`: the tokens are made out from what was seen."""
+    """It rejects `stream_options`: the tokens are counted or estimated."""
     yaml = (
         'resources: {azure: {endpoint: "${ENDPOINT}"}}\n'
         "pipeline: [access_log, auth_passthrough, model_map, api_version: 2024-06-01, sse_newline]\n"
@@ -317,7 +317,7 @@ async def test_an_old_api_version_is_not_asked(start_gateway: StartGateway, azur
 
 
 async def test_nothing_is_asked_for_nobody(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Without a stage that wants usage the body stays as it came."""
+    """Without a stage that needs usage the body stays unchanged."""
     yaml = (
         'resources: {azure: {endpoint: "${ENDPOINT}"}}\n'
         "pipeline: [access_log: {usage: false}, auth_passthrough, model_map, api_version, sse_newline]\n"
@@ -356,7 +356,7 @@ async def test_a_client_that_leaves_a_stream_has_used_what_came(start_gateway: S
 
 
 async def test_a_client_that_leaves_before_the_answer_has_used_its_prompt(start_gateway: StartGateway) -> None:
-    """Azure was at work on it; what it made of it is not known."""
+    """Azure was working on it; the output is unknown."""
     arrived = asyncio.Event()
 
     async def never(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
@@ -376,7 +376,7 @@ async def test_a_client_that_leaves_before_the_answer_has_used_its_prompt(start_
 
 
 async def test_the_usage_of_a_broken_stream(start_gateway: StartGateway) -> None:
-    """What came before the break was used."""
+    """The tokens before the break are counted."""
     events = WORD * 4
 
     async def breaks(_: Any, request: web.BaseRequest) -> web.StreamResponse:
@@ -398,7 +398,7 @@ async def test_the_usage_of_a_broken_stream(start_gateway: StartGateway) -> None
 
 
 def test_a_meter_that_saw_nothing_knows_nothing() -> None:
-    """Azure was not asked, or could not be."""
+    """No request was sent to Azure."""
     meter = UsageMeter()
     assert meter.usage(abandoned=True) is None
     meter.watch("chat.completions", b"{}", None)
@@ -409,7 +409,7 @@ def test_a_meter_that_saw_nothing_knows_nothing() -> None:
 async def test_a_body_of_which_nobody_asks_the_model_is_metered(
     size: int, source: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """Azure's own path names the deployment; a large one streams through, and is not asked for its stream's usage."""
+    """The deployment is in the path; a large body streams through, without a request for the stream's usage."""
     gateway = await start_gateway(azure.endpoint)
     body = {"messages": [{"role": "user", "content": "x" * size}], "stream": True}
     path = "/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
@@ -424,6 +424,6 @@ async def test_a_body_of_which_nobody_asks_the_model_is_metered(
 
 
 def test_what_is_metered_are_operations() -> None:
-    """By their names in the table; what tells nothing, but for runs that stream, is not among what has a prompt."""
+    """All names are in the table of operations; none with a prompt is unreported."""
     assert set(BY_NAME) >= METERED | UNREPORTED
     assert not UNREPORTED & PROMPTED
