@@ -149,7 +149,7 @@ class Exchange:
     def hold(self, size: int) -> None:
         """Count `size` more bytes that are kept in memory for this exchange, before they are.
 
-        They are given back when the exchange is over. Raises BudgetSpent (503, or 413 for more than one caller may
+        They are given back when the exchange is over. Raises BudgetExhausted (503, or 413 for more than one caller may
         ever hold); what was held before is still held then.
         """
         self._check_running()
