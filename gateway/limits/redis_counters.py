@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from gateway.limits.counters import CountersUnavailable
 from gateway.limits.recent_refusals import RecentRefusals
-from gateway.limits.redis_messages import decode_replies, encode_settle, encode_take, key
+from gateway.limits.redis_messages import counter_key, decode_replies, encode_settle, encode_take
 from gateway.limits.redis_script import SCRIPT, RedisScript
 from gateway.limits.redis_url import RedisUrl
 from gateway.limits.stall_tolerant_timer import StallTolerantTimer, stall_tolerant_timeout
@@ -109,7 +109,7 @@ class RedisCounters:
                 if len(self._limits) >= _MAX_CACHED:
                     self._limits.clear()
                 self._limits[charge.name] = charge.limit
-        keys = [key(self.url.keys, charge) for charge in charges]
+        keys = [counter_key(self.url.keys, charge) for charge in charges]
         take = _Take(charges, keys, encode_take(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
@@ -141,7 +141,7 @@ class RedisCounters:
             charge = Charge(charge.name, self._limits.get(charge.name, charge.limit), charge.cost)  # noqa: PLW2901
             order = encode_settle(charge, decision.records[index], used)
             concurrent = charge.limit.period == "at_once"
-            self._settlements.append(_Settlement(key(self.url.keys, charge), order, now, concurrent))
+            self._settlements.append(_Settlement(counter_key(self.url.keys, charge), order, now, concurrent))
         if self._settlements:
             self._wake()
 

@@ -7,7 +7,7 @@ from struct import Struct
 
 from gateway.limits.token_bucket import Charge, Decision, Record
 
-__all__ = ("decode_replies", "encode_settle", "encode_take", "key")
+__all__ = ("counter_key", "decode_replies", "encode_settle", "encode_take")
 
 _PERIODS = {"minute": 0, "day": 1, "month": 2, "at_once": 3}
 _CHARGE = Struct("<BBdddd")
@@ -16,7 +16,7 @@ _TIME = Struct("<?d")
 _RECORD = Struct("<?dddd")
 
 
-def key(prefix: str, charge: Charge) -> bytes:
+def counter_key(prefix: str, charge: Charge) -> bytes:
     """Return the Redis key of a charge's counter. Concurrent use (`held`) has another data type than `used`."""
     kind = "held" if charge.limit.period == "at_once" else "used"
     return f"{prefix}{kind}:{charge.name}".encode("utf-8", "surrogatepass")

@@ -200,7 +200,7 @@ class SharedCounters:
 
     # -- rows ------------------------------------------------------------------------------------------
 
-    def _digest(self, name: str) -> tuple[int, bytes]:
+    def _row_and_digest(self, name: str) -> tuple[int, bytes]:
         """Return the last known row of a name, or the first row to try, and the digest of the name."""
         cached = self._rows.get(name)
         if cached is None:
@@ -213,7 +213,7 @@ class SharedCounters:
 
     def _find(self, name: str) -> tuple[int, bytes, Record]:
         """Return the row of a name (0 if it has none), its digest, and its record."""
-        row, digest = self._rows.get(name) or self._digest(name)
+        row, digest = self._rows.get(name) or self._row_and_digest(name)
         found, level, since, inflow, born, _ = _ROW.unpack_from(self._table, row)
         if found == digest:
             return row, digest, (level, since, inflow, born)

@@ -45,7 +45,7 @@ async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
     assert slow.ended == 2
 
 
-async def test_what_keeps_it_fresh_ends_with_it() -> None:
+async def test_stop_ends_the_schedule() -> None:
     """And so does the current fetch; stopping without a start is allowed."""
     slow = Slow()
     refresh = BackgroundRefresh(slow, "keys")

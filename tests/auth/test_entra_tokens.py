@@ -145,7 +145,7 @@ def name_of(found: Credential | None) -> str | None:
 # -- what is asked ------------------------------------------------------------------------------------
 
 
-async def test_an_application_shows_its_secret(place: FakeEntra, tokens: EntraTokens) -> None:
+async def test_an_application_sends_its_secret(place: FakeEntra, tokens: EntraTokens) -> None:
     """In a form, as OAuth client credentials; Azure gets the token as a bearer token."""
     assert await tokens.credential() == Credential(token("1"), bearer=True)
     form = {
@@ -159,7 +159,7 @@ async def test_an_application_shows_its_secret(place: FakeEntra, tokens: EntraTo
     assert place.headers[0]["accept"] == "application/json"
 
 
-async def test_a_workload_shows_its_federated_token_as_it_is_then(
+async def test_a_workload_sends_its_current_federated_token(
     place: FakeEntra, session: aiohttp.ClientSession, clock: Clock, tmp_path: Path
 ) -> None:
     """The file is read for each fetch: it is replaced every hour or so."""
@@ -212,7 +212,7 @@ async def test_a_file_without_a_federated_token_is_a_failure(
 @pytest.mark.parametrize(
     ("client_id", "named"), [(None, {}), (CLIENT, {"client_id": CLIENT})], ids=["system-assigned", "user-assigned"]
 )
-async def test_a_virtual_machine_asks_its_metadata_service(
+async def test_a_virtual_machine_uses_its_metadata_service(
     client_id: str | None, named: dict[str, str], session: aiohttp.ClientSession
 ) -> None:
     """At its fixed address, with the header that forged requests cannot have."""
@@ -230,7 +230,7 @@ async def test_a_virtual_machine_asks_its_metadata_service(
 
 
 @pytest.mark.parametrize("client_id", [None, CLIENT])
-async def test_app_service_has_an_endpoint_of_its_own(
+async def test_app_service_has_its_own_endpoint(
     client_id: str | None, place: FakeEntra, session: aiohttp.ClientSession, clock: Clock
 ) -> None:
     """With a header that only the app knows; its responses have only the expiry time."""
@@ -276,7 +276,7 @@ async def test_other_clouds_have_other_authorities_and_scopes(
         ("api://app/.default", "api://app"),
     ],
 )
-async def test_a_managed_identity_is_asked_for_a_resource(
+async def test_a_managed_identity_names_a_resource(
     scope: str, resource: str, place: FakeEntra, session: aiohttp.ClientSession
 ) -> None:
     """It is the scope without `/.default`; a slash before that belongs to it."""
@@ -300,7 +300,7 @@ async def test_no_proxy_of_the_environment_is_used(place: FakeEntra, monkeypatch
 # -- when it is fetched -------------------------------------------------------------------------------
 
 
-async def test_a_token_is_kept_until_shortly_before_its_end(
+async def test_a_token_is_used_until_shortly_before_it_expires(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
     """One fetch serves all requests until then."""
@@ -316,7 +316,7 @@ async def test_a_token_is_kept_until_shortly_before_its_end(
     assert name_of(tokens.current()) == "2"
 
 
-async def test_a_token_s_time_counts_from_when_it_was_asked_for(
+async def test_the_lifetime_of_a_token_starts_at_the_request(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
     """The time of a slow response reduces the lifetime."""
@@ -339,11 +339,11 @@ async def test_a_token_s_time_counts_from_when_it_was_asked_for(
         ({"expires_in": "3000"}, 3000),
         ({"expires_on": "8000"}, 3000),
         ({"expires_on": 8000}, 3000),
-        ({"expires_in": "3000", "expires_on": "7000"}, 2000),  # out of a cache, and issued some time ago
+        ({"expires_in": "3000", "expires_on": "7000"}, 2000),  # from a cache, issued some time ago
         ({"expires_in": "3000", "expires_on": "9000"}, 3000),
     ],
 )
-async def test_the_sooner_of_two_ends_holds(
+async def test_the_earlier_of_two_expiry_times_counts(
     said: dict[str, Any], end: float, place: FakeEntra, session: aiohttp.ClientSession, clock: Clock
 ) -> None:
     """Seconds can be text, relative or since the epoch."""
@@ -360,7 +360,7 @@ async def test_the_sooner_of_two_ends_holds(
 @pytest.mark.parametrize(
     ("said", "at"),
     [
-        ({"expires_in": 3610}, 3000),  # ten minutes ahead of the end that it has for us
+        ({"expires_in": 3610}, 3000),  # ten minutes before it expires for the gateway
         ({"expires_in": 410}, 200),  # half
         ({"expires_in": "86410", "refresh_in": "43200"}, 43200),
         ({"expires_in": 3610, "refresh_in": 1800}, 1800),
@@ -371,7 +371,7 @@ async def test_the_sooner_of_two_ends_holds(
         ({"expires_in": 25}, 10),
     ],
 )
-async def test_the_next_one_is_fetched_ahead(
+async def test_the_next_token_is_fetched_ahead(
     said: dict[str, Any], at: float, place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
     """Once, in the background: at the advised time, after half of a short lifetime, or else minutes ahead."""
@@ -385,7 +385,7 @@ async def test_the_next_one_is_fetched_ahead(
     assert len(place.asked) == 2
 
 
-async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+async def test_no_token_is_fetched_after_stop(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
     """Nor does the current fetch continue."""
     place.open.clear()
     tokens.start()
@@ -402,7 +402,7 @@ async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraToken
     assert len(place.asked) == 1
 
 
-async def test_requests_do_not_wait_for_a_renewal(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+async def test_requests_do_not_wait_for_a_refresh(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
     """The current token is used while the next one is slow to arrive."""
     tokens.start()
     first = await tokens.credential()
@@ -429,7 +429,7 @@ async def test_a_herd_of_requests_makes_one_fetch(place: FakeEntra, tokens: Entr
     assert len(place.asked) == 1
 
 
-async def test_a_request_s_short_token_is_renewed_in_time(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+async def test_a_short_lived_token_is_refreshed_in_time(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
     """The schedule had a long backoff after several failures, but it notices the earlier expiry."""
     place.status = 500
     tokens.start()
@@ -459,7 +459,7 @@ async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: E
         with pytest.raises(TokenUnavailable) as raised:
             await tokens.credential()
     assert kept[:4] == [600, 590, 570, 530]
-    assert 1 <= kept[-1] <= 2 * entra.MIN_RETRY  # at last they are close: it may be back just in time
+    assert 1 <= kept[-1] <= 2 * entra.MIN_RETRY  # frequent tries at the end: Entra may be back just in time
     assert tries <= 12
     assert isinstance(raised.value, GatewayError)
     assert 0 < raised.value.retry_after <= entra.MAX_REFUSAL
@@ -471,7 +471,7 @@ async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: E
     assert await tokens.credential() is tokens.current()
 
 
-async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+async def test_background_fetches_have_a_backoff(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
     """After 10 s, 20 s, ..., and then every five minutes, without any request, until one succeeds."""
     place.status = 500
     tokens.start()
@@ -492,9 +492,7 @@ async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: Entra
         assert len(place.asked) == tries + 1
 
 
-async def test_a_herd_is_told_at_once_when_a_fetch_has_failed(
-    place: FakeEntra, tokens: EntraTokens, clock: Clock
-) -> None:
+async def test_requests_fail_at_once_after_a_failed_fetch(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
     """For a second, and longer after each further failure, no request fetches."""
     place.status = 401
     for failures, seconds in enumerate((1, 2, 4, 8, 10, 10), 1):
@@ -512,7 +510,7 @@ async def test_a_herd_is_told_at_once_when_a_fetch_has_failed(
     assert name_of(await tokens.credential()) == "7"
 
 
-async def test_a_request_waits_for_a_try_that_is_under_way(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+async def test_a_request_waits_for_the_current_fetch(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
     """Instead of failing because of earlier failures."""
     place.status = 500
     tokens.start()
@@ -537,7 +535,7 @@ async def test_after_very_many_failures_it_still_tries(tokens: EntraTokens, cloc
     assert tokens._refused_until == clock.time + entra.MAX_REFUSAL
 
 
-async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fetch_has_a_timeout(place: FakeEntra, tokens: EntraTokens, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a time that a client can wait: without a metadata service nothing responds."""
     assert entra.TIMEOUT == 5
     monkeypatch.setattr(entra, "TIMEOUT", 0.05)
@@ -548,7 +546,7 @@ async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, mon
     assert [(event["error"], event["reason"]) for event in events] == [("TimeoutError", "timeout")]
 
 
-async def test_what_refuses_connections_is_a_failure(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
+async def test_a_refused_connection_is_a_failure(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
     """It is logged with the details of the identity."""
     identity = dataclasses.replace(BY_SECRET, authority=f"http://127.0.0.1:{unused_tcp_port}")
     with structlog.testing.capture_logs() as events, pytest.raises(TokenUnavailable):
@@ -618,7 +616,7 @@ def bomb() -> web.StreamResponse:
         (good(expires_on=1), "check the clock"),
     ],
 )
-async def test_what_is_no_sound_answer_is_a_failure(
+async def test_an_invalid_response_is_a_failure(
     answer: Callable[[], web.StreamResponse], reason: str, place: FakeEntra, tokens: EntraTokens
 ) -> None:
     """The reason is one line without the token, and the current token stays."""
@@ -636,7 +634,7 @@ async def test_what_is_no_sound_answer_is_a_failure(
     assert raised.value.reason == event["reason"]
 
 
-async def test_the_soundest_answers_are_taken(place: FakeEntra, tokens: EntraTokens) -> None:
+async def test_valid_responses_are_accepted(place: FakeEntra, tokens: EntraTokens) -> None:
     """The base of the failures above is valid."""
     place.answer = good()
     assert (await tokens.credential()).value == token("1")
@@ -671,7 +669,7 @@ async def test_a_redirect_is_not_followed(place: FakeEntra, tokens: EntraTokens)
         (["error"], "status 400"),
     ],
 )
-async def test_an_error_is_told_in_the_words_of_its_sender(
+async def test_the_error_message_of_the_server_is_logged(
     said: Any, reason: str, place: FakeEntra, tokens: EntraTokens
 ) -> None:
     """Of Entra, the metadata service and App Service, in one line."""
@@ -681,7 +679,7 @@ async def test_an_error_is_told_in_the_words_of_its_sender(
     assert raised.value.reason.endswith(reason)
 
 
-async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> None:
+async def test_a_long_error_is_truncated(place: FakeEntra, tokens: EntraTokens) -> None:
     """And a secret at the end of the truncated text is redacted first."""
     url = f"{place.url}/{TENANT}/oauth2/v2.0/token responded with status 400: "
     filler = "x" * (entra.MAX_REASON - len(url) - 5)
@@ -695,7 +693,7 @@ async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> Non
 # -- secrets ------------------------------------------------------------------------------------------
 
 
-async def test_no_secret_is_told(place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path) -> None:
+async def test_no_secret_is_logged(place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path) -> None:
     """Not if the server echoes the request, as text or form-encoded; and not in a repr."""
     file = tmp_path / "token"
     file.write_text(ASSERTION)
@@ -718,7 +716,7 @@ async def test_no_secret_is_told(place: FakeEntra, session: aiohttp.ClientSessio
         assert raised.value.__cause__ is raised.value.__context__ is None
 
 
-async def test_a_token_is_told_by_nothing(
+async def test_no_text_contains_a_token(
     place: FakeEntra, tokens: EntraTokens, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither by the object nor by the cache for reloads."""

@@ -95,7 +95,7 @@ async def test_keys_whose_url_is_configured_need_no_metadata(session: aiohttp.Cl
         [],
     ],
 )
-async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session: aiohttp.ClientSession) -> None:
+async def test_metadata_of_another_issuer_is_rejected(metadata: Any, session: aiohttp.ClientSession) -> None:
     """Nor metadata with keys over plain HTTP, or without keys."""
     with aioresponses() as mocked:
         mocked.get(METADATA, payload=metadata)
@@ -124,7 +124,7 @@ async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session
         ("", False),
     ],
 )
-def test_only_loopback_may_do_without_tls(url: str, sound: bool) -> None:
+def test_only_loopback_works_without_tls(url: str, sound: bool) -> None:
     """An attacker on the network could replace the keys."""
     assert (url_problem(url) is None) == sound
 
@@ -167,9 +167,7 @@ def failing(_: web.Request) -> web.StreamResponse:
 
 
 @pytest.mark.parametrize("answer", [redirected, huge, bomb, no_json, no_keys, deep, failing])
-async def test_what_is_no_sound_answer_is_not_used(
-    answer: Any, issuer: FakeIssuer, session: aiohttp.ClientSession
-) -> None:
+async def test_an_invalid_response_is_not_used(answer: Any, issuer: FakeIssuer, session: aiohttp.ClientSession) -> None:
     """A redirect is not followed, and a response that is too large for keys is not read to its end."""
     issuer.answer = answer
     keys = IssuerKeys(issuer.url, issuer.url + "/keys", lambda: session)
@@ -181,7 +179,7 @@ async def test_what_is_no_sound_answer_is_not_used(
     assert len(str(events[0]["reason"])) <= 300
 
 
-async def test_an_issuer_that_hangs_is_given_up(
+async def test_fetching_keys_has_a_timeout(
     issuer: FakeIssuer, keys: IssuerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a time that a client can wait."""
@@ -192,7 +190,7 @@ async def test_an_issuer_that_hangs_is_given_up(
     assert events[0]["reason"] == "timeout"
 
 
-async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
+async def test_keys_stay_valid_for_a_day_while_the_issuer_is_down(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
     """Then there are none, and the log has said for how long they stay valid."""
@@ -259,7 +257,7 @@ async def test_a_key_that_is_not_known_yet_is_fetched_at_once(issuer: FakeIssuer
     assert keys.get("first") is keys.get("second") is None
 
 
-async def test_made_up_names_of_keys_are_no_requests_to_the_issuer(
+async def test_invented_key_ids_cause_no_requests_to_the_issuer(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
     """One fetch per half a minute, whatever the key ids are."""
@@ -341,7 +339,7 @@ RSA = {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
         (jwk(ec_key("p521", ec.SECP521R1), "k", alg="ES512"), {"ES512"}),
     ],
 )
-def test_a_key_says_which_algorithms_it_is_good_for(made: dict[str, Any], algorithms: set[str]) -> None:
+def test_a_key_decides_its_algorithms(made: dict[str, Any], algorithms: set[str]) -> None:
     """By its type and its curve, or its own `alg`."""
     found = signing_key(made)
     assert found is not None
@@ -384,7 +382,7 @@ def _private() -> dict[str, Any]:
         "key",
     ],
 )
-async def test_what_signs_no_tokens_is_left_out(made: Any, issuer: FakeIssuer, keys: IssuerKeys) -> None:
+async def test_keys_that_sign_no_tokens_are_left_out(made: Any, issuer: FakeIssuer, keys: IssuerKeys) -> None:
     """And the others in the set stay valid."""
     assert signing_key(made) is None
     issuer.jwks = {"keys": [made, *issuer.jwks["keys"]]}

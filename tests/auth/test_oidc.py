@@ -89,12 +89,12 @@ HEAD = part(b'{"alg": "RS256", "kid": "first"}')
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"])
-async def test_a_token_that_the_issuer_signed_is_good(algorithm: str, issuers: Issuers, issuer: FakeIssuer) -> None:
+async def test_a_token_signed_by_the_issuer_is_valid(algorithm: str, issuers: Issuers, issuer: FakeIssuer) -> None:
     """It identifies its bearer: the object id, and all claims."""
     verification = await verified(issuers, issuer.token(algorithm=algorithm))
     assert (verification.reason, verification.retry_after) == (None, None)
     assert verification.identity is not None
-    # (Of this issuer: another one's `oid-ann` is somebody else.)
+    # (With the issuer: `oid-ann` of another issuer is another caller.)
     assert verification.identity.caller == f"oid-ann@{issuer.url.partition('://')[2]}"
     assert verification.identity.claims["roles"] == ["research"]
     assert "research" not in repr(verification)
@@ -103,7 +103,7 @@ async def test_a_token_that_the_issuer_signed_is_good(algorithm: str, issuers: I
 @pytest.mark.parametrize(
     ("curve", "algorithm"), [(ec.SECP256R1, "ES256"), (ec.SECP384R1, "ES384"), (ec.SECP521R1, "ES512")]
 )
-async def test_elliptic_curves_do_as_well(
+async def test_elliptic_curves_work(
     curve: type[ec.EllipticCurve], algorithm: str, issuers: Issuers, issuer: FakeIssuer
 ) -> None:
     """Each curve with its own algorithm."""
@@ -139,9 +139,7 @@ async def test_elliptic_curves_do_as_well(
         ({"oid": "x" * 257, "sub": ""}, "token without a caller"),
     ],
 )
-async def test_what_a_token_must_say(
-    changed: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer
-) -> None:
+async def test_required_claims(changed: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer) -> None:
     """Issuer, audience and times; the log gets the reason, and no keys are fetched in vain."""
     token = made({"alg": "RS256", "kid": "first"}, claims_of(issuer.url, **changed))
     assert await verified(issuers, token) == TokenVerification(reason=reason)
@@ -217,7 +215,7 @@ async def test_only_signatures_by_a_key_pair_count(algorithm: Any, issuers: Issu
     assert not issuer.asked
 
 
-async def test_a_key_is_good_for_its_own_algorithm_alone(issuers: Issuers, issuer: FakeIssuer) -> None:
+async def test_a_key_is_valid_for_its_own_algorithm_only(issuers: Issuers, issuer: FakeIssuer) -> None:
     """Whatever the token's header says."""
     issuer.jwks = {"keys": [jwk(issuer.key, "first", alg="RS256"), jwk(ec_key("p256"), "curve")]}
     for kid, algorithm in (("first", "RS512"), ("first", "ES256"), ("curve", "ES384"), ("curve", "RS256")):
@@ -225,7 +223,7 @@ async def test_a_key_is_good_for_its_own_algorithm_alone(issuers: Issuers, issue
         assert (await verified(issuers, token)).reason == "token with an algorithm that its key does not allow"
 
 
-async def test_a_changed_token_is_not_good(issuers: Issuers, issuer: FakeIssuer) -> None:
+async def test_a_changed_token_is_invalid(issuers: Issuers, issuer: FakeIssuer) -> None:
     """Changed claims, headers or signatures are detected."""
     head, claims, signature = issuer.token().split(".")
     other = issuer.token(roles=["admin"])
@@ -262,7 +260,7 @@ async def test_a_key_that_the_token_brings_along_is_not_used(issuers: Issuers, i
         ({"b64": False}, "malformed token"),
     ],
 )
-async def test_what_a_header_must_say(
+async def test_required_headers_of_a_token(
     header: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer
 ) -> None:
     """A key id, and no critical extension."""
@@ -282,13 +280,13 @@ async def test_what_a_header_must_say(
         "eyJh.a.a",
     ],
 )
-async def test_garbage_is_only_garbage(token: str, issuers: Issuers) -> None:
+async def test_malformed_tokens_are_invalid(token: str, issuers: Issuers) -> None:
     """Malformed tokens are rejected."""
     assert (await verified(issuers, token)).identity is None
 
 
 @given(header=st.binary(max_size=40), claims=st.binary(max_size=40), signature=st.binary(max_size=10))
-def test_no_garbage_breaks_anything(header: bytes, claims: bytes, signature: bytes) -> None:
+def test_random_bytes_cause_no_error(header: bytes, claims: bytes, signature: bytes) -> None:
     """Any three parts of bytes are rejected without an error."""
     issuers = Issuers([Issuer("https://x.example.com", ("a",))], aiohttp.ClientSession)
     for head in (header, b'{"a' + header, b'{"a": "' + header + b'"}'):
@@ -309,12 +307,12 @@ def test_no_garbage_breaks_anything(header: bytes, claims: bytes, signature: byt
         {"Authorization": "Bearer eyJ" + "a" * 20_000 + ".a.a"},
     ],
 )
-async def test_what_presents_no_token_is_not_judged(headers: dict[str, str], issuers: Issuers) -> None:
+async def test_a_request_without_a_token_is_not_verified(headers: dict[str, str], issuers: Issuers) -> None:
     """A key is no token, and neither is a malformed key: the stage that needs a key rejects it."""
     assert await issuers.verify(Headers(headers)) is None
 
 
-async def test_a_browser_s_websocket_may_present_one(issuers: Issuers, issuer: FakeIssuer) -> None:
+async def test_a_browser_s_websocket_can_present_a_token(issuers: Issuers, issuer: FakeIssuer) -> None:
     """As the subprotocol for keys."""
     headers = Headers({"Sec-WebSocket-Protocol": f"realtime, openai-insecure-api-key.{issuer.token()}"})
     verification = await issuers.verify(headers)
@@ -325,7 +323,7 @@ async def test_a_browser_s_websocket_may_present_one(issuers: Issuers, issuer: F
 # -- tokens that are known, and keys that change ------------------------------------------------------
 
 
-async def test_a_known_token_is_one_look_up(
+async def test_a_cached_token_is_not_verified_again(
     issuers: Issuers, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its signature is not verified again until it expires."""
@@ -335,7 +333,7 @@ async def test_a_known_token_is_one_look_up(
     assert await verified(issuers, token) is first
 
 
-async def test_a_known_token_expires(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
+async def test_a_cached_token_expires(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
     """To the second."""
     token = issuer.token(exp=int(time.time()) + 100)
     passing.passed = 150
@@ -344,7 +342,7 @@ async def test_a_known_token_expires(issuers: Issuers, issuer: FakeIssuer, passi
     assert (await verified(issuers, token)).reason == "expired token"
 
 
-async def test_a_known_token_is_as_good_as_its_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
+async def test_a_cached_token_is_invalid_without_its_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
     """After a rotation a token with the new key is valid at once; one with the old key is not, cached or not."""
     old = issuer.token()
     assert (await verified(issuers, old)).identity is not None
@@ -358,7 +356,7 @@ async def test_a_known_token_is_as_good_as_its_key(issuers: Issuers, issuer: Fak
     assert (await verified(issuers, old)).reason == "token with an unknown key"
 
 
-async def test_another_key_of_the_same_name_is_another_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
+async def test_a_new_key_with_the_same_id_is_another_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
     """A cached token is not accepted with the new key."""
     old = issuer.token()
     assert (await verified(issuers, old)).identity is not None
@@ -370,7 +368,7 @@ async def test_another_key_of_the_same_name_is_another_key(issuers: Issuers, iss
     assert (await verified(issuers, issuer.token())).identity is not None
 
 
-async def test_only_so_many_tokens_are_remembered(
+async def test_the_cache_of_tokens_is_bounded(
     issuers: Issuers, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The least recently used one is dropped first."""
@@ -381,7 +379,7 @@ async def test_only_so_many_tokens_are_remembered(
     assert list(issuers._verified) == [key_digest(tokens[number]) for number in (2, 0, 3)]
 
 
-async def test_a_token_is_not_judged_while_its_issuer_is_down(issuers: Issuers, issuer: FakeIssuer) -> None:
+async def test_a_token_cannot_be_verified_while_its_issuer_is_down(issuers: Issuers, issuer: FakeIssuer) -> None:
     """It may be valid; a token that is invalid without looking at its signature is still rejected."""
     issuer.status = 500
     verification = await verified(issuers, issuer.token())
@@ -448,7 +446,7 @@ CLAIMS: dict[str, Any] = {
         ({}, False),
     ],
 )
-def test_claims_that_a_team_wants(wanted: dict[str, list[str]], has: bool) -> None:
+def test_claims_that_a_team_requires(wanted: dict[str, list[str]], has: bool) -> None:
     """All required claims, each with one of its values, exactly; scopes are a space-separated list."""
     assert Identity(CLAIMS, "ann").has(wanted) == has
 
@@ -489,7 +487,7 @@ async def gateway(start_gateway: StartGateway, azure: FakeAzure, issuer: FakeIss
         ("/v1", {"roles": ["everyone"]}, "default"),
     ],
 )
-async def test_the_claims_say_whose_it_is(
+async def test_the_claims_decide_the_team(
     path: str, claims: dict[str, Any], team: str, gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer
 ) -> None:
     """The first team, in the order of the files, whose claims a token has; Azure gets the key of the resource."""
@@ -502,7 +500,7 @@ async def test_the_claims_say_whose_it_is(
     assert (event["team"], event["caller"].partition("@")[0], event.get("auth")) == (team, "oid-ann", None)
 
 
-async def test_every_wrong_token_is_the_same_401(gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer) -> None:
+async def test_every_invalid_token_is_the_same_401(gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer) -> None:
     """As with every wrong key; the log event has the reason, and of the token only the caller."""
     tokens = [
         ("/v1", issuer.token(exp=1), "expired token", None),
@@ -610,7 +608,7 @@ async def test_a_herd_of_tokens_makes_one_fetch(gateway: Gateway, issuer: FakeIs
     assert issuer.fetches == 2
 
 
-async def test_a_gateway_without_identity_judges_nothing(start_gateway: StartGateway, azure: FakeAzure) -> None:
+async def test_a_gateway_without_identity_verifies_nothing(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """A token is treated like any key."""
     yaml = f"""
 resources: {{azure: {{endpoint: "${{ENDPOINT}}", api_key: stored-key}}}}
@@ -639,7 +637,7 @@ def test_the_library_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "pip install 'azure-openai-gateway[identity]'" in mistake.message
 
 
-def test_the_library_is_loaded_only_where_it_is_used() -> None:
+def test_the_library_is_imported_only_if_it_is_used() -> None:
     """A start without `identity:` does not import it."""
     import subprocess
     import sys
@@ -648,7 +646,7 @@ def test_the_library_is_loaded_only_where_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-async def test_asking_for_an_identity_that_cannot_be_judged_is_an_error() -> None:
+async def test_reading_an_identity_that_cannot_be_verified_is_an_error() -> None:
     """Otherwise a stage could treat it as no identity, and the client would not learn to retry."""
     from gateway.testing import running
 

@@ -58,8 +58,8 @@ def make(request: pytest.FixtureRequest) -> Make:
     return STORES[request.param]
 
 
-# One thing that happens: time passes (in 64ths of a second, which doubles have exactly), or charges are taken, or one
-# of those taken is settled.
+# An event: time passes (in 64ths of a second, which doubles represent exactly), charges are taken, or a decision is
+# settled.
 EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("pass"), st.one_of(st.integers(0, 64 * 30), st.integers(0, 64 * 86_400 * 20))),
@@ -97,7 +97,7 @@ async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool
             if in_order:
                 assert list(decision.over) == over
             else:
-                # It never gives room that there is not.
+                # It never has more room than the model.
                 assert set(over) <= set(decision.over)
                 if set(over) != set(decision.over):
                     return  # from here on they differ, on the safe side
@@ -175,7 +175,7 @@ def test_what_is_used_never_passes_the_limit(limit: Limit, uses: list[tuple[int,
             total = 0.0
             for began, used in done[first:]:
                 total += used
-                # (A step's worth may come back at once, at its end.)
+                # (One refill may arrive at once.)
                 allowed = limit.capacity + limit.amount / 60 * (began - done[first][0] + limit.refill_interval)
                 assert total <= allowed + 1e-6
 
@@ -204,7 +204,7 @@ async def test_a_shadow_is_counted_and_refuses_nothing(make: Make) -> None:
         assert decision.remaining(1) == 8 - number
 
 
-async def test_a_verdict_is_settled_once(make: Make) -> None:
+async def test_a_decision_is_settled_once(make: Make) -> None:
     """A second time changes nothing."""
     counters = make(Clock())
     decision = await counters.take([Charge("a", Limit(10, "day"), 8.0)])
@@ -213,7 +213,7 @@ async def test_a_verdict_is_settled_once(make: Make) -> None:
     assert (await counters.take([Charge("a", Limit(10, "day"), 0.0)])).remaining(0) == 7
 
 
-async def test_what_has_drained_does_not_come_back() -> None:
+async def test_a_drained_reservation_gives_nothing_back() -> None:
     """A reservation that has drained makes no room for others when its request fails."""
     clock = Clock()
     counters = MemoryCounters(clock)
@@ -225,7 +225,7 @@ async def test_what_has_drained_does_not_come_back() -> None:
     assert (await counters.take([Charge("a", limit, 1.0)])).refused
 
 
-async def test_what_was_used_beyond_the_estimate_counts() -> None:
+async def test_use_above_the_estimate_counts() -> None:
     """The excess must be refilled before there is room."""
     clock = Clock()
     counters = MemoryCounters(clock)
@@ -285,7 +285,7 @@ async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
     assert not (await counters.take([Charge("a", Limit(60, "minute"), 10.0)])).refused
 
 
-async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> None:
+async def test_a_lowered_limit_does_not_block_callers_for_long(make: Make) -> None:
     """Callers wait for ten minutes at most after the limit was lowered."""
     clock = Clock()
     counters = make(clock)
@@ -296,7 +296,7 @@ async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> 
     assert not (await counters.take([Charge("a", Limit(1000, "minute"))])).refused
 
 
-async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make) -> None:
+async def test_a_charge_from_before_a_reload_is_settled_with_the_new_limit(make: Make) -> None:
     """The rate of the old limit would make room that the new one does not have."""
     clock = Clock()
     counters = make(clock)
@@ -309,7 +309,7 @@ async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make
     assert (await counters.take([Charge("a", new, 0.0)])).remaining(0) == 100
 
 
-async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_invented_names_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The names with the smallest use in relation to their limit are dropped first."""
     monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 50)
     monkeypatch.setattr(memory_module, "_MAX_NAMES", 200)
@@ -322,7 +322,7 @@ async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: py
     assert (await counters.take([Charge("used up", limit)])).refused
 
 
-async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unused_names_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names without use are dropped; the others stay."""
     monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 100)
     clock = Clock()
@@ -335,7 +335,7 @@ async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pyte
     assert len(counters._records) == len(counters._limits) == 10
 
 
-async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_settlement_after_its_name_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its settlement gives nothing back to others, and does not fail."""
     monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 10)
     clock = Clock()
@@ -357,7 +357,7 @@ async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.
         await counters.take([Charge(f"c{number}", Limit(60, "minute"))])
 
 
-async def test_one_that_can_never_pass_keeps_nobody() -> None:
+async def test_a_request_that_can_never_pass_blocks_no_other() -> None:
     """It is refused at once even if others wait, also after a reload has lowered the limit."""
     queue = WaitQueue(MemoryCounters())
     limit = Limit(1000, "day")
@@ -372,7 +372,7 @@ async def test_one_that_can_never_pass_keeps_nobody() -> None:
         assert not (await queue.take([Charge("a", limit, 1.0)], wait=3600, caller="y")).refused
 
 
-async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
+async def test_room_is_available_when_a_waiting_request_leaves() -> None:
     """The requests after it do not wait for the next try."""
     queue = WaitQueue(MemoryCounters())
     limit = Limit(10, "day")
@@ -422,7 +422,7 @@ async def main():
     counters = SharedCounters(int(sys.argv[1]))
 
     async def take(*charges):
-        while True:  # one that has the lock may not run for a while; nothing is counted then
+        while True:  # the process with the lock may be descheduled; takes fail meanwhile
             try:
                 return await counters.take(charges)
             except CountersUnavailable:
@@ -481,7 +481,7 @@ async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, li
     for each in processes:
         each.kill()
         each.wait()
-    after = SharedCounters(os.dup(table))  # as the worker that replaces one
+    after = SharedCounters(os.dup(table))  # as a replacement worker does
     decisions = [await after.take(held) for _ in range(10)]
     assert [each.refused for each in decisions] == [False] * 9 + [True]
     await counters.close()
@@ -497,7 +497,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @pytest.mark.slow
-async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
+async def test_a_stopped_worker_blocks_no_other() -> None:
     """While a stopped worker holds the lock, takes fail as with an unavailable store, and settlements wait."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
@@ -521,7 +521,7 @@ async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
     await counters.close()
 
 
-async def test_a_process_of_the_same_number_is_another() -> None:
+async def test_a_process_with_a_reused_pid_is_another() -> None:
     """The start time distinguishes them: the concurrent use of the earlier process is free."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
@@ -534,7 +534,7 @@ async def test_a_process_of_the_same_number_is_another() -> None:
     await after.close()
 
 
-async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_table_drops_the_least_used_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """It logs this once. Expired rows are reused first."""
     monkeypatch.setattr(shared_module, "_ROWS", 64)
     clock = Clock()
@@ -555,7 +555,7 @@ async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.Monk
 # -- waiting for room ----------------------------------------------------------------------------------
 
 
-async def test_one_who_waits_gets_what_is_given_back() -> None:
+async def test_a_waiting_request_gets_released_room() -> None:
     """The request continues as soon as another gives back its use."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
@@ -569,7 +569,7 @@ async def test_one_who_waits_gets_what_is_given_back() -> None:
     assert not queue._queues
 
 
-async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
+async def test_a_waiting_request_gets_refilled_room() -> None:
     """A limit per minute has room after its next refill."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(600, "minute", 1))]
@@ -578,7 +578,7 @@ async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
         assert not (await queue.take(charge, wait=4)).refused
 
 
-async def test_who_waits_in_vain_is_refused() -> None:
+async def test_a_request_that_waits_in_vain_is_refused() -> None:
     """After its waiting time, also if others are before it in the queue."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "day"))]
@@ -588,7 +588,7 @@ async def test_who_waits_in_vain_is_refused() -> None:
     await until(lambda: not queue._queues)
 
 
-async def test_what_never_fits_does_not_wait() -> None:
+async def test_a_cost_above_the_limit_does_not_wait() -> None:
     """A cost above the limit never has room."""
     queue = WaitQueue(MemoryCounters())
     async with asyncio.timeout(30):
@@ -624,7 +624,7 @@ LIMIT_OF_TEN = Limit(10, "at_once")
 
 
 @pytest.mark.parametrize("newer", [LIMIT_OF_TEN, Limit(10, "at_once")], ids=["one limit", "equal ones of two stages"])
-async def test_nobody_who_waits_is_overtaken(newer: Limit) -> None:
+async def test_no_waiting_request_is_overtaken(newer: Limit) -> None:
     """A later request waits after the earlier ones even if it had room, also of teams that share a counter."""
     queue = WaitQueue(MemoryCounters())
     decision = await queue.take([Charge("a", LIMIT_OF_TEN, 8.0)])
@@ -639,7 +639,7 @@ async def test_nobody_who_waits_is_overtaken(newer: Limit) -> None:
         assert not (await small).refused
 
 
-async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
+async def test_a_waiting_request_without_room_elsewhere_blocks_no_other() -> None:
     """Its own limit, of another name, does not block the others."""
     queue = WaitQueue(MemoryCounters())
     shared, own = Limit(1, "at_once"), Limit(1, "day")
@@ -662,7 +662,7 @@ async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
         await blocked
 
 
-async def test_who_waits_for_two_things_is_not_starved() -> None:
+async def test_a_request_that_waits_for_two_limits_is_not_starved() -> None:
     """It waits in the queue of the limit without room, in turn with later requests."""
     queue = WaitQueue(MemoryCounters())
     team, key = Limit(1, "at_once"), Limit(600, "minute", 1)
@@ -684,7 +684,7 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
     assert others < 30
 
 
-async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
+async def test_a_raised_limit_admits_new_requests_at_once() -> None:
     """They do not queue up after requests with the old limit."""
     queue = WaitQueue(MemoryCounters())
     await queue.take([Charge("a", Limit(1, "at_once"))])
@@ -695,7 +695,7 @@ async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
     assert (await old).refused
 
 
-async def test_whoever_leaves_takes_nothing() -> None:
+async def test_a_cancelled_request_takes_nothing() -> None:
     """A client that disconnects while it waits takes nothing, even in the moment of its turn."""
     for moment in range(4):
         queue = WaitQueue(MemoryCounters())
@@ -714,7 +714,7 @@ async def test_whoever_leaves_takes_nothing() -> None:
             assert not (await staying).refused
 
 
-async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
+async def test_an_error_of_the_store_reaches_the_waiting_request() -> None:
     """The error reaches only that request."""
 
     class Failing(MemoryCounters):
@@ -737,7 +737,7 @@ async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
         await waiting
 
 
-async def test_closing_lets_nobody_wait() -> None:
+async def test_closing_cancels_waiting_requests() -> None:
     """Closing cancels the waiting requests."""
     queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
@@ -749,7 +749,7 @@ async def test_closing_lets_nobody_wait() -> None:
         await waiting
 
 
-def test_a_record_of_nothing_is_all_room() -> None:
+def test_an_empty_record_has_all_the_room() -> None:
     """For every limit."""
     for limit in LIMITS:
         assert limit.remaining(limit.current(EMPTY, START)) == limit.capacity

@@ -23,7 +23,7 @@ def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
     Hold(budget, "bob").grow(250)
 
 
-def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
+def test_a_request_above_the_share_of_a_caller_is_a_413() -> None:
     """A single request above the share gets 413 even if the budget is empty: a retry would not help."""
     budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
@@ -35,7 +35,7 @@ def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
     assert hold.size == budget.held == 250
 
 
-def test_the_most_that_was_held_is_remembered() -> None:
+def test_the_peak_is_recorded() -> None:
     """The peak helps an operator to size the budget."""
     budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
@@ -46,7 +46,7 @@ def test_the_most_that_was_held_is_remembered() -> None:
     assert (budget.held, budget.most_held) == (30, 250)
 
 
-def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
+def test_a_new_limit_applies_to_later_takes() -> None:
     """After a reload lowers the limit, takes fail until enough bytes are released."""
     budgets = Budgets(memory=1000, form=100)
     one, other = Hold(budgets.memory, "ann"), Hold(budgets.memory, "bob")
@@ -70,7 +70,7 @@ def test_all_callers_together_have_the_limit() -> None:
     assert budget.held == 1000
 
 
-def test_what_is_released_is_there_again() -> None:
+def test_released_bytes_are_available_again() -> None:
     """A hold releases a part or everything; a caller without bytes is dropped."""
     budget = MemoryBudget(1000)
     one, other = Hold(budget, "ann"), Hold(budget, "ann")

@@ -48,7 +48,7 @@ def asker() -> Asker:
     return asker
 
 
-def test_who_insists_costs_no_question(asker: Asker) -> None:
+def test_a_repeated_request_is_refused_without_the_store(asker: Asker) -> None:
     """The same or a larger cost is refused until the wait is over, with the same decision as the store's."""
     first = asker.take([Charge("a", LIMIT, 2)])
     assert first.refused
@@ -81,7 +81,7 @@ def test_it_lasts_a_second_at_most(asker: Asker) -> None:
     assert asker.asked == 3
 
 
-def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
+def test_the_store_decides_if_there_may_be_room(asker: Asker) -> None:
     """A smaller cost, other names, a raised limit, a shadow charge, and a name whose use was given back."""
     asker.take([Charge("a", LIMIT, 2)])
     asked = asker.asked
@@ -104,7 +104,7 @@ def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
     assert asker.asked == asked + 2
 
 
-def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
+def test_a_repeated_refusal_covers_all_charges(asker: Asker) -> None:
     """The decision covers all charges. Those with room have the records of the earlier refusal."""
     charges = [
         Charge("wide", Limit(100, "day"), 5),
@@ -121,7 +121,7 @@ def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
     assert not any(again.was_taken(place) for place in range(3))
 
 
-def test_they_are_not_kept_without_end(asker: Asker) -> None:
+def test_the_number_of_refusals_is_bounded(asker: Asker) -> None:
     """Refusals under many different names do not fill the memory."""
     for place in range(25_000):
         asker.take([Charge(f"name{place}", Limit(1, "day"), 2)])

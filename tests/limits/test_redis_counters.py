@@ -28,7 +28,7 @@ from tests.redis_server import RedisServer, free_port, tls_in_front
 
 pytestmark = pytest.mark.redis
 
-# The script's clock, as tests set it: the server's is not theirs to turn.
+# Tests set the clock of the script: they cannot set the clock of the server.
 _CLOCK = """    local time = redis.call('TIME')
     return tonumber(time[1]) + tonumber(time[2]) / 1000000
 """
@@ -107,7 +107,7 @@ async def settled(counters: RedisCounters) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_the_script_counts_as_the_rules_do(
+async def test_the_script_counts_as_the_limits_do(
     server: RedisServer, open_counters: OpenCounters, clock: Clock, seed: int
 ) -> None:
     """The same takes, settlements and times have the same decisions and the same records."""
@@ -145,7 +145,7 @@ async def test_the_script_counts_as_the_rules_do(
             )
             for name in names
         ]
-        counters._refusals._refusals.clear()  # the clock was turned behind their back
+        counters._refusals._refusals.clear()  # they do not notice the new time
         theirs, ours = await memory.take(charges), await counters.take(charges)
         assert told(ours) == told(theirs)
         held.append((theirs, ours))
@@ -217,14 +217,14 @@ async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_cou
     assert len(taken) == 650
     assert [await level(gateways[0], charge.name, charge.limit) for charge in charges] == [650, 650, 1_950]
     for place, decision in enumerate(taken):
-        gateways[place % 2].settle(decision, [None, 0.0, 1.0])  # by whichever: each knows its own only
+        gateways[place % 2].settle(decision, [None, 0.0, 1.0])  # each gateway settles its own takes
     for gateway in gateways:
         await settled(gateway)
     assert await level(gateways[0], "requests", charges[0].limit) == 650
     assert await level(gateways[0], "all", charges[2].limit) == 650
 
 
-async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_a_settlement_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
     """A settlement is sent before later takes, and is visible to another gateway."""
     one, other = open_counters(server), open_counters(server)
     slot = [Charge("slot", Limit(1, "at_once"))]
@@ -240,7 +240,7 @@ async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_c
     assert not (await other.take(slot)).refused
 
 
-async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_a_decision_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
     """A second settlement of a decision does nothing."""
     counters = open_counters(server)
     limit = Limit(100, "day")
@@ -254,7 +254,7 @@ async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: Ope
     assert await level(counters, "a", limit) == 29
 
 
-async def test_what_has_drained_is_not_given_back(
+async def test_a_drained_reservation_is_not_given_back(
     server: RedisServer, open_counters: OpenCounters, clock: Clock
 ) -> None:
     """Neither a reservation that has drained, nor one under a name that was deleted meanwhile."""
@@ -300,7 +300,7 @@ async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: Open
     assert await level(counters, "budget", limit) == 2**51 + 1 + 123_456_789_012_345 + 8
 
 
-async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_every_key_expires(server: RedisServer, open_counters: OpenCounters) -> None:
     """Every key expires: of a limit per minute when it is empty, of a month at its end."""
     counters = open_counters(server)
     limits = {
@@ -421,7 +421,7 @@ async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters)
     assert await level(counters, "day", DAY[0].limit) == 2
 
 
-async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_a_server_that_accepts_no_connection(server: RedisServer, open_counters: OpenCounters) -> None:
     """A connection can take longer than a request waits: meanwhile no other request waits, and then it is used."""
     counters = open_counters(server, timeout=0.3)
     server.pause()
@@ -484,7 +484,7 @@ async def test_killed_paused_and_restarted_under_load(
     for counters in gateways:
         await settled(counters)
     assert {"away", "taken"} <= outcomes
-    others = [open_counters(server), open_counters(server)]  # which wait longer: what is looked at is what there is
+    others = [open_counters(server), open_counters(server)]  # with a long timeout: they check the result
     assert await level(others[0], "slots", slots[0].limit) == 0
     for counters, room in zip(others, (25, 15), strict=True):
         decisions = await asyncio.gather(*[counters.take(slots[:1]) for _ in range(25)])
@@ -529,7 +529,7 @@ class Wire(RawUpstream):
             to.close()
 
 
-async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
+async def test_a_reply_that_is_lost_with_its_connection_is_repeated(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
     """The call is repeated with its number: it is not made twice, and has the same decision."""
@@ -546,7 +546,7 @@ async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
 
 
 @pytest.mark.parametrize("breaks", [True, False])
-async def test_a_take_whose_answer_is_lost_is_undone(
+async def test_a_take_whose_reply_is_lost_is_undone(
     server: RedisServer, open_counters: OpenCounters, breaks: bool
 ) -> None:
     """Its take is given back as soon as Redis responds, and settlements are made once."""
@@ -559,7 +559,7 @@ async def test_a_take_whose_answer_is_lost_is_undone(
         counters.settle(spent, [40.0])
         counters.settle(held, [0.0])
         assert await refused_or_taken(counters, SLOTS) is None
-        assert await level(watching, "slots", SLOTS[0].limit) == 1  # it was done
+        assert await level(watching, "slots", SLOTS[0].limit) == 1  # the call was made
         wire.lose = 0
         await back(counters, DAY)
         await settled(counters)
@@ -568,7 +568,7 @@ async def test_a_take_whose_answer_is_lost_is_undone(
         await counters.close()
 
 
-async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_a_cancelled_take_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
     """Whenever a take is cancelled - before it is sent, in flight, after its reply - its slot is free again."""
     counters = open_counters(server)
     await counters.take(DAY)
@@ -586,7 +586,7 @@ async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_count
     assert await level(counters, "slots", SLOTS[0].limit) == 0
 
 
-async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_a_late_call_is_rejected(server: RedisServer, open_counters: OpenCounters) -> None:
     """The script rejects a call from an abandoned connection that arrives after a later call."""
     from redis.asyncio import Redis
     from redis.exceptions import ResponseError
@@ -646,9 +646,7 @@ async def test_a_gateway_that_was_only_silent_is_counted_again(
     assert await level(here, "slots", SLOTS[0].limit) == 0
 
 
-async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
-    server: RedisServer, open_counters: OpenCounters
-) -> None:
+async def test_an_idle_gateway_sends_heartbeats(server: RedisServer, open_counters: OpenCounters) -> None:
     """Its concurrent use counts for as long as it runs."""
     quiet, here = open_counters(server, gateway_timeout=1.5), open_counters(server, gateway_timeout=1.5)
     await quiet.take(SLOTS)
@@ -657,7 +655,7 @@ async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
         assert await level(here, "slots", SLOTS[0].limit) == 1
 
 
-async def test_closing_settles_what_is_left(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_closing_completes_pending_settlements(server: RedisServer, open_counters: OpenCounters) -> None:
     """All settlements are made, in several calls; and the gateway's concurrent use is free."""
     counters, watching = open_counters(server), open_counters(server)
     decisions = await asyncio.gather(
@@ -696,7 +694,7 @@ async def test_closing_without_a_server_ends(server: RedisServer, open_counters:
 # -- Redis refuses ---------------------------------------------------------------------------------------
 
 
-async def test_a_server_that_has_forgotten_the_script(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_a_server_without_the_script(server: RedisServer, open_counters: OpenCounters) -> None:
     """The script is sent again."""
     counters = open_counters(server)
     for _ in range(3):
@@ -751,7 +749,7 @@ async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCount
 
 
 @pytest.mark.parametrize("words", [("RPUSH", "x"), ("SET", "x")])
-async def test_something_else_under_a_name(
+async def test_another_value_under_a_key(
     server: RedisServer, open_counters: OpenCounters, words: tuple[str, str]
 ) -> None:
     """Takes of that key fail, the others continue, and no take counts in part."""
@@ -769,7 +767,7 @@ async def test_something_else_under_a_name(
 
 
 @pytest.mark.parametrize("name", ["gateways", "last"])
-async def test_something_else_under_the_gateways_own_names(
+async def test_another_value_under_the_keys_of_the_gateways(
     server: RedisServer, open_counters: OpenCounters, name: str
 ) -> None:
     """The counters are unavailable until that key is deleted, and then correct."""
@@ -784,7 +782,7 @@ async def test_something_else_under_the_gateways_own_names(
     assert decision.records[0][0] == 2
 
 
-# What docs/operating.md lets the gateway's user do.
+# The permissions of the gateway's user in docs/operating.md.
 ALLOWED = ["+eval", "+evalsha", "+time", "+get", "+set", "+del", "+hget", "+hset", "+hdel", "+hgetall", "+expire"]
 
 
@@ -873,7 +871,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
             assert await refused_or_taken(open_counters(other), DAY) is None
         assert "MovedError" in logs[0]["reason"]
 
-        # The slot on its way: right, or away; never anything else.
+        # While the slot migrates, takes are correct or fail.
         slot = owner.command("CLUSTER", "KEYSLOT", "{gateway}:x")
         here, there = (server.command("CLUSTER", "MYID") for server in (owner, other))
         other.command("CLUSTER", "SETSLOT", slot, "IMPORTING", here)
@@ -884,7 +882,7 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
         owner.command("FLUSHALL")
         for server in (other, owner):
             server.command("CLUSTER", "SETSLOT", slot, "NODE", there)
-        # The node that had the limits goes, even where the configuration names it: another one knows where they are.
+        # The node with the keys ends, even if the configuration names it: another node redirects to the new one.
         owner.kill()
         for counters in gateways:
             await back(counters, DAY)
@@ -904,7 +902,7 @@ async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_co
         decision = await counters.take(SLOTS)
         assert decision.refused
         assert decision.retry_after(0) == 1
-    assert counters._number <= asked + 1  # it may have said that it is there
+    assert counters._number <= asked + 1  # it may have sent a heartbeat
     counters.settle(held[0], [0.0])
     assert not (await counters.take(SLOTS)).refused
     assert (await counters.take(SLOTS)).refused
@@ -916,7 +914,7 @@ async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_co
 
 
 @pytest.mark.parametrize("passes", range(4))
-async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
+async def test_a_stalled_loop_is_no_outage_of_redis(
     server: RedisServer, open_counters: OpenCounters, passes: int
 ) -> None:
     """A reply that has arrived counts, even if a stall delayed its reading beyond the timeout."""
@@ -932,7 +930,9 @@ async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
     assert not logs
 
 
-async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_an_empty_take_checks_whether_redis_is_available(
+    server: RedisServer, open_counters: OpenCounters
+) -> None:
     """A stage can connect before its first request, and the log has a problem at the start."""
     counters = open_counters(server)
     assert not (await counters.take([])).refused
@@ -940,7 +940,7 @@ async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, o
     assert await refused_or_taken(counters, []) is None
 
 
-async def test_what_cannot_be_asked_is_the_askers_mistake(server: RedisServer, open_counters: OpenCounters) -> None:
+async def test_an_invalid_charge_fails_its_caller_only(server: RedisServer, open_counters: OpenCounters) -> None:
     """An invalid charge raises for its caller only, and Redis stays available for the others."""
     counters = open_counters(server)
     with pytest.raises(struct.error):
@@ -977,7 +977,7 @@ async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: S
         while server.command("KEYS", "{gateway}:held:*"):
             await asyncio.sleep(0.02)
     server.kill()
-    assert await status(gateways[0]) in (429, 503)  # what it refused a moment ago it may refuse once more
+    assert await status(gateways[0]) in (429, 503)  # a recent refusal may be repeated
     async with asyncio.timeout(30):
         while await status(gateways[0]) != 503:
             await asyncio.sleep(0.05)
@@ -985,7 +985,7 @@ async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: S
     assert await status(opened) == 200
 
 
-async def test_nothing_that_is_to_be_settled_is_dropped(
+async def test_no_settlement_is_dropped(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With too many pending settlements takes fail; every slot and every token is given back."""
@@ -1003,7 +1003,7 @@ async def test_nothing_that_is_to_be_settled_is_dropped(
     assert [record[0] for record in decision.records] == [0.0, 50.0]
 
 
-async def test_slots_are_given_back_however_late(
+async def test_slots_are_released_however_late(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after an outage that is so long that tokens no longer matter."""

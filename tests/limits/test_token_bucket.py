@@ -15,13 +15,13 @@ class Time:
         return self.now
 
 
-def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
+def test_a_reservation_under_a_dropped_name_gives_nothing_back() -> None:
     """The first use creates a record: earlier reservations under the name have drained."""
     time = Time()
     counters = MemoryCounters(time)
     limit = Limit(600, "minute")
     early = counters.take_now([Charge("a", limit, 300)])
-    counters._records.clear()  # as names are forgotten when there are many
+    counters._records.clear()  # as if the name was dropped
     time.now += 60
     counters.take_now([Charge("a", limit, 300)])
     counters.settle(early, [0.0])
@@ -30,7 +30,7 @@ def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
 
 
 @pytest.mark.parametrize("amount", [131, 1_451, 2_986, 100_000])
-def test_what_is_said_to_be_left_can_be_taken(amount: int) -> None:
+def test_the_remaining_amount_can_be_taken(amount: int) -> None:
     """Also if the amount of a refill is fractional, and independent of the times of the takes."""
     time = Time()
     counters = MemoryCounters(time)

@@ -54,7 +54,7 @@ async def test_limit_and_headers() -> None:
         assert (await run.post()).status == 429
 
 
-async def test_burst_is_how_many_may_come_at_once() -> None:
+async def test_burst_is_the_maximum_number_of_requests_at_once() -> None:
     """The bucket refills at the rate of the limit, never above the burst."""
     clock = Clock()
     async with running(RateLimit(requests_per_minute=60, burst=2, per="team"), now=clock) as run:
@@ -85,7 +85,7 @@ async def test_never_more_than_burst_and_rate_allow(limit: int, burst: int | Non
     assert len(admitted) >= asked * 0.9 - size
 
 
-async def test_callers_are_counted_apart() -> None:
+async def test_callers_are_counted_separately() -> None:
     """By key, by address, or together as a team."""
     stages = AuthPassthrough(), RateLimit(requests_per_minute=1)
     async with running(*stages) as run:
@@ -164,7 +164,7 @@ pipeline: [auth_passthrough, rate_limit: {requests_per_minute: 100}, model_map, 
     ("stage", "words"),
     [(RateLimit(), "no limit is set"), (RateLimit(in_flight=1, burst=2), "requests_per_minute")],
 )
-def test_settings_that_say_nothing_are_mistakes(stage: RateLimit, words: str) -> None:
+def test_settings_without_effect_are_mistakes(stage: RateLimit, words: str) -> None:
     """Found when the configuration is loaded."""
     assert any(words in message for _, message in stage.check(Services("t", "s")))
 
@@ -215,7 +215,7 @@ async def test_tokens_are_taken_before_and_settled_after() -> None:
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - 310 - most
 
 
-async def test_what_bounds_an_answer() -> None:
+async def test_reserved_output_tokens() -> None:
     """`max_tokens` for each choice; without it `answer_tokens`; embeddings have no output."""
     plain = await estimate(max_tokens=1)
     assert await estimate(max_completion_tokens=50, n=3) - plain == pytest.approx(149, abs=12)
@@ -226,7 +226,7 @@ async def test_what_bounds_an_answer() -> None:
         sent = await run.send("POST", "/embeddings", json={"model": "e", "input": "hello"})
         before = tokens_left(sent)
         assert 10**6 - before < 10
-        # Of what is not known beforehand: more than nothing, so that it is refused where nothing is left.
+        # Unknown usage reserves more than nothing, so that it is refused if nothing is left.
         sent = await run.send("POST", "/images/generations", json={"model": "d", "prompt": "a cat"})
         assert before - tokens_left(sent) == 8
 
@@ -234,7 +234,7 @@ async def test_what_bounds_an_answer() -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/images/generations"), ("POST", "/audio/speech"), ("POST", "/threads/t/runs")]
 )
-async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, path: str) -> None:
+async def test_operations_with_tokens_are_refused_if_none_are_left(method: str, path: str) -> None:
     """Even if its usage is not known in advance; an operation without tokens passes."""
     stage = RateLimit(tokens_per_day=5000, per="team", untold="allow")
     async with running(stage, answer=used(4000, 4000)) as run:
@@ -242,7 +242,7 @@ async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, 
         assert (await run.send("GET", "/files")).status == 200
 
 
-async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None:
+async def test_a_background_response_has_used_its_maximum() -> None:
     """Azure responds before it does the work, and never reports the usage."""
     answer = Response.json({"id": "resp_1", "status": "queued", "usage": None, "output": []})
     bodies = [b'"background":true,"max_output_tokens":4000', b'"backgroun\\u0064":true', b'"background": true']
@@ -252,7 +252,7 @@ async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None
             assert [(await run.send("POST", "/responses", body=body)).status for _ in range(2)] == [200, 429]
 
 
-async def test_a_token_limit_that_is_used_up() -> None:
+async def test_a_token_limit_that_is_reached() -> None:
     """A 429 of type `tokens` with the number of tokens that are left, and Retry-After."""
     async with running(RateLimit(tokens_per_minute=600, per="team"), answer=used(0, 500), now=Clock()) as run:
         await run.post({**CHAT, "max_tokens": 500})
@@ -281,7 +281,7 @@ async def test_a_request_that_can_never_pass() -> None:
 PRICES = {"gpt-4o*": Price(input=2.5, output=10.0, cached_input=1.25), "dall-e": Price(input=0, request=0.04)}
 
 
-async def test_what_may_be_spent() -> None:
+async def test_a_limit_of_money() -> None:
     """In the prices' currency, estimated before and settled after; a model without a price is refused."""
     stage = RateLimit(spend_per_day=0.01, per="team", limits=[LimitSettings(spend_per_month=1.0, per="key")])
     async with running(stage, answer=used(1000, 500), prices=PRICES, now=Clock()) as run:
@@ -337,9 +337,7 @@ async def test_a_shadow_needs_no_price() -> None:
         ("WS", "/responses", {"spend_per_month": 5.0}),
     ],
 )
-async def test_what_cannot_be_counted_does_not_get_round_the_limits(
-    method: str, path: str, limit: dict[str, Any]
-) -> None:
+async def test_unreported_operations_do_not_bypass_the_limits(method: str, path: str, limit: dict[str, Any]) -> None:
     """It is refused if tokens or money are limited; with other limits, shadow limits, or `untold: allow` it passes."""
     body = {"model": "gpt-4o"}
     async with running(RateLimit(**limit, per="team"), prices=PRICES) as run:
@@ -355,7 +353,7 @@ async def test_what_cannot_be_counted_does_not_get_round_the_limits(
             assert (await run.send(method, path, json=body)).status == 200
 
 
-async def test_requests_may_have_a_price() -> None:
+async def test_requests_can_have_a_price() -> None:
     """Also if no tokens are reported; not if they failed."""
     stage = RateLimit(spend_per_day=0.10, per="team")
     async with running(stage, answer=Response.json({"data": []}), prices=PRICES, now=Clock()) as run:
@@ -369,7 +367,7 @@ async def test_requests_may_have_a_price() -> None:
         assert [await draw() for _ in range(4)] == [500] * 4
 
 
-async def test_several_limits_hold_at_once() -> None:
+async def test_several_limits_apply_together() -> None:
     """Also per pair; a refused request takes nothing from any limit."""
     stage = RateLimit(
         requests_per_minute=100,
@@ -385,9 +383,9 @@ async def test_several_limits_hold_at_once() -> None:
             return (await run.post({**CHAT, "model": model}, headers={"api-key": key})).status
 
         assert [await ask("a", "m") for _ in range(4)] == [200, 200, 200, 429]
-        assert await ask("b", "m") == 429  # the model's three are used up, whoever used them
+        assert await ask("b", "m") == 429  # the three requests of the model are used by all callers together
         assert [await ask("b", "n") for _ in range(3)] == [200] * 3
-        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # another case is no other model
+        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # case does not matter
         sent = await run.send("GET", "/files", headers={"api-key": "c"})
         assert (sent.status, shown(sent)[:2]) == (200, ("100", "93"))
 
@@ -406,7 +404,7 @@ async def test_a_shadow_refuses_nothing() -> None:
     assert second.reached.notes["shadow_refused"] == ["RateLimit: requests_per_minute 1 per team"]
 
 
-async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
+async def test_a_shadow_limit_next_to_a_real_one() -> None:
     """Both count separately."""
     stage = RateLimit(
         requests_per_minute=3, per="team", limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)]
@@ -414,7 +412,7 @@ async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
     async with running(stage, now=Clock()) as run:
         sents = [await run.post() for _ in range(4)]
     assert [each.status for each in sents] == [200, 200, 200, 429]
-    # (What is refused anyway would not be by the shadow.)
+    # (A request that is refused anyway does not count for the shadow limit.)
     assert [each.outcome.counts.get("shadow_refused", 0) for each in sents] == [0, 1, 1, 0]
 
 
@@ -431,7 +429,7 @@ async def test_the_time_that_a_request_waited_is_noted() -> None:
     assert waited > 0
 
 
-async def test_a_stage_of_shadows_alone() -> None:
+async def test_a_stage_with_only_shadow_limits() -> None:
     """The simple form can be a shadow limit, too."""
     async with running(RateLimit(requests_per_minute=1, per="team", shadow=True), now=Clock()) as run:
         assert [(await run.post()).status for _ in range(3)] == [200] * 3
@@ -445,7 +443,7 @@ class Unavailable(MemoryCounters):
 
 
 @pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
-async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
+async def test_while_the_store_is_unavailable(on_error: Any, status: int) -> None:
     """Requests pass uncounted, or are refused."""
     stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
     azure_s = {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5", "x-other": "1"}
@@ -463,7 +461,7 @@ async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
         assert sent.outcome.counts["unlimited"] == 1
 
 
-async def test_a_request_may_wait_for_room() -> None:
+async def test_a_request_can_wait_for_room() -> None:
     """Until another request is complete, or for `wait` seconds; then it is refused."""
     release = asyncio.Event()
 
@@ -481,7 +479,7 @@ async def test_a_request_may_wait_for_room() -> None:
         assert [(await task).status for task in (first, second)] == [200, 200]
 
 
-async def test_limits_are_kept_by_name(start_gateway: StartGateway, azure: FakeAzure) -> None:
+async def test_counters_have_names(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Counters per key belong to a team; counters per model are shared by all teams."""
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
@@ -524,7 +522,7 @@ pipeline:
         ),
     ],
 )
-def test_limits_that_cannot_be_are_mistakes(stage: RateLimit, words: str) -> None:
+def test_invalid_limits_are_mistakes(stage: RateLimit, words: str) -> None:
     """Reported for their entry."""
     assert any(words in message for _, message in stage.check(Services("t", "s")))
 
@@ -535,7 +533,7 @@ class Settled(MemoryCounters):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[int] = []
-        self._decisions: list[Decision] = []  # so that no two have one id
+        self._decisions: list[Decision] = []  # keeps them alive, so that all ids differ
 
     def settle(self, decision: Decision, actual: Any) -> None:
         self._decisions.append(decision)
@@ -543,7 +541,7 @@ class Settled(MemoryCounters):
         super().settle(decision, actual)
 
 
-async def test_1000_at_once_never_pass_a_token_limit(start_gateway: StartGateway) -> None:
+async def test_1000_concurrent_requests_never_exceed_a_token_limit(start_gateway: StartGateway) -> None:
     """Through real sockets, with streams that end, break off and are abandoned: together within the limit.
 
     The bound: what was used beyond the estimates of the requests that ran. Here no answer is longer than its
@@ -590,17 +588,17 @@ pipeline: [access_log, auth_passthrough, rate_limit: {tokens_per_day: 3000, per:
         total = sum(each.get("input_tokens", 0) + each.get("output_tokens", 0) for each in events)
         admitted = [each for each in events if each["status"] == 200]
         assert 60 < len(admitted) < 1000
-        # Each of those that were let in, once.
+        # Each admitted request is settled once.
         assert (len(settled.calls), len(set(settled.calls))) == (len(admitted), len(admitted))
         assert total <= 3000
-        # And what was settled is what was used: exactly so much is left.
+        # And with its actual usage: exactly the rest is left.
         async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer_:
             left = int(answer_.headers["x-ratelimit-remaining-tokens"])
             assert 3000 - total - left < 30
             assert left <= 3000 - total
 
 
-async def test_a_stream_says_what_is_left(start_gateway: StartGateway, azure: FakeAzure) -> None:
+async def test_a_stream_has_the_remaining_tokens(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """In its headers, instead of Azure's; the usage for the settlement is hidden from the client."""
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}

@@ -53,7 +53,7 @@ class Counting(Stage):
         return await call_next(request)
 
 
-async def test_a_stage_that_wants_usage_gets_it() -> None:
+async def test_a_stage_that_needs_usage_gets_it() -> None:
     """In the outcome; nothing is measured if no stage needs it."""
     counting = Counting()
     answer = Response(200, CHAT_RESPONSE, {"content-type": "application/json"})
@@ -64,7 +64,7 @@ async def test_a_stage_that_wants_usage_gets_it() -> None:
     assert sent.outcome.usage is None
 
 
-async def test_only_what_uses_tokens_is_asked() -> None:
+async def test_only_metered_operations_have_usage() -> None:
     """A stored response, or the file of a batch, has the usage of others."""
     for method, path in (("GET", "/responses/resp_1"), ("GET", "/files/f/content"), ("GET", "/chat/completions/c")):
         counting = Counting()
@@ -100,7 +100,7 @@ async def test_an_abandoned_stream_is_counted() -> None:
     assert used.output_tokens == count_tokens(" word" * 2, "gpt-4o")[0]
 
 
-async def test_several_answers_are_summed() -> None:
+async def test_several_responses_are_summed() -> None:
     """Of all requests to Azure: a request can be sent in parts, or again."""
 
     class Twice(Stage):
@@ -114,7 +114,7 @@ async def test_several_answers_are_summed() -> None:
     assert counting.outcomes[0].usage == CHAT_TOTAL + CHAT_TOTAL
 
 
-def test_the_least_sure_source_is_told() -> None:
+def test_a_sum_has_the_least_reliable_source() -> None:
     """A sum has the least reliable source of its parts."""
     assert (Usage(1) + Usage(1, source="estimated") + Usage(1, source="counted")).source == "estimated"
 
@@ -133,7 +133,7 @@ async def test_the_usage_of_json_is_in_the_log(start_gateway: StartGateway, azur
 
 
 @pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}])
-async def test_a_stream_is_asked_for_its_usage(
+async def test_the_usage_of_a_stream_is_requested_and_hidden(
     options: dict[str, bool] | None, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
     """For the gateway; the client sees the usage only if it requested it."""
@@ -150,7 +150,7 @@ async def test_a_stream_is_asked_for_its_usage(
     assert (event["input_tokens"], event["output_tokens"], event["usage_source"]) == (9, 3, "reported")
 
 
-async def test_an_old_api_version_is_not_asked(start_gateway: StartGateway, azure: FakeAzure) -> None:
+async def test_an_old_api_version_gets_no_request_for_usage(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """It rejects `stream_options`: the tokens are counted or estimated."""
     yaml = (
         'resources: {azure: {endpoint: "${ENDPOINT}"}}\n'
@@ -166,7 +166,7 @@ async def test_an_old_api_version_is_not_asked(start_gateway: StartGateway, azur
     assert event["output_tokens"] == count_tokens("Hello there!", "gpt-4o")[0]
 
 
-async def test_nothing_is_asked_for_nobody(start_gateway: StartGateway, azure: FakeAzure) -> None:
+async def test_usage_is_not_requested_unless_a_stage_needs_it(start_gateway: StartGateway, azure: FakeAzure) -> None:
     """Without a stage that needs usage the body stays unchanged."""
     yaml = (
         'resources: {azure: {endpoint: "${ENDPOINT}"}}\n'
@@ -180,7 +180,7 @@ async def test_nothing_is_asked_for_nobody(start_gateway: StartGateway, azure: F
     assert "input_tokens" not in gateway.exchanges()[0]
 
 
-async def test_a_client_that_leaves_a_stream_has_used_what_came(start_gateway: StartGateway) -> None:
+async def test_a_client_that_leaves_a_stream_has_used_its_tokens_so_far(start_gateway: StartGateway) -> None:
     """The usage is in the log, once, however the exchange ended."""
     go = asyncio.Event()
 
@@ -205,7 +205,7 @@ async def test_a_client_that_leaves_a_stream_has_used_what_came(start_gateway: S
     assert event["usage_source"] in ("counted", "estimated")
 
 
-async def test_a_client_that_leaves_before_the_answer_has_used_its_prompt(start_gateway: StartGateway) -> None:
+async def test_a_client_that_leaves_before_the_response_has_used_its_prompt(start_gateway: StartGateway) -> None:
     """Azure was working on it; the output is unknown."""
     arrived = asyncio.Event()
 
@@ -247,7 +247,7 @@ async def test_the_usage_of_a_broken_stream(start_gateway: StartGateway) -> None
     assert (event["ended_by"], event["output_tokens"]) == ("upstream", count_tokens(" word" * 4, "gpt-4o")[0])
 
 
-def test_a_meter_that_saw_nothing_knows_nothing() -> None:
+def test_a_meter_without_a_response_has_no_usage() -> None:
     """No request was sent to Azure."""
     meter = UsageMeter()
     assert meter.usage(abandoned=True) is None
@@ -256,7 +256,7 @@ def test_a_meter_that_saw_nothing_knows_nothing() -> None:
 
 
 @pytest.mark.parametrize(("size", "source"), [(100_000, "reported"), (2_000_000, "estimated")])
-async def test_a_body_of_which_nobody_asks_the_model_is_metered(
+async def test_a_body_is_metered_even_if_no_stage_reads_its_model(
     size: int, source: str, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
     """The deployment is in the path; a large body streams through, without a request for the stream's usage."""
@@ -273,7 +273,7 @@ async def test_a_body_of_which_nobody_asks_the_model_is_metered(
     assert event["output_tokens"] == (3 if source == "reported" else count_tokens("Hello there!", "gpt-4o")[0])
 
 
-def test_what_is_metered_are_operations() -> None:
+def test_the_metered_operations_exist() -> None:
     """All names are in the table of operations; none with a prompt is unreported."""
     assert set(BY_NAME) >= METERED | UNREPORTED
     assert not UNREPORTED & PROMPTED

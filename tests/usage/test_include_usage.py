@@ -27,14 +27,14 @@ def ask(fields: dict[str, Any], version: str = "2024-10-21") -> Any:
 
 @pytest.mark.parametrize("version", ["2024-09-01-preview", "2024-10-21", "2025-04-01-preview", "v1"])
 @pytest.mark.parametrize("options", [{}, {"stream_options": None}, {"stream_options": {"include_usage": False}}])
-def test_a_stream_is_asked(version: str, options: dict[str, Any]) -> None:
+def test_the_usage_of_a_stream_is_requested(version: str, options: dict[str, Any]) -> None:
     """Unless the client requests it itself; the rest of the body stays."""
     body = {"model": "m", "stream": True, "messages": [], **options}
     assert ask(body, version) == {**body, "stream_options": {"include_usage": True}}
 
 
 @pytest.mark.parametrize("body", [b'{"str\\u0065am":true}', b'{"stream":true,"data_sources":null}'])
-def test_a_stream_is_asked_however_it_is_written(body: bytes) -> None:
+def test_usage_is_requested_however_the_body_is_spelled(body: bytes) -> None:
     """In every spelling that JSON allows."""
     asked = request_stream_usage(body, "v1")
     assert asked is not None
@@ -61,13 +61,13 @@ def test_other_options_stay() -> None:
         ({"stream": "true"}, "v1"),
     ],
 )
-def test_what_must_not_be_asked(fields: dict[str, Any], version: str) -> None:
+def test_usage_is_not_requested(fields: dict[str, Any], version: str) -> None:
     """No stream, an api-version or a request that rejects it, a client that requests it, and invalid bodies."""
     assert ask(fields, version) is None
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"stream":true', b'["stream"]', b'"stream"', b'{"stream":true}}'])
-def test_what_is_no_json_stays(body: bytes) -> None:
+def test_invalid_json_stays(body: bytes) -> None:
     """Azure reports the error."""
     assert request_stream_usage(body, "v1") is None
 
@@ -142,7 +142,7 @@ def test_a_usage_chunk_with_lines_before_it(before: bytes) -> None:
     assert b'"usage"' not in chain_filters([HideUsage()]).whole(sse({"a": 1}) + before + sse(USAGE) + DONE)
 
 
-def test_a_stream_that_breaks_behind_the_usage_shows_none() -> None:
+def test_a_stream_that_breaks_after_the_usage_shows_none() -> None:
     """The blank line after it is missing."""
     hidden = HideUsage()
     out = hidden.feed(sse(CHUNK) + sse(USAGE).rstrip()) + hidden.cut()
@@ -150,7 +150,7 @@ def test_a_stream_that_breaks_behind_the_usage_shows_none() -> None:
 
 
 @pytest.mark.parametrize("newline", [b"\r\n", b"\r"])
-def test_the_usage_is_hidden_whatever_lines_end_with(newline: bytes) -> None:
+def test_the_usage_is_hidden_with_any_line_ending(newline: bytes) -> None:
     """A proxy may have changed the line endings."""
     data = STREAM.replace(b"\n", newline)
     for pieces, out in every_split(data, HideUsage):

@@ -28,7 +28,7 @@ def test_a_usage_costs(usage: Usage, cost: int) -> None:
     assert price.cost(usage) == cost
 
 
-def test_what_is_left_out_costs_as_the_rest() -> None:
+def test_missing_prices_have_defaults() -> None:
     """Cached and audio tokens cost as other tokens; a request costs nothing."""
     price = Price(input=2, output=4)
     assert price.cost(Usage(100, 100, 50, 50, 20, 20)) == 600

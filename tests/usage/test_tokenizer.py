@@ -52,7 +52,7 @@ def test_without_a_tokenizer_a_quarter_of_the_bytes() -> None:
     assert prompt_tokens(b"x" * 401, None) == (101, "estimated")
 
 
-def test_halves_of_surrogate_pairs_do_no_harm() -> None:
+def test_lone_surrogates_are_counted() -> None:
     """A text that was cut inside a surrogate pair is counted, too."""
     assert count_tokens("a\ud83d", "gpt-4o")[0] > 0
     assert prompt_tokens(b'{"messages":[{"role":"user","content":"\\ud83d"}]}', "gpt-4o")[0] > 0
@@ -120,13 +120,13 @@ def test_a_large_body_is_estimated_without_its_pictures() -> None:
     assert (count < 850, source) == (True, "estimated")
 
 
-def test_a_prompt_may_be_nested_as_deeply_as_it_likes() -> None:
+def test_a_deeply_nested_prompt_is_counted() -> None:
     """As deeply as the JSON decoder allows."""
     deep = b'{"input":' + b"[" * 900 + b'"hello"' + b"]" * 900 + b"}"
     assert prompt_tokens(deep, "gpt-4o") == (count_tokens("hello", "gpt-4o")[0], "counted")
 
 
-def test_what_is_no_json_object_is_estimated() -> None:
+def test_other_bodies_than_json_objects_are_estimated() -> None:
     """Another part rejects it."""
     for data in (b"[1,2]", b"{", b"nothing "):
         assert prompt_tokens(data, None) == (-(-len(data) // 4), "estimated")
@@ -154,17 +154,17 @@ def test_what_is_no_json_object_is_estimated() -> None:
         ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, 20),
     ],
 )
-def test_what_an_answer_may_have_at_most(fields: dict[str, Any], most: int | None) -> None:
+def test_the_maximum_number_of_output_tokens(fields: dict[str, Any], most: int | None) -> None:
     """All choices together."""
     assert max_output_tokens(body(**fields)) == most
 
 
-def test_a_body_that_is_none_bounds_nothing() -> None:
+def test_an_invalid_body_sets_no_maximum() -> None:
     """Another part rejects it."""
     assert max_output_tokens(b"{") is None
 
 
-def test_nobody_waits_while_an_encoding_is_loaded() -> None:
+def test_no_request_waits_while_an_encoding_is_loaded() -> None:
     """Loading takes half a second: until then tokens are estimated."""
     code = """
 from gateway.usage import tokenizer as tokens
@@ -176,7 +176,7 @@ print(tokens.count_tokens("hello there", "gpt-4o"))
     assert done.stdout.splitlines() == ["(3, 'estimated')", "(2, 'counted')"]
 
 
-async def test_a_long_prompt_is_counted_aside() -> None:
+async def test_a_long_prompt_is_counted_in_a_thread() -> None:
     """Some texts take long: other requests continue meanwhile."""
     sent = body(input="-" * 900_000)
     turns = 0
@@ -197,7 +197,7 @@ async def test_a_long_prompt_is_counted_aside() -> None:
 
 
 @pytest.mark.usefixtures("no_tokenizer")
-def test_a_body_full_of_pictures_is_not_searched_for_ever() -> None:
+def test_the_search_for_pictures_is_bounded() -> None:
     """Everything after the thousandth picture counts as text."""
     assert prompt_tokens(b',"data:x;base64,A"' * 100_000, None)[0] > 400_000
 

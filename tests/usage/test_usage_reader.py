@@ -86,7 +86,7 @@ def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
     assert reader.reported == expected
 
 
-def test_the_answers_of_a_websocket_are_summed() -> None:
+def test_the_responses_of_a_websocket_are_summed() -> None:
     """The usage of each of its responses counts; of a single response, the last one."""
     for each, expected in ((True, Usage(20, 40, 4, 0, 12, 30)), (False, Usage(10, 20, 2, 0, 6, 15))):
         reader = UsageReader(each=each)
@@ -94,7 +94,7 @@ def test_the_answers_of_a_websocket_are_summed() -> None:
         assert reader.reported == expected
 
 
-def test_what_a_tool_is_described_by_is_no_usage() -> None:
+def test_the_description_of_a_tool_is_no_usage() -> None:
     """Otherwise a client could make its responses cheap by disconnecting before the end."""
     tools = [{"parameters": {"properties": {"usage": {"input_tokens": 0, "output_tokens": 0}}}}]
     created = sse({"type": "response.created", "response": {"tools": tools, "usage": None}})
@@ -168,7 +168,7 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
     assert whole <= found <= whole + 3 * len(text) // _TEXT_SIZE
 
 
-def test_a_long_answer_is_estimated_by_its_length() -> None:
+def test_a_long_response_is_estimated_by_its_length() -> None:
     """The response broke off before the usage at its end."""
     reader = UsageReader()
     for _ in range(100):
