@@ -184,7 +184,8 @@ class RateLimit(LimitSettings, Stage):
         Literal["refuse", "allow"],
         Meta(
             description=(
-                "Operations that use tokens without reporting them, such as batches, if tokens or money are limited."
+                "If tokens or money are limited: `refuse` (403) or `allow` operations that do not report their usage, "
+                "such as batches."
             )
         ),
     ] = "refuse"
