@@ -17,7 +17,8 @@ import msgspec
 
 from gateway.limits.memory_budget import BUDGETS, Hold, MemoryBudget
 from gateway.logs import exception_fields, get_logger
-from gateway.usage.accounting import Usage, UsageMeter
+from gateway.usage.accounting import UsageMeter
+from gateway.usage.reported_usage import Usage
 
 if TYPE_CHECKING:
     from gateway.azure.resources import Target
@@ -148,7 +149,7 @@ class Exchange:
     def hold(self, size: int) -> None:
         """Count `size` more bytes that are kept in memory for this exchange, before they are.
 
-        They are given back when the exchange is over. Raises BudgetSpent (503, or 413 for more than one caller may
+        They are given back when the exchange is over. Raises BudgetExhausted (503, or 413 for more than one caller may
         ever hold); what was held before is still held then.
         """
         self._check_running()

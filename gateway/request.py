@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.auth.client_address import network_of
 from gateway.auth.credentials import Credential, presented_key
-from gateway.auth.oidc import Identity, TokenVerification, unavailable
+from gateway.auth.oidc import Identity, TokenVerification, verification_unavailable
 from gateway.azure.idempotency import is_idempotent
 from gateway.azure.model_field import SEVERAL, map_image_deployment, map_several, model_in, read_model, several_models
 from gateway.azure.operations import Operation, plain_path
@@ -22,8 +22,8 @@ from gateway.protocol.headers import Headers
 from gateway.protocol.json_fields import decode_json, encode_fields, encode_json, raw_fields
 from gateway.protocol.media_type import media_type
 from gateway.protocol.multipart import FormReader
-from gateway.usage.accounting import METERED, PROMPTED, UNTOLD
-from gateway.usage.tokenizer import expected_prompt_tokens, most_output
+from gateway.usage.metered_operations import METERED, PROMPTED, UNREPORTED
+from gateway.usage.tokenizer import expected_prompt_tokens, max_output_tokens
 
 __all__ = ("Request",)
 
@@ -151,7 +151,7 @@ class Request:
         """
         judgement = self._judgement
         if judgement is not None and judgement.retry_after is not None:
-            raise unavailable(judgement)
+            raise verification_unavailable(judgement)
         return judgement.identity if judgement is not None else None
 
     @property
@@ -282,9 +282,9 @@ class Request:
         return self._model
 
     @property
-    def tells_usage(self) -> bool:
+    def reports_usage(self) -> bool:
         """Whether the tokens that it uses, if any, are told in its answer: not those of batches, runs and the like."""
-        return self.operation not in UNTOLD
+        return self.operation not in UNREPORTED
 
     async def expected_tokens(self) -> tuple[int, int | None]:
         """Return how many tokens the request is going to use: its prompt's, and the most that its answer may have.
@@ -297,7 +297,7 @@ class Request:
             return (1, None) if self.operation in METERED else (0, 0)
         body = await self.body()
         prompt = await expected_prompt_tokens(body, await self.model())
-        return max(1, prompt), 0 if self.operation == "embeddings" else most_output(body)
+        return max(1, prompt), 0 if self.operation == "embeddings" else max_output_tokens(body)
 
     async def models(self) -> tuple[str, ...]:
         """Return every model that the request names, each once: also those of a batch file's lines and an evaluation.

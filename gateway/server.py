@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gateway.admin.listener import Admin
 from gateway.auth.client_address import client_address
-from gateway.auth.client_address import request_id as request_id_of
+from gateway.auth.oidc import TokenVerification
 from gateway.azure.operations import find_operation
 from gateway.azure.urls import ClientPath, parse_client_path
 from gateway.balancing.active_probes import ActiveProbes
@@ -22,6 +22,8 @@ from gateway.exchange import Exchange
 from gateway.generation import Generation, Generations
 from gateway.limits.memory_budget import BUDGETS
 from gateway.logs import get_logger
+from gateway.protocol.headers import Headers
+from gateway.protocol.request_id import request_id as request_id_of
 from gateway.request import Request
 from gateway.response import Response
 from gateway.response_writer import write_response
@@ -280,7 +282,7 @@ class Server:
                 response = self._probe(head.method, head.path)
             else:
                 issuers = generation.teams.issuers
-                verification = await issuers.judge(headers) if issuers is not None else None
+                verification = await issuers.verify(headers) if issuers is not None else None
                 team, path = self._route(generation.teams, head.path, headers, verification)
                 request = Request(
                     id=request_id,

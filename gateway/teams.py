@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from gateway.auth.credentials import ListedKey, presented_key
-from gateway.auth.oidc import Claims, Issuers, TokenVerification, unavailable
+from gateway.auth.oidc import Claims, Issuers, TokenVerification, verification_unavailable
 from gateway.azure.resources import Pool, Resource, Target
 from gateway.errors import ApiError, StartError
 from gateway.fields import is_secret, settings_of
@@ -225,7 +225,7 @@ class Teams:
 
     def _of_member(self, judgement: TokenVerification) -> Team:
         if judgement.retry_after is not None:
-            raise unavailable(judgement)
+            raise verification_unavailable(judgement)
         who = judgement.identity
         return next((team for claims, team in self._members if who is not None and who.has(claims)), self.default)
 

@@ -44,8 +44,9 @@ from gateway.transport.websocket_handshake import (
     new_key,
     offered_protocols,
 )
-from gateway.usage.accounting import METERED, PROMPTED, UsageReader
-from gateway.usage.stream_usage import STREAMED, HideUsage, request_stream_usage
+from gateway.usage.include_usage import STREAMED, HideUsage, request_stream_usage
+from gateway.usage.metered_operations import METERED, PROMPTED
+from gateway.usage.usage_reader import UsageReader
 
 __all__ = ("Upstream",)
 
@@ -336,7 +337,7 @@ def _complete(target: Target) -> tuple[Resource, Credential | None]:
     resource = target.resource
     credential = target.credential or (resource.credential if resource else None)
     if credential is None and resource is not None and resource.tokens is not None and target.api_version is not None:
-        return resource, resource.tokens.at_hand()
+        return resource, resource.tokens.current()
     if resource is None or target.api_version is None or credential is None:
         missing = [
             name

@@ -40,14 +40,14 @@ class Model:
 
     def _at(self, charge: Charge, now: Fraction) -> Name:
         """Let time pass under a name."""
-        name, rule = self.names.setdefault(charge.name, Name()), charge.rule
-        if rule.period in ("day", "month"):
+        name, limit = self.names.setdefault(charge.name, Name()), charge.limit
+        if limit.period in ("day", "month"):
             day = datetime.datetime.fromtimestamp(float(now), datetime.UTC)
-            period = (day.year, day.month, day.day if rule.period == "day" else 0)
+            period = (day.year, day.month, day.day if limit.period == "day" else 0)
             if period != name.period:
                 name.uses, name.period = [], period
-        elif rule.period == "minute":
-            step, amount = step_of(rule)
+        elif limit.period == "minute":
+            step, amount = step_of(limit)
             if not name.level:
                 name.since = now
             while name.level and now - name.since >= step:
@@ -59,8 +59,8 @@ class Model:
 
     def _forgive(self, charge: Charge, name: Name) -> None:
         """Nobody has to make up for more than ten minutes."""
-        most = Fraction(charge.rule.most) + 10 * charge.rule.limit
-        if charge.rule.period == "minute" and name.level > most:
+        most = Fraction(charge.limit.max_level) + 10 * charge.limit.amount
+        if charge.limit.period == "minute" and name.level > most:
             self._drain(name, name.level - most)
 
     @staticmethod
@@ -79,7 +79,7 @@ class Model:
         over = [
             place
             for place, (charge, name) in enumerate(zip(charges, names, strict=True))
-            if charge.cost and name.level + Fraction(charge.cost) > Fraction(charge.rule.most)
+            if charge.cost and name.level + Fraction(charge.cost) > Fraction(charge.limit.max_level)
         ]
         if any(not charges[place].shadow for place in over):
             return over, [None] * len(charges)
@@ -111,10 +111,10 @@ class Model:
         return name.level
 
 
-def step_of(rule: Limit) -> tuple[Fraction, Fraction]:
+def step_of(limit: Limit) -> tuple[Fraction, Fraction]:
     """Return the seconds of a step, and what drains in it."""
-    rate = Fraction(rule.limit, 60)
-    step = min(Fraction(10), Fraction(rule.size) / rate)
+    rate = Fraction(limit.amount, 60)
+    step = min(Fraction(10), Fraction(limit.capacity) / rate)
     return step, step * rate
 
 

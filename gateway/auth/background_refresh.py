@@ -1,4 +1,4 @@
-"""What is fetched again and again in the background, and now and then by whoever needs it: one fetch at a time."""
+"""Background refresh of a fetched value: on a schedule and on demand, one fetch at a time."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ __all__ = ("BackgroundRefresh",)
 
 
 class BackgroundRefresh:
-    """The fetches of one thing, such as an issuer's keys or an identity's token."""
+    """The fetches of one thing, such as the keys of an issuer or the token of an identity."""
 
-    def __init__(self, fetch: Callable[[], Coroutine[Any, Any, None]], what: str) -> None:
-        """`fetch` notes what it has found, and what it has not; it raises nothing. `what` is for its tasks' names."""
+    def __init__(self, fetch: Callable[[], Coroutine[Any, Any, None]], name: str) -> None:
+        """`fetch` stores its result or failure, and raises nothing. `name` is for the names of the tasks."""
         self._fetch = fetch
-        self._what = what
-        self._flight: asyncio.Task[None] | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._name = name
+        self._current: asyncio.Task[None] | None = None
+        self._schedule: asyncio.Task[None] | None = None
 
     @property
-    def under_way(self) -> bool:
-        """Whether there is a fetch to wait for."""
-        return self._flight is not None
+    def in_progress(self) -> bool:
+        """Whether a fetch is in progress."""
+        return self._current is not None
 
-    def start(self, keep_fresh: Coroutine[Any, Any, None]) -> None:
-        """Run what says when to fetch, in the background, until `stop`."""
-        self._keeper = asyncio.create_task(keep_fresh, name=f"keep {self._what} fresh")
+    def start(self, schedule: Coroutine[Any, Any, None]) -> None:
+        """Run the schedule, which calls `refresh`, in the background until `stop`."""
+        self._schedule = asyncio.create_task(schedule, name=f"keep {self._name} fresh")
 
     async def stop(self) -> None:
-        """Fetch nothing any more."""
-        tasks = [task for task in (self._keeper, self._flight) if task is not None]
+        """Stop the schedule and the current fetch."""
+        tasks = [task for task in (self._schedule, self._current) if task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
     async def refresh(self) -> None:
-        """Fetch, or wait for the fetch under way; one that gives up waiting does not end it for the others."""
-        if self._flight is None:
-            self._flight = asyncio.create_task(self._fetch(), name=f"fetch {self._what}")
-            self._flight.add_done_callback(self._landed)
-        await asyncio.wait((self._flight,))
+        """Fetch, or wait for the current fetch. Cancelling one waiting caller does not cancel the fetch."""
+        if self._current is None:
+            self._current = asyncio.create_task(self._fetch(), name=f"fetch {self._name}")
+            self._current.add_done_callback(self._done)
+        await asyncio.wait((self._current,))
 
-    def _landed(self, flight: asyncio.Task[None]) -> None:
-        self._flight = None
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._current = None

@@ -1,7 +1,7 @@
-"""Entra's tokens that Azure is shown in place of an `api-key`: fetched, kept at hand, and renewed ahead of their end.
+"""Entra tokens for Azure instead of an `api-key`: fetched, cached, and refreshed before they expire.
 
-They are fetched in the background, so that a request waits for one only where there is none yet. What cannot be
-fetched leaves the token at hand as it was, until it really expires. A token is never read: what it says is for Azure.
+The refresh runs in the background: a request waits only if there is no token yet. If a fetch fails, the current token
+stays in use until it expires. The gateway never parses a token: its content is for Azure.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ from gateway.logs import get_logger, redacted
 
 __all__ = ("EntraIdentity", "EntraTokens", "TokenUnavailable")
 
-# All in seconds. How long before its end a token is no longer shown: a request takes a while to reach Azure, and
-# clocks differ. How long before that the next one is fetched: time for several tries, so that an Entra that is away
-# for some minutes is not noticed; of a token too short for that, half its time is left.
+# All in seconds. MARGIN: stop using a token this long before it expires, because a request takes a while to reach Azure
+# and clocks differ. AHEAD: fetch the next token this long before that, with time for several tries, so that an outage
+# of Entra of some minutes has no effect. (A token with a short lifetime is refreshed after half of it.)
 MARGIN, AHEAD = 10.0, 600.0
-# How soon a fetch that failed is tried again, at first and at most; and how long requests make no new one.
-RETRY, MOST_RETRY = 10.0, 300.0
-REFUSED, MOST_REFUSED = 1.0, 10.0
-# A client may have to wait for this, and where there is no metadata service nothing answers at all.
+# Backoff after a failed fetch: initial and maximum, in the background.
+MIN_RETRY, MAX_RETRY = 10.0, 300.0
+# How long requests do not fetch after a failure: initial and maximum.
+MIN_REFUSAL, MAX_REFUSAL = 1.0, 10.0
+# Timeout of a fetch: a client may wait for it, and without a metadata service nothing responds at all.
 TIMEOUT = 5.0
-# A managed identity's last a day, the longest that Entra has 28 hours; more is a mistake.
-MOST_LIFETIME = 7 * 24 * 3600.0
+# Tokens of managed identities are valid for a day, Entra's longest for 28 hours; more is a mistake.
+MAX_LIFETIME = 7 * 24 * 3600.0
 # A token is 2 KB, and never more than the 16 KB of `is_key`.
 MAX_BYTES = 64 * 1024
 MAX_REASON = 300
 
-# The instance metadata service: link-local, so plain HTTP, and never to be asked through a proxy.
+# The instance metadata service: link-local, therefore plain HTTP, and never through a proxy.
 _IMDS = "http://169.254.169.254/metadata/identity/oauth2/token"
 _ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 _HEADERS = {"accept": "application/json", "accept-encoding": "identity"}
@@ -50,12 +51,12 @@ _NEVER = float("-inf")
 
 @dataclass(frozen=True, slots=True)
 class EntraIdentity:
-    """Who Azure is to take the gateway for, as configured; equal ones have the same tokens.
+    """The configured identity of the gateway for Azure. Equal identities have the same tokens.
 
-    `client_id` is an application's, or a user-assigned managed identity's (None for the system-assigned one).
-    `token_file` holds a workload's federated token. `authority` differs in sovereign clouds. `endpoint` and
-    `endpoint_header` are App Service's IDENTITY_ENDPOINT and IDENTITY_HEADER; without them a managed identity is
-    that of a virtual machine.
+    `client_id` is the id of an application or of a user-assigned managed identity (None for the system-assigned one).
+    `token_file` holds the federated token of a workload. `authority` differs in sovereign clouds. `endpoint` and
+    `endpoint_header` are IDENTITY_ENDPOINT and IDENTITY_HEADER of App Service; without them the managed identity is the
+    one of a virtual machine.
     """
 
     kind: Literal["client_secret", "managed_identity", "workload_identity"]
@@ -70,19 +71,19 @@ class EntraIdentity:
 
 
 class TokenUnavailable(GatewayError):
-    """No token can be had at present; try again in `retry_after` seconds.
+    """There is no token at the moment; retry in `retry_after` seconds.
 
-    The message is for clients. `reason` is for the operator: one line that holds no secret.
+    The message is for clients. `reason` is for the operator: one line without secrets.
     """
 
     def __init__(self, reason: str, retry_after: float) -> None:
-        super().__init__("no Entra token for Azure can be had at present")
+        super().__init__("the gateway has no Entra token for Azure at the moment; retry shortly")
         self.reason = reason
         self.retry_after = retry_after
 
 
 class EntraTokens:
-    """The tokens of one identity, one after the other."""
+    """The tokens of one identity: the current one, and its refresh."""
 
     def __init__(
         self,
@@ -92,109 +93,109 @@ class EntraTokens:
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        kept: MutableMapping[str, Any] | None = None,
+        cache: MutableMapping[str, Any] | None = None,
     ) -> None:
-        """`session` must take no proxy from the environment; `sleep` goes with `clock`.
+        """`session` must not use a proxy from the environment. `sleep` belongs to `clock`.
 
-        `kept` is where the token outlives this object, for an equal identity alone: after a reload nothing waits.
+        `cache` keeps the token across reloads, for an equal identity only.
         """
         self.identity = identity
         self._session = session
         self._clock = clock
         self._now = now
         self._sleep = sleep
-        self._kept = {} if kept is None else kept
-        # Its secrets too: who has another one has yet to show that it is right.
-        self._place = hashlib.sha256(msgspec.json.encode(astuple(identity), enc_hook=str)).hexdigest()
+        self._cache = {} if cache is None else cache
+        # With the secrets: an identity with another secret has not yet proved that it is valid.
+        self._cache_key = hashlib.sha256(msgspec.json.encode(astuple(identity), enc_hook=str)).hexdigest()
         self._credential: Credential | None
-        self._credential, self._good_until, self._due = self._kept.get(self._place, (None, _NEVER, _NEVER))
+        self._credential, self._good_until, self._due = self._cache.get(self._cache_key, (None, _NEVER, _NEVER))
         self._failures = 0  # in a row
-        self._reason = "the fetch was stopped"  # what the last failure was, or, before there was one
+        self._reason = "the fetch was stopped"  # of the last failure
         self._refused_until = _NEVER
         self._assertion = ""
-        self._fetching = BackgroundRefresh(self._fetch, f"a token of {identity.client_id}")
+        self._refresh = BackgroundRefresh(self._fetch, f"a token of {identity.client_id}")
 
     @property
     def fetched(self) -> tuple[str]:
-        """The name under which the token is kept."""
-        return (self._place,)
+        """The cache key of the token."""
+        return (self._cache_key,)
 
     def start(self) -> None:
-        """Begin to fetch a token, then each next one ahead of the end of the last, in the background."""
-        self._fetching.start(self._keep_fresh())
+        """Fetch a token in the background, and refresh it before it expires."""
+        self._refresh.start(self._keep_fresh())
 
     async def stop(self) -> None:
-        """Fetch nothing any more."""
-        await self._fetching.stop()
+        """Stop fetching."""
+        await self._refresh.stop()
 
-    def at_hand(self) -> Credential | None:
-        """Return a token that is good now, or None; fetches nothing."""
+    def current(self) -> Credential | None:
+        """Return the current token, or None if it is missing or about to expire. Fetches nothing."""
         return self._credential if self._clock() < self._good_until else None
 
     async def credential(self) -> Credential:
-        """Return a token that is good now; all who find none wait for the same fetch. Raises TokenUnavailable."""
-        if (found := self.at_hand()) is not None:
+        """Return a valid token. If there is none, all callers wait for the same fetch. Raises TokenUnavailable."""
+        if (found := self.current()) is not None:
             return found
-        if not self._fetching.under_way and (left := self._refused_until - self._clock()) > 0:
+        if not self._refresh.in_progress and (left := self._refused_until - self._clock()) > 0:
             raise TokenUnavailable(self._reason, left)
-        await self._fetching.refresh()
-        if (found := self.at_hand()) is None:
-            raise TokenUnavailable(self._reason, max(REFUSED, self._refused_until - self._clock()))
+        await self._refresh.refresh()
+        if (found := self.current()) is None:
+            raise TokenUnavailable(self._reason, max(MIN_REFUSAL, self._refused_until - self._clock()))
         return found
 
-    # -- when -------------------------------------------------------------------------------------------
+    # -- schedule ---------------------------------------------------------------------------------------
 
     async def _keep_fresh(self) -> None:
         while True:
             while (left := self._due - self._clock()) > 0:
-                # In short turns: a request may have fetched one meanwhile whose end is nearer.
-                await self._sleep(min(left, RETRY))
-            await self._fetching.refresh()
+                # In short steps: meanwhile a request may have fetched a token that expires earlier.
+                await self._sleep(min(left, MIN_RETRY))
+            await self._refresh.refresh()
 
     async def _fetch(self) -> None:
-        asked, asked_at = self._clock(), self._now()
+        started, started_at = self._clock(), self._now()
         try:
             async with asyncio.timeout(TIMEOUT):
-                answer = await self._ask()
-            self._take(answer, asked, asked_at)
-        except Exception as exc:  # whatever it is: the token at hand stays as it was
-            self._note(exc)
+                response = await self._request_token()
+            self._store(response, started, started_at)
+        except Exception as exc:  # after any error the current token stays in use
+            self._failed(exc)
 
-    def _take(self, answer: Mapping[str, Any], asked: float, asked_at: float) -> None:
-        """Let this be the token, counting its time from when it was asked for. Raises ValueError."""
-        token = answer.get("access_token")
+    def _store(self, response: Mapping[str, Any], started: float, started_at: float) -> None:
+        """Make this token the current one. Its lifetime starts when the fetch started. Raises ValueError."""
+        token = response.get("access_token")
         if not isinstance(token, str) or not is_key(token):
-            raise ValueError("the answer has no `access_token`, or one that cannot be a token")
-        expires_in, expires_on = _number(answer, "expires_in"), _number(answer, "expires_on")
-        # The metadata service keeps tokens, and counts `expires_in` from when they were issued: the sooner holds.
-        ends = [] if expires_in is None else [expires_in]
-        ends += [] if expires_on is None else [expires_on - asked_at]
-        if not ends:
-            raise ValueError("the answer has neither `expires_in` nor `expires_on`")
-        lifetime = min(ends) - MARGIN
-        if not 0 < lifetime <= MOST_LIFETIME:
-            raise ValueError(f"the token is said to be good for {min(ends):.0f} s; is the clock right?")
+            raise ValueError("the response has no `access_token`, or a malformed one")
+        expires_in, expires_on = _number(response, "expires_in"), _number(response, "expires_on")
+        # The metadata service caches tokens and counts `expires_in` from their issue: use the earlier of the two times.
+        lifetimes = [] if expires_in is None else [expires_in]
+        lifetimes += [] if expires_on is None else [expires_on - started_at]
+        if not lifetimes:
+            raise ValueError("the response has neither `expires_in` nor `expires_on`")
+        lifetime = min(lifetimes) - MARGIN
+        if not 0 < lifetime <= MAX_LIFETIME:
+            raise ValueError(f"the token has an implausible lifetime of {min(lifetimes):.0f} s; check the clock")
         due = lifetime - min(AHEAD, lifetime / 2)
-        with contextlib.suppress(ValueError):  # it is no more than advice
-            due = min(due, _number(answer, "refresh_in") or due)
+        with contextlib.suppress(ValueError):  # `refresh_in` is only advice
+            due = min(due, _number(response, "refresh_in") or due)
         self._credential = Credential(token, bearer=True)
-        # Never at once: who has tokens in a cache may give the same one again, a moment before its end.
-        self._good_until, self._due = asked + lifetime, asked + max(RETRY, due)
+        # Not immediately: a service with a cache may return the same token again shortly before it expires.
+        self._good_until, self._due = started + lifetime, started + max(MIN_RETRY, due)
         self._failures = 0
-        self._kept[self._place] = self._credential, self._good_until, self._due
+        self._cache[self._cache_key] = self._credential, self._good_until, self._due
 
-    def _note(self, exc: Exception) -> None:
-        """Log a failure, and say when to try again: often enough that no token ends while Entra is back."""
+    def _failed(self, exc: Exception) -> None:
+        """Log a failure, and schedule a retry: early enough that the token is refreshed once Entra is available."""
         now = self._clock()
         left = max(0.0, self._good_until - now)
-        doubled = 2.0 ** min(self._failures, 10)
+        backoff = 2.0 ** min(self._failures, 10)
         self._failures += 1
-        retry = min(RETRY * doubled, MOST_RETRY)
-        self._due = now + (min(retry, max(RETRY, left / 2)) if left else retry)
-        self._refused_until = now + min(REFUSED * doubled, MOST_REFUSED)
-        self._reason = self._safe(str(exc)) or "it took too long"
+        retry = min(MIN_RETRY * backoff, MAX_RETRY)
+        self._due = now + (min(retry, max(MIN_RETRY, left / 2)) if left else retry)
+        self._refused_until = now + min(MIN_REFUSAL * backoff, MAX_REFUSAL)
+        self._reason = self._redacted(str(exc)) or "timeout"
         get_logger().warning(
-            "an Entra token cannot be had",
+            "entra_token_fetch_failed",
             identity=self.identity.kind,
             tenant=self.identity.tenant,
             client_id=self.identity.client_id,
@@ -203,16 +204,16 @@ class EntraTokens:
             kept_for=round(left),
         )
 
-    def _safe(self, text: str) -> str:
-        """Return one line, not too long, without a secret; they go first, since a cut one would not be found."""
+    def _redacted(self, text: str) -> str:
+        """Return one short line without secrets. Redact before truncating: a truncated secret would not be found."""
         known = (self.identity.client_secret, self.identity.endpoint_header, self._assertion)
         secrets = [form for secret in known if secret for form in (secret, quote_plus(secret))]
         return " ".join(str(redacted({"text": text}, secrets)["text"]).split())[:MAX_REASON]
 
-    # -- asking -----------------------------------------------------------------------------------------
+    # -- requests ---------------------------------------------------------------------------------------
 
-    async def _ask(self) -> dict[str, Any]:
-        """Return the answer to this identity's request for a token. Raises ValueError, or what aiohttp does."""
+    async def _request_token(self) -> dict[str, Any]:
+        """Request a token for this identity, and return the response. Raises ValueError, or an error of aiohttp."""
         identity = self.identity
         if identity.kind == "managed_identity":
             query = {
@@ -221,13 +222,15 @@ class EntraTokens:
                 "client_id": identity.client_id,
             }
             header = {"X-IDENTITY-HEADER": identity.endpoint_header}
-            return await self._send("GET", identity.endpoint or _IMDS, {"Metadata": "true"} | _given(header), query)
+            return await self._send(
+                "GET", identity.endpoint or _IMDS, {"Metadata": "true"} | _without_none(header), query
+            )
         form = {"grant_type": "client_credentials", "client_id": identity.client_id, "scope": identity.scope}
         if identity.kind == "client_secret":
             form["client_secret"] = identity.client_secret
         else:
-            # Anew each time: it is good for an hour or so, and then replaced.
-            self._assertion = await asyncio.to_thread(_federated, identity.token_file)
+            # Read it each time: it is replaced every hour or so.
+            self._assertion = await asyncio.to_thread(_read_federated_token, identity.token_file)
             form |= {"client_assertion_type": _ASSERTION, "client_assertion": self._assertion}
         return await self._send(
             "POST", f"{identity.authority.rstrip('/')}/{identity.tenant}/oauth2/v2.0/token", {}, form
@@ -236,51 +239,51 @@ class EntraTokens:
     async def _send(
         self, method: Literal["GET", "POST"], url: str, headers: dict[str, str], fields: Mapping[str, str | None]
     ) -> dict[str, Any]:
-        """Return a JSON object. Raises ValueError for anything else; a redirect is not followed."""
-        place: dict[str, Any] = {"params" if method == "GET" else "data": _given(fields)}
+        """Return the JSON object of the response. Raises ValueError for anything else. Does not follow redirects."""
+        arguments: dict[str, Any] = {"params" if method == "GET" else "data": _without_none(fields)}
         async with self._session().request(
-            method, url, allow_redirects=False, headers=_HEADERS | headers, **place
-        ) as answer:
+            method, url, allow_redirects=False, headers=_HEADERS | headers, **arguments
+        ) as response:
             data = b""
-            async for chunk in answer.content.iter_any():
+            async for chunk in response.content.iter_any():
                 data += chunk
                 if len(data) > MAX_BYTES:
-                    raise ValueError(f"{url} answered with more than {MAX_BYTES} bytes")
+                    raise ValueError(f"{url} responded with more than {MAX_BYTES} bytes")
         try:
             decoded = msgspec.json.decode(data)
         except (ValueError, RecursionError):
             decoded = None
-        if answer.status != 200:
-            raise ValueError(f"{url} answered with the status {answer.status}{_told(decoded)}")
+        if response.status != 200:
+            raise ValueError(f"{url} responded with status {response.status}{_error_message(decoded)}")
         if not isinstance(decoded, dict):
-            raise ValueError(f"{url} answered with no JSON object")
+            raise ValueError(f"{url} responded without a JSON object")
         return decoded
 
 
-def _told(error: Any) -> str:
-    """Return what an answer says of an error: Entra's and the metadata service's, or App Service's."""
+def _error_message(error: Any) -> str:
+    """Return the error message of a response: of Entra and the metadata service, or of App Service."""
     found = [error.get(name) for name in ("error", "error_description", "message")] if isinstance(error, dict) else []
     return "".join(f": {text}" for text in found if isinstance(text, str) and text)
 
 
-def _given(fields: Mapping[str, str | None]) -> dict[str, str]:
+def _without_none(fields: Mapping[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _number(answer: Mapping[str, Any], name: str) -> float | None:
-    """Return a number that may be written as text, or None where there is none. Raises ValueError."""
+def _number(response: Mapping[str, Any], name: str) -> float | None:
+    """Return a number, which can be text, or None if there is none. Raises ValueError."""
     try:
-        return None if answer.get(name) is None else float(answer[name])
+        return None if response.get(name) is None else float(response[name])
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"the answer's `{name}` is no number") from None
+        raise ValueError(f"`{name}` in the response is not a number") from None
 
 
-def _federated(path: Path | None) -> str:
+def _read_federated_token(path: Path | None) -> str:
     """Return the token in a file. Raises ValueError or OSError."""
     if path is None:
         raise ValueError("a workload identity needs a file with its federated token")
     with path.open("rb") as file:
         text = file.read(MAX_BYTES).decode("latin-1").strip()
     if not is_key(text):
-        raise ValueError(f"{path} holds no token")
+        raise ValueError(f"{path} does not contain a token")
     return text

@@ -1,8 +1,8 @@
-"""The keys with which an issuer signs its tokens: fetched, kept, and changed when the issuer changes them.
+"""The signing keys of a token issuer (JWKS): fetched, cached, and rotated when the issuer rotates them.
 
-They are fetched in the background, so that neither a start nor a known token waits for the issuer. What cannot be
-fetched leaves the keys as they were, for `GOOD_FOR` seconds; what was fetched is all there is: a key that is gone
-from it is no longer good.
+They are fetched in the background, so that neither a start nor a known token waits for the issuer. If a fetch fails,
+the current keys stay valid for `MAX_AGE` seconds. A fetch replaces all keys: a key that the issuer has removed is no
+longer valid.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from gateway.logs import get_logger
 
 __all__ = ("ALGORITHMS", "IssuerKeys", "KeysUnavailable", "SigningKey", "url_problem")
 
-# All in seconds. How often the keys are fetched; how soon again after a failure, at first and at most; how long
-# they stay good if they cannot be; and for how long an unknown key's name makes nobody fetch them again.
-REFRESH = 3600.0
-RETRY, MOST_RETRY = 10.0, 300.0
-GOOD_FOR = 24 * 3600.0
-FORCED = 30.0
-# A client may have to wait for this.
+# All in seconds. The refresh interval; the backoff after a failed fetch, initial and maximum; the age at which keys
+# expire; and the minimum time between two fetches because of unknown keys.
+REFRESH_INTERVAL = 3600.0
+MIN_RETRY, MAX_RETRY = 10.0, 300.0
+MAX_AGE = 24 * 3600.0
+MIN_FORCED_INTERVAL = 30.0
+# Timeout of a fetch: a client may wait for it.
 TIMEOUT = 5.0
-# Entra's largest is some 20 KB.
+# Entra's largest response is some 20 KB.
 MAX_BYTES = 256 * 1024
 MIN_RSA_BITS = 2048
 
 _RSA = frozenset(("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"))
 _CURVES = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512"}
 ALGORITHMS = _RSA | frozenset(_CURVES.values())
-"""All that a token may be signed with: never `none`, and nothing whose key is a secret."""
+"""The accepted signature algorithms: never `none`, and none with a shared secret."""
 
 
 class KeysUnavailable(Exception):
-    """The key that a token names cannot be looked for at present; try again in `retry_after` seconds."""
+    """The keys of the issuer are unavailable; retry in `retry_after` seconds."""
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__("the issuer's keys cannot be had at present")
+        super().__init__("the keys of the issuer are unavailable")
         self.retry_after = retry_after
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SigningKey:
-    """A public key, and the only algorithms that signatures by it may have. It is good as long as it is this object."""
+    """A public key and its allowed algorithms. The key is valid as long as `IssuerKeys.get` returns this object."""
 
     kid: str
     algorithms: frozenset[str]
@@ -68,66 +68,66 @@ class IssuerKeys:
         url: str | None,
         session: Callable[[], aiohttp.ClientSession],
         clock: Callable[[], float] = time.monotonic,
-        kept: MutableMapping[str, Any] | None = None,
+        cache: MutableMapping[str, Any] | None = None,
     ) -> None:
-        """`url` is where the keys are; None if the issuer's own metadata says it (OpenID Connect Discovery 1.0, 4).
+        """`url` is the URL of the keys; None to read it from the issuer's metadata (OpenID Connect Discovery 1.0, 4).
 
-        `kept` is where what was fetched outlives this object: after a reload nothing waits for the issuer.
+        `cache` keeps the keys across reloads.
         """
         self.issuer = issuer
         self._url = url
         self._session = session
         self._clock = clock
-        self._kept = {} if kept is None else kept
-        self.place = f"{issuer} {url}"
-        """The name under which they are kept."""
+        self._cache = {} if cache is None else cache
+        self.cache_key = f"{issuer} {url}"
+        """The key of these keys in the cache."""
         self._keys: dict[str, SigningKey]
-        self._keys, self._good_until = self._kept.get(self.place, ({}, 0.0))
-        self._forced_until = 0.0
-        self._failed = True  # whether the last try did
-        self._fetching = BackgroundRefresh(self._fetch, f"keys of {issuer}")
+        self._keys, self._good_until = self._cache.get(self.cache_key, ({}, 0.0))
+        self._no_fetch_until = 0.0
+        self._failed = True  # whether the last fetch failed
+        self._refresh = BackgroundRefresh(self._fetch, f"keys of {issuer}")
 
     def start(self) -> None:
-        """Begin to fetch the keys, now and then again and again, in the background."""
-        self._fetching.start(self._keep_fresh())
+        """Fetch the keys in the background, and refresh them regularly."""
+        self._refresh.start(self._keep_fresh())
 
     async def stop(self) -> None:
-        """Fetch nothing any more."""
-        await self._fetching.stop()
+        """Stop fetching."""
+        await self._refresh.stop()
 
     def get(self, kid: str) -> SigningKey | None:
-        """Return a key that is good now, or None; fetches nothing."""
+        """Return a valid key, or None. Fetches nothing."""
         return self._keys.get(kid) if self._clock() < self._good_until else None
 
     async def find(self, kid: str) -> SigningKey | None:
-        """Return the key of a name, fetching the keys if it is not known; None where the issuer has no such key.
+        """Return a key by its id. Fetches the keys if it is unknown; returns None if the issuer has no such key.
 
-        Whoever asks for an unknown one while a fetch is under way waits for that one. Raises KeysUnavailable.
+        If a fetch is in progress, the caller waits for that one. Raises KeysUnavailable.
         """
         if (key := self.get(kid)) is not None:
             return key
-        if not self._fetching.under_way:
+        if not self._refresh.in_progress:
             now = self._clock()
-            if now < self._forced_until:
-                # Anybody can make up names of keys: they must not become requests to the issuer.
+            if now < self._no_fetch_until:
+                # Clients can invent key ids: these must not cause requests to the issuer.
                 if self._failed:
-                    raise KeysUnavailable(self._forced_until - now)
+                    raise KeysUnavailable(self._no_fetch_until - now)
                 return None
-            self._forced_until = now + FORCED
-        await self._fetching.refresh()
+            self._no_fetch_until = now + MIN_FORCED_INTERVAL
+        await self._refresh.refresh()
         key = self.get(kid)
         if key is None and self._failed:
-            raise KeysUnavailable(RETRY)
+            raise KeysUnavailable(MIN_RETRY)
         return key
 
     # -- fetching --------------------------------------------------------------------------------------
 
     async def _keep_fresh(self) -> None:
-        retry = RETRY
+        retry = MIN_RETRY
         while True:
-            await self._fetching.refresh()
-            await asyncio.sleep(retry if self._failed else REFRESH)
-            retry = min(retry * 2, MOST_RETRY) if self._failed else RETRY
+            await self._refresh.refresh()
+            await asyncio.sleep(retry if self._failed else REFRESH_INTERVAL)
+            retry = min(retry * 2, MAX_RETRY) if self._failed else MIN_RETRY
 
     async def _fetch(self) -> None:
         self._failed = True
@@ -136,23 +136,23 @@ class IssuerKeys:
                 url = self._url or await self._discover()
                 listed = (await self._get(url)).get("keys")
             if not isinstance(listed, list):
-                raise ValueError("what came is no set of keys: it has no list `keys`")
-        except Exception as exc:  # whatever it is: the keys stay as they were
+                raise ValueError("the response is not a JWKS: it has no list `keys`")
+        except Exception as exc:  # after any error the current keys stay in use
             left = max(0.0, self._good_until - self._clock())
             get_logger().warning(
-                "an issuer's keys cannot be had",
+                "issuer_keys_fetch_failed",
                 issuer=self.issuer,
                 error=type(exc).__name__,
-                reason=str(exc)[:300] or "it took too long",
+                reason=str(exc)[:300] or "timeout",
                 kept=len(self._keys) if left else 0,
                 kept_for=round(left),
             )
             return
-        self._take(listed)
+        self._store(listed)
         self._failed = False
 
-    def _take(self, listed: list[Any]) -> None:
-        """Let these be the keys. One that is as before stays the same object, and so do tokens judged by it."""
+    def _store(self, listed: list[Any]) -> None:
+        """Replace the keys. An unchanged key stays the same object, so that tokens verified with it stay known."""
         keys: dict[str, SigningKey] = {}
         for jwk in listed:
             kid = jwk.get("kid") if isinstance(jwk, dict) else None
@@ -161,45 +161,45 @@ class IssuerKeys:
             if key is not None:
                 keys.setdefault(key.kid, key)
         if not keys:
-            get_logger().warning("an issuer has no key that tokens can be checked with", issuer=self.issuer)
+            get_logger().warning("issuer_without_usable_keys", issuer=self.issuer)
         self._keys = keys
-        self._good_until = self._clock() + GOOD_FOR
-        self._kept[self.place] = keys, self._good_until
+        self._good_until = self._clock() + MAX_AGE
+        self._cache[self.cache_key] = keys, self._good_until
 
     async def _discover(self) -> str:
-        """Return where the issuer says that its keys are."""
+        """Return the URL of the keys from the issuer's metadata."""
         metadata = await self._get(self.issuer.rstrip("/") + "/.well-known/openid-configuration")
         if metadata.get("issuer") != self.issuer:
-            raise ValueError(f"its metadata is of another issuer, {str(metadata.get('issuer'))[:200]!r}")
+            raise ValueError(f"the metadata names another issuer, {str(metadata.get('issuer'))[:200]!r}")
         url = metadata.get("jwks_uri")
         if not isinstance(url, str) or url_problem(url):
-            raise ValueError("its metadata has no `jwks_uri` that could be asked")
+            raise ValueError("the metadata has no valid `jwks_uri`")
         return url
 
     async def _get(self, url: str) -> dict[str, Any]:
-        """Return a JSON object. Raises ValueError for anything else; a redirect is not followed."""
+        """Return the JSON object of the response. Raises ValueError for anything else. Does not follow redirects."""
         headers = {"accept": "application/json", "accept-encoding": "identity"}
-        async with self._session().get(url, allow_redirects=False, headers=headers) as answer:
-            if answer.status != 200:
-                raise ValueError(f"{url} answered with the status {answer.status}")
+        async with self._session().get(url, allow_redirects=False, headers=headers) as response:
+            if response.status != 200:
+                raise ValueError(f"{url} responded with status {response.status}")
             data = b""
-            async for chunk in answer.content.iter_any():
+            async for chunk in response.content.iter_any():
                 data += chunk
                 if len(data) > MAX_BYTES:
-                    raise ValueError(f"{url} answered with more than {MAX_BYTES} bytes")
+                    raise ValueError(f"{url} responded with more than {MAX_BYTES} bytes")
         decoded = msgspec.json.decode(data)
         if not isinstance(decoded, dict):
-            raise ValueError(f"{url} answered with no JSON object")
+            raise ValueError(f"{url} responded without a JSON object")
         return decoded
 
 
 def signing_key(jwk: Any) -> SigningKey | None:
-    """Return a key of a JWKS (RFC 7517), or None for what signs no tokens, or is none of ours to use.
+    """Return a key of a JWKS (RFC 7517), or None if it does not sign tokens or the gateway does not accept its type.
 
-    Which algorithms its signatures may have is decided here, by the key and never by a token: one that says HS256
-    would have the public key for its secret.
+    The key decides which algorithms its signatures can have, never a token: a token with HS256 would use the public key
+    as the secret.
     """
-    import jwt  # noqa: PLC0415 -- an extra, and nobody without `identity:` needs it
+    import jwt  # noqa: PLC0415 -- an extra that only `identity:` needs
 
     if not isinstance(jwk, dict) or "d" in jwk or jwk.get("use", "sig") != "sig":
         return None
@@ -228,7 +228,7 @@ def _long_enough(jwk: dict[str, Any], public: Any) -> bool:
 
 
 def url_problem(text: str) -> str | None:
-    """Return what is wrong with the URL of an issuer or of its keys, or None: only loopback may do without TLS."""
+    """Return the problem of a URL of an issuer or of its keys, or None. Only loopback works without TLS."""
     try:
         url = URL(text)
         host, port = url.host, url.port
@@ -239,7 +239,7 @@ def url_problem(text: str) -> str | None:
     if url.scheme == "http" and not _is_loopback(host):
         return "must begin with https://"
     if url.user is not None or url.password is not None or url.fragment:
-        return "must not hold a user name, a password or a fragment"
+        return "must not contain a user name, a password or a fragment"
     return None
 
 

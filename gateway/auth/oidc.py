@@ -1,8 +1,8 @@
-"""Who a client is by its token: an issuer, such as Entra, has signed who that is (OpenID Connect; RFC 7519, 8725).
+"""Verifies the tokens of clients, signed by an issuer such as Entra (OpenID Connect; RFC 7519, RFC 8725).
 
-A token is judged before its request's team is looked up, and a good one is remembered by its digest until it expires
-or its key is gone. One that is not good is only noted: whether it matters is for the stage that asks, since a token
-may also be Azure's own and merely pass through.
+A token is verified before the team of its request is looked up. A valid one is cached by its digest until it expires or
+its key is removed. An invalid one is only noted, and the stage that needs an identity decides: it may be a token for
+Azure that merely passes through.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from gateway.auth.jwks import ALGORITHMS, IssuerKeys, KeysUnavailable, SigningKe
 from gateway.errors import ApiError
 from gateway.protocol.headers import Headers
 
-__all__ = ("Claims", "Identity", "Issuer", "Issuers", "TokenVerification", "unavailable")
+__all__ = ("Claims", "Identity", "Issuer", "Issuers", "TokenVerification", "verification_unavailable")
 
 Claims = Mapping[str, Sequence[str]]
-"""What a team wants of a token: the name of a claim -> the values of which it must have one."""
+"""The claims that a team requires: the name of a claim -> its accepted values."""
 
-# How many tokens are remembered. To check one anew costs some 50 microseconds; to keep one, a few KB.
-_MAX_KNOWN = 2048
+# Maximum number of cached tokens. Verifying a token takes some 50 microseconds; caching it takes a few KB.
+_MAX_CACHED = 2048
 _MAX_CALLER = 256
-# Claims that are lists, written as words with spaces between (RFC 8693, 4.2; Entra calls it `scp`).
-_WORDS = ("scp", "scope")
+# Claims that hold a space-separated list (RFC 8693, 4.2; Entra's name is `scp`).
+_SPACE_SEPARATED = ("scp", "scope")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a verified token says its bearer is: all its `claims`, and the `caller` for logs and limits."""
+    """The identity in a verified token: all its `claims`, and the `caller` for logs and limits."""
 
     claims: Mapping[str, Any] = field(repr=False)
     caller: str
 
-    def has(self, wanted: Claims) -> bool:
-        """Whether every claim that is wanted is there, with one of its values; False where none is wanted."""
-        return bool(wanted) and all(
-            not set(values).isdisjoint(_values(name, self.claims.get(name))) for name, values in wanted.items()
+    def has(self, required: Claims) -> bool:
+        """Whether it has every required claim with one of the accepted values. False if none is required."""
+        return bool(required) and all(
+            not set(values).isdisjoint(_values(name, self.claims.get(name))) for name, values in required.items()
         )
 
 
 def _values(name: str, claim: Any) -> list[str]:
-    """Return the values of a claim as text; numbers and booleans as JSON has them."""
-    if name in _WORDS and isinstance(claim, str):
+    """Return the values of a claim as text; numbers and booleans as JSON."""
+    if name in _SPACE_SEPARATED and isinstance(claim, str):
         return claim.split(" ")
     each = claim if isinstance(claim, list) else [claim]
     return [
@@ -63,9 +63,9 @@ def _values(name: str, claim: Any) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class TokenVerification:
-    """What became of a token: an identity, or the `reason` for none, in words for the log.
+    """The result of verifying a token: an identity, or the `reason` for the log why there is none.
 
-    `retry_after` is set where the token could not be judged, for now.
+    `retry_after` is set if the token could not be verified because the issuer is unreachable.
     """
 
     identity: Identity | None = None
@@ -73,22 +73,22 @@ class TokenVerification:
     retry_after: float | None = None
 
 
-def unavailable(judgement: TokenVerification) -> ApiError:
-    """Return what a client is told whose token could not be judged: it may well be good."""
+def verification_unavailable(verification: TokenVerification) -> ApiError:
+    """Return the error for a client whose token could not be verified: it may be valid."""
     return ApiError(
         503,
-        "your token cannot be checked at present, its issuer cannot be reached; try again",
+        "the gateway cannot verify your token because its issuer is unreachable; retry shortly",
         code="identity_unavailable",
-        headers={"retry-after": str(math.ceil(judgement.retry_after or 1))},
+        headers={"retry-after": str(math.ceil(verification.retry_after or 1))},
     )
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """One issuer as configured: whose tokens are taken, and for whom they must be.
+    """A configured issuer: its tokens are accepted if they are for one of these audiences.
 
-    `jwks` is where its keys are, if not where its metadata says; `caller` the claim that names the caller, if not
-    `oid`, else `sub`; `leeway` in seconds, for clocks that differ.
+    `jwks` is the URL of its keys (default: from its metadata). `caller` is the claim with the name of the caller
+    (default: `oid`, else `sub`). `leeway` is in seconds, for clocks that differ.
     """
 
     issuer: str
@@ -98,22 +98,22 @@ class Issuer:
     leeway: float = 60.0
 
 
-class _Refused(Exception):
-    """A token is not good; the message is the reason for the log."""
+class _InvalidToken(Exception):
+    """A token is invalid; the message is the reason for the log."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """A token that was good: until when, by which key of which issuer."""
+class _VerifiedToken:
+    """A valid token: until when, and by which key of which issuer."""
 
-    judgement: TokenVerification
+    verification: TokenVerification
     until: float
     key: SigningKey
     keys: IssuerKeys
 
 
 class Issuers:
-    """The issuers whose tokens are taken, and the tokens of theirs that are known to be good."""
+    """The accepted issuers, and a cache of their verified tokens."""
 
     def __init__(
         self,
@@ -122,122 +122,122 @@ class Issuers:
         *,
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
-        kept: MutableMapping[str, Any] | None = None,
+        cache: MutableMapping[str, Any] | None = None,
     ) -> None:
-        """`session` returns the one to fetch keys with, and `kept` is where they outlive a reload."""
-        import jwt  # noqa: PLC0415 -- an extra; loaded here, so that no request waits for it
+        """`session` returns the session for fetching keys. `cache` keeps the keys across reloads."""
+        import jwt  # noqa: PLC0415 -- an extra; imported here, so that no request waits for it
 
         self._jws = jwt.PyJWS()
         self.all = tuple(issuers)
         self._now = now
         self._issuers = {
-            each.issuer: (each, IssuerKeys(each.issuer, each.jwks, session, clock, kept)) for each in issuers
+            each.issuer: (each, IssuerKeys(each.issuer, each.jwks, session, clock, cache)) for each in issuers
         }
-        self._known: dict[str, _Known] = {}
+        self._verified: dict[str, _VerifiedToken] = {}
 
     @property
     def fetched(self) -> list[str]:
-        """The names under which their keys are kept."""
-        return [keys.place for _, keys in self._issuers.values()]
+        """The cache keys of the issuers' keys."""
+        return [keys.cache_key for _, keys in self._issuers.values()]
 
     def start(self) -> None:
-        """Begin to fetch the issuers' keys; nothing waits for them, and none that fails stops the gateway."""
+        """Fetch the keys of all issuers in the background. A failure does not stop the gateway."""
         for _, keys in self._issuers.values():
             keys.start()
 
     async def stop(self) -> None:
-        """Fetch no keys any more."""
+        """Stop fetching."""
         for _, keys in self._issuers.values():
             await keys.stop()
 
-    async def judge(self, headers: Headers) -> TokenVerification | None:
-        """Return what there is to say of the token that these headers present; None where they present none.
+    async def verify(self, headers: Headers) -> TokenVerification | None:
+        """Verify the token in these headers. Returns None if there is none.
 
-        Waits for nothing but, where the issuer's keys are not known yet, those.
+        Waits only for the keys of the issuer, if they are not yet known.
         """
         try:
             key = presented_key(headers)
         except ApiError:
-            return None  # the stage that asks for the key refuses it, in its own place
+            return None  # the stage that needs the key refuses it
         if key is None or not key.bearer:
             return None
-        known = self._known.pop(key.digest, None)
-        if known is not None and self._now() < known.until and known.keys.get(known.key.kid) is known.key:
-            self._known[key.digest] = known  # last again: the first is the one that was not asked for longest
-            return known.judgement
+        found = self._verified.pop(key.digest, None)
+        if found is not None and self._now() < found.until and found.keys.get(found.key.kid) is found.key:
+            self._verified[key.digest] = found  # at the end: the first is the least recently used
+            return found.verification
         try:
             return self._remember(key, await self._verify(key.value))
-        except _Refused as exc:
+        except _InvalidToken as exc:
             return TokenVerification(reason=str(exc))
         except KeysUnavailable as exc:
-            return TokenVerification(reason="token that cannot be checked", retry_after=exc.retry_after)
+            return TokenVerification(reason="token that cannot be verified", retry_after=exc.retry_after)
 
-    def _remember(self, key: Credential, known: _Known) -> TokenVerification:
-        while len(self._known) >= _MAX_KNOWN:
-            del self._known[next(iter(self._known))]
-        self._known[key.digest] = known
-        return known.judgement
+    def _remember(self, key: Credential, verified: _VerifiedToken) -> TokenVerification:
+        while len(self._verified) >= _MAX_CACHED:
+            del self._verified[next(iter(self._verified))]
+        self._verified[key.digest] = verified
+        return verified.verification
 
-    async def _verify(self, token: str) -> _Known:
-        """Judge a token. Raises _Refused and KeysUnavailable.
+    async def _verify(self, token: str) -> _VerifiedToken:
+        """Verify a token. Raises _InvalidToken and KeysUnavailable.
 
-        What it says is looked at first, unproven: who made it up wins nothing by being refused, and a token for
-        somebody else, such as Azure's own, never makes a request to its issuer.
+        The claims are checked first, before the signature: a forger gains nothing from being refused, and a token for
+        another audience, such as Azure, never causes a request to its issuer.
         """
-        import jwt  # noqa: PLC0415 -- as above
+        import jwt  # noqa: PLC0415 -- see above
 
         parts = token.split(".")
         header, claims = _decoded(parts[0]), _decoded(parts[1])
         named = claims.get("iss")
         if not _is_text(named) or named not in self._issuers:
-            raise _Refused("token of an unknown issuer")
+            raise _InvalidToken("token of an unknown issuer")
         issuer, keys = self._issuers[named]
         until = self._check_claims(claims, issuer)
         caller = _caller(claims, issuer)
         if "crit" in header:
-            raise _Refused("token with a critical header")  # that must be understood, and none is
+            raise _InvalidToken("token with a critical header")  # the gateway supports none of these extensions
         kid, algorithm = header.get("kid"), header.get("alg")
         if not _is_text(kid):
-            raise _Refused("token that names no key")
+            raise _InvalidToken("token without a key id")
         if not _is_text(algorithm) or algorithm not in ALGORITHMS:
-            raise _Refused("token of an algorithm that is not taken")
+            raise _InvalidToken("token with an unsupported algorithm")
         key = await keys.find(kid)
         if key is None:
-            raise _Refused("token of an unknown key")
+            raise _InvalidToken("token with an unknown key")
         if algorithm not in key.algorithms:
-            raise _Refused("token of another algorithm than its key's")
+            raise _InvalidToken("token with an algorithm that its key does not allow")
         try:
             self._jws.decode(token, key.public, algorithms=[algorithm])
         except jwt.InvalidSignatureError:
-            raise _Refused("token with a wrong signature") from None
+            raise _InvalidToken("token with a wrong signature") from None
         except (jwt.PyJWTError, ValueError):
-            raise _Refused("malformed token") from None
-        return _Known(TokenVerification(Identity(MappingProxyType(claims), caller)), until, key, keys)
+            raise _InvalidToken("malformed token") from None
+        return _VerifiedToken(TokenVerification(Identity(MappingProxyType(claims), caller)), until, key, keys)
 
     def _check_claims(self, claims: Mapping[str, Any], issuer: Issuer) -> float:
-        """Return when the token is no longer good. Raises _Refused for one that is not good now."""
-        audience = claims.get("aud")
-        meant = audience if isinstance(audience, list) else [audience]
-        if not any(_is_text(each) and each in issuer.audience for each in meant):
-            raise _Refused("token for another audience")
+        """Return the time when the token expires. Raises _InvalidToken if it is not valid now."""
+        claim = claims.get("aud")
+        audiences = claim if isinstance(claim, list) else [claim]
+        if not any(_is_text(each) and each in issuer.audience for each in audiences):
+            raise _InvalidToken("token for another audience")
         now = self._now()
         until = _seconds(claims, "exp", issuer.leeway)
         if now >= until:
-            raise _Refused("expired token")
+            raise _InvalidToken("expired token")
         for name in ("nbf", "iat"):
             if name in claims and now < _seconds(claims, name, -issuer.leeway):
-                raise _Refused("token that is not valid yet")
+                raise _InvalidToken("token that is not valid yet")
         return until
 
 
 def _decoded(part: str) -> dict[str, Any]:
-    """Return one part of a token, a JSON object; the token's letters are known to be base64url's."""
+    """Return one part of a token, a JSON object. Its characters are known to be base64url."""
     try:
         found = msgspec.json.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
     except (ValueError, RecursionError):
-        raise _Refused("malformed token") from None
+        raise _InvalidToken("malformed token") from None
     if not isinstance(found, dict):
-        raise _Refused("malformed token")
+        raise _InvalidToken("malformed token")
     return found
 
 
@@ -248,7 +248,7 @@ def _is_text(value: Any) -> TypeGuard[str]:
 def _seconds(claims: Mapping[str, Any], name: str, leeway: float) -> float:
     value = claims.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:
-        raise _Refused(f"token without a sound {name}")
+        raise _InvalidToken(f"token without a valid {name}")
     return value + leeway
 
 
@@ -256,6 +256,6 @@ def _caller(claims: Mapping[str, Any], issuer: Issuer) -> str:
     for name in (issuer.caller,) if issuer.caller else ("oid", "sub"):
         value = claims.get(name)
         if isinstance(value, str) and 0 < len(value) <= _MAX_CALLER and value.isprintable():
-            # Of this issuer: what another one calls so is somebody else, and so is a key's label.
+            # With the issuer: the same name at another issuer, or as the label of a key, is another caller.
             return f"{value}@{issuer.issuer.partition('://')[2]}"
-    raise _Refused("token that names no caller")
+    raise _InvalidToken("token without a caller")

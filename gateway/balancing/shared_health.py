@@ -13,9 +13,9 @@ import os
 
 from gateway.balancing.circuit_breaker import HealthEvent
 from gateway.balancing.health import Health
-from gateway.limits.late_timer import within
 from gateway.limits.redis_script import RedisScript
 from gateway.limits.redis_url import RedisUrl
+from gateway.limits.stall_tolerant_timer import stall_tolerant_timeout
 from gateway.logs import get_logger, redacted
 
 __all__ = ("SharedHealth",)
@@ -80,7 +80,7 @@ class SharedHealth:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait((self._task,))
-        await self._script.hang_up()
+        await self._script.disconnect()
 
     def _publish(self, event: HealthEvent) -> None:
         self._pending[event.key] = asyncio.get_running_loop().time(), event
@@ -89,15 +89,15 @@ class SharedHealth:
     async def _run(self) -> None:
         while True:
             try:
-                async with within(_TIMEOUT):
+                async with stall_tolerant_timeout(_TIMEOUT):
                     await self._synchronize()
             except Exception as exc:  # any exception of the Redis client
                 if not self._unavailable:
                     self._unavailable = True
                     reason = redacted({"reason": f"{type(exc).__name__}: {exc}"}, [self._url.password or ""])
                     get_logger().warning("health_sharing_failed", store=str(self._url), **reason)
-                await self._script.hang_up()
-                self._script.try_another()
+                await self._script.disconnect()
+                self._script.use_next_node()
                 await asyncio.sleep(_READ_INTERVAL)
                 continue
             if self._unavailable:

@@ -246,7 +246,7 @@ class _Loader:
     def _issuers(self, issuers: Sequence[Issuer]) -> Issuers | None:
         if not issuers:
             return None
-        return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
+        return Issuers(issuers, self.shared.session, cache=self.shared.space("", "identity"))
 
     def _background(self, store: RedisUrl | None) -> list[Background]:
         """Return what is done beside requests: fetching tokens, and sharing what is known of deployments."""

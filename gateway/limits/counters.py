@@ -1,4 +1,4 @@
-"""The contract of a store of counters: what it is asked, and what it raises."""
+"""The contract of a store of counters."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ("Counters", "CountersUnavailable")
 
 
 class CountersUnavailable(GatewayError):
-    """Where the counters are kept cannot be asked now: nothing is known, and nothing was taken as far as is known."""
+    """The store of counters is unavailable. Nothing was taken, as far as this process knows."""
 
 
 class Counters(Protocol):
-    """A place where uses are counted."""
+    """A store of counters."""
 
     async def take(self, charges: Sequence[Charge]) -> Decision:
-        """Take all charges, or, where one that is not in the shadow has no room, none.
+        """Take all charges, or none if one (that is not a shadow charge) has no room.
 
         Raises CountersUnavailable.
         """
 
-    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
-        """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is.
+    def settle(self, decision: Decision, actual: Sequence[float | None]) -> None:
+        """Replace the cost of each charge with its actual use, now or soon. None leaves a charge unchanged.
 
-        Once for each verdict: a second call does nothing. It is done at once or soon.
+        Call it once per decision: further calls do nothing.
         """
 
     async def close(self) -> None:
-        """Settle what is still to be settled, and let go of everything."""
+        """Complete the pending settlements, and release all resources."""

@@ -1,8 +1,8 @@
-"""The bytes that requests hold: one budget for the process, and a share of it for each caller.
+"""The memory budget: `limits: memory` bounds the bytes that all requests hold, and the share of each caller.
 
-The budget of memory covers every byte that is kept because of a request: bodies, forms, fragments of WebSocket
-messages, responses that a stage reads whole, decoded JSON. The budget of the disk covers long forms and batch files.
-Bytes that only pass through are bounded where they pass.
+The memory budget covers every byte that is kept for a request: bodies, forms, fragments of WebSocket messages,
+responses that a stage reads whole, decoded JSON. The disk budget covers long forms and batch files. Bytes that only
+pass through have other limits.
 """
 
 from __future__ import annotations
@@ -15,52 +15,52 @@ __all__ = ("BUDGETS", "UNCOUNTED", "BudgetExhausted", "Budgets", "Hold", "Memory
 _DEFAULT_MEMORY = Limits().memory
 """The default of `limits: memory`, in bytes."""
 UNCOUNTED = 64 * 1024
-"""Bodies and responses of up to this many bytes are not counted: nearly all are, and to count them would cost more."""
-# The part of a budget that one caller may hold.
+"""Bodies and responses up to this size, in bytes, are not counted: nearly all are small, and counting costs more."""
+# One caller can hold this fraction of a budget: 1 / _SHARE.
 _SHARE = 4
-# The disk has room for this many forms of the longest that `limits: form` allows.
+# The disk budget, in forms of the maximum size (`limits: form`).
 _FORMS = 8
 _DEFAULT_FORM = 256 * 1024 * 1024
 
 
 class BudgetExhausted(ApiError):
-    """There is no room: 503 for the moment, 413 if one request needs more than its caller may ever hold."""
+    """The budget has no room: 503, or 413 if a single request exceeds the share of a caller."""
 
 
 class MemoryBudget:
-    """Counts the bytes held by all requests, and by each caller. Never more than `limit`."""
+    """Counts the bytes held by all requests, and by each caller. They never exceed `limit`."""
 
     def __init__(self, limit: int, kind: str = "memory") -> None:
         self.limit = limit
         self.kind = kind
-        """What the bytes take, in the words of errors: `memory` or `disk`."""
+        """`memory` or `disk`, for error messages."""
         self.held = 0
         self.most_held = 0
-        """The most bytes that were held at once since the start."""
+        """The peak of `held` since the start."""
         self._callers: dict[str, int] = {}
 
     @property
     def share(self) -> int:
-        """The most bytes that one caller may hold."""
+        """Maximum number of bytes that one caller can hold."""
         return self.limit // _SHARE
 
     def held_by(self, caller: str) -> int:
-        """Return the bytes that a caller holds."""
+        """Return the number of bytes that a caller holds."""
         return self._callers.get(caller, 0)
 
     def take(self, caller: str, size: int) -> None:
-        """Count `size` more bytes of a caller. Raises BudgetSpent above the caller's share or the whole budget."""
-        mine = self._callers.get(caller, 0) + size
-        if mine > self.share:
-            raise _full(f"your requests hold as much of the gateway's {self.kind} as one caller may")
+        """Count `size` more bytes of a caller. Raises BudgetExhausted above the caller's share or the whole budget."""
+        total = self._callers.get(caller, 0) + size
+        if total > self.share:
+            raise _exhausted(f"your requests already use your share of the gateway's {self.kind}")
         if self.held + size > self.limit:
-            raise _full(f"the gateway's {self.kind} for requests is full")
+            raise _exhausted(f"the gateway's {self.kind} for requests is full")
         self.held += size
         self.most_held = max(self.most_held, self.held)
-        self._callers[caller] = mine
+        self._callers[caller] = total
 
-    def give_back(self, caller: str, size: int) -> None:
-        """Count `size` bytes less."""
+    def release(self, caller: str, size: int) -> None:
+        """Count `size` fewer bytes of a caller."""
         self.held -= size
         left = self._callers[caller] - size
         if left:
@@ -70,24 +70,24 @@ class MemoryBudget:
 
 
 class Budgets:
-    """What all requests of a process may hold, in memory and on disk; each worker process has its own."""
+    """The memory and disk budgets of a process; each worker process has its own."""
 
     def __init__(self, memory: int = _DEFAULT_MEMORY, form: int = _DEFAULT_FORM) -> None:
         self.memory = MemoryBudget(memory)
         self.disk = MemoryBudget(_FORMS * form, "disk")
 
     def use(self, memory: int, form: int) -> None:
-        """Have other limits from now on: of memory, and of one form on disk. What is held already stays held."""
+        """Change the limits of memory, and of one form on disk. Bytes that are already held stay held."""
         self.memory.limit = memory
         self.disk.limit = _FORMS * form
 
 
 BUDGETS = Budgets()
-"""Those of this process."""
+"""The budgets of this process."""
 
 
 class Hold:
-    """The bytes that one exchange holds of its caller's share."""
+    """The bytes that one exchange holds."""
 
     __slots__ = ("_budget", "_caller", "size")
 
@@ -97,28 +97,28 @@ class Hold:
         self.size = 0
 
     def grow(self, size: int) -> None:
-        """Hold `size` more bytes. Raises BudgetSpent, and then holds what it held before."""
+        """Hold `size` more bytes. If it raises BudgetExhausted, nothing changes."""
         if size:
             if self.size + size > self._budget.share:
                 raise BudgetExhausted(
                     413,
-                    f"this request needs more {self._budget.kind} than the {self._budget.share} bytes that one caller "
-                    "may hold here; send less at once",
+                    f"this request needs more than {self._budget.share} bytes of {self._budget.kind}, the gateway's "
+                    "limit per caller; send a smaller request",
                     code="body_too_large",
                 )
             self._budget.take(self._caller, size)
             self.size += size
 
     def shrink(self, size: int) -> None:
-        """Hold `size` bytes less."""
+        """Hold `size` fewer bytes."""
         if size:
             self.size -= size
-            self._budget.give_back(self._caller, size)
+            self._budget.release(self._caller, size)
 
     def release(self) -> None:
         """Hold nothing."""
         self.shrink(self.size)
 
 
-def _full(why: str) -> BudgetExhausted:
-    return BudgetExhausted(503, f"{why}; try again in a moment", code="overloaded")
+def _exhausted(reason: str) -> BudgetExhausted:
+    return BudgetExhausted(503, f"{reason}; retry shortly", code="overloaded")

@@ -1,64 +1,64 @@
-"""Counters in this process: a dict."""
+"""Counters in the memory of this process: a dict."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
-from gateway.limits.token_bucket import NONE, Charge, Decision, Limit, Record
+from gateway.limits.token_bucket import EMPTY, Charge, Decision, Limit, Record
 
 __all__ = ("MemoryCounters",)
 
-# Above this many names, those under which nothing is used any more are forgotten; above the other, those under which
-# the smallest part of their limit is: clients can make up names, of models for instance.
-_NAMES, _MOST_NAMES = 10_000, 200_000
+# Clients can invent names, for example of models. Above the first number of names, drop those without any use; above
+# the second, drop the half with the smallest use in relation to their limit.
+_SWEEP_ABOVE, _MAX_NAMES = 10_000, 200_000
 
 
 class MemoryCounters:
-    """Counters of one process, which has no worker beside it."""
+    """Counters of a gateway with a single process."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._records: dict[str, Record] = {}
-        self._rules: dict[str, Limit] = {}
-        self._sweep_at = _NAMES
+        self._limits: dict[str, Limit] = {}
+        self._sweep_at = _SWEEP_ABOVE
 
     async def take(self, charges: Sequence[Charge]) -> Decision:
-        """Take all charges, or, where one has no room, none."""
+        """Take all charges, or none if one has no room."""
         return self.take_now(charges)
 
     def take_now(self, charges: Sequence[Charge]) -> Decision:
-        """Do what `take` does, at once."""
+        """Do the same as `take`, without a coroutine."""
         now = self._now()
         known = self._records
-        if len(charges) == 1:  # the usual limit of requests, at the least cost
+        if len(charges) == 1:  # the usual limit of requests, at the lowest cost
             charge = charges[0]
-            record = charge.rule.at(known.get(charge.name, NONE), now)
+            record = charge.limit.current(known.get(charge.name, EMPTY), now)
             level, since, inflow, born = record
-            if level + charge.cost > charge.rule.most and charge.cost:
+            if level + charge.cost > charge.limit.max_level and charge.cost:
                 if charge.name in known:
-                    known[charge.name] = record  # steps that a clock that was set back begins anew, go on
+                    known[charge.name] = record  # keeps an interval that was restarted after the clock was set back
                 return Decision(charges, (record,), now, (0,), refused=not charge.shadow)
             known[charge.name] = record = (level + charge.cost, since, inflow + charge.cost, born)
-            if self._rules.get(charge.name) is not charge.rule or len(known) > self._sweep_at:
+            if self._limits.get(charge.name) is not charge.limit or len(known) > self._sweep_at:
                 self._remember(charges, now)
             return Decision(charges, (record,), now)
         records: list[Record] = []
         over: list[int] = []
         refused = False
-        for place, charge in enumerate(charges):
-            rule = charge.rule
-            record = rule.at(known.get(charge.name, NONE), now)
-            if record[0] + charge.cost > rule.most and charge.cost:
-                over.append(place)
+        for index, charge in enumerate(charges):
+            limit = charge.limit
+            record = limit.current(known.get(charge.name, EMPTY), now)
+            if record[0] + charge.cost > limit.max_level and charge.cost:
+                over.append(index)
                 refused = refused or not charge.shadow
             records.append(record)
         if not refused:
-            for place, charge in enumerate(charges):
-                if place not in over:
-                    known[charge.name] = records[place] = charge.rule.with_use(records[place], charge.cost)
+            for index, charge in enumerate(charges):
+                if index not in over:
+                    known[charge.name] = records[index] = charge.limit.add(records[index], charge.cost)
                 elif charge.name in known:
-                    known[charge.name] = records[place]
+                    known[charge.name] = records[index]
             self._remember(charges, now)
         else:
             known.update(
@@ -66,38 +66,38 @@ class MemoryCounters:
             )
         return Decision(charges, records, now, over, refused)
 
-    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
-        """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is."""
-        if verdict.settled:
+    def settle(self, decision: Decision, actual: Sequence[float | None]) -> None:
+        """Replace the cost of each charge with its actual use. None leaves a charge unchanged."""
+        if decision.settled:
             return
-        verdict.settled = True
+        decision.settled = True
         now = self._now()
-        for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
-            if used is not None and used != charge.cost and verdict.holds(place):
+        for index, (charge, used) in enumerate(zip(decision.charges, actual, strict=True)):
+            if used is not None and used != charge.cost and decision.was_taken(index):
                 name = charge.name
-                # By the rule that counts now: a reload may have changed it. (The name may have been forgotten, too.)
-                rule = self._rules.setdefault(name, charge.rule)
-                record = rule.passed(self._records.get(name, NONE), now)
-                self._records[name] = rule.settled(record, verdict.records[place], charge.cost, used)
+                # With the current limit: a reload may have changed it. (The name may have been dropped, too.)
+                limit = self._limits.setdefault(name, charge.limit)
+                record = limit.refill(self._records.get(name, EMPTY), now)
+                self._records[name] = limit.settle(record, decision.records[index], charge.cost, used)
 
     async def close(self) -> None:
-        """Let go of nothing: there is nothing."""
+        """Do nothing: there is nothing to release."""
 
     def _remember(self, charges: Sequence[Charge], now: float) -> None:
-        """Keep the rules by which names are forgotten, and forget those under which nothing is used."""
+        """Remember the limits of these names, and drop names without use if there are many."""
         for charge in charges:
-            self._rules[charge.name] = charge.rule
+            self._limits[charge.name] = charge.limit
         if len(self._records) <= self._sweep_at:
             return
-        parts = {
-            name: self._rules[name].at(record, now)[0] / self._rules[name].size
+        shares = {
+            name: self._limits[name].current(record, now)[0] / self._limits[name].capacity
             for name, record in self._records.items()
         }
-        if len(parts) > _MOST_NAMES:
-            least = sorted(parts, key=parts.__getitem__)[: len(parts) // 2]
-            parts.update(dict.fromkeys(least, 0.0))
-        for name, part in parts.items():
-            if part <= 0:
-                del self._records[name], self._rules[name]
-        # If most are still in use, do not look at all of them for each newcomer.
-        self._sweep_at = max(_NAMES, 2 * len(self._records))
+        if len(shares) > _MAX_NAMES:
+            least = sorted(shares, key=shares.__getitem__)[: len(shares) // 2]
+            shares.update(dict.fromkeys(least, 0.0))
+        for name, share in shares.items():
+            if share <= 0:
+                del self._records[name], self._limits[name]
+        # If most are still in use, do not sweep again for each new name.
+        self._sweep_at = max(_SWEEP_ABOVE, 2 * len(self._records))

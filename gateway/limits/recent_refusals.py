@@ -1,4 +1,4 @@
-"""What was refused a moment ago is refused again without asking: a caller who insists costs no round trip."""
+"""A cache of recent refusals: a caller that retries at once is refused without a round trip to the store."""
 
 from __future__ import annotations
 
@@ -11,66 +11,68 @@ from gateway.limits.token_bucket import Charge, Decision
 
 __all__ = ("RecentRefusals",)
 
-# For how many seconds at most: another gateway may have made room.
-_STRETCH = 1.0
-# Above this many, those that are over are forgotten.
-_NAMES = 10_000
+# Maximum age of an entry, in seconds: another gateway may have made room.
+_MAX_AGE = 1.0
+# Above this number of names, drop the expired ones.
+_MAX_NAMES = 10_000
 
 
 class _Refusal(msgspec.Struct):
-    verdict: Decision
+    decision: Decision
     cost: float
     since: float
     until: float
 
 
 class RecentRefusals:
-    """The refusals of the last second, by the name that had no room."""
+    """The refusals of the last second, by the name without room."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._known: dict[str, _Refusal] = {}
+        self._refusals: dict[str, _Refusal] = {}
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._refusals)
 
-    def of(self, charges: Sequence[Charge]) -> Decision | None:
-        """Return the verdict on charges that need no question; None where they do."""
-        if not self._known:
+    def find(self, charges: Sequence[Charge]) -> Decision | None:
+        """Return the refusal of these charges. Returns None if the store must decide."""
+        if not self._refusals:
             return None
         for charge in charges:
-            refusal = self._known.get(charge.name)
+            refusal = self._refusals.get(charge.name)
             if refusal is None or charge.shadow:
                 continue
             now = self._clock()
             if now >= refusal.until:
-                del self._known[charge.name]
+                del self._refusals[charge.name]
                 continue
-            before = refusal.verdict
+            cached = refusal.decision
             # A smaller cost may find room, a limit may have been raised, and other names have other records.
-            if charge.cost < refusal.cost or [each.name for each in charges] != [each.name for each in before.charges]:
+            if charge.cost < refusal.cost or [each.name for each in charges] != [each.name for each in cached.charges]:
                 continue
             over = [
-                place for place, each in enumerate(charges) if before.records[place][0] + each.cost > each.rule.most
+                index
+                for index, each in enumerate(charges)
+                if cached.records[index][0] + each.cost > each.limit.max_level
             ]
-            if any(charges[place] is charge for place in over):
-                return Decision(charges, before.records, before.now + now - refusal.since, over, refused=True)
+            if any(charges[index] is charge for index in over):
+                return Decision(charges, cached.records, cached.now + now - refusal.since, over, refused=True)
         return None
 
-    def note(self, verdict: Decision) -> None:
+    def add(self, decision: Decision) -> None:
         """Remember a refusal."""
         now = self._clock()
-        for place in verdict.over:
-            charge = verdict.charges[place]
+        for index in decision.over:
+            charge = decision.charges[index]
             if charge.shadow:
                 continue
-            wait = min(_STRETCH, verdict.wait(place))
-            self._known[charge.name] = _Refusal(verdict, charge.cost, now, now + wait)
-        if len(self._known) > _NAMES:
-            self._known = {name: each for name, each in self._known.items() if each.until > now}
-            if len(self._known) > _NAMES:
-                self._known.clear()
+            wait = min(_MAX_AGE, decision.retry_after(index))
+            self._refusals[charge.name] = _Refusal(decision, charge.cost, now, now + wait)
+        if len(self._refusals) > _MAX_NAMES:
+            self._refusals = {name: each for name, each in self._refusals.items() if each.until > now}
+            if len(self._refusals) > _MAX_NAMES:
+                self._refusals.clear()
 
     def forget(self, name: str) -> None:
-        """Ask again under a name: something was given back."""
-        self._known.pop(name, None)
+        """Drop a name: some of its use was given back, and there may be room."""
+        self._refusals.pop(name, None)

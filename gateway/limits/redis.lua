@@ -1,30 +1,30 @@
--- What a gateway asks of Redis, all in one call: rules.py, said again in Lua, on the server's clock.
+-- One call of a gateway: token_bucket.py repeated in Lua, on the server's clock.
 --
--- KEYS[1]  a hash of all gateways: id -> when it was last heard of
--- KEYS[2]  what this gateway asked last, and what it was told: it asks again where it could not hear the answer
--- KEYS[3...]  the counters, one for each charge of ARGV[3...], in their order
+-- KEYS[1]  a hash of all gateways: id -> time of its last call
+-- KEYS[2]  the number of this gateway's last call, and the reply: the gateway repeats a call whose reply was lost
+-- KEYS[3...]  the counters, one for each charge of ARGV[3...], in the same order
 -- ARGV[1]  the id of this gateway
--- ARGV[2]  the number of this call, the seconds after which a silent gateway counts as gone, and 1 as farewell
--- ARGV[3...]  orders: `T` and the charges to be taken together, `S` and one charge to be settled
+-- ARGV[2]  the number of this call, the seconds of silence after which a gateway counts as gone, and 1 for a farewell
+-- ARGV[3...]  orders: `T` and the charges to take together, or `S` and one charge to settle
 --
--- Numbers travel as doubles of eight bytes: as text they would lose digits. The answer is one byte (1 where it is
--- that of an earlier call of the same number), the time, and for each `T` a byte (T taken, R refused, E error) and
--- for each of its charges a byte (1 where there was no room) and a record.
+-- Numbers are doubles of eight bytes: as text they would lose digits. The reply has one byte (1 if it repeats the
+-- reply to an earlier call with the same number) and the time; then for each `T` a byte (T taken, R refused, E error)
+-- and for each of its charges a byte (1 if there was no room) and a record.
 
 local write, read, floor = struct.pack, struct.unpack, math.floor
 
 local MINUTE, DAY, AT_ONCE = 0, 1, 3  -- and 2, a month
-local CHARGE, CHARGE_SIZE = '<BBdddd', 34  -- period, shadow, most, step, what comes back in it, cost
-local SETTLING = '<Bdddddd'  -- period, step, what comes back in it, cost, actual, inflow and born of what was held
--- Seconds for which a counter of what is held at once is kept without use, and the last answer of a gateway. Counts
--- go when they are given back, or with their gateway: the first is for what a crash of all of them leaves.
-local DAYS_OF_HOLDING, LAST_WORDS = 86400, 600
--- For how long a gateway's last call is remembered: longer than it is repeated (redis.py, _KEPT_FOR).
-local LAST_CALL = 7200
--- For how many seconds at most a caller has to make up for what was used above its limit.
-local OWED = 600
--- What a key may live at most, in milliseconds: ten years. (Redis refuses what it cannot add to its clock.)
-local LONGEST = 315360000000
+local CHARGE, CHARGE_SIZE = '<BBdddd', 34  -- period, shadow, max_level, refill interval, refill amount, cost
+local SETTLEMENT = '<Bdddddd'  -- period, refill interval, refill amount, cost, actual, inflow and born of the take
+-- Lifetime in seconds of an unused counter of concurrent use, and of the hash of gateways. Counts end when they are
+-- given back, or with their gateway: the first lifetime is for a crash of all gateways.
+local HELD_LIFETIME, GATEWAYS_LIFETIME = 86400, 600
+-- Lifetime in seconds of a gateway's last call: longer than it is repeated (redis_counters.py, _MAX_PENDING_AGE).
+local LAST_CALL_LIFETIME = 7200
+-- Maximum debt of a caller, in seconds of refill.
+local MAX_DEBT = 600
+-- Maximum lifetime of a key, in milliseconds: ten years. (Redis rejects a number that it cannot add to its clock.)
+local MAX_LIFETIME = 315360000000
 
 local function clock()
     local time = redis.call('TIME')
@@ -33,13 +33,13 @@ end
 
 local now = clock()
 
--- The beginning and the end of the day or month at hand, in UTC.
+-- The start and the end of the current day or month, in UTC.
 local function calendar(period)
     local day = floor(now / 86400)
     if period == DAY then
         return day * 86400, (day + 1) * 86400
     end
-    -- Days since 0000-03-01, so that a leap day is a year's last; 146097 of them are 400 years.
+    -- Days since 0000-03-01, so that a leap day is the last of a year; 146097 days are 400 years.
     local days = day + 719468
     local of_era = days % 146097
     local year = floor((of_era - floor(of_era / 1460) + floor(of_era / 36524) - floor(of_era / 146096)) / 365)
@@ -48,7 +48,7 @@ local function calendar(period)
     local first = day - (of_year - floor((153 * month + 2) / 5))
     local length = 31
     if month == 11 then
-        -- February is of the next year as people count: year + 1 is its number, in an era that begins at one of 400.
+        -- February belongs to the next calendar year: year + 1, in an era that starts at a multiple of 400.
         local number = year + 1
         local leap = number % 4 == 0 and (number % 100 ~= 0 or number % 400 == 0)
         length = leap and 29 or 28
@@ -58,7 +58,7 @@ local function calendar(period)
     return first * 86400, (first + length) * 86400
 end
 
--- Keep a record for as long as it differs from none, and a second more.
+-- Keep a record for as long as it differs from an empty one, and a second more.
 local function keep(key, period, step, per_step, level, since, inflow, born)
     if level <= 0 and period == MINUTE then
         redis.call('DEL', key)
@@ -71,11 +71,11 @@ local function keep(key, period, step, per_step, level, since, inflow, born)
         local _
         _, gone = calendar(period)
     end
-    local live = math.min(math.max(floor((gone - now) * 1000), 0) + 1000, LONGEST)
+    local live = math.min(math.max(floor((gone - now) * 1000), 0) + 1000, MAX_LIFETIME)
     redis.call('SET', key, write('<dddd', level, since, inflow, born), 'PX', string.format('%.0f', live))
 end
 
--- What is counted under a key by now: level, since, inflow, born. See Rule.at.
+-- The record of a key, refilled: level, since, inflow, born. See Limit.refill.
 local function used(key, period, step, per_step)
     local level, since, inflow, born = 0, 0, 0, 0
     local text = redis.call('GET', key)
@@ -93,7 +93,7 @@ local function used(key, period, step, per_step)
         return 0, now, 0, now
     end
     if now < since then
-        -- Steps that a clock that was set back begins anew go on, whatever becomes of this order.
+        -- The clock was set back: restart the interval, even if this order is refused.
         keep(key, period, step, per_step, level, now, inflow, born)
         return level, now, inflow, born
     end
@@ -109,22 +109,22 @@ local function used(key, period, step, per_step)
 end
 
 local me = ARGV[1]
-local number, patience, farewell = read('<ddB', ARGV[2])
+local number, gateway_timeout, farewell = read('<ddB', ARGV[2])
 
--- What is held at once under a key: all of it, and how much of it by this gateway and since when. What a silent
--- gateway held does not count until it is heard of again, and is forgotten with it.
+-- The concurrent use of a key: the total, and the part of this gateway with the time of its first use. The part of a
+-- silent gateway does not count until its next call, and is deleted with the gateway.
 local function held(key)
     local counts = redis.call('HGETALL', key)
     local all, mine, born = 0, 0, now
-    for place = 1, #counts, 2 do
-        local count, since = read('<dd', counts[place + 1])
-        if counts[place] == me then
+    for index = 1, #counts, 2 do
+        local count, since = read('<dd', counts[index + 1])
+        if counts[index] == me then
             all, mine, born = all + count, count, since
         else
-            local seen = redis.call('HGET', KEYS[1], counts[place])
+            local seen = redis.call('HGET', KEYS[1], counts[index])
             if not seen then
-                redis.call('HDEL', key, counts[place])
-            elseif math.abs(now - read('<d', seen)) <= patience then
+                redis.call('HDEL', key, counts[index])
+            elseif math.abs(now - read('<d', seen)) <= gateway_timeout then
                 all = all + count
             end
         end
@@ -138,31 +138,31 @@ local function hold(key, count, born)
         return
     end
     redis.call('HSET', key, me, write('<dd', count, born))
-    redis.call('EXPIRE', key, DAYS_OF_HOLDING)
+    redis.call('EXPIRE', key, HELD_LIFETIME)
 end
 
--- Take all charges of an order, or, where one that is not in the shadow has no room, none.
+-- Take all charges of an order, or none if one (that is not a shadow charge) has no room.
 local function take(order, first)
     local found, refused = {}, false
-    for place = 0, (#order - 1) / CHARGE_SIZE - 1 do
-        local period, shadow, most, step, per_step, cost = read(CHARGE, order, 2 + place * CHARGE_SIZE)
-        local key = KEYS[first + place]
+    for index = 0, (#order - 1) / CHARGE_SIZE - 1 do
+        local period, shadow, max_level, step, per_step, cost = read(CHARGE, order, 2 + index * CHARGE_SIZE)
+        local key = KEYS[first + index]
         local level, since, inflow, born, mine
         if period == AT_ONCE then
             level, mine, born = held(key)
             since, inflow = 0, 0
         else
             level, since, inflow, born = used(key, period, step, per_step)
-            if period == MINUTE and level > most + OWED * per_step / step then  -- see Rule.at
-                level = most + OWED * per_step / step
+            if period == MINUTE and level > max_level + MAX_DEBT * per_step / step then  -- see Limit.current
+                level = max_level + MAX_DEBT * per_step / step
                 keep(key, period, step, per_step, level, since, inflow, born)
             end
         end
-        local over = cost ~= 0 and level + cost > most  -- nothing always has room
+        local over = cost ~= 0 and level + cost > max_level  -- a cost of 0 always has room
         refused = refused or (over and shadow == 0)
-        found[place + 1] = {key, period, step, per_step, cost, over, level, since, inflow, born, mine}
+        found[index + 1] = {key, period, step, per_step, cost, over, level, since, inflow, born, mine}
     end
-    local answer = {refused and 'R' or 'T'}
+    local reply = {refused and 'R' or 'T'}
     for _, each in ipairs(found) do
         local key, period, step, per_step, cost, over, level, since, inflow, born, mine = unpack(each, 1, 11)
         if not refused and not over then
@@ -173,14 +173,14 @@ local function take(order, first)
                 keep(key, period, step, per_step, level, since, inflow, born)
             end
         end
-        answer[#answer + 1] = write('<Bdddd', over and 1 or 0, level, since, inflow, born)
+        reply[#reply + 1] = write('<Bdddd', over and 1 or 0, level, since, inflow, born)
     end
-    return table.concat(answer)
+    return table.concat(reply)
 end
 
--- Let what was really used take the place of what was taken. See Rule.settled.
+-- Replace the cost of a charge with its actual use. See Limit.settle.
 local function settle(order, key)
-    local period, step, per_step, cost, actual, held_inflow, held_born = read(SETTLING, order, 2)
+    local period, step, per_step, cost, actual, held_inflow, held_born = read(SETTLEMENT, order, 2)
     if period == AT_ONCE then
         local _, mine, born = held(key)
         if actual >= cost or held_born == born then
@@ -201,50 +201,50 @@ local function settle(order, key)
     keep(key, period, step, per_step, level, since, inflow, born)
 end
 
--- A call that was heard before is not done again. One that arrives behind a later one comes from a connection that
--- was given up: what it asked for has been asked for again.
+-- A known call is not made again. A call that arrives after a later one comes from a connection that the gateway has
+-- abandoned: its orders have been repeated.
 local before = redis.call('GET', KEYS[2])
 if before then
     local latest = read('<d', before)
     if latest == number then
         return '\1' .. string.sub(before, 9)
     elseif latest > number then
-        return redis.error_reply('LATE this call has been given up')
+        return redis.error_reply('LATE the gateway has abandoned this call')
     end
 end
 
--- (The first write is here: where Redis takes none - it is full, or a replica - nothing has been done.)
-redis.call('SET', KEYS[2], write('<d', number), 'EX', LAST_CALL)
+-- (This is the first write: if Redis accepts none - it is full, or a replica - nothing has been done.)
+redis.call('SET', KEYS[2], write('<d', number), 'EX', LAST_CALL_LIFETIME)
 redis.call('HSET', KEYS[1], me, write('<d', now))
-redis.call('EXPIRE', KEYS[1], LAST_WORDS)
+redis.call('EXPIRE', KEYS[1], GATEWAYS_LIFETIME)
 
-local answer = {write('<d', now)}
+local reply = {write('<d', now)}
 local key = 3
-for place = 3, #ARGV do
-    local order = ARGV[place]
+for index = 3, #ARGV do
+    local order = ARGV[index]
     if string.sub(order, 1, 1) == 'T' then
         local fine, made = pcall(take, order, key)
         local charges = (#order - 1) / CHARGE_SIZE
-        answer[#answer + 1] = fine and made or 'E' .. string.rep('\0', 33 * charges)
+        reply[#reply + 1] = fine and made or 'E' .. string.rep('\0', 33 * charges)
         key = key + charges
     else
         pcall(settle, order, KEYS[key])
         key = key + 1
     end
 end
-answer = table.concat(answer)
+reply = table.concat(reply)
 
 if farewell == 1 then
     redis.call('HDEL', KEYS[1], me)
 elseif #ARGV > 2 then
-    redis.call('SET', KEYS[2], write('<d', number) .. answer, 'EX', LAST_CALL)
+    redis.call('SET', KEYS[2], write('<d', number) .. reply, 'EX', LAST_CALL_LIFETIME)
 else
-    -- Nothing was asked: there is time to forget the gateways that are gone for good.
+    -- A heartbeat without orders has time to delete the gateways that are gone.
     local gateways = redis.call('HGETALL', KEYS[1])
-    for place = 1, #gateways, 2 do
-        if now - read('<d', gateways[place + 1]) > LAST_WORDS then
-            redis.call('HDEL', KEYS[1], gateways[place])
+    for index = 1, #gateways, 2 do
+        if now - read('<d', gateways[index + 1]) > GATEWAYS_LIFETIME then
+            redis.call('HDEL', KEYS[1], gateways[index])
         end
     end
 end
-return '\0' .. answer
+return '\0' .. reply

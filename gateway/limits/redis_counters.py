@@ -1,8 +1,8 @@
 """Counters in Redis or Valkey: one limit for several gateways.
 
-All that is asked goes out in one line of calls, one under way at a time: while it is, what is asked gathers and goes
-out together with the next. A call has a number, and the script answers a number that it has heard with the answer it
-gave. So a call whose answer was lost is repeated, and is done once.
+A gateway has one call to Redis in flight at a time; orders that arrive meanwhile are sent together in the next one.
+Calls are idempotent: each has a number, and for a number that it knows the script repeats its reply. So a call whose
+reply was lost can be repeated.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from struct import Struct
 from typing import NamedTuple
 
 from gateway.limits.counters import CountersUnavailable
-from gateway.limits.late_timer import LateTimer, within
 from gateway.limits.recent_refusals import RecentRefusals
-from gateway.limits.redis_messages import decode_replies, encode_settle, encode_take, key
+from gateway.limits.redis_messages import counter_key, decode_replies, encode_settle, encode_take
 from gateway.limits.redis_script import SCRIPT, RedisScript
 from gateway.limits.redis_url import RedisUrl
+from gateway.limits.stall_tolerant_timer import StallTolerantTimer, stall_tolerant_timeout
 from gateway.limits.token_bucket import Charge, Decision, Limit
 from gateway.logs import get_logger, redacted
 
 __all__ = ("RedisCounters",)
 
-# Between two words of a gateway that has nothing to ask, and from the last until it counts as gone, in seconds.
-_BEAT, _PATIENCE = 5.0, 20.0
-# For how many seconds nobody is made to wait for a Redis that was away, and how often it is tried.
+# In seconds: the heartbeat of an idle gateway, and the silence after which a gateway counts as gone.
+_HEARTBEAT, _GATEWAY_TIMEOUT = 5.0, 20.0
+# Seconds between two tries while Redis is unavailable. No request waits for it meanwhile.
 _RETRY = 1.0
-# For a new connection, TLS, a password and what a cluster has to tell, in seconds. No request waits so long.
-_CONNECT = 3.0
-# In one call: more would keep Redis from others for more than a moment.
-_TAKES, _SETTLES = 100, 1000
-# How many settlements may wait until no more is taken, and for how many seconds they are kept for a Redis that is away:
-# tokens say nothing any more then. (What is held at once is given back however late.)
-_KEPT, _KEPT_FOR = 50_000, 3600.0
-# How many names' rules are remembered.
-_KNOWN = 50_000
+# Timeout for a new connection with TLS, authentication and cluster discovery, in seconds. No request waits this long.
+_CONNECT_TIMEOUT = 3.0
+# Maximum number of orders per call: more would block Redis for too long.
+_MAX_TAKES, _MAX_SETTLEMENTS = 100, 1000
+# Maximum number of pending settlements before takes are rejected, and how long, in seconds, settlements are kept for a
+# Redis that is unavailable: after that, tokens no longer matter. (Concurrent use is given back however late.)
+_MAX_PENDING, _MAX_PENDING_AGE = 50_000, 3600.0
+# Maximum number of names whose limits are cached.
+_MAX_CACHED = 50_000
 # How long `close` waits for the last settlements, in seconds.
-_LAST_WORDS = 2.0
+_CLOSE_TIMEOUT = 2.0
 
 _CALL = Struct("<ddB")
 
@@ -52,23 +52,23 @@ class _Take(NamedTuple):
     charges: Sequence[Charge]
     keys: list[bytes]
     order: bytes
-    done: asyncio.Future[Decision]
+    decision: asyncio.Future[Decision]
 
 
-class _Settle(NamedTuple):
+class _Settlement(NamedTuple):
     key: bytes
     order: bytes
     since: float
-    of_slots: bool
+    concurrent: bool
 
 
 @dataclass
 class _Call:
-    """What is asked together, under one number."""
+    """Orders that are sent together, under one number."""
 
     number: int
     takes: list[_Take] = field(default_factory=list)
-    settles: list[_Settle] = field(default_factory=list)
+    settlements: list[_Settlement] = field(default_factory=list)
     farewell: bool = False
     repeated: bool = False
 
@@ -76,161 +76,161 @@ class _Call:
 class RedisCounters:
     """Counters that several gateways share."""
 
-    def __init__(self, place: RedisUrl, *, script: str = SCRIPT, patience: float = _PATIENCE) -> None:
-        self.place = place
-        self._script = RedisScript(place, script)
-        self._patience = patience
-        self._me = os.urandom(8).hex().encode()
-        self._gateways = f"{place.keys}gateways".encode()
-        self._last = f"{place.keys}last:{self._me.decode()}".encode()
+    def __init__(self, url: RedisUrl, *, script: str = SCRIPT, gateway_timeout: float = _GATEWAY_TIMEOUT) -> None:
+        self.url = url
+        self._script = RedisScript(url, script)
+        self._gateway_timeout = gateway_timeout
+        self._id = os.urandom(8).hex().encode()
+        self._gateways_key = f"{url.keys}gateways".encode()
+        self._last_call_key = f"{url.keys}last:{self._id.decode()}".encode()
         self._refusals = RecentRefusals()
-        self._rules: dict[str, Limit] = {}  # of what was taken last: by them it is settled, also after a reload
+        self._limits: dict[str, Limit] = {}  # of the last take: settlements use them, also after a reload
         self._takes: deque[_Take] = deque()
-        self._settles: deque[_Settle] = deque()
-        self._asked = asyncio.Event()
+        self._settlements: deque[_Settlement] = deque()
+        self._wakeup = asyncio.Event()
         self._worker: asyncio.Task[None] | None = None
         self._number = 0
-        self._call: _Call | None = None  # under way, or to be repeated
-        self._away_since: float | None = None
-        self._odd = False
+        self._call: _Call | None = None  # in flight, or to be repeated
+        self._unavailable_since: float | None = None
+        self._reported_conflict = False
         self._closing = asyncio.Event()
 
     async def take(self, charges: Sequence[Charge]) -> Decision:
-        """Take all charges, or, where one has no room, none. Raises CountersUnavailable."""
-        known = self._refusals.of(charges)
-        if known is not None:
-            return known
-        if self._away_since is not None or self._closing.is_set():
-            raise CountersUnavailable(f"{self.place} is away")
-        if len(self._settles) > _KEPT:
-            raise CountersUnavailable(f"{self.place} is too slow for what is counted in it")
+        """Take all charges, or none if one has no room. Raises CountersUnavailable."""
+        refusal = self._refusals.find(charges)
+        if refusal is not None:
+            return refusal
+        if self._unavailable_since is not None or self._closing.is_set():
+            raise CountersUnavailable(f"{self.url} is unavailable")
+        if len(self._settlements) > _MAX_PENDING:
+            raise CountersUnavailable(f"{self.url} is too slow: {len(self._settlements)} settlements are pending")
         for charge in charges:
-            if self._rules.get(charge.name) is not charge.rule:
-                if len(self._rules) >= _KNOWN:
-                    self._rules.clear()
-                self._rules[charge.name] = charge.rule
-        keys = [key(self.place.keys, charge) for charge in charges]
+            if self._limits.get(charge.name) is not charge.limit:
+                if len(self._limits) >= _MAX_CACHED:
+                    self._limits.clear()
+                self._limits[charge.name] = charge.limit
+        keys = [counter_key(self.url.keys, charge) for charge in charges]
         take = _Take(charges, keys, encode_take(charges), asyncio.get_running_loop().create_future())
         self._takes.append(take)
         self._wake()
-        # (Behind a call that is under way it takes its turn.)
-        patience = self.place.timeout * (2 if self._call is not None else 1)
-        timer = LateTimer(patience, lambda: self._late(take))
+        # (It also waits for the call that is in flight.)
+        timeout = self.url.timeout * (2 if self._call is not None else 1)
+        timer = StallTolerantTimer(timeout, lambda: self._time_out(take))
         try:
-            verdict = await take.done
+            decision = await take.decision
         except asyncio.CancelledError:
-            if not take.done.cancelled() and take.done.exception() is None:
-                self._undo(take.done.result())  # it was told in the very moment in which nobody waited any more
+            if not take.decision.cancelled() and take.decision.exception() is None:
+                self._undo(take.decision.result())  # it arrived in the moment of the cancellation
             raise
         finally:
             timer.cancel()
-        if verdict.refused:
-            self._refusals.note(verdict)
-        return verdict
+        if decision.refused:
+            self._refusals.add(decision)
+        return decision
 
-    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
-        """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is."""
-        if verdict.settled:
+    def settle(self, decision: Decision, actual: Sequence[float | None]) -> None:
+        """Replace the cost of each charge with its actual use. None leaves a charge unchanged."""
+        if decision.settled:
             return
-        verdict.settled = True
+        decision.settled = True
         now = time.monotonic()
-        for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
-            if used is None or used == charge.cost or not verdict.holds(place):
+        for index, (charge, used) in enumerate(zip(decision.charges, actual, strict=True)):
+            if used is None or used == charge.cost or not decision.was_taken(index):
                 continue
             self._refusals.forget(charge.name)
-            charge = Charge(charge.name, self._rules.get(charge.name, charge.rule), charge.cost)  # noqa: PLW2901
-            order = encode_settle(charge, verdict.records[place], used)
-            of_slots = charge.rule.period == "at_once"
-            self._settles.append(_Settle(key(self.place.keys, charge), order, now, of_slots))
-        if self._settles:
+            charge = Charge(charge.name, self._limits.get(charge.name, charge.limit), charge.cost)  # noqa: PLW2901
+            order = encode_settle(charge, decision.records[index], used)
+            concurrent = charge.limit.period == "at_once"
+            self._settlements.append(_Settlement(counter_key(self.url.keys, charge), order, now, concurrent))
+        if self._settlements:
             self._wake()
 
     async def close(self) -> None:
-        """Settle what is still to be settled, for two seconds at most, and hang up."""
+        """Complete the pending settlements, for two seconds at most, and disconnect."""
         self._closing.set()
-        self._asked.set()
+        self._wakeup.set()
         if self._worker is not None:
-            await asyncio.wait((self._worker,), timeout=_LAST_WORDS)
+            await asyncio.wait((self._worker,), timeout=_CLOSE_TIMEOUT)
             self._worker.cancel()
             await asyncio.wait((self._worker,))
             self._worker = None
-        left = len(self._settles) + (len(self._call.settles) if self._call is not None else 0)
+        left = len(self._settlements) + (len(self._call.settlements) if self._call is not None else 0)
         if left:
-            get_logger().warning("limits that were not settled", charges=left)
-        self._settles.clear()
+            get_logger().warning("limit_store_settlements_lost", store=str(self.url), charges=left)
+        self._settlements.clear()
         self._call = None
-        self._refuse(self._takes)
+        self._fail(self._takes)
         self._takes.clear()
-        await self._script.hang_up()
+        await self._script.disconnect()
 
     @property
     def _idle(self) -> bool:
-        """Whether nothing is asked and no call is under way."""
-        return not (self._takes or self._settles) and self._call is None
+        """Whether there are no orders, and no call is in flight."""
+        return not (self._takes or self._settlements) and self._call is None
 
-    # -- the line of calls -----------------------------------------------------------------------------
+    # -- calls -----------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
-        self._asked.set()
+        self._wakeup.set()
         if self._worker is None and not self._closing.is_set():
             self._worker = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
-        """Make calls while there is something to ask, and one now and then where there is not."""
+        """Make calls while there are orders, and heartbeats while there are none."""
         while True:
             if self._call is None:
-                await self._something()
-                self._call = self._gather()
+                await self._wait_for_orders()
+                self._call = self._next_call()
             call = self._call
             try:
-                await self._make(call)
-            except Exception as exc:  # whatever a library finds to raise: Redis does not answer as it should
-                self._gone(_reason(exc))
-                self._refuse(call.takes)
+                await self._send(call)
+            except Exception as exc:  # any error of the library means that Redis does not respond as it should
+                self._mark_unavailable(_reason(exc))
+                self._fail(call.takes)
                 call.repeated = True
-                self._drop_old()
-                await self._script.hang_up()
-                self._script.try_another()
-                if self._closing.is_set() and not (call.settles or call.takes or self._settles):
-                    return  # a farewell that nobody hears
+                self._drop_old_settlements()
+                await self._script.disconnect()
+                self._script.use_next_node()
+                if self._closing.is_set() and not (call.settlements or call.takes or self._settlements):
+                    return  # only the farewell is left
                 await self._pause()
                 continue
             self._call = None
-            self._back()
+            self._mark_available()
             if call.farewell:
                 return
 
-    async def _something(self) -> None:
-        """Wait until there is something to ask, but not longer than a gateway may be silent."""
-        if not (self._takes or self._settles or self._closing.is_set() or self._away_since is not None):
-            self._asked.clear()
+    async def _wait_for_orders(self) -> None:
+        """Wait for orders, but no longer than until the next heartbeat."""
+        if not (self._takes or self._settlements or self._closing.is_set() or self._unavailable_since is not None):
+            self._wakeup.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(_BEAT, self._patience / 4)):
-                    await self._asked.wait()
+                async with asyncio.timeout(min(_HEARTBEAT, self._gateway_timeout / 4)):
+                    await self._wakeup.wait()
 
-    def _gather(self) -> _Call:
+    def _next_call(self) -> _Call:
         self._number += 1
         call = _Call(self._number)
         if not self._script.connected:
-            return call  # a connection is made first, with nothing: whoever does not wait for it has taken nothing then
-        # What is given back makes room for what is asked for.
-        while self._settles and len(call.settles) < _SETTLES:
-            call.settles.append(self._settles.popleft())
-        while self._takes and len(call.takes) < _TAKES:
+            return call  # connect with an empty call first: requests that time out meanwhile have taken nothing
+        # Settlements go first: they make room for the takes.
+        while self._settlements and len(call.settlements) < _MAX_SETTLEMENTS:
+            call.settlements.append(self._settlements.popleft())
+        while self._takes and len(call.takes) < _MAX_TAKES:
             take = self._takes.popleft()
-            if not take.done.done():
+            if not take.decision.done():
                 call.takes.append(take)
-        call.farewell = self._closing.is_set() and not (call.settles or call.takes)
+        call.farewell = self._closing.is_set() and not (call.settlements or call.takes)
         return call
 
-    def _drop_old(self) -> None:
-        """Forget settlements that have waited so long that they say nothing any more."""
-        oldest = time.monotonic() - _KEPT_FOR
-        if any(each.since < oldest and not each.of_slots for each in itertools.islice(self._settles, 1)):
-            self._settles = deque(each for each in self._settles if each.of_slots or each.since >= oldest)
+    def _drop_old_settlements(self) -> None:
+        """Drop settlements that have waited for so long that they no longer matter."""
+        oldest = time.monotonic() - _MAX_PENDING_AGE
+        if any(each.since < oldest and not each.concurrent for each in itertools.islice(self._settlements, 1)):
+            self._settlements = deque(each for each in self._settlements if each.concurrent or each.since >= oldest)
 
     async def _pause(self) -> None:
-        """Wait until Redis is tried again; not so long where `close` waits."""
+        """Wait before the next try; for a shorter time during `close`."""
         if self._closing.is_set():
             await asyncio.sleep(0.05)
             return
@@ -238,74 +238,74 @@ class RedisCounters:
             async with asyncio.timeout(_RETRY):
                 await self._closing.wait()
 
-    async def _make(self, call: _Call) -> None:
-        """Make a call and tell everyone what it came to. Raises whatever goes wrong, and may be repeated then."""
-        keys = [self._gateways, self._last, *(settle.key for settle in call.settles)]
-        orders = [settle.order for settle in call.settles]
+    async def _send(self, call: _Call) -> None:
+        """Send a call, and deliver its results. If it raises, the call can be repeated."""
+        keys = [self._gateways_key, self._last_call_key, *(each.key for each in call.settlements)]
+        orders = [each.order for each in call.settlements]
         for take in () if call.repeated else call.takes:
             keys += take.keys
             orders.append(take.order)
-        head = _CALL.pack(call.number, self._patience, call.farewell)
-        seconds = self.place.timeout if self._script.connected else max(self.place.timeout, _CONNECT)
-        async with within(seconds):
-            reply: bytes = await self._script.run(len(keys), *keys, self._me, head, *orders)
-        # (Takes are not repeated: nobody waits for them. That they were done is known where the answer is an old one.)
-        done = call.takes if not call.repeated or reply[:1] == b"\1" else ()
+        head = _CALL.pack(call.number, self._gateway_timeout, call.farewell)
+        seconds = self.url.timeout if self._script.connected else max(self.url.timeout, _CONNECT_TIMEOUT)
+        async with stall_tolerant_timeout(seconds):
+            reply: bytes = await self._script.run(len(keys), *keys, self._id, head, *orders)
+        # (Takes are not repeated: their callers have left. If the script repeats its reply, they had been made.)
+        made = call.takes if not call.repeated or reply[:1] == b"\1" else ()
         try:
-            verdicts = decode_replies(reply, [take.charges for take in done])
+            decisions = decode_replies(reply, [take.charges for take in made])
         except ValueError:
-            verdicts = [None] * len(done)
-        for take, verdict in zip(done, verdicts, strict=True):
-            self._tell(take, verdict)
+            decisions = [None] * len(made)
+        for take, decision in zip(made, decisions, strict=True):
+            self._deliver(take, decision)
 
-    def _tell(self, take: _Take, verdict: Decision | None) -> None:
-        if take.done.done():  # whoever asked has left
-            if verdict is not None:
-                self._undo(verdict)
-        elif verdict is not None:
-            take.done.set_result(verdict)
+    def _deliver(self, take: _Take, decision: Decision | None) -> None:
+        if take.decision.done():  # the caller has left
+            if decision is not None:
+                self._undo(decision)
+        elif decision is not None:
+            take.decision.set_result(decision)
         else:
-            if not self._odd:
-                self._odd = True
-                get_logger().warning("Redis holds something else where limits are counted", prefix=self.place.prefix)
-            take.done.set_exception(CountersUnavailable(f"{self.place} holds something else under a counter's name"))
+            if not self._reported_conflict:
+                self._reported_conflict = True
+                get_logger().warning("limit_store_key_conflict", store=str(self.url), prefix=self.url.prefix)
+            take.decision.set_exception(CountersUnavailable(f"a counter's key in {self.url} holds something else"))
 
-    def _undo(self, verdict: Decision) -> None:
-        self.settle(verdict, [0.0] * len(verdict.charges))
+    def _undo(self, decision: Decision) -> None:
+        self.settle(decision, [0.0] * len(decision.charges))
 
-    # -- away and back ---------------------------------------------------------------------------------
+    # -- availability ----------------------------------------------------------------------------------
 
-    def _gone(self, reason: str) -> None:
-        """Note that Redis does not answer: until it does, nobody waits for it."""
-        if self._away_since is None:
-            self._away_since = time.monotonic()
-            shown = redacted({"reason": reason}, [self.place.password] if self.place.password else [])
-            get_logger().warning("the counters of limits are away", store=str(self.place), **shown)
-        self._refuse(self._takes)
+    def _mark_unavailable(self, reason: str) -> None:
+        """Note that Redis does not respond: no request waits for it until it does."""
+        if self._unavailable_since is None:
+            self._unavailable_since = time.monotonic()
+            shown = redacted({"reason": reason}, [self.url.password] if self.url.password else [])
+            get_logger().warning("limit_store_unavailable", store=str(self.url), **shown)
+        self._fail(self._takes)
         self._takes.clear()
 
-    def _late(self, take: _Take) -> None:
-        """Refuse a take that has waited its time."""
-        if not take.done.done():
-            self._gone(f"no answer within {self.place.timeout:g} s")
-            self._refuse((take,))
+    def _time_out(self, take: _Take) -> None:
+        """Fail a take that has waited for its timeout."""
+        if not take.decision.done():
+            self._mark_unavailable(f"no reply within {self.url.timeout:g} s")
+            self._fail((take,))
 
-    def _refuse(self, takes: Iterable[_Take]) -> None:
+    def _fail(self, takes: Iterable[_Take]) -> None:
         for take in takes:
-            if not take.done.done():
-                take.done.set_exception(CountersUnavailable(f"{self.place} is away"))
+            if not take.decision.done():
+                take.decision.set_exception(CountersUnavailable(f"{self.url} is unavailable"))
 
-    def _back(self) -> None:
-        if self._away_since is not None:
-            seconds = round(time.monotonic() - self._away_since, 3)
-            self._away_since = None
-            get_logger().info("the counters of limits are back", store=str(self.place), seconds=seconds)
+    def _mark_available(self) -> None:
+        if self._unavailable_since is not None:
+            seconds = round(time.monotonic() - self._unavailable_since, 3)
+            self._unavailable_since = None
+            get_logger().info("limit_store_available", store=str(self.url), seconds=seconds)
 
 
 def _reason(exc: BaseException) -> str:
-    """Say what went wrong, and what was behind it where the library keeps that to itself."""
+    """Return the error, with its cause if the library's text does not include it."""
     text = f"{type(exc).__name__}: {exc}"
-    behind = exc.__cause__ or exc.__context__
-    if behind is None or (behind.args and str(behind.args[-1]) in text):
+    cause = exc.__cause__ or exc.__context__
+    if cause is None or (cause.args and str(cause.args[-1]) in text):
         return text
-    return f"{text} ({_reason(behind)})"
+    return f"{text} ({_reason(cause)})"

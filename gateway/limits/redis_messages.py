@@ -1,4 +1,4 @@
-"""What a gateway says to the script in Redis, and what it hears: bytes. See `redis.lua`."""
+"""Encodes the orders to the script in Redis and decodes its replies: bytes. See `redis.lua`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from struct import Struct
 
 from gateway.limits.token_bucket import Charge, Decision, Record
 
-__all__ = ("decode_replies", "encode_settle", "encode_take", "key")
+__all__ = ("counter_key", "decode_replies", "encode_settle", "encode_take")
 
 _PERIODS = {"minute": 0, "day": 1, "month": 2, "at_once": 3}
 _CHARGE = Struct("<BBdddd")
-_SETTLING = Struct("<cBdddddd")
+_SETTLEMENT = Struct("<cBdddddd")
 _TIME = Struct("<?d")
 _RECORD = Struct("<?dddd")
 
 
-def key(prefix: str, charge: Charge) -> bytes:
-    """Return the key under which a charge is counted. What is held at once is kept otherwise than what was used."""
-    kind = "held" if charge.rule.period == "at_once" else "used"
+def counter_key(prefix: str, charge: Charge) -> bytes:
+    """Return the Redis key of a charge's counter. Concurrent use (`held`) has another data type than `used`."""
+    kind = "held" if charge.limit.period == "at_once" else "used"
     return f"{prefix}{kind}:{charge.name}".encode("utf-8", "surrogatepass")
 
 
@@ -26,42 +26,58 @@ def encode_take(charges: Sequence[Charge]) -> bytes:
     """Return the order to take charges together."""
     parts = [b"T"]
     for charge in charges:
-        rule = charge.rule
+        limit = charge.limit
         parts.append(
-            _CHARGE.pack(_PERIODS[rule.period], charge.shadow, rule.most, rule.step, rule.per_step, charge.cost)
+            _CHARGE.pack(
+                _PERIODS[limit.period],
+                charge.shadow,
+                limit.max_level,
+                limit.refill_interval,
+                limit.refill_amount,
+                charge.cost,
+            )
         )
     return b"".join(parts)
 
 
-def encode_settle(charge: Charge, held: Record, actual: float) -> bytes:
-    """Return the order to let `actual` take the place of what was taken; `held` is how the record was behind it."""
-    rule = charge.rule
-    return _SETTLING.pack(b"S", _PERIODS[rule.period], rule.step, rule.per_step, charge.cost, actual, held[2], held[3])
+def encode_settle(charge: Charge, reserved: Record, actual: float) -> bytes:
+    """Return the order to replace a charge's cost with its actual use; `reserved` is the record after the take."""
+    limit = charge.limit
+    return _SETTLEMENT.pack(
+        b"S",
+        _PERIODS[limit.period],
+        limit.refill_interval,
+        limit.refill_amount,
+        charge.cost,
+        actual,
+        reserved[2],
+        reserved[3],
+    )
 
 
 def decode_replies(reply: bytes, takes: Sequence[Sequence[Charge]]) -> list[Decision | None]:
-    """Return what became of the charges of each take: None where Redis holds something else under one of the names.
+    """Return the decision on each take, or None if one of its keys in Redis holds something else.
 
-    Raises ValueError where the reply is not about them.
+    Raises ValueError if the reply does not match the takes.
     """
     expected = _TIME.size + sum(1 + _RECORD.size * len(charges) for charges in takes)
     if len(reply) != expected:
-        raise ValueError("the answer is of another length")
+        raise ValueError("the reply has the wrong length")
     _, now = _TIME.unpack_from(reply)
     at = _TIME.size
-    verdicts: list[Decision | None] = []
+    decisions: list[Decision | None] = []
     for charges in takes:
         status = reply[at : at + 1]
         end = at + 1 + _RECORD.size * len(charges)
         if status == b"E":
-            verdicts.append(None)
+            decisions.append(None)
         else:
             records: list[Record] = []
             over: list[int] = []
-            for place, (full, *record) in enumerate(_RECORD.iter_unpack(reply[at + 1 : end])):
+            for index, (full, *record) in enumerate(_RECORD.iter_unpack(reply[at + 1 : end])):
                 records.append((record[0], record[1], record[2], record[3]))
                 if full:
-                    over.append(place)
-            verdicts.append(Decision(charges, records, now, over, status == b"R"))
+                    over.append(index)
+            decisions.append(Decision(charges, records, now, over, status == b"R"))
         at = end
-    return verdicts
+    return decisions

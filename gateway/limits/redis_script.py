@@ -1,4 +1,4 @@
-"""The script where it runs: one connection to a Redis, or to the node of a cluster that has the limits."""
+"""Runs the Lua script in Redis: one connection to a server, or to the cluster node that has the keys."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from gateway.limits.redis_url import RedisUrl
 __all__ = ("SCRIPT", "RedisScript")
 
 SCRIPT = files("gateway.limits").joinpath("redis.lua").read_text(encoding="utf-8")
-# How often a cluster may send a call to another node.
-_HOPS = 4
+# Maximum number of nodes to try per call in a cluster.
+_MAX_HOPS = 4
 
 
 class RedisScript:
-    """A script in a Redis. It raises whatever the library does: OSError, RedisError and others."""
+    """A script in a Redis. It raises every error of the library: OSError, RedisError and others."""
 
-    def __init__(self, place: RedisUrl, text: str = SCRIPT) -> None:
-        self._place = place
+    def __init__(self, url: RedisUrl, text: str = SCRIPT) -> None:
+        self._url = url
         self._text = text.encode()
         self._sha = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
         self._client: Any = None  # a redis.asyncio.Redis: its methods have no types
-        self._nodes = [(place.host, place.port)]
+        self._nodes = [(url.host, url.port)]
         self._node = self._nodes[0]
         self.connected = False
-        """Whether the connection has carried an answer already."""
+        """Whether the connection has delivered a reply."""
 
     async def run(self, *arguments: Any) -> Any:
-        """Run the script. In a cluster, the node that has the limits is found by asking any other."""
+        """Run the script. In a cluster, any node redirects to the one that has the keys."""
         from redis.exceptions import MovedError  # noqa: PLC0415 -- an extra
 
-        for _ in range(_HOPS):
+        for _ in range(_MAX_HOPS):
             client = self._client or await self._connect()
             try:
                 reply = await self._evaluate(client, arguments)
             except MovedError as exc:
-                if not self._place.cluster:
+                if not self._url.cluster:
                     raise
-                await self.hang_up()
+                await self.disconnect()
                 self._node = (exc.host or self._node[0], exc.port)
             else:
                 self.connected = True
                 return reply
-        raise ConnectionError("the cluster sends the gateway from node to node")
+        raise ConnectionError(f"the cluster redirected the call more than {_MAX_HOPS} times")
 
     async def _evaluate(self, client: Any, arguments: Sequence[Any]) -> Any:
         from redis.exceptions import NoScriptError  # noqa: PLC0415 -- an extra
@@ -64,55 +64,55 @@ class RedisScript:
         from redis.asyncio.retry import Retry  # noqa: PLC0415
         from redis.backoff import NoBackoff  # noqa: PLC0415
 
-        place = self._place
+        url = self._url
         common: dict[str, Any] = {
-            "username": place.user,
-            "password": place.password,
+            "username": url.user,
+            "password": url.password,
             "protocol": 2,
-            # Our own clock is what ends a call.
+            # The caller has a timeout.
             "socket_timeout": None,
             "socket_connect_timeout": None,
-            # A connection that broke while nobody looked; to repeat a call is safe.
+            # The connection may have broken while it was idle. Calls are idempotent.
             "retry": Retry(NoBackoff(), 1),
         }
-        if place.tls:
+        if url.tls:
             common |= {"ssl": True, "ssl_cert_reqs": "required", "ssl_check_hostname": True}
-            common |= {"ssl_ca_certs": None if place.ca is None else str(place.ca)}
-        if place.unix is not None:
-            self._client = Redis(unix_socket_path=place.unix, **common)
+            common |= {"ssl_ca_certs": None if url.ca is None else str(url.ca)}
+        if url.unix is not None:
+            self._client = Redis(unix_socket_path=url.unix, **common)
         else:
             host, port = self._node
-            self._client = Redis(host=host, port=port, db=place.database, **common)
+            self._client = Redis(host=host, port=port, db=url.database, **common)
             pool = self._client.connection_pool
-            pool.connection_class = _looked_up_here(pool.connection_class)
-        if place.cluster:
+            pool.connection_class = _with_own_resolver(pool.connection_class)
+        if url.cluster:
             await self._learn_nodes(self._client)
         return self._client
 
     async def _learn_nodes(self, client: Any) -> None:
-        """Learn which nodes a cluster has: the one that the configuration names may be away one day."""
+        """Learn the nodes of the cluster, in case the configured one becomes unavailable."""
         from redis.exceptions import ResponseError  # noqa: PLC0415 -- an extra
 
-        with contextlib.suppress(ResponseError):  # a user that may not ask
+        with contextlib.suppress(ResponseError):  # the user has no permission
             shards: Any = await client.execute_command("CLUSTER", "SLOTS")
             nodes = [
-                # (A node that does not know its own name is reached by the one that was used.)
+                # (A node that does not know its own name has the one we connected to.)
                 ((node[0] or b"").decode() or self._node[0], int(node[1]))
                 for shard in shards
                 for node in shard[2:]
             ]
-            self._nodes = list(dict.fromkeys([(self._place.host, self._place.port), *nodes]))
+            self._nodes = list(dict.fromkeys([(self._url.host, self._url.port), *nodes]))
 
-    async def hang_up(self) -> None:
-        """Close the connection; the next call makes another."""
+    async def disconnect(self) -> None:
+        """Close the connection. The next call opens a new one."""
         client, self._client, self.connected = self._client, None, False
         if client is not None:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(1):
                     await client.aclose()
 
-    def try_another(self) -> None:
-        """Turn to the next node of a cluster; there is but one else."""
+    def use_next_node(self) -> None:
+        """Use the next node of a cluster for the next connection. Without a cluster there is only one."""
         if self._node in self._nodes:
             self._node = self._nodes[(self._nodes.index(self._node) + 1) % len(self._nodes)]
         else:
@@ -120,10 +120,10 @@ class RedisScript:
 
 
 @cache
-def _looked_up_here(connection: Any) -> Any:
-    """Return a connection class of the library whose host names are looked up by our resolver."""
+def _with_own_resolver(connection: Any) -> Any:
+    """Return a subclass of the library's connection that resolves host names with the gateway's resolver."""
 
-    class LookedUpHere(connection):  # type: ignore[misc] # redis.asyncio.Connection, or the one with TLS
+    class ConnectionWithOwnResolver(connection):  # type: ignore[misc] # redis.asyncio.Connection, or the one with TLS
         async def _connect(self) -> None:
             self._connected = await connected_socket(self.host, self.port)
             await super()._connect()
@@ -135,4 +135,4 @@ def _looked_up_here(connection: Any) -> Any:
                 given["server_hostname"] = host
             return {**given, "sock": self._connected}
 
-    return LookedUpHere
+    return ConnectionWithOwnResolver

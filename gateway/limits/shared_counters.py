@@ -1,9 +1,9 @@
-"""Counters that the workers of one machine share: a table in memory that all of them map.
+"""Counters that the workers of one machine share: a table in shared memory that all of them map.
 
-Rule 1: the table is only touched under its lock, which the kernel takes away from a process that dies.
-Rule 2: nothing waits under the lock, which is held for some microseconds, and nobody waits long for it: it may be held
-by a process that was stopped. What was to be settled then is settled later.
-Rule 3: what a worker holds at once is counted as that worker's, so that it is nobody's any more when it is gone.
+Rule 1: a worker touches the table only under its lock, and the kernel releases the lock of a process that dies.
+Rule 2: nothing blocks under the lock, which is held for some microseconds, and no worker waits long for it: a stopped
+process may hold it. Settlements that find it locked are made later.
+Rule 3: concurrent use (`at_once`) counts per worker, so that it ends with the worker.
 """
 
 from __future__ import annotations
@@ -21,134 +21,134 @@ from pathlib import Path
 from gateway.errors import StartError
 from gateway.limits.counters import CountersUnavailable
 from gateway.limits.shared_memory import make_shared_memory
-from gateway.limits.token_bucket import NONE, Charge, Decision, Limit, Record
+from gateway.limits.token_bucket import EMPTY, Charge, Decision, Limit, Record
 from gateway.logs import get_logger
 
 __all__ = ("SharedCounters", "make_table")
 
-# A worker's place in the head of the table: its process, how many workers have had the place before it, and when the
-# process began, by which it is told from a later one of the same number.
-_PLACE = struct.Struct("=IIQ")
-_PLACES = 256
-_HEAD = _PLACE.size * _PLACES
-# A row: the digest of a name, its record, and when nothing of it will be left.
+# The entry of a worker in the head of the table: its process id, the number of workers that have had the entry so far,
+# and the start time of the process, which distinguishes it from a later one with the same id.
+_WORKER = struct.Struct("=IIQ")
+_MAX_WORKERS = 256
+_HEAD = _WORKER.size * _MAX_WORKERS
+# A row: the digest of a name, its record, and the time at which nothing of the record counts any more.
 _ROW = struct.Struct("=16sddddd")
 _ROWS = 1 << 17
 _SIZE = _HEAD + _ROW.size * _ROWS
 _FREE = bytes(16)
-# Of the rows in which a name may be, the first is by its digest.
-_TRIED = 32
-# How long, in seconds, the lock is waited for, and for how long nobody waits for it after that.
-_PATIENCE, _STUCK = 0.02, 1.0
-# How many names' rows are remembered by each process.
-_KNOWN = 50_000
+# Rows to try for a name (open addressing): its digest gives the first one.
+_PROBES = 32
+# In seconds: how long to wait for the lock, and how long not to wait again after that failed.
+_LOCK_TIMEOUT, _STUCK = 0.02, 1.0
+# Maximum number of names whose rows and limits each process caches.
+_MAX_CACHED = 50_000
 
 
 def make_table() -> int:
-    """Return the descriptor of a new table, which every worker is to inherit. Its pages are only taken when used."""
+    """Return the descriptor of a new table, for every worker to inherit. Pages are allocated when first used."""
     return make_shared_memory("gateway-counters", _SIZE)
 
 
 class SharedCounters:
-    """One worker's side of the table."""
+    """The counters of one worker, in the table."""
 
     def __init__(self, descriptor: int, now: Callable[[], float] = time.time) -> None:
         self._descriptor = descriptor
         self._now = now
-        os.set_inheritable(descriptor, False)  # a stage's own child processes have no business with it
+        os.set_inheritable(descriptor, False)  # child processes of stages must not inherit it
         self._table = mmap.mmap(descriptor, _SIZE)
-        self._known: dict[str, tuple[int, bytes]] = {}
-        self._rules: dict[str, Limit] = {}  # of what was taken last: by them it is settled, also after a reload
-        self._waiting: list[tuple[Decision, Sequence[float | None]]] = []  # to be settled, when the lock can be had
+        self._rows: dict[str, tuple[int, bytes]] = {}
+        self._limits: dict[str, Limit] = {}  # of the last take: settlements use them, also after a reload
+        self._pending: list[tuple[Decision, Sequence[float | None]]] = []  # settlements that found the table locked
         self._stuck_until = 0.0
-        self._full = False  # it was said that the table is
+        self._reported_full = False
         lockf(descriptor, LOCK_EX)
         try:
-            self._place, self._number = self._claim()
+            self._index, self._generation = self._claim_worker()
         finally:
             lockf(descriptor, LOCK_UN)
 
     async def take(self, charges: Sequence[Charge]) -> Decision:
-        """Take all charges, or none. Raises CountersUnavailable where the table cannot be locked for now."""
+        """Take all charges, or none. Raises CountersUnavailable if another worker holds the lock for long."""
         now = self._now()
         found: list[tuple[int, bytes, str]] = []
         records: list[Record] = []
         over: list[int] = []
         refused = False
         if not self._lock():
-            raise CountersUnavailable("another worker holds the table of counters")
+            raise CountersUnavailable("another worker holds the lock of the table of counters")
         try:
-            for place, charge in enumerate(charges):
-                rule = charge.rule
-                if self._rules.get(charge.name) is not rule:
-                    self._learn(charge)
-                name = charge.name if rule.period != "at_once" else self._own(charge.name)
+            for index, charge in enumerate(charges):
+                limit = charge.limit
+                if self._limits.get(charge.name) is not limit:
+                    self._remember(charge)
+                name = charge.name if limit.period != "at_once" else self._name_of_worker(charge.name)
                 row, digest, record = self._find(name)
                 found.append((row, digest, name))
-                record = rule.at(record, now)
-                level = record[0] if rule.period != "at_once" else self._held(charge.name)
-                if level + charge.cost > rule.most and charge.cost:
-                    over.append(place)
+                record = limit.current(record, now)
+                level = record[0] if limit.period != "at_once" else self._held(charge.name)
+                if level + charge.cost > limit.max_level and charge.cost:
+                    over.append(index)
                     refused = refused or not charge.shadow
                 records.append(record)
             if not refused:
-                for place, charge in enumerate(charges):
-                    if place not in over:
-                        records[place] = record = charge.rule.with_use(records[place], charge.cost)
-                        self._put(*found[place], charge.rule, record, now)
-                    elif found[place][0]:
-                        self._put(*found[place], charge.rule, records[place], now)
+                for index, charge in enumerate(charges):
+                    if index not in over:
+                        records[index] = record = charge.limit.add(records[index], charge.cost)
+                        self._put(*found[index], charge.limit, record, now)
+                    elif found[index][0]:
+                        self._put(*found[index], charge.limit, records[index], now)
             else:
                 for (row, digest, name), charge, record in zip(found, charges, records, strict=True):
-                    if row:  # steps that a clock that was set back begins anew, go on
-                        self._put(row, digest, name, charge.rule, record, now)
+                    if row:  # keeps an interval that was restarted after the clock was set back
+                        self._put(row, digest, name, charge.limit, record, now)
         finally:
             lockf(self._descriptor, LOCK_UN)
         return Decision(charges, records, now, over, refused)
 
-    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
-        """Let what was really used take the place of what was taken, charge by charge; None leaves one as it is."""
-        if verdict.settled:
+    def settle(self, decision: Decision, actual: Sequence[float | None]) -> None:
+        """Replace the cost of each charge with its actual use. None leaves a charge unchanged."""
+        if decision.settled:
             return
-        verdict.settled = True
+        decision.settled = True
         if not self._lock():
-            self._waiting.append((verdict, actual))
+            self._pending.append((decision, actual))
             return
         try:
-            self._settle(verdict, actual)
+            self._settle(decision, actual)
         finally:
             lockf(self._descriptor, LOCK_UN)
 
-    def _settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
+    def _settle(self, decision: Decision, actual: Sequence[float | None]) -> None:
         now = self._now()
-        for place, (charge, used) in enumerate(zip(verdict.charges, actual, strict=True)):
-            if used is not None and verdict.holds(place):
-                rule = self._rules.get(charge.name, charge.rule)
-                name = charge.name if rule.period != "at_once" else self._own(charge.name)
+        for index, (charge, used) in enumerate(zip(decision.charges, actual, strict=True)):
+            if used is not None and decision.was_taken(index):
+                limit = self._limits.get(charge.name, charge.limit)
+                name = charge.name if limit.period != "at_once" else self._name_of_worker(charge.name)
                 row, digest, record = self._find(name)
-                record = rule.settled(rule.passed(record, now), verdict.records[place], charge.cost, used)
-                self._put(row, digest, name, rule, record, now)
+                record = limit.settle(limit.refill(record, now), decision.records[index], charge.cost, used)
+                self._put(row, digest, name, limit, record, now)
 
-    def _learn(self, charge: Charge) -> None:
-        if len(self._rules) >= _KNOWN:
-            self._rules.clear()
-        self._rules[charge.name] = charge.rule
+    def _remember(self, charge: Charge) -> None:
+        if len(self._limits) >= _MAX_CACHED:
+            self._limits.clear()
+        self._limits[charge.name] = charge.limit
 
     def _lock(self) -> bool:
-        """Lock the table; False where that takes longer than a request may be kept waiting for it."""
+        """Lock the table. Returns False if that takes too long for a request to wait."""
         try:
             lockf(self._descriptor, LOCK_EX | LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() < self._stuck_until or not self._lock_soon():
+            if time.monotonic() < self._stuck_until or not self._wait_for_lock():
                 return False
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for verdict, actual in waiting:
-                self._settle(verdict, actual)
+        if self._pending:
+            pending, self._pending = self._pending, []
+            for decision, actual in pending:
+                self._settle(decision, actual)
         return True
 
-    def _lock_soon(self) -> bool:
-        until = time.monotonic() + _PATIENCE
+    def _wait_for_lock(self) -> bool:
+        until = time.monotonic() + _LOCK_TIMEOUT
         while time.monotonic() < until:
             try:
                 lockf(self._descriptor, LOCK_EX | LOCK_NB)
@@ -160,106 +160,106 @@ class SharedCounters:
         return False
 
     async def close(self) -> None:
-        """Give up the worker's place, and what it held with it."""
+        """Release the entry of this worker, and its concurrent use with it."""
         if self._lock():
-            _PLACE.pack_into(self._table, self._place * _PLACE.size, 0, self._number, 0)
+            _WORKER.pack_into(self._table, self._index * _WORKER.size, 0, self._generation, 0)
         self._table.close()
         os.close(self._descriptor)
 
-    # -- places ----------------------------------------------------------------------------------------
+    # -- workers ---------------------------------------------------------------------------------------
 
-    def _claim(self) -> tuple[int, int]:
-        """Take a place that is nobody's; those of processes that are gone become nobody's."""
+    def _claim_worker(self) -> tuple[int, int]:
+        """Claim a free entry, and free those of dead processes. Return its index and generation."""
         mine = None
-        for place in range(_PLACES):
-            pid, number, began = _PLACE.unpack_from(self._table, place * _PLACE.size)
-            if pid and _began(pid) != began:
+        for index in range(_MAX_WORKERS):
+            pid, generation, started = _WORKER.unpack_from(self._table, index * _WORKER.size)
+            if pid and _start_time(pid) != started:
                 pid = 0
-                _PLACE.pack_into(self._table, place * _PLACE.size, 0, number, 0)
+                _WORKER.pack_into(self._table, index * _WORKER.size, 0, generation, 0)
             if not pid and mine is None:
-                mine = place, number + 1
+                mine = index, generation + 1
         if mine is None:
-            raise StartError(f"there are more than {_PLACES} workers, old ones that drain included")
-        _PLACE.pack_into(self._table, mine[0] * _PLACE.size, os.getpid(), mine[1], _began(os.getpid()))
+            raise StartError(f"there are more than {_MAX_WORKERS} workers, including old ones that drain")
+        _WORKER.pack_into(self._table, mine[0] * _WORKER.size, os.getpid(), mine[1], _start_time(os.getpid()))
         return mine
 
-    def _own(self, name: str) -> str:
-        """Return the name under which this worker counts what it holds at once under a name."""
-        return f"{name}\x1f{self._place}\x1f{self._number}"
+    def _name_of_worker(self, name: str) -> str:
+        """Return the name under which this worker counts its concurrent use of a name."""
+        return f"{name}\x1f{self._index}\x1f{self._generation}"
 
     def _held(self, name: str) -> float:
-        """Return how much is held at once under a name by all workers that there are."""
+        """Return the concurrent use of a name by all live workers."""
         held = 0.0
-        for place in range(_PLACES):
-            pid, number, _ = _PLACE.unpack_from(self._table, place * _PLACE.size)
+        for index in range(_MAX_WORKERS):
+            pid, generation, _ = _WORKER.unpack_from(self._table, index * _WORKER.size)
             if pid:
-                held += self._find(f"{name}\x1f{place}\x1f{number}")[2][0]
-            elif not number:
-                break  # no worker has ever had this place, nor one behind it
+                held += self._find(f"{name}\x1f{index}\x1f{generation}")[2][0]
+            elif not generation:
+                break  # no worker has ever used this entry or a later one
         return held
 
     # -- rows ------------------------------------------------------------------------------------------
 
-    def _digest(self, name: str) -> tuple[int, bytes]:
-        """Return the row at which a name was last seen, or is looked for first, and its digest."""
-        known = self._known.get(name)
-        if known is None:
+    def _row_and_digest(self, name: str) -> tuple[int, bytes]:
+        """Return the last known row of a name, or the first row to try, and the digest of the name."""
+        cached = self._rows.get(name)
+        if cached is None:
             digest = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            known = _HEAD + int.from_bytes(digest[:4], "little") % _ROWS * _ROW.size, digest
-            if len(self._known) >= _KNOWN:
-                self._known.clear()
-            self._known[name] = known
-        return known
+            cached = _HEAD + int.from_bytes(digest[:4], "little") % _ROWS * _ROW.size, digest
+            if len(self._rows) >= _MAX_CACHED:
+                self._rows.clear()
+            self._rows[name] = cached
+        return cached
 
     def _find(self, name: str) -> tuple[int, bytes, Record]:
-        """Return the row of a name, 0 where it has none, its digest, and its record."""
-        row, digest = self._known.get(name) or self._digest(name)
+        """Return the row of a name (0 if it has none), its digest, and its record."""
+        row, digest = self._rows.get(name) or self._row_and_digest(name)
         found, level, since, inflow, born, _ = _ROW.unpack_from(self._table, row)
         if found == digest:
             return row, digest, (level, since, inflow, born)
-        for row in _tried(digest):
+        for row in _probed_rows(digest):
             found, level, since, inflow, born, _ = _ROW.unpack_from(self._table, row)
             if found == digest:
-                self._known[name] = row, digest
+                self._rows[name] = row, digest
                 return row, digest, (level, since, inflow, born)
-        return 0, digest, NONE
+        return 0, digest, EMPTY
 
-    def _put(self, row: int, digest: bytes, name: str, rule: Limit, record: Record, now: float) -> None:
-        """Keep the record of a name, in a row of its own if it has none."""
+    def _put(self, row: int, digest: bytes, name: str, limit: Limit, record: Record, now: float) -> None:
+        """Store the record of a name, in a free row if it has none."""
         if not row:
             row = self._free_row(digest, now)
-            self._known[name] = row, digest
-        _ROW.pack_into(self._table, row, digest, *record, now + rule.kept(record, now))
+            self._rows[name] = row, digest
+        _ROW.pack_into(self._table, row, digest, *record, now + limit.lifetime(record, now))
 
     def _free_row(self, digest: bytes, now: float) -> int:
-        """Return a row for a new name: one of which nothing is left, else that of the name with the least use.
+        """Return a row for a new name: a free or expired one, else the row of the name with the least use.
 
-        Clients can make up names, of models for instance, but each use of one costs a request.
+        Clients can invent names, for example of models, but each use of one costs a request.
         """
-        first, least = 0, math.inf
-        for row in _tried(digest):
-            found, level, *_, gone = _ROW.unpack_from(self._table, row)
-            if found == _FREE or gone <= now:
+        candidate, least = 0, math.inf
+        for row in _probed_rows(digest):
+            found, level, *_, expires = _ROW.unpack_from(self._table, row)
+            if found == _FREE or expires <= now:
                 return row
             if level < least:
-                first, least = row, level
-        if not self._full:
-            self._full = True
-            get_logger().warning("more is counted than there is room for; some limits begin anew", rows=_ROWS)
-        return first
+                candidate, least = row, level
+        if not self._reported_full:
+            self._reported_full = True
+            get_logger().warning("limit_table_full", rows=_ROWS, consequence="some limits start from zero")
+        return candidate
 
 
-def _tried(digest: bytes) -> Iterator[int]:
-    """Yield the rows in which a name may be."""
+def _probed_rows(digest: bytes) -> Iterator[int]:
+    """Yield the rows that can hold a name."""
     first = int.from_bytes(digest[:4], "little")
-    for step in range(_TRIED):
+    for step in range(_PROBES):
         yield _HEAD + (first + step) % _ROWS * _ROW.size
 
 
-def _began(pid: int) -> int:
-    """Return when a process began, in ticks since the machine did (proc(5)); 0 where it is gone, or has ended.
+def _start_time(pid: int) -> int:
+    """Return the start time of a process, in clock ticks since boot (proc(5)), or 0 if it has ended.
 
-    Where the system does not tell, 1 for every process that there is.
+    On a system without /proc it is 1 for every live process.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1")

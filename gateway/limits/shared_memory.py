@@ -1,4 +1,4 @@
-"""Memory that processes share: an anonymous file, whose descriptor the supervisor hands to its workers."""
+"""Shared memory: an anonymous file whose descriptor the supervisor passes to its workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ("make_shared_memory",)
 
 
 def make_shared_memory(name: str, size: int) -> int:
-    """Return the descriptor of `size` bytes of zeros; `name` shows in /proc. Pages are taken only when used."""
+    """Return the descriptor of `size` zero bytes. `name` appears in /proc. Pages are allocated when first used."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create(name)
     else:

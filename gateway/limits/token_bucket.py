@@ -1,8 +1,8 @@
-"""How much of something may be used in a time, and what that makes of what was used: plain arithmetic.
+"""Token buckets and quotas as plain arithmetic: `Limit.refill`, the room that is left, and the settlement of a use.
 
-There is no I/O here and no clock. What is counted under one name is a `Record`; a `Limit` says what becomes of it as
-time passes, how much room there is, and how much of what was held may be given back. Every store of counters does
-the same: that of this process, that which the workers of a machine share, and Redis (whose script says it in Lua).
+There is no I/O here and no clock. A `Record` holds the use under one name; a `Limit` refills it over time, and says how
+much room there is and how much of a reservation can be given back. Every store of counters does the same: the one of
+this process, the one that the workers of a machine share, and Redis (whose script repeats it in Lua).
 """
 
 from __future__ import annotations
@@ -14,161 +14,164 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-__all__ = ("NONE", "Charge", "Decision", "Limit", "Period", "Record")
+__all__ = ("EMPTY", "Charge", "Decision", "Limit", "Period", "Record")
 
 Period: TypeAlias = Literal["minute", "day", "month", "at_once"]
 
-# What was used in a minute comes back in steps of at most so many seconds, as Azure counts its own limits: between
-# two steps a caller gets exactly its limit, however long its requests take to arrive.
-STEP = 10.0
-# For how many seconds at most a caller has to make up for what was used above its limit.
-_OWED = 600.0
-# What is held at once is thought to end within so many seconds, where nothing else tells.
-_HELD = 86_400.0
-# Of a step, so that seconds since the epoch, which doubles have to a quarter of a microsecond, still make it whole.
-_ROUNDING = 1e-9
-# Of a level, which a rate that is no whole number leaves a little above or below the number it means.
-_LITTLE = 1e-6
+# Longest interval between two refills of a per-minute limit, in seconds. Azure refills its own limits in steps, too:
+# between two steps a caller gets exactly its limit, however long its requests take to arrive.
+MAX_REFILL_INTERVAL = 10.0
+# A use above the limit is a debt of the caller. Maximum debt, in seconds of refill.
+_MAX_DEBT = 600.0
+# Assumed longest duration of a use that is counted `at_once`, in seconds.
+_MAX_DURATION = 86_400.0
+# Tolerance, in intervals: doubles hold seconds since the epoch to a quarter of a microsecond.
+_INTERVAL_TOLERANCE = 1e-9
+# Tolerance of a level: with a fractional rate it is slightly above or below the number it means.
+_LEVEL_TOLERANCE = 1e-6
 
 
-# What was used under one name: (level, since, inflow, born). The level is what counts as used; `since` is when a
-# minute's last step was, or when the day or month began; `inflow` is all that was added since `born`, so that how much
-# of it has gone again is known. (A plain tuple: one is made for each request.)
+# The use under one name: (level, since, inflow, born). `level` counts as used now. `since` is the last refill of a
+# per-minute limit, or the start of the day or month. `inflow` is everything added since `born`: inflow minus level has
+# been refilled since. (A plain tuple: each request makes one.)
 Record: TypeAlias = tuple[float, float, float, float]
 
-NONE: Record = (0.0, 0.0, 0.0, 0.0)
+EMPTY: Record = (0.0, 0.0, 0.0, 0.0)
 
 
 class Limit:
-    """A limit: so much in a `period`.
+    """A limit: an `amount` per `period`.
 
-    A minute's limit is a bucket: `burst` (the limit, if it is left out) may be used at once, and it comes back at the
-    limit's rate. A day and a month are those of the calendar, in UTC. `at_once` counts what is held at one time.
+    A limit per minute is a token bucket: `burst` (default: the amount) can be used at once, and it refills at the rate
+    of the amount. Days and months are those of the calendar, in UTC. `at_once` limits concurrent use.
     """
 
     __slots__ = (
         "_end",
-        "_most_owed",
+        "_max_level_with_debt",
         "_start",
+        "amount",
         "burst",
-        "limit",
-        "most",
-        "per_step",
+        "capacity",
+        "max_level",
         "period",
-        "size",
-        "step",
+        "refill_amount",
+        "refill_interval",
         "terms",
     )
 
-    def __init__(self, limit: int, period: Period, burst: int | None = None) -> None:
-        self.limit = limit
+    def __init__(self, amount: int, period: Period, burst: int | None = None) -> None:
+        self.amount = amount
         self.period = period
         self.burst = burst
-        self.size = float(limit if burst is None else burst)
-        self.most = self.size + _LITTLE
-        """How much may be used at once, and the level above which there is no room."""
-        rate = limit / 60
-        self.step = min(STEP, self.size / rate)
-        """Of a minute's limit, the seconds from one step to the next, and `per_step` what comes back in it."""
-        self.per_step = self.step * rate
-        self.terms = limit, period, burst
-        """By which two rules are the same."""
-        self._most_owed = self.most + _OWED * rate
-        self._start = self._end = 0.0  # of the day or month at hand
+        self.capacity = float(amount if burst is None else burst)
+        """The most that can be used at once."""
+        self.max_level = self.capacity + _LEVEL_TOLERANCE
+        """Above this level there is no room."""
+        rate = amount / 60
+        self.refill_interval = min(MAX_REFILL_INTERVAL, self.capacity / rate)
+        """Seconds between two refills of a limit per minute."""
+        self.refill_amount = self.refill_interval * rate
+        """The amount of each refill."""
+        self.terms = amount, period, burst
+        """Equal limits have equal terms."""
+        self._max_level_with_debt = self.max_level + _MAX_DEBT * rate
+        self._start = self._end = 0.0  # of the current day or month
 
     def __repr__(self) -> str:
-        return f"Limit({self.limit}, {self.period!r}, {self.burst})"
+        return f"Limit({self.amount}, {self.period!r}, {self.burst})"
 
-    def at(self, record: Record, now: float) -> Record:
-        """Return what becomes of a record by `now`, in seconds since the epoch, for whoever asks for room.
+    def current(self, record: Record, now: float) -> Record:
+        """Return a record as it counts at `now` (seconds since the epoch) for a new request: refilled, debt capped.
 
-        What is owed for more than ten minutes is forgiven: a limit that was lowered must not keep its callers out for
-        hours.
+        A debt of more than ten minutes is forgiven: after a limit is lowered, its callers must not wait for hours.
         """
-        record = self.passed(record, now)
-        if self.period == "minute" and record[0] > self._most_owed:
-            return self._most_owed, record[1], record[2], record[3]
+        record = self.refill(record, now)
+        if self.period == "minute" and record[0] > self._max_level_with_debt:
+            return self._max_level_with_debt, record[1], record[2], record[3]
         return record
 
-    def passed(self, record: Record, now: float) -> Record:
-        """Return what becomes of a record as time passes."""
+    def refill(self, record: Record, now: float) -> Record:
+        """Refill the bucket: return the record after the time up to `now`. A new day or month starts empty."""
         level, since, inflow, born = record
         if self.period == "minute":
-            if level <= 0:  # the first use begins the steps; what was held before has drained, and is not given back
+            if level <= 0:  # the first use starts the intervals; older reservations have drained and return nothing
                 return 0.0, now, 0.0, now
-            if now < since:  # a clock that was set back begins the steps anew
+            if now < since:  # the clock was set back: restart the interval
                 return level, now, inflow, born
-            steps = math.floor((now - since) / self.step + _ROUNDING)
-            if not steps:
+            intervals = math.floor((now - since) / self.refill_interval + _INTERVAL_TOLERANCE)
+            if not intervals:
                 return record
-            level -= steps * self.per_step
+            level -= intervals * self.refill_amount
             if level <= 0:
                 return 0.0, now, 0.0, now
-            return level, since + steps * self.step, inflow, born
+            return level, since + intervals * self.refill_interval, inflow, born
         if self.period == "at_once":
             return record
         if not self._start <= now < self._end:
-            self._start, self._end = calendar(self.period, now)
+            self._start, self._end = calendar_period(self.period, now)
         return record if since >= self._start else (0.0, self._start, 0.0, self._start)
 
-    def with_use(self, record: Record, amount: float) -> Record:
+    def add(self, record: Record, amount: float) -> Record:
         """Return a record with more use."""
         level, since, inflow, born = record
         return level + amount, since, inflow + amount, born
 
-    def settled(self, record: Record, held: Record, cost: float, actual: float) -> Record:
-        """Return a record in which `actual` takes the place of a `cost`; `held` is how the record was behind it.
+    def settle(self, record: Record, reserved: Record, cost: float, actual: float) -> Record:
+        """Return a record with the `actual` use instead of the reserved `cost`.
 
-        What comes back is no more than is still counted: a reservation that has drained makes no room for others. It
-        may be less, where others were settled before; never more. What was used beyond it counts as used now.
+        `reserved` is the record right after the reservation. Only what still counts is given back: a reservation that
+        has drained makes no room for others. If others settled first it can be less, never more. Use above the
+        reservation counts as used now.
         """
         level, since, inflow, born = record
         if actual >= cost:
-            return self.with_use(record, actual - cost)
-        if held[3] != born:
+            return self.add(record, actual - cost)
+        if reserved[3] != born:
             return record
         back = cost - actual
         if self.period == "minute":
             drained = inflow - level
-            back = min(back, max(0.0, held[2] - drained))
+            back = min(back, max(0.0, reserved[2] - drained))
         return max(0.0, level - back), since, inflow, born
 
-    def left(self, record: Record) -> int:
-        """Return how much may be used at once."""
-        return max(0, math.floor(self.most - record[0]))
+    def remaining(self, record: Record) -> int:
+        """Return how much can be used at once."""
+        return max(0, math.floor(self.max_level - record[0]))
 
     def reset(self, record: Record, now: float) -> float:
-        """Return the seconds until all of it may be used again."""
+        """Return the seconds until the whole limit can be used again."""
         if record[0] <= 0 or self.period == "at_once":
             return 0.0
-        return self._until(record, record[0], now)
+        return self._seconds_until(record, record[0], now)
 
-    def kept(self, record: Record, now: float) -> float:
-        """Return for how many seconds a record says something, or longer, so that it costs nothing to know."""
+    def lifetime(self, record: Record, now: float) -> float:
+        """Return the seconds for which a record must be kept, at least."""
         if record[0] <= 0:
             return 0.0
         if self.period == "minute":
-            return (record[0] / self.per_step + 1) * self.step
-        return _HELD if self.period == "at_once" else self._until(record, record[0], now)
+            return (record[0] / self.refill_amount + 1) * self.refill_interval
+        return _MAX_DURATION if self.period == "at_once" else self._seconds_until(record, record[0], now)
 
-    def wait(self, record: Record, cost: float, now: float) -> float:
-        """Return the seconds until there is room for `cost`: infinity where there never is."""
-        missing = record[0] + cost - self.size
-        if missing <= _LITTLE:
+    def retry_after(self, record: Record, cost: float, now: float) -> float:
+        """Return the seconds until there is room for `cost`; infinity if there never is."""
+        missing = record[0] + cost - self.capacity
+        if missing <= _LEVEL_TOLERANCE:
             return 0.0
-        if cost > self.size:
+        if cost > self.capacity:
             return math.inf
-        return 1.0 if self.period == "at_once" else self._until(record, missing, now)
+        return 1.0 if self.period == "at_once" else self._seconds_until(record, missing, now)
 
-    def _until(self, record: Record, amount: float, now: float) -> float:
+    def _seconds_until(self, record: Record, amount: float, now: float) -> float:
+        """Return the seconds until `amount` has been refilled."""
         if self.period == "minute":
-            steps = math.ceil(amount / self.per_step - _ROUNDING)
-            return max(0.001, record[1] + steps * self.step - now)
-        return max(0.001, calendar(self.period, now)[1] - now)
+            intervals = math.ceil(amount / self.refill_amount - _INTERVAL_TOLERANCE)
+            return max(0.001, record[1] + intervals * self.refill_interval - now)
+        return max(0.001, calendar_period(self.period, now)[1] - now)
 
 
-def calendar(period: Period, now: float) -> tuple[float, float]:
-    """Return the beginning and the end of the day or month, in UTC, in which `now` is."""
+def calendar_period(period: Period, now: float) -> tuple[float, float]:
+    """Return the start and the end of the current day or month, in UTC."""
     if period == "day":
         start = now - now % 86_400
         return start, start + 86_400
@@ -178,16 +181,16 @@ def calendar(period: Period, now: float) -> tuple[float, float]:
 
 
 class Charge:
-    """A use of `cost` under a `name`, by a rule. In the `shadow` it is counted where there is room, and never refused.
+    """A use of `cost` under a `name`, against a `limit`. A `shadow` charge counts if there is room, and never refuses.
 
-    Costs are whole numbers: of requests, of tokens, of millionths of a currency's unit. Nothing always has room.
+    Costs are whole numbers: of requests, of tokens, of millionths of the currency unit. A cost of 0 always has room.
     """
 
-    __slots__ = ("cost", "name", "rule", "shadow")
+    __slots__ = ("cost", "limit", "name", "shadow")
 
-    def __init__(self, name: str, rule: Limit, cost: float = 1.0, *, shadow: bool = False) -> None:
+    def __init__(self, name: str, limit: Limit, cost: float = 1.0, *, shadow: bool = False) -> None:
         self.name = name
-        self.rule = rule
+        self.limit = limit
         self.cost = cost
         self.shadow = shadow
 
@@ -196,11 +199,11 @@ class Charge:
 
 
 class Decision(msgspec.Struct):
-    """What became of charges that were to be taken together.
+    """The result of taking charges together.
 
-    `records` are theirs behind it, in their order, at `now`. `over` are the places of those without room: where one
-    of them is not in the shadow, all are `refused` and nothing was taken. `settled` is set by the store, which settles
-    once.
+    `records` has the record of each charge, in the order of `charges`, at `now`. `over` has the indexes of the charges
+    without room: unless all of them are shadow charges, the whole take is `refused` and takes nothing. The store sets
+    `settled`, and settles only once.
     """
 
     charges: Sequence[Charge]
@@ -210,25 +213,25 @@ class Decision(msgspec.Struct):
     refused: bool = False
     settled: bool = False
 
-    def holds(self, place: int) -> bool:
-        """Whether the charge at a place was taken."""
-        return not self.refused and place not in self.over
+    def was_taken(self, index: int) -> bool:
+        """Whether this charge was taken."""
+        return not self.refused and index not in self.over
 
-    def left(self, place: int) -> int:
-        """Return how much of a charge's limit is left."""
-        return self.charges[place].rule.left(self.records[place])
+    def remaining(self, index: int) -> int:
+        """Return how much is left of this charge's limit."""
+        return self.charges[index].limit.remaining(self.records[index])
 
-    def reset(self, place: int) -> float:
-        """Return the seconds until all of a charge's limit may be used again."""
-        return self.charges[place].rule.reset(self.records[place], self.now)
+    def reset(self, index: int) -> float:
+        """Return the seconds until the whole limit of this charge can be used again."""
+        return self.charges[index].limit.reset(self.records[index], self.now)
 
-    def wait(self, place: int) -> float:
-        """Return the seconds until there is room for a charge; infinity where there never is."""
-        charge = self.charges[place]
-        return charge.rule.wait(self.records[place], charge.cost, self.now)
+    def retry_after(self, index: int) -> float:
+        """Return the seconds until there is room for this charge; infinity if there never is."""
+        charge = self.charges[index]
+        return charge.limit.retry_after(self.records[index], charge.cost, self.now)
 
-    def fullest(self) -> tuple[str, float]:
-        """Return the name, of those for which there is no room, for which to wait longest, and the seconds."""
-        places = [place for place in self.over if not self.charges[place].shadow]
-        seconds, place = max((self.wait(place), place) for place in places)
-        return self.charges[place].name, seconds
+    def longest_wait(self) -> tuple[str, float]:
+        """Return the name, among those without room, with the longest wait for room, and that wait in seconds."""
+        indexes = [index for index in self.over if not self.charges[index].shadow]
+        seconds, index = max((self.retry_after(index), index) for index in indexes)
+        return self.charges[index].name, seconds

@@ -1,4 +1,4 @@
-"""Waiting for room: whoever would be refused may wait its turn, and callers take turns."""
+"""The queue of requests that wait for room under a limit. Callers take turns (round robin)."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
 
 __all__ = ("WaitQueue",)
 
-# The longest time, in seconds, for which nobody is tried: another machine may have given back what is waited for.
-_LONGEST = 1.0
+# Longest time between two tries, in seconds: another machine may have made room.
+_MAX_PAUSE = 1.0
 
 
 class WaitQueue:
-    """Takes charges from a store of counters: at once, or, for whoever waits, when its turn has come.
+    """Takes charges from a store of counters: at once, or after waiting for room.
 
-    There is a queue for each name under which there is no room. Whose turn it is goes round the callers in it, however
-    many requests each of them has there, and nobody who waits is overtaken by one who came later.
+    Each name without room has a queue. Its callers take turns, however many requests each of them has in the queue, and
+    no later request overtakes a waiting one.
     """
 
     def __init__(self, store: Counters) -> None:
         self.store = store
         self._queues: dict[str, _Queue] = {}
 
-    async def take(self, charges: Sequence[Charge], *, wait: float = 0.0, who: str = "") -> Decision:
-        """Take all charges, or none; where there is no room, `who` waits up to so many seconds for some.
+    async def take(self, charges: Sequence[Charge], *, wait: float = 0.0, caller: str = "") -> Decision:
+        """Take all charges, or none. If there is no room, `caller` waits up to `wait` seconds for it.
 
         Raises CountersUnavailable.
         """
         if not wait:
             return await self.store.take(charges)
-        queue = self._ahead(charges) if self._queues else None
-        verdict = None
+        queue = self._queue_ahead_of(charges) if self._queues else None
+        decision = None
         if queue is None:
-            verdict = await self.store.take(charges)
-            if not verdict.refused or verdict.fullest()[1] == math.inf:
-                return verdict
-            queue = self._queue_for(verdict)
-        waiter = _Waiter(charges, who, verdict, queue)
+            decision = await self.store.take(charges)
+            if not decision.refused or decision.longest_wait()[1] == math.inf:
+                return decision
+            queue = self._queue_for(decision)
+        waiter = _Waiter(charges, caller, decision, queue)
         queue.add(waiter)
         try:
             async with asyncio.timeout(wait):
@@ -53,8 +53,8 @@ class WaitQueue:
         except TimeoutError:
             if waiter.has_room():
                 return waiter.future.result()
-            # (It may have stood behind others all the time.)
-            return waiter.verdict or await self.store.take(charges)
+            # (Its turn may never have come.)
+            return waiter.decision or await self.store.take(charges)
         except asyncio.CancelledError:
             if waiter.has_room():
                 self._give_back(waiter.future.result())
@@ -62,104 +62,104 @@ class WaitQueue:
         finally:
             waiter.queue.remove(waiter)
 
-    def settle(self, verdict: Decision, actual: Sequence[float | None]) -> None:
-        """Let what was really used take the place of what was taken, once; whoever waits for it is tried."""
-        self.store.settle(verdict, actual)
+    def settle(self, decision: Decision, actual: Sequence[float | None]) -> None:
+        """Replace the cost of each charge with its actual use, once, and try the requests that wait for room."""
+        self.store.settle(decision, actual)
         if self._queues:
-            for charge in verdict.charges:
+            for charge in decision.charges:
                 if (queue := self._queues.get(charge.name)) is not None:
                     queue.room.set()
 
     async def close(self) -> None:
-        """Let nobody wait any more, and close the store."""
+        """Cancel all waiting requests, and close the store."""
         for queue in list(self._queues.values()):
             queue.task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await queue.task
         await self.store.close()
 
-    def _give_back(self, verdict: Decision) -> None:
-        self.settle(verdict, [0.0] * len(verdict.charges))
+    def _give_back(self, decision: Decision) -> None:
+        self.settle(decision, [0.0] * len(decision.charges))
 
-    def _ahead(self, charges: Sequence[Charge]) -> _Queue | None:
-        """Return the queue of those who came before for the same, if there is one.
+    def _queue_ahead_of(self, charges: Sequence[Charge]) -> _Queue | None:
+        """Return the queue of requests that wait for the same limit. Returns None if these charges need not queue.
 
-        What costs nothing always has room, and what is too much never has: neither waits. Nor does who comes with
-        another rule than those who wait, since a reload.
+        A cost of 0 always has room, and a cost above the capacity never has: neither waits. After a reload, a request
+        with a new limit does not queue up after those with the old one.
         """
-        if any(each.cost > each.rule.size for each in charges):
+        if any(each.cost > each.limit.capacity for each in charges):
             return None
-        queues = ((self._queues.get(each.name), each.rule) for each in charges if each.cost)
-        return next((queue for queue, rule in queues if queue is not None and queue.rule.terms == rule.terms), None)
+        queues = ((self._queues.get(each.name), each.limit) for each in charges if each.cost)
+        return next((queue for queue, limit in queues if queue is not None and queue.limit.terms == limit.terms), None)
 
-    def _queue_for(self, verdict: Decision) -> _Queue:
-        """Return the queue for what is full."""
-        name, _ = verdict.fullest()
+    def _queue_for(self, decision: Decision) -> _Queue:
+        """Return the queue of the name without room."""
+        name, _ = decision.longest_wait()
         queue = self._queues.get(name)
         if queue is None:
             queue = self._queues[name] = _Queue()
             queue.task = asyncio.create_task(self._serve(name, queue), name=f"waiting for {name}")
-        queue.rule = next(each.rule for each in verdict.charges if each.name == name)
+        queue.limit = next(each.limit for each in decision.charges if each.name == name)
         return queue
 
     async def _serve(self, name: str, queue: _Queue) -> None:
-        """Try whose turn it is, until nobody waits."""
+        """Try the waiting requests in turn until the queue is empty."""
         try:
             while queue.callers:
                 queue.room.clear()
-                pause = await self._round(name, queue)
+                pause = await self._try_each_caller(name, queue)
                 if pause > 0:
                     with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(min(pause, _LONGEST)):
+                        async with asyncio.timeout(min(pause, _MAX_PAUSE)):
                             await queue.room.wait()
         finally:
             del self._queues[name]
             for waiter in queue.all():
                 waiter.future.cancel()
 
-    async def _round(self, name: str, queue: _Queue) -> float:
-        """Try the first request of each caller until one has room; return how long to wait else, in seconds."""
+    async def _try_each_caller(self, name: str, queue: _Queue) -> float:
+        """Try the first request of each caller until one has room. Return the seconds to wait before the next try."""
         pause = 0.0
-        for waiter in queue.firsts():
+        for waiter in queue.first_of_each_caller():
             try:
-                verdict = await self.store.take(waiter.charges)
-            except Exception as exc:  # who waits is told, as if it had asked itself
+                decision = await self.store.take(waiter.charges)
+            except Exception as exc:  # the waiting request gets it, as if it had called the store itself
                 if not waiter.future.done():
                     waiter.future.set_exception(exc)
                 queue.remove(waiter)
                 continue
-            if not verdict.refused:
-                queue.remove(waiter, turn_over=True)
-                if waiter.future.done():  # it left while it was tried
-                    self._give_back(verdict)
+            if not decision.refused:
+                queue.remove(waiter, end_turn=True)
+                if waiter.future.done():  # it left during the try
+                    self._give_back(decision)
                 else:
-                    waiter.future.set_result(verdict)
+                    waiter.future.set_result(decision)
                 return 0.0
-            waiter.verdict = verdict
-            full, seconds = verdict.fullest()
-            if seconds == math.inf:  # a limit that a reload lowered
+            waiter.decision = decision
+            full, seconds = decision.longest_wait()
+            if seconds == math.inf:  # a reload lowered the limit
                 if not waiter.future.done():
-                    waiter.future.set_result(verdict)
+                    waiter.future.set_result(decision)
                 queue.remove(waiter)
                 continue
             pause = max(pause, seconds)
             if full == name:
-                break  # nobody overtakes
-            # It waits for what is really full, in turn with those who do.
+                break  # no overtaking
+            # Move it to the queue of the name that has no room now.
             queue.remove(waiter)
-            waiter.queue = self._queue_for(verdict)
+            waiter.queue = self._queue_for(decision)
             waiter.queue.add(waiter)
-        return pause or _LONGEST
+        return pause or _MAX_PAUSE
 
 
 class _Waiter:
-    """One request that waits, and the last verdict on it."""
+    """A waiting request, and the last decision on it."""
 
-    def __init__(self, charges: Sequence[Charge], who: str, verdict: Decision | None, queue: _Queue) -> None:
+    def __init__(self, charges: Sequence[Charge], caller: str, decision: Decision | None, queue: _Queue) -> None:
         self.queue = queue
         self.charges = charges
-        self.who = who
-        self.verdict = verdict
+        self.caller = caller
+        self.decision = decision
         self.future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
 
     def has_room(self) -> bool:
@@ -168,34 +168,33 @@ class _Waiter:
 
 
 class _Queue:
-    """Those who wait for room under one name: each caller's requests, and the callers in the order of their turns."""
+    """The requests that wait for room under one name, by caller, with the callers in the order of their turns."""
 
     task: asyncio.Task[None]
-    rule: Limit
-    """By which the last of them came."""
+    limit: Limit
+    """The limit of the newest request."""
 
     def __init__(self) -> None:
         self.callers: OrderedDict[str, deque[_Waiter]] = OrderedDict()
         self.room = asyncio.Event()
-        """Something was given back."""
+        """Some use was given back."""
 
     def add(self, waiter: _Waiter) -> None:
-        self.callers.setdefault(waiter.who, deque()).append(waiter)
+        self.callers.setdefault(waiter.caller, deque()).append(waiter)
 
-    def remove(self, waiter: _Waiter, *, turn_over: bool = False) -> None:
-        """Take one out, if it is there; its caller comes last then where its `turn_over`."""
-        waiting = self.callers.get(waiter.who)
+    def remove(self, waiter: _Waiter, *, end_turn: bool = False) -> None:
+        """Remove a request if it is there. With `end_turn` its caller moves to the end."""
+        waiting = self.callers.get(waiter.caller)
         if waiting is None or waiter not in waiting:
             return
         waiting.remove(waiter)
-        self.room.set()  # those behind it may have room where it had none
+        self.room.set()  # the next ones may have room that this one did not have
         if not waiting:
-            del self.callers[waiter.who]
-        elif turn_over:
-            self.callers.move_to_end(waiter.who)
+            del self.callers[waiter.caller]
+        elif end_turn:
+            self.callers.move_to_end(waiter.caller)
 
-    def firsts(self) -> list[_Waiter]:
-        """Return each caller's first."""
+    def first_of_each_caller(self) -> list[_Waiter]:
         return [waiting[0] for waiting in self.callers.values()]
 
     def all(self) -> Iterator[_Waiter]:

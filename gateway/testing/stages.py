@@ -30,8 +30,10 @@ from gateway.stage import Next, Stage, compile_pipeline
 from gateway.transport.upstream_connection import UpstreamConnection
 from gateway.transport.websocket_handshake import WebSocket
 from gateway.transport.websocket_messages import MessageEvent, error_event
-from gateway.usage.accounting import METERED, UsageMeter, UsageReader
+from gateway.usage.accounting import UsageMeter
+from gateway.usage.metered_operations import METERED
 from gateway.usage.prices import Price, Prices
+from gateway.usage.usage_reader import UsageReader
 
 __all__ = ("Conversation", "Running", "Sent", "every_split", "post", "running", "send", "talk")
 

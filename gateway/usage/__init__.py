@@ -1,5 +1,5 @@
-"""What an exchange used: tokens and money.
+"""The usage of an exchange: tokens and money.
 
-Usage that Azure reports in a response or a stream, tokens counted or estimated where it reports none, and prices.
-Nothing here decides whether a request may run; that is `limits/`.
+Usage that Azure reports in a response or a stream, tokens counted or estimated if it reports none, and prices. The
+decision whether a request may run belongs to `limits/`.
 """

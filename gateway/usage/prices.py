@@ -1,4 +1,4 @@
-"""What tokens cost: the operator's price list, in whatever currency it is written."""
+"""Prices of input, cached, output and audio tokens: the operator's price list, in any currency."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from gateway.usage.accounting import Usage
+from gateway.usage.reported_usage import Usage
 
 __all__ = ("Price", "Prices")
 
-# Of models whose price was looked up; a client can make up any number of names.
-_MAX_KNOWN = 4096
+# Maximum number of cached look-ups: a client can invent any number of model names.
+_MAX_CACHED = 4096
 
 
 @dataclass(frozen=True)
 class Price:
-    """What a model costs: for a million tokens of each kind, and for each request."""
+    """The price of a model: per million tokens of each kind, and per request."""
 
-    input: Annotated[float, Meta(ge=0, description="a million tokens of the prompt")]
-    output: Annotated[float, Meta(ge=0, description="a million tokens of the answer, reasoning included")] = 0.0
+    input: Annotated[float, Meta(ge=0, description="Price of a million input (prompt) tokens.")]
+    output: Annotated[float, Meta(ge=0, description="Price of a million output tokens, reasoning included.")] = 0.0
     cached_input: Annotated[
-        float | None, Meta(ge=0, description="a million cached tokens of the prompt; as `input` if it is left out")
+        float | None, Meta(ge=0, description="Price of a million cached input tokens. Default: `input`.")
     ] = None
     audio_input: Annotated[
-        float | None, Meta(ge=0, description="a million tokens of sound in the prompt; as `input` if left out")
+        float | None, Meta(ge=0, description="Price of a million audio input tokens. Default: `input`.")
     ] = None
     audio_output: Annotated[
-        float | None, Meta(ge=0, description="a million tokens of sound in the answer; as `output` if left out")
+        float | None, Meta(ge=0, description="Price of a million audio output tokens. Default: `output`.")
     ] = None
-    request: Annotated[float, Meta(ge=0, description="each request, whatever it uses")] = 0.0
+    request: Annotated[float, Meta(ge=0, description="Price of each request, in addition to its tokens.")] = 0.0
 
     def cost(self, usage: Usage) -> int:
-        """Return what a usage costs, in millionths of the currency's unit, rounded up."""
+        """Return the cost of a usage, in millionths of the currency unit, rounded up."""
         audio_in, audio_out = usage.audio_input_tokens, usage.audio_output_tokens
         cached = min(usage.cached_tokens, max(0, usage.input_tokens - audio_in))
-        # (A price for a million tokens is as many millionths for one.)
+        # (The price of a million tokens is the same number of millionths per token.)
         total = (
             max(0, usage.input_tokens - cached - audio_in) * self.input
             + cached * (self.input if self.cached_input is None else self.cached_input)
@@ -52,34 +52,34 @@ class Price:
 
 
 class Prices:
-    """Prices by the names that clients use: exact ones win, then globs in their order.
+    """Prices by the model names that clients use. Exact names win, then globs in their order.
 
-    Neither case nor dots count, as they do not for Azure: another spelling is no other price.
+    Case and dots are ignored, as Azure ignores them: another spelling has the same price.
     """
 
     def __init__(self, listed: Mapping[str, Price] | None = None) -> None:
-        self._exact = {_plain(name): price for name, price in (listed or {}).items()}
+        self._exact = {_normalized(name): price for name, price in (listed or {}).items()}
         self._globs = [
             (re.compile(translate(name)), price)
             for name, price in self._exact.items()
             if any(sign in name for sign in "*?[")
         ]
-        self._known: dict[str, Price | None] = {}
+        self._cache: dict[str, Price | None] = {}
 
     def __bool__(self) -> bool:
         return bool(self._exact)
 
     def of(self, model: str) -> Price | None:
-        """Return a model's price; None where it has none."""
-        if model in self._known:
-            return self._known[model]
-        name = _plain(model)
+        """Return the price of a model. Returns None if it has none."""
+        if model in self._cache:
+            return self._cache[model]
+        name = _normalized(model)
         found = self._exact.get(name) or next((price for glob, price in self._globs if glob.fullmatch(name)), None)
-        if len(self._known) >= _MAX_KNOWN:
-            self._known.clear()
-        self._known[model] = found
+        if len(self._cache) >= _MAX_CACHED:
+            self._cache.clear()
+        self._cache[model] = found
         return found
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace(".", "")

@@ -1,4 +1,4 @@
-"""What is fetched in the background: one fetch at a time, for which whoever needs it waits."""
+"""Background refresh: one fetch at a time, and all callers wait for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway.auth.background_refresh import BackgroundRefresh
 
 
 class Slow:
-    """A fetch that takes until it is let go on; counts how many began, ended and were cancelled."""
+    """A fetch that waits for an event; counts the fetches that started, ended and were cancelled."""
 
     def __init__(self) -> None:
         self.begun = self.ended = self.cancelled = 0
@@ -27,41 +27,41 @@ class Slow:
 
 
 async def test_all_wait_for_one_fetch_and_the_next_is_another() -> None:
-    """Who comes while it is under way begins none; who gives up waiting does not end it for the others."""
+    """A caller during a fetch starts no other; a cancelled caller does not cancel it for the others."""
     slow = Slow()
-    fetching = BackgroundRefresh(slow, "keys")
-    under_way = [fetching.under_way]
-    waiting = [asyncio.create_task(fetching.refresh()) for _ in range(3)]
+    refresh = BackgroundRefresh(slow, "keys")
+    in_progress = [refresh.in_progress]
+    waiting = [asyncio.create_task(refresh.refresh()) for _ in range(3)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    under_way.append(fetching.under_way)
+    in_progress.append(refresh.in_progress)
     waiting[0].cancel()
     await asyncio.wait(waiting[:1])
     slow.go_on.set()
     await asyncio.gather(*waiting[1:])
     assert (slow.begun, slow.ended, slow.cancelled) == (1, 1, 0)
-    assert [*under_way, fetching.under_way] == [False, True, False]
-    await fetching.refresh()
+    assert [*in_progress, refresh.in_progress] == [False, True, False]
+    await refresh.refresh()
     assert slow.ended == 2
 
 
-async def test_what_keeps_it_fresh_ends_with_it() -> None:
-    """And so does a fetch under way; to stop what never began is no mistake."""
+async def test_stop_ends_the_schedule() -> None:
+    """And so does the current fetch; stopping without a start is allowed."""
     slow = Slow()
-    fetching = BackgroundRefresh(slow, "keys")
-    await fetching.stop()
+    refresh = BackgroundRefresh(slow, "keys")
+    await refresh.stop()
 
     async def keep_fresh() -> None:
         while True:
-            await fetching.refresh()
+            await refresh.refresh()
 
-    fetching.start(keep_fresh())
+    refresh.start(keep_fresh())
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert slow.begun == 1
     async with asyncio.timeout(30):
-        await fetching.stop()
+        await refresh.stop()
     assert (slow.begun, slow.ended, slow.cancelled) == (1, 0, 1)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):

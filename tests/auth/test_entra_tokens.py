@@ -1,4 +1,4 @@
-"""Entra's tokens: what is asked for them, when they are fetched, and what becomes of one that cannot be had."""
+"""Entra tokens: their requests, the schedule of their refresh, and failed fetches."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ BY_SECRET = EntraIdentity("client_secret", TENANT, CLIENT, SECRET)
 
 
 def token(name: str) -> str:
-    """Return a token that can be told from others."""
+    """Return a token with a name."""
     return f"eyJhbGciOiJSUzI1NiJ9.{name}.c2lnbmF0dXJl"
 
 
 class Clock:
-    """A clock that a test puts forward, and the sleep that goes with it: as long as it stands, nobody wakes."""
+    """A clock that a test advances, and its sleep: while it does not advance, no sleep ends."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -57,7 +57,7 @@ class Clock:
         await woken
 
     async def forward(self, seconds: float) -> None:
-        """Let time pass for the one who sleeps, who does all that is to be done each time before it goes on."""
+        """Let time pass. After each sleep, the task does its work before time continues."""
         end = self.time + seconds
         await self._settle()
         while self._sleepers and self._sleepers[0][0] <= end:
@@ -73,7 +73,7 @@ class Clock:
 
 
 class FakeEntra:
-    """A place on loopback that gives out tokens named `1`, `2`, ...; all that it was asked is in `asked`.
+    """A server on loopback that issues tokens named `1`, `2`, ...; `asked` has all its requests.
 
     `said` is what an answer holds besides the token. With `answer`, that makes it. It waits for `open`.
     """
@@ -145,8 +145,8 @@ def name_of(found: Credential | None) -> str | None:
 # -- what is asked ------------------------------------------------------------------------------------
 
 
-async def test_an_application_shows_its_secret(place: FakeEntra, tokens: EntraTokens) -> None:
-    """In a form, as OAuth's client credentials; Azure is shown the answer's token as a bearer's."""
+async def test_an_application_sends_its_secret(place: FakeEntra, tokens: EntraTokens) -> None:
+    """In a form, as OAuth client credentials; Azure gets the token as a bearer token."""
     assert await tokens.credential() == Credential(token("1"), bearer=True)
     form = {
         "grant_type": "client_credentials",
@@ -159,7 +159,7 @@ async def test_an_application_shows_its_secret(place: FakeEntra, tokens: EntraTo
     assert place.headers[0]["accept"] == "application/json"
 
 
-async def test_a_workload_shows_its_federated_token_as_it_is_then(
+async def test_a_workload_sends_its_current_federated_token(
     place: FakeEntra, session: aiohttp.ClientSession, clock: Clock, tmp_path: Path
 ) -> None:
     """The file is read for each fetch: it is replaced every hour or so."""
@@ -186,16 +186,16 @@ async def test_a_workload_shows_its_federated_token_as_it_is_then(
     ("held", "reason"),
     [
         (None, "No such file"),
-        (b"", "holds no token"),
-        (b"two words", "holds no token"),
-        (b"\xff\xfe", "holds no token"),
-        (b"x" * 100_000, "holds no token"),
+        (b"", "does not contain a token"),
+        (b"two words", "does not contain a token"),
+        (b"\xff\xfe", "does not contain a token"),
+        (b"x" * 100_000, "does not contain a token"),
     ],
 )
 async def test_a_file_without_a_federated_token_is_a_failure(
     held: bytes | None, reason: str, place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
-    """Entra is not asked, and the log says which file it is."""
+    """Entra gets no request, and the log names the file."""
     file = tmp_path / "token"
     if held is not None:
         file.write_bytes(held)
@@ -212,10 +212,10 @@ async def test_a_file_without_a_federated_token_is_a_failure(
 @pytest.mark.parametrize(
     ("client_id", "named"), [(None, {}), (CLIENT, {"client_id": CLIENT})], ids=["system-assigned", "user-assigned"]
 )
-async def test_a_virtual_machine_asks_its_metadata_service(
+async def test_a_virtual_machine_uses_its_metadata_service(
     client_id: str | None, named: dict[str, str], session: aiohttp.ClientSession
 ) -> None:
-    """At its one address, with the header that no forged request has."""
+    """At its fixed address, with the header that forged requests cannot have."""
     identity = EntraIdentity("managed_identity", client_id=client_id)
     query = {"api-version": "2018-02-01", "resource": "https://cognitiveservices.azure.com", **named}
     with aioresponses() as mocked:
@@ -230,10 +230,10 @@ async def test_a_virtual_machine_asks_its_metadata_service(
 
 
 @pytest.mark.parametrize("client_id", [None, CLIENT])
-async def test_app_service_has_an_endpoint_of_its_own(
+async def test_app_service_has_its_own_endpoint(
     client_id: str | None, place: FakeEntra, session: aiohttp.ClientSession, clock: Clock
 ) -> None:
-    """And a header that only the app knows; its answers say nothing but when the token ends."""
+    """With a header that only the app knows; its responses have only the expiry time."""
     place.said = {"expires_on": "5000", "resource": "x", "token_type": "Bearer"}
     identity = EntraIdentity(
         "managed_identity", client_id=client_id, endpoint=place.url + "/msi/token", endpoint_header=HEADER
@@ -245,9 +245,9 @@ async def test_app_service_has_an_endpoint_of_its_own(
     assert place.asked == [("GET", "/msi/token", query, {})]
     assert place.headers[0]["x-identity-header"] == HEADER
     clock.time += 1000 - entra.MARGIN - 1
-    assert tokens.at_hand()
+    assert tokens.current()
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
 
 
 @pytest.mark.usefixtures("aioresponses_314")
@@ -256,7 +256,7 @@ async def test_app_service_has_an_endpoint_of_its_own(
 async def test_other_clouds_have_other_authorities_and_scopes(
     authority: str, scope: str, session: aiohttp.ClientSession
 ) -> None:
-    """Both are as configured, and nothing else is asked."""
+    """Both are configurable."""
     identity = dataclasses.replace(BY_SECRET, authority=authority, scope=scope)
     url = f"{authority.rstrip('/')}/{TENANT}/oauth2/v2.0/token"
     with aioresponses() as mocked:
@@ -276,17 +276,17 @@ async def test_other_clouds_have_other_authorities_and_scopes(
         ("api://app/.default", "api://app"),
     ],
 )
-async def test_a_managed_identity_is_asked_for_a_resource(
+async def test_a_managed_identity_names_a_resource(
     scope: str, resource: str, place: FakeEntra, session: aiohttp.ClientSession
 ) -> None:
-    """It is the scope without its `/.default`; a slash before that belongs to it."""
+    """It is the scope without `/.default`; a slash before that belongs to it."""
     identity = EntraIdentity("managed_identity", scope=scope, endpoint=place.url)
     await EntraTokens(identity, lambda: session).credential()
     assert place.asked[0][2]["resource"] == resource
 
 
 async def test_no_proxy_of_the_environment_is_used(place: FakeEntra, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the session that the gateway has for it: the metadata service must be asked by the machine itself."""
+    """The session uses none: requests to the metadata service must come from the machine itself."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -300,26 +300,26 @@ async def test_no_proxy_of_the_environment_is_used(place: FakeEntra, monkeypatch
 # -- when it is fetched -------------------------------------------------------------------------------
 
 
-async def test_a_token_is_kept_until_shortly_before_its_end(
+async def test_a_token_is_used_until_shortly_before_it_expires(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """One fetch is for all requests until then, and the next one is for those after it."""
-    assert tokens.at_hand() is None
+    """One fetch serves all requests until then."""
+    assert tokens.current() is None
     first = await tokens.credential()
     clock.time += 3599 - entra.MARGIN - 1
     assert await tokens.credential() is first
-    assert tokens.at_hand() is first
+    assert tokens.current() is first
     assert len(place.asked) == 1
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
     assert name_of(await tokens.credential()) == "2"
-    assert name_of(tokens.at_hand()) == "2"
+    assert name_of(tokens.current()) == "2"
 
 
-async def test_a_token_s_time_counts_from_when_it_was_asked_for(
+async def test_the_lifetime_of_a_token_starts_at_the_request(
     place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """An answer that was long on its way has lost that time."""
+    """The time of a slow response reduces the lifetime."""
     place.open.clear()
     asking = asyncio.create_task(tokens.credential())
     await until(lambda: place.asked)
@@ -327,9 +327,9 @@ async def test_a_token_s_time_counts_from_when_it_was_asked_for(
     place.open.set()
     assert name_of(await asking) == "1"
     clock.time += 3599 - entra.MARGIN - 100 - 1
-    assert tokens.at_hand()
+    assert tokens.current()
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
 
 
 @pytest.mark.parametrize(
@@ -339,28 +339,28 @@ async def test_a_token_s_time_counts_from_when_it_was_asked_for(
         ({"expires_in": "3000"}, 3000),
         ({"expires_on": "8000"}, 3000),
         ({"expires_on": 8000}, 3000),
-        ({"expires_in": "3000", "expires_on": "7000"}, 2000),  # out of a cache, and issued some time ago
+        ({"expires_in": "3000", "expires_on": "7000"}, 2000),  # from a cache, issued some time ago
         ({"expires_in": "3000", "expires_on": "9000"}, 3000),
     ],
 )
-async def test_the_sooner_of_two_ends_holds(
+async def test_the_earlier_of_two_expiry_times_counts(
     said: dict[str, Any], end: float, place: FakeEntra, session: aiohttp.ClientSession, clock: Clock
 ) -> None:
-    """Seconds may be written as text, from the answer on or since the epoch."""
+    """Seconds can be text, relative or since the epoch."""
     place.said = said
     identity = EntraIdentity("managed_identity", endpoint=place.url)
     tokens = EntraTokens(identity, lambda: session, clock=clock, now=lambda: 5000.0)
     assert name_of(await tokens.credential()) == "1"
     clock.time += end - entra.MARGIN - 1
-    assert tokens.at_hand()
+    assert tokens.current()
     clock.time += 1
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
 
 
 @pytest.mark.parametrize(
     ("said", "at"),
     [
-        ({"expires_in": 3610}, 3000),  # ten minutes ahead of the end that it has for us
+        ({"expires_in": 3610}, 3000),  # ten minutes before it expires for the gateway
         ({"expires_in": 410}, 200),  # half
         ({"expires_in": "86410", "refresh_in": "43200"}, 43200),
         ({"expires_in": 3610, "refresh_in": 1800}, 1800),
@@ -371,22 +371,22 @@ async def test_the_sooner_of_two_ends_holds(
         ({"expires_in": 25}, 10),
     ],
 )
-async def test_the_next_one_is_fetched_ahead(
+async def test_the_next_token_is_fetched_ahead(
     said: dict[str, Any], at: float, place: FakeEntra, tokens: EntraTokens, clock: Clock
 ) -> None:
-    """In the background and once: at the time that the answer advises, at half a short one's, else minutes ahead."""
+    """Once, in the background: at the advised time, after half of a short lifetime, or else minutes ahead."""
     place.said = said
     tokens.start()
-    await until(tokens.at_hand)
+    await until(tokens.current)
     await clock.forward(at - 1)
     assert len(place.asked) == 1
     await clock.forward(1)
-    await until(lambda: name_of(tokens.at_hand()) == "2")
+    await until(lambda: name_of(tokens.current()) == "2")
     assert len(place.asked) == 2
 
 
-async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """Neither is one that is under way."""
+async def test_no_token_is_fetched_after_stop(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+    """Nor does the current fetch continue."""
     place.open.clear()
     tokens.start()
     asking = asyncio.create_task(tokens.credential())
@@ -398,25 +398,25 @@ async def test_none_is_fetched_when_stopped(place: FakeEntra, tokens: EntraToken
     assert raised.value.reason == "the fetch was stopped"
     clock.time += 4000
     await asyncio.sleep(0.05)
-    assert tokens.at_hand() is None
+    assert tokens.current() is None
     assert len(place.asked) == 1
 
 
-async def test_requests_do_not_wait_for_a_renewal(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """While the next token is slow to come, the one at hand is used."""
+async def test_requests_do_not_wait_for_a_refresh(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+    """The current token is used while the next one is slow to arrive."""
     tokens.start()
     first = await tokens.credential()
     place.open.clear()
     await clock.forward(3000)
     await until(lambda: len(place.asked) == 2)
     async with asyncio.timeout(30):
-        assert await tokens.credential() is tokens.at_hand() is first
+        assert await tokens.credential() is tokens.current() is first
     place.open.set()
-    await until(lambda: name_of(tokens.at_hand()) == "2")
+    await until(lambda: name_of(tokens.current()) == "2")
 
 
 async def test_a_herd_of_requests_makes_one_fetch(place: FakeEntra, tokens: EntraTokens) -> None:
-    """Of 200 at once, all get its token; and one that gives up fails no other, not even the first."""
+    """All of 200 concurrent callers get its token; a cancelled one fails no other, not even if it was the first."""
     place.open.clear()
     asking = [asyncio.create_task(tokens.credential()) for _ in range(200)]
     await until(lambda: place.asked)
@@ -429,8 +429,8 @@ async def test_a_herd_of_requests_makes_one_fetch(place: FakeEntra, tokens: Entr
     assert len(place.asked) == 1
 
 
-async def test_a_request_s_short_token_is_renewed_in_time(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """The background has waited for a later moment, after a row of failures, but it looks again."""
+async def test_a_short_lived_token_is_refreshed_in_time(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+    """The schedule had a long backoff after several failures, but it notices the earlier expiry."""
     place.status = 500
     tokens.start()
     await clock.forward(200)
@@ -438,14 +438,14 @@ async def test_a_request_s_short_token_is_renewed_in_time(place: FakeEntra, toke
     place.status, place.said = 200, {"expires_in": 50}
     before = name_of(await tokens.credential())
     await clock.forward(35)
-    assert name_of(tokens.at_hand()) not in (before, None)
+    assert name_of(tokens.current()) not in (before, None)
 
 
 # -- what cannot be had -------------------------------------------------------------------------------
 
 
 async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """The log says for how long, at each try; then requests are told when to come again, and at last it recovers."""
+    """Each failure logs for how long; then requests get Retry-After, and finally it recovers."""
     tokens.start()
     first = await tokens.credential()
     place.status = 503
@@ -459,20 +459,20 @@ async def test_the_last_token_stays_until_it_expires(place: FakeEntra, tokens: E
         with pytest.raises(TokenUnavailable) as raised:
             await tokens.credential()
     assert kept[:4] == [600, 590, 570, 530]
-    assert 1 <= kept[-1] <= 2 * entra.RETRY  # at last they are close: it may be back just in time
+    assert 1 <= kept[-1] <= 2 * entra.MIN_RETRY  # frequent tries at the end: Entra may be back just in time
     assert tries <= 12
     assert isinstance(raised.value, GatewayError)
-    assert 0 < raised.value.retry_after <= entra.MOST_REFUSED
-    assert str(raised.value) == "no Entra token for Azure can be had at present"
-    assert "the status 503" in raised.value.reason
+    assert 0 < raised.value.retry_after <= entra.MAX_REFUSAL
+    assert str(raised.value) == "the gateway has no Entra token for Azure at the moment; retry shortly"
+    assert "status 503" in raised.value.reason
     place.status = 200
-    await clock.forward(entra.MOST_RETRY)
-    assert name_of(tokens.at_hand()) == str(len(place.asked))
-    assert await tokens.credential() is tokens.at_hand()
+    await clock.forward(entra.MAX_RETRY)
+    assert name_of(tokens.current()) == str(len(place.asked))
+    assert await tokens.credential() is tokens.current()
 
 
-async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """After 10 s, 20 s, ..., and then every five minutes, without any request; one that succeeds ends that."""
+async def test_background_fetches_have_a_backoff(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+    """After 10 s, 20 s, ..., and then every five minutes, without any request, until one succeeds."""
     place.status = 500
     tokens.start()
     for tries, wait in enumerate((10, 20, 40, 80, 160, 300, 300), 1):
@@ -482,7 +482,7 @@ async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: Entra
         assert len(place.asked) == tries + 1
     place.status = 200
     await clock.forward(300)
-    assert name_of(tokens.at_hand()) == "9"
+    assert name_of(tokens.current()) == "9"
     place.status = 500
     await clock.forward(3599 - entra.MARGIN - entra.AHEAD)
     for tries, wait in enumerate((10, 20), 10):
@@ -492,10 +492,8 @@ async def test_tries_in_the_background_grow_rare(place: FakeEntra, tokens: Entra
         assert len(place.asked) == tries + 1
 
 
-async def test_a_herd_is_told_at_once_when_a_fetch_has_failed(
-    place: FakeEntra, tokens: EntraTokens, clock: Clock
-) -> None:
-    """For a second, and for longer after each failure in a row, no request makes another one."""
+async def test_requests_fail_at_once_after_a_failed_fetch(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+    """For a second, and longer after each further failure, no request fetches."""
     place.status = 401
     for failures, seconds in enumerate((1, 2, 4, 8, 10, 10), 1):
         for _ in range(20):
@@ -512,8 +510,8 @@ async def test_a_herd_is_told_at_once_when_a_fetch_has_failed(
     assert name_of(await tokens.credential()) == "7"
 
 
-async def test_a_request_waits_for_a_try_that_is_under_way(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
-    """Rather than be told of the failures before it."""
+async def test_a_request_waits_for_the_current_fetch(place: FakeEntra, tokens: EntraTokens, clock: Clock) -> None:
+    """Instead of failing because of earlier failures."""
     place.status = 500
     tokens.start()
     await clock.forward(29)
@@ -529,33 +527,33 @@ async def test_a_request_waits_for_a_try_that_is_under_way(place: FakeEntra, tok
 
 
 async def test_after_very_many_failures_it_still_tries(tokens: EntraTokens, clock: Clock) -> None:
-    """The times between grow to a bound, and no number overflows."""
+    """The backoff has a maximum, and no number overflows."""
     tokens._failures = 5000
     with structlog.testing.capture_logs():
-        tokens._note(ValueError("x"))
-    assert tokens._due == clock.time + entra.MOST_RETRY
-    assert tokens._refused_until == clock.time + entra.MOST_REFUSED
+        tokens._failed(ValueError("x"))
+    assert tokens._due == clock.time + entra.MAX_RETRY
+    assert tokens._refused_until == clock.time + entra.MAX_REFUSAL
 
 
-async def test_what_hangs_is_given_up(place: FakeEntra, tokens: EntraTokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a time that a client can wait: where there is no metadata service nothing answers."""
+async def test_a_fetch_has_a_timeout(place: FakeEntra, tokens: EntraTokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a time that a client can wait: without a metadata service nothing responds."""
     assert entra.TIMEOUT == 5
     monkeypatch.setattr(entra, "TIMEOUT", 0.05)
     place.open.clear()
     with structlog.testing.capture_logs() as events, pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
-    assert raised.value.reason == "it took too long"
-    assert [(event["error"], event["reason"]) for event in events] == [("TimeoutError", "it took too long")]
+    assert raised.value.reason == "timeout"
+    assert [(event["error"], event["reason"]) for event in events] == [("TimeoutError", "timeout")]
 
 
-async def test_what_refuses_connections_is_a_failure(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
-    """One that is logged, with what is known of the identity."""
+async def test_a_refused_connection_is_a_failure(session: aiohttp.ClientSession, unused_tcp_port: int) -> None:
+    """It is logged with the details of the identity."""
     identity = dataclasses.replace(BY_SECRET, authority=f"http://127.0.0.1:{unused_tcp_port}")
     with structlog.testing.capture_logs() as events, pytest.raises(TokenUnavailable):
         await EntraTokens(identity, lambda: session).credential()
     assert events == [
         {
-            "event": "an Entra token cannot be had",
+            "event": "entra_token_fetch_failed",
             "log_level": "warning",
             "identity": "client_secret",
             "tenant": TENANT,
@@ -572,7 +570,7 @@ GOOD = {"access_token": token("1"), "expires_in": 3599}
 
 
 def good(**changed: Any) -> Callable[[], web.StreamResponse]:
-    """Return what makes a good answer with some of it changed, or, where it is None, left out."""
+    """Return a function that makes a valid response with changed fields; None removes a field."""
     said = {name: value for name, value in (GOOD | changed).items() if value is not None}
     return lambda: web.json_response(said)
 
@@ -591,42 +589,42 @@ def bomb() -> web.StreamResponse:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (lambda: web.Response(text="<html>"), "no JSON object"),
-        (lambda: web.Response(body=b"\xff"), "no JSON object"),
-        (lambda: web.Response(), "no JSON object"),
-        (lambda: web.json_response([GOOD]), "no JSON object"),
-        (lambda: web.Response(text="[" * 60_000), "no JSON object"),
-        (lambda: web.json_response(GOOD, status=500), "answered with the status 500"),
-        (lambda: web.json_response(GOOD, status=203), "answered with the status 203"),
-        (huge, "answered with more than 65536 bytes"),
-        (bomb, "answered with more than 65536 bytes"),
+        (lambda: web.Response(text="<html>"), "without a JSON object"),
+        (lambda: web.Response(body=b"\xff"), "without a JSON object"),
+        (lambda: web.Response(), "without a JSON object"),
+        (lambda: web.json_response([GOOD]), "without a JSON object"),
+        (lambda: web.Response(text="[" * 60_000), "without a JSON object"),
+        (lambda: web.json_response(GOOD, status=500), "responded with status 500"),
+        (lambda: web.json_response(GOOD, status=203), "responded with status 203"),
+        (huge, "responded with more than 65536 bytes"),
+        (bomb, "responded with more than 65536 bytes"),
         (good(access_token=None), "no `access_token`"),
         (good(access_token=""), "no `access_token`"),
         (good(access_token=7), "no `access_token`"),
-        (good(access_token="eyJ.a\r\nx: y"), "cannot be a token"),
-        (good(access_token="eyJ.a.b" + "c" * 20_000), "cannot be a token"),
+        (good(access_token="eyJ.a\r\nx: y"), "or a malformed one"),
+        (good(access_token="eyJ.a.b" + "c" * 20_000), "or a malformed one"),
         (good(expires_in=None), "neither `expires_in` nor `expires_on`"),
-        (good(expires_in="soon"), "`expires_in` is no number"),
-        (good(expires_in=[3599]), "`expires_in` is no number"),
-        (good(expires_on="06/20/2019 02:57:58 +00:00"), "`expires_on` is no number"),
-        (good(expires_in=-1), "said to be good for -1 s"),
-        (good(expires_in=0), "said to be good for 0 s"),
-        (good(expires_in=10), "said to be good for 10 s"),
-        (good(expires_in="nan"), "said to be good for nan s"),
-        (good(expires_in="inf"), "said to be good for inf s"),
-        (good(expires_in=10**9), "said to be good for 1000000000 s"),
-        (good(expires_on=1), "is the clock right?"),
+        (good(expires_in="soon"), "`expires_in` in the response is not a number"),
+        (good(expires_in=[3599]), "`expires_in` in the response is not a number"),
+        (good(expires_on="06/20/2019 02:57:58 +00:00"), "`expires_on` in the response is not a number"),
+        (good(expires_in=-1), "an implausible lifetime of -1 s"),
+        (good(expires_in=0), "an implausible lifetime of 0 s"),
+        (good(expires_in=10), "an implausible lifetime of 10 s"),
+        (good(expires_in="nan"), "an implausible lifetime of nan s"),
+        (good(expires_in="inf"), "an implausible lifetime of inf s"),
+        (good(expires_in=10**9), "an implausible lifetime of 1000000000 s"),
+        (good(expires_on=1), "check the clock"),
     ],
 )
-async def test_what_is_no_sound_answer_is_a_failure(
+async def test_an_invalid_response_is_a_failure(
     answer: Callable[[], web.StreamResponse], reason: str, place: FakeEntra, tokens: EntraTokens
 ) -> None:
-    """It is told why, in one line without the token, and the token before it stays."""
+    """The reason is one line without the token, and the current token stays."""
     before = await tokens.credential()
     place.answer = answer
     with structlog.testing.capture_logs() as events:
-        await tokens._fetching.refresh()
-    assert tokens.at_hand() is before
+        await tokens._refresh.refresh()
+    assert tokens.current() is before
     (event,) = events
     assert reason in event["reason"]
     assert token("1") not in str(event)
@@ -636,18 +634,18 @@ async def test_what_is_no_sound_answer_is_a_failure(
     assert raised.value.reason == event["reason"]
 
 
-async def test_the_soundest_answers_are_taken(place: FakeEntra, tokens: EntraTokens) -> None:
-    """What the failures above are made of is good as long as nothing is wrong with it."""
+async def test_valid_responses_are_accepted(place: FakeEntra, tokens: EntraTokens) -> None:
+    """The base of the failures above is valid."""
     place.answer = good()
     assert (await tokens.credential()).value == token("1")
 
 
 async def test_a_redirect_is_not_followed(place: FakeEntra, tokens: EntraTokens) -> None:
-    """The secret would go along; no other place is asked."""
+    """A redirect would carry the secret to another server."""
     place.answer = lambda: web.Response(status=307, headers={"location": "/elsewhere"})
     with pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
-    assert "the status 307" in raised.value.reason
+    assert "status 307" in raised.value.reason
     assert [path for _, path, _, _ in place.asked] == [f"/{TENANT}/oauth2/v2.0/token"]
 
 
@@ -671,19 +669,19 @@ async def test_a_redirect_is_not_followed(place: FakeEntra, tokens: EntraTokens)
         (["error"], "status 400"),
     ],
 )
-async def test_an_error_is_told_in_the_words_of_its_sender(
+async def test_the_error_message_of_the_server_is_logged(
     said: Any, reason: str, place: FakeEntra, tokens: EntraTokens
 ) -> None:
-    """Entra's, the metadata service's and App Service's, in one line."""
+    """Of Entra, the metadata service and App Service, in one line."""
     place.answer = lambda: web.json_response(said, status=400)
     with pytest.raises(TokenUnavailable) as raised:
         await tokens.credential()
     assert raised.value.reason.endswith(reason)
 
 
-async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> None:
-    """And a secret at the place of the cut is gone before."""
-    url = f"{place.url}/{TENANT}/oauth2/v2.0/token answered with the status 400: "
+async def test_a_long_error_is_truncated(place: FakeEntra, tokens: EntraTokens) -> None:
+    """And a secret at the end of the truncated text is redacted first."""
+    url = f"{place.url}/{TENANT}/oauth2/v2.0/token responded with status 400: "
     filler = "x" * (entra.MAX_REASON - len(url) - 5)
     place.answer = lambda: web.json_response({"error": filler + SECRET + "y" * 1000}, status=400)
     with pytest.raises(TokenUnavailable) as raised:
@@ -695,8 +693,8 @@ async def test_a_long_error_is_cut(place: FakeEntra, tokens: EntraTokens) -> Non
 # -- secrets ------------------------------------------------------------------------------------------
 
 
-async def test_no_secret_is_told(place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path) -> None:
-    """Not where what was asked tells all that it was sent, as text or as a form has it; and not in a repr."""
+async def test_no_secret_is_logged(place: FakeEntra, session: aiohttp.ClientSession, tmp_path: Path) -> None:
+    """Not if the server echoes the request, as text or form-encoded; and not in a repr."""
     file = tmp_path / "token"
     file.write_text(ASSERTION)
     identities = (
@@ -718,41 +716,41 @@ async def test_no_secret_is_told(place: FakeEntra, session: aiohttp.ClientSessio
         assert raised.value.__cause__ is raised.value.__context__ is None
 
 
-async def test_a_token_is_told_by_nothing(
+async def test_no_text_contains_a_token(
     place: FakeEntra, tokens: EntraTokens, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by what keeps it nor by what is kept for a reload."""
-    kept: dict[str, Any] = {}
-    monkeypatch.setattr(tokens, "_kept", kept)
+    """Neither by the object nor by the cache for reloads."""
+    cache: dict[str, Any] = {}
+    monkeypatch.setattr(tokens, "_cache", cache)
     with structlog.testing.capture_logs() as events:
         found = await tokens.credential()
         clock.time += 3600
         place.status = 500
         with pytest.raises(TokenUnavailable):
             await tokens.credential()
-    assert len(events) == len(kept) == 1
-    assert found.value not in f"{found!r} {tokens!r} {kept!r} {events!r}"
-    assert SECRET not in repr(kept)
+    assert len(events) == len(cache) == 1
+    assert found.value not in f"{found!r} {tokens!r} {cache!r} {events!r}"
+    assert SECRET not in repr(cache)
 
 
 # -- reloads ------------------------------------------------------------------------------------------
 
 
 async def test_a_token_outlives_a_reload(place: FakeEntra, session: aiohttp.ClientSession, clock: Clock) -> None:
-    """The next one of an equal identity begins with the token at hand, and renews it when it was due."""
-    kept: dict[str, Any] = {}
+    """The next object of an equal identity starts with the current token, and refreshes it when it is due."""
+    cache: dict[str, Any] = {}
     identity = dataclasses.replace(BY_SECRET, authority=place.url)
-    found = await EntraTokens(identity, lambda: session, clock=clock, kept=kept).credential()
-    again = EntraTokens(dataclasses.replace(identity), lambda: session, clock=clock, sleep=clock.sleep, kept=kept)
-    assert again.at_hand() is found
+    found = await EntraTokens(identity, lambda: session, clock=clock, cache=cache).credential()
+    again = EntraTokens(dataclasses.replace(identity), lambda: session, clock=clock, sleep=clock.sleep, cache=cache)
+    assert again.current() is found
     again.start()
     await clock.forward(3599 - entra.MARGIN - entra.AHEAD - 1)
     assert len(place.asked) == 1
     await clock.forward(1)
-    await until(lambda: name_of(again.at_hand()) == "2")
+    await until(lambda: name_of(again.current()) == "2")
     await again.stop()
     clock.time += 3600
-    assert EntraTokens(identity, lambda: session, clock=clock, kept=kept).at_hand() is None
+    assert EntraTokens(identity, lambda: session, clock=clock, cache=cache).current() is None
 
 
 @pytest.mark.parametrize(
@@ -773,10 +771,10 @@ async def test_a_token_outlives_a_reload(place: FakeEntra, session: aiohttp.Clie
 async def test_another_identity_does_not_get_the_token(
     changed: dict[str, Any], session: aiohttp.ClientSession, clock: Clock, place: FakeEntra
 ) -> None:
-    """Whatever is another about it, even if it is but the secret, which may be wrong."""
-    kept: dict[str, Any] = {}
+    """Any difference matters, even if it is only the secret, which may be wrong."""
+    cache: dict[str, Any] = {}
     identity = dataclasses.replace(BY_SECRET, authority=place.url)
-    await EntraTokens(identity, lambda: session, clock=clock, kept=kept).credential()
-    assert EntraTokens(identity, lambda: session, clock=clock, kept=kept).at_hand()
+    await EntraTokens(identity, lambda: session, clock=clock, cache=cache).credential()
+    assert EntraTokens(identity, lambda: session, clock=clock, cache=cache).current()
     other = dataclasses.replace(identity, **changed)
-    assert EntraTokens(other, lambda: session, clock=clock, kept=kept).at_hand() is None
+    assert EntraTokens(other, lambda: session, clock=clock, cache=cache).current() is None

@@ -1,4 +1,4 @@
-"""An issuer's keys: fetched in the background, kept while it is down, and changed when it changes them."""
+"""The keys of an issuer: fetched in the background, kept during an outage, and rotated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEYS = "https://keys.example.com/all"
 
 
 class Clock:
-    """A clock that a test puts forward."""
+    """A clock that a test advances."""
 
     def __init__(self) -> None:
         self.time = 1000.0
@@ -74,7 +74,7 @@ async def test_the_metadata_says_where_the_keys_are(session: aiohttp.ClientSessi
 
 @pytest.mark.usefixtures("aioresponses_314")
 async def test_keys_whose_url_is_configured_need_no_metadata(session: aiohttp.ClientSession) -> None:
-    """The metadata is not asked for."""
+    """The metadata is not fetched."""
     with aioresponses() as mocked:
         mocked.get(KEYS, payload={"keys": [jwk(rsa_key("first"), "first")]})
         assert await IssuerKeys(ISSUER, KEYS, lambda: session).find("first") is not None
@@ -95,8 +95,8 @@ async def test_keys_whose_url_is_configured_need_no_metadata(session: aiohttp.Cl
         [],
     ],
 )
-async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session: aiohttp.ClientSession) -> None:
-    """Nor one that leads to keys over plain HTTP, or to none."""
+async def test_metadata_of_another_issuer_is_rejected(metadata: Any, session: aiohttp.ClientSession) -> None:
+    """Nor metadata with keys over plain HTTP, or without keys."""
     with aioresponses() as mocked:
         mocked.get(METADATA, payload=metadata)
         for url in (KEYS, "http://keys.example.com/all"):
@@ -124,8 +124,8 @@ async def test_metadata_of_another_issuer_is_not_believed(metadata: Any, session
         ("", False),
     ],
 )
-def test_only_loopback_may_do_without_tls(url: str, sound: bool) -> None:
-    """Whoever stood between could hand out keys of their own."""
+def test_only_loopback_works_without_tls(url: str, sound: bool) -> None:
+    """An attacker on the network could replace the keys."""
     assert (url_problem(url) is None) == sound
 
 
@@ -167,21 +167,19 @@ def failing(_: web.Request) -> web.StreamResponse:
 
 
 @pytest.mark.parametrize("answer", [redirected, huge, bomb, no_json, no_keys, deep, failing])
-async def test_what_is_no_sound_answer_is_not_used(
-    answer: Any, issuer: FakeIssuer, session: aiohttp.ClientSession
-) -> None:
-    """A redirect is not followed, and no more is read than a set of keys can have."""
+async def test_an_invalid_response_is_not_used(answer: Any, issuer: FakeIssuer, session: aiohttp.ClientSession) -> None:
+    """A redirect is not followed, and a response that is too large for keys is not read to its end."""
     issuer.answer = answer
     keys = IssuerKeys(issuer.url, issuer.url + "/keys", lambda: session)
     with structlog.testing.capture_logs() as events, pytest.raises(KeysUnavailable):
         await keys.find("first")
     assert issuer.asked == ["/tenant/v2.0/keys"]
-    assert [event["event"] for event in events] == ["an issuer's keys cannot be had"]
+    assert [event["event"] for event in events] == ["issuer_keys_fetch_failed"]
     assert events[0]["reason"]
     assert len(str(events[0]["reason"])) <= 300
 
 
-async def test_an_issuer_that_hangs_is_given_up(
+async def test_fetching_keys_has_a_timeout(
     issuer: FakeIssuer, keys: IssuerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a time that a client can wait."""
@@ -189,18 +187,18 @@ async def test_an_issuer_that_hangs_is_given_up(
     issuer.delay = 1
     with structlog.testing.capture_logs() as events, pytest.raises(KeysUnavailable):
         await keys.find("first")
-    assert events[0]["reason"] == "it took too long"
+    assert events[0]["reason"] == "timeout"
 
 
-async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
+async def test_keys_stay_valid_for_a_day_while_the_issuer_is_down(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
-    """Then there are none, and the log has said all the while for how long there will be."""
+    """Then there are none, and the log has said for how long they stay valid."""
     assert await keys.find("first") is not None
     issuer.status = 503
     clock.time += 23 * 3600
     with structlog.testing.capture_logs() as events:
-        await keys._fetching.refresh()
+        await keys._refresh.refresh()
         assert keys.get("first") is not None
         clock.time += 2 * 3600
         assert keys.get("first") is None
@@ -211,7 +209,7 @@ async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
         (0, 0, "warning"),
     ]
     issuer.status = 200
-    clock.time += jwks.FORCED
+    clock.time += jwks.MIN_FORCED_INTERVAL
     assert await keys.find("first") is not None
 
 
@@ -221,8 +219,8 @@ async def test_the_last_keys_stay_good_for_a_day_while_the_issuer_is_down(
 async def test_they_are_fetched_at_start_and_ahead(
     issuer: FakeIssuer, keys: IssuerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the background, again and again: a key that is gone is gone without a token that asks."""
-    monkeypatch.setattr(jwks, "REFRESH", 0.01)
+    """Regularly in the background: a removed key becomes invalid even without a request."""
+    monkeypatch.setattr(jwks, "REFRESH_INTERVAL", 0.01)
     keys.start()
     await until(lambda: keys.get("first"))
     issuer.rotate("second")
@@ -237,8 +235,8 @@ async def test_they_are_fetched_at_start_and_ahead(
 async def test_after_a_failure_they_are_fetched_sooner(
     issuer: FakeIssuer, keys: IssuerKeys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An issuer that was down at the start is there when it is back, long before the next regular time."""
-    monkeypatch.setattr(jwks, "RETRY", 0.01)
+    """After an outage at the start, keys are fetched as soon as the issuer is back, before the next regular refresh."""
+    monkeypatch.setattr(jwks, "MIN_RETRY", 0.01)
     issuer.status = 500
     keys.start()
     await until(lambda: len(issuer.asked) > 2)
@@ -248,32 +246,32 @@ async def test_after_a_failure_they_are_fetched_sooner(
 
 
 async def test_a_key_that_is_not_known_yet_is_fetched_at_once(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """So that a rotation fails nobody; the old key is no longer good if the issuer has taken it away."""
-    await keys._fetching.refresh()
+    """So that a rotation fails no request; the old key is invalid if the issuer has removed it."""
+    await keys._refresh.refresh()
     issuer.rotate("second", keep=True)
     assert await keys.find("second") is not None
     assert keys.get("first") is not None
-    keys._forced_until = 0
+    keys._no_fetch_until = 0
     issuer.rotate("third")
     assert await keys.find("third") is not None
     assert keys.get("first") is keys.get("second") is None
 
 
-async def test_made_up_names_of_keys_are_no_requests_to_the_issuer(
+async def test_invented_key_ids_cause_no_requests_to_the_issuer(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
-    """One fetch in half a minute, whatever names are asked for."""
-    await keys._fetching.refresh()
+    """One fetch per half a minute, whatever the key ids are."""
+    await keys._refresh.refresh()
     for number in range(50):
         assert await keys.find(f"made-up-{number}") is None
     assert issuer.fetches == 2
-    clock.time += jwks.FORCED
+    clock.time += jwks.MIN_FORCED_INTERVAL
     assert await keys.find("made-up") is None
     assert issuer.fetches == 3
 
 
 async def test_a_herd_of_requests_makes_one_fetch(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """Of 200 that ask for an unknown key at once, all get it from one; and one that gives up fails no other."""
+    """All of 200 concurrent callers get the key from one fetch; a cancelled one fails no other."""
     issuer.delay = 0.02
     asking = [asyncio.create_task(keys.find("first")) for _ in range(200)]
     await until(lambda: issuer.asked)
@@ -287,42 +285,42 @@ async def test_a_herd_of_requests_makes_one_fetch(issuer: FakeIssuer, keys: Issu
 async def test_an_issuer_that_is_down_is_not_asked_by_each_request(
     issuer: FakeIssuer, keys: IssuerKeys, clock: Clock
 ) -> None:
-    """Those between two tries are told at once, with the time when to come again."""
+    """Requests between two tries fail at once, with the time to retry."""
     issuer.status = 500
     for _ in range(20):
         with pytest.raises(KeysUnavailable) as raised:
             await keys.find("first")
-        assert 0 < raised.value.retry_after <= jwks.FORCED
+        assert 0 < raised.value.retry_after <= jwks.MIN_FORCED_INTERVAL
     assert len(issuer.asked) == 1
 
 
 async def test_keys_outlive_a_reload(issuer: FakeIssuer, session: aiohttp.ClientSession) -> None:
-    """The next set of issuers begins with what was fetched, but not from another place."""
-    kept: dict[str, Any] = {}
-    first = IssuerKeys(issuer.url, None, lambda: session, kept=kept)
+    """The next object starts with the cached keys, but not with those of another URL."""
+    cache: dict[str, Any] = {}
+    first = IssuerKeys(issuer.url, None, lambda: session, cache=cache)
     found = await first.find("first")
-    assert IssuerKeys(issuer.url, None, lambda: session, kept=kept).get("first") is found
-    assert IssuerKeys(issuer.url, issuer.url + "/other", lambda: session, kept=kept).get("first") is None
+    assert IssuerKeys(issuer.url, None, lambda: session, cache=cache).get("first") is found
+    assert IssuerKeys(issuer.url, issuer.url + "/other", lambda: session, cache=cache).get("first") is None
 
 
 async def test_a_key_that_has_not_changed_stays_the_same(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """The same object, since tokens judged by it are known by it; another key of its name is another."""
+    """It stays the same object, which verified tokens refer to; another key with the same id is another object."""
     before = await keys.find("first")
-    await keys._fetching.refresh()
+    await keys._refresh.refresh()
     assert keys.get("first") is before
     issuer.jwks = {"keys": [jwk(rsa_key("another"), "first")]}
-    await keys._fetching.refresh()
+    await keys._refresh.refresh()
     assert keys.get("first") is not before
 
 
 async def test_an_issuer_without_any_usable_key_has_none(issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """It has taken all of them away; a warning says so."""
+    """A warning says that the issuer has removed all keys."""
     await keys.find("first")
     issuer.jwks = {"keys": []}
     with structlog.testing.capture_logs() as events:
-        await keys._fetching.refresh()
+        await keys._refresh.refresh()
     assert keys.get("first") is None
-    assert events[0]["event"] == "an issuer has no key that tokens can be checked with"
+    assert events[0]["event"] == "issuer_without_usable_keys"
 
 
 # -- what is a key ------------------------------------------------------------------------------------
@@ -341,7 +339,7 @@ RSA = {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}
         (jwk(ec_key("p521", ec.SECP521R1), "k", alg="ES512"), {"ES512"}),
     ],
 )
-def test_a_key_says_which_algorithms_it_is_good_for(made: dict[str, Any], algorithms: set[str]) -> None:
+def test_a_key_decides_its_algorithms(made: dict[str, Any], algorithms: set[str]) -> None:
     """By its type and its curve, or its own `alg`."""
     found = signing_key(made)
     assert found is not None
@@ -384,8 +382,8 @@ def _private() -> dict[str, Any]:
         "key",
     ],
 )
-async def test_what_signs_no_tokens_is_left_out(made: Any, issuer: FakeIssuer, keys: IssuerKeys) -> None:
-    """And the others in the set are good all the same."""
+async def test_keys_that_sign_no_tokens_are_left_out(made: Any, issuer: FakeIssuer, keys: IssuerKeys) -> None:
+    """And the others in the set stay valid."""
     assert signing_key(made) is None
     issuer.jwks = {"keys": [made, *issuer.jwks["keys"]]}
     assert await keys.find("first") is not None

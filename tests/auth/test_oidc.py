@@ -1,4 +1,4 @@
-"""Who a client is by its token: what makes one good, whose team it leads to, and what is told of one that is not."""
+"""Tokens of clients: their verification, the team of a token, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.issuer import AUDIENCE, FakeIssuer, claims_of, ec_key, jwk, rsa_key
 
 
 class Time:
-    """A clock that a test puts forward, of both kinds."""
+    """A clock that a test advances, monotonic and wall clock."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -67,10 +67,10 @@ def bearer(token: str) -> Headers:
     return Headers({"Authorization": f"Bearer {token}"})
 
 
-async def judged(issuers: Issuers, token: str) -> TokenVerification:
-    judgement = await issuers.judge(bearer(token))
-    assert judgement is not None
-    return judgement
+async def verified(issuers: Issuers, token: str) -> TokenVerification:
+    verification = await issuers.verify(bearer(token))
+    assert verification is not None
+    return verification
 
 
 def part(data: bytes) -> str:
@@ -78,7 +78,7 @@ def part(data: bytes) -> str:
 
 
 def made(header: Any, claims: Any, signature: bytes = b"signature") -> str:
-    """Return a token with any header, which the library would not make."""
+    """Return a token with any header, also one that the library would not make."""
     return ".".join(map(part, (json.dumps(header).encode(), json.dumps(claims).encode(), signature)))
 
 
@@ -89,27 +89,27 @@ HEAD = part(b'{"alg": "RS256", "kid": "first"}')
 
 
 @pytest.mark.parametrize("algorithm", ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512"])
-async def test_a_token_that_the_issuer_signed_is_good(algorithm: str, issuers: Issuers, issuer: FakeIssuer) -> None:
-    """It says who its bearer is: the object id, and all that the issuer claims."""
-    judgement = await judged(issuers, issuer.token(algorithm=algorithm))
-    assert (judgement.reason, judgement.retry_after) == (None, None)
-    assert judgement.identity is not None
-    # (Of this issuer: another one's `oid-ann` is somebody else.)
-    assert judgement.identity.caller == f"oid-ann@{issuer.url.partition('://')[2]}"
-    assert judgement.identity.claims["roles"] == ["research"]
-    assert "research" not in repr(judgement)
+async def test_a_token_signed_by_the_issuer_is_valid(algorithm: str, issuers: Issuers, issuer: FakeIssuer) -> None:
+    """It identifies its bearer: the object id, and all claims."""
+    verification = await verified(issuers, issuer.token(algorithm=algorithm))
+    assert (verification.reason, verification.retry_after) == (None, None)
+    assert verification.identity is not None
+    # (With the issuer: `oid-ann` of another issuer is another caller.)
+    assert verification.identity.caller == f"oid-ann@{issuer.url.partition('://')[2]}"
+    assert verification.identity.claims["roles"] == ["research"]
+    assert "research" not in repr(verification)
 
 
 @pytest.mark.parametrize(
     ("curve", "algorithm"), [(ec.SECP256R1, "ES256"), (ec.SECP384R1, "ES384"), (ec.SECP521R1, "ES512")]
 )
-async def test_elliptic_curves_do_as_well(
+async def test_elliptic_curves_work(
     curve: type[ec.EllipticCurve], algorithm: str, issuers: Issuers, issuer: FakeIssuer
 ) -> None:
     """Each curve with its own algorithm."""
     issuer.key = ec_key(algorithm, curve)
     issuer.jwks = {"keys": [jwk(issuer.key, "first")]}
-    assert (await judged(issuers, issuer.token(algorithm=algorithm))).identity is not None
+    assert (await verified(issuers, issuer.token(algorithm=algorithm))).identity is not None
 
 
 @pytest.mark.parametrize(
@@ -125,59 +125,57 @@ async def test_elliptic_curves_do_as_well(
         ({"iss": None}, "token of an unknown issuer"),
         ({"iss": ["x"]}, "token of an unknown issuer"),
         ({"exp": 1}, "expired token"),
-        ({"exp": None}, "token without a sound exp"),
-        ({"exp": "4102444800"}, "token without a sound exp"),
-        ({"exp": True}, "token without a sound exp"),
-        ({"exp": 1e300}, "token without a sound exp"),
-        ({"exp": 10**400}, "token without a sound exp"),
+        ({"exp": None}, "token without a valid exp"),
+        ({"exp": "4102444800"}, "token without a valid exp"),
+        ({"exp": True}, "token without a valid exp"),
+        ({"exp": 1e300}, "token without a valid exp"),
+        ({"exp": 10**400}, "token without a valid exp"),
         ({"nbf": 4102444800}, "token that is not valid yet"),
         ({"iat": 4102444800}, "token that is not valid yet"),
-        ({"nbf": "soon"}, "token without a sound nbf"),
-        ({"iat": [1]}, "token without a sound iat"),
-        ({"oid": None, "sub": None}, "token that names no caller"),
-        ({"oid": 7, "sub": "a\nb"}, "token that names no caller"),
-        ({"oid": "x" * 257, "sub": ""}, "token that names no caller"),
+        ({"nbf": "soon"}, "token without a valid nbf"),
+        ({"iat": [1]}, "token without a valid iat"),
+        ({"oid": None, "sub": None}, "token without a caller"),
+        ({"oid": 7, "sub": "a\nb"}, "token without a caller"),
+        ({"oid": "x" * 257, "sub": ""}, "token without a caller"),
     ],
 )
-async def test_what_a_token_must_say(
-    changed: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer
-) -> None:
-    """Who made it, for whom, and until when; the log gets the reason, and no key is asked for in vain."""
+async def test_required_claims(changed: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer) -> None:
+    """Issuer, audience and times; the log gets the reason, and no keys are fetched in vain."""
     token = made({"alg": "RS256", "kid": "first"}, claims_of(issuer.url, **changed))
-    assert await judged(issuers, token) == TokenVerification(reason=reason)
+    assert await verified(issuers, token) == TokenVerification(reason=reason)
     assert not issuer.asked
 
 
 async def test_exp_infinite_or_no_number_is_malformed(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """Python's own reader of JSON takes NaN, and nothing is later than that."""
+    """Python's JSON decoder accepts NaN, and no time is later than that."""
     for number in ("NaN", "Infinity", "1e999"):
         claims = json.dumps(claims_of(issuer.url, exp="EXP")).replace('"EXP"', number)
         token = f"{HEAD}.{part(claims.encode())}.AAAA"
-        assert (await judged(issuers, token)).reason in ("malformed token", "token without a sound exp")
+        assert (await verified(issuers, token)).reason in ("malformed token", "token without a valid exp")
 
 
 async def test_clocks_may_differ_by_the_leeway(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """A minute, unless it is configured otherwise; and an audience may be one of several."""
+    """A minute by default; and an audience can be one of several."""
     now = int(time.time())
     good: list[dict[str, Any]] = [{"exp": now - 50}, {"nbf": now + 50}, {"iat": now + 50}, {"aud": ["x", "other"]}]
     bad: list[dict[str, Any]] = [{"exp": now - 61}, {"nbf": now + 70}, {"iat": now + 70}]
     for changed in good:
-        assert (await judged(issuers, issuer.token(**changed))).identity is not None
+        assert (await verified(issuers, issuer.token(**changed))).identity is not None
     for changed in bad:
-        assert (await judged(issuers, issuer.token(**changed))).identity is None
+        assert (await verified(issuers, issuer.token(**changed))).identity is None
 
 
 async def test_the_claim_that_names_the_caller_can_be_chosen(
     issuer: FakeIssuer, session: aiohttp.ClientSession
 ) -> None:
-    """Without `oid` it is `sub`; one that is configured has to be there."""
+    """Without `oid` it is `sub`; a configured claim is required."""
     for chosen, changed, caller in (
         (None, {"oid": None}, "sub-ann"),
         ("azp", {"azp": "app-1"}, "app-1"),
         ("azp", {}, None),
     ):
         issuers = Issuers([Issuer(issuer.url, (AUDIENCE,), caller=chosen)], lambda: session)
-        found = (await judged(issuers, issuer.token(**changed))).identity
+        found = (await verified(issuers, issuer.token(**changed))).identity
         assert (found.caller.partition("@")[0] if found is not None else None) == caller
 
 
@@ -185,7 +183,7 @@ async def test_the_claim_that_names_the_caller_can_be_chosen(
 
 
 def forged_with_the_public_key(issuer: FakeIssuer, algorithm: str = "HS256") -> str:
-    """Return a token whose signature is right if the public key is taken for a shared secret."""
+    """Return a token whose signature is valid if the public key is used as a shared secret."""
     import hmac
 
     pem = (
@@ -200,33 +198,33 @@ def forged_with_the_public_key(issuer: FakeIssuer, algorithm: str = "HS256") -> 
 async def test_a_public_key_is_no_secret(issuers: Issuers, issuer: FakeIssuer) -> None:
     """A token signed with HS256 and the public key is refused, under that name and under the key's own."""
     for algorithm, reason in (
-        ("HS256", "token of an algorithm that is not taken"),
+        ("HS256", "token with an unsupported algorithm"),
         ("RS256", "token with a wrong signature"),
     ):
-        assert (await judged(issuers, forged_with_the_public_key(issuer, algorithm))).reason == reason
+        assert (await verified(issuers, forged_with_the_public_key(issuer, algorithm))).reason == reason
 
 
 @pytest.mark.parametrize(
     "algorithm", ["none", "None", "NONE", "", "HS256", "HS512", "EdDSA", "ES256K", None, ["RS256"]]
 )
 async def test_only_signatures_by_a_key_pair_count(algorithm: Any, issuers: Issuers, issuer: FakeIssuer) -> None:
-    """No signature at all is none, however it is written, with and without something in its place."""
+    """`none` is rejected in any spelling, with or without a signature."""
     for signature in (b"", b"x"):
         token = made({"alg": algorithm, "kid": "first", "typ": "JWT"}, claims_of(issuer.url), signature)
-        assert (await judged(issuers, token)).reason == "token of an algorithm that is not taken"
+        assert (await verified(issuers, token)).reason == "token with an unsupported algorithm"
     assert not issuer.asked
 
 
-async def test_a_key_is_good_for_its_own_algorithm_alone(issuers: Issuers, issuer: FakeIssuer) -> None:
+async def test_a_key_is_valid_for_its_own_algorithm_only(issuers: Issuers, issuer: FakeIssuer) -> None:
     """Whatever the token's header says."""
     issuer.jwks = {"keys": [jwk(issuer.key, "first", alg="RS256"), jwk(ec_key("p256"), "curve")]}
     for kid, algorithm in (("first", "RS512"), ("first", "ES256"), ("curve", "ES384"), ("curve", "RS256")):
         token = made({"alg": algorithm, "kid": kid}, claims_of(issuer.url))
-        assert (await judged(issuers, token)).reason == "token of another algorithm than its key's"
+        assert (await verified(issuers, token)).reason == "token with an algorithm that its key does not allow"
 
 
-async def test_a_changed_token_is_not_good(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """Neither with other claims, nor another header, nor another signature."""
+async def test_a_changed_token_is_invalid(issuers: Issuers, issuer: FakeIssuer) -> None:
+    """Changed claims, headers or signatures are detected."""
     head, claims, signature = issuer.token().split(".")
     other = issuer.token(roles=["admin"])
     for token in (
@@ -236,38 +234,38 @@ async def test_a_changed_token_is_not_good(issuers: Issuers, issuer: FakeIssuer)
         f"{head}.{claims}.{part(b'x')}",
         f"{head}.{claims}.",
     ):
-        assert (await judged(issuers, token)).reason == "token with a wrong signature"
+        assert (await verified(issuers, token)).reason == "token with a wrong signature"
 
 
 async def test_a_key_that_the_token_brings_along_is_not_used(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """`jwk`, `jku`, `x5u` and `x5c` in its header mean nothing: no URL of a client's is ever asked."""
+    """`jwk`, `jku`, `x5u` and `x5c` in the header are ignored: no URL of a client is ever fetched."""
     good = issuer.jwks
     issuer.key = rsa_key("attacker")
     issuer.jwks = good
     for header in ({"jwk": jwk(issuer.key, "first")}, {"jku": issuer.url + "/mine"}, {"x5u": issuer.url + "/mine"}):
-        assert (await judged(issuers, issuer.token(headers=header))).reason == "token with a wrong signature"
+        assert (await verified(issuers, issuer.token(headers=header))).reason == "token with a wrong signature"
     assert not any("mine" in path for path in issuer.asked)
 
 
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ({"kid": None}, "token that names no key"),
-        ({"kid": ""}, "token that names no key"),
-        ({"kid": 7}, "token that names no key"),
-        ({"kid": "another"}, "token of an unknown key"),
-        ({"kid": "../../etc/passwd"}, "token of an unknown key"),
+        ({"kid": None}, "token without a key id"),
+        ({"kid": ""}, "token without a key id"),
+        ({"kid": 7}, "token without a key id"),
+        ({"kid": "another"}, "token with an unknown key"),
+        ({"kid": "../../etc/passwd"}, "token with an unknown key"),
         ({"crit": ["exp"], "exp": 1}, "token with a critical header"),
         ({"crit": []}, "token with a critical header"),
         ({"b64": False}, "malformed token"),
     ],
 )
-async def test_what_a_header_must_say(
+async def test_required_headers_of_a_token(
     header: dict[str, Any], reason: str, issuers: Issuers, issuer: FakeIssuer
 ) -> None:
-    """Which key; and nothing that one would have to understand."""
+    """A key id, and no critical extension."""
     token = made({"alg": "RS256", "kid": "first", **header}, claims_of(issuer.url))
-    assert (await judged(issuers, token)).reason == reason
+    assert (await verified(issuers, token)).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -282,19 +280,19 @@ async def test_what_a_header_must_say(
         "eyJh.a.a",
     ],
 )
-async def test_garbage_is_only_garbage(token: str, issuers: Issuers) -> None:
-    """Whatever looks like a token from afar."""
-    assert (await judged(issuers, token)).identity is None
+async def test_malformed_tokens_are_invalid(token: str, issuers: Issuers) -> None:
+    """Malformed tokens are rejected."""
+    assert (await verified(issuers, token)).identity is None
 
 
 @given(header=st.binary(max_size=40), claims=st.binary(max_size=40), signature=st.binary(max_size=10))
-def test_no_garbage_breaks_anything(header: bytes, claims: bytes, signature: bytes) -> None:
-    """Any three parts of bytes are judged, to be nobody's."""
+def test_random_bytes_cause_no_error(header: bytes, claims: bytes, signature: bytes) -> None:
+    """Any three parts of bytes are rejected without an error."""
     issuers = Issuers([Issuer("https://x.example.com", ("a",))], aiohttp.ClientSession)
     for head in (header, b'{"a' + header, b'{"a": "' + header + b'"}'):
         token = ".".join(map(part, (head, claims, signature)))
-        judgement = asyncio.run(issuers.judge(bearer(token))) if token else None
-        assert judgement is None or judgement.identity is None
+        verification = asyncio.run(issuers.verify(bearer(token))) if token else None
+        assert verification is None or verification.identity is None
 
 
 @pytest.mark.parametrize(
@@ -309,99 +307,99 @@ def test_no_garbage_breaks_anything(header: bytes, claims: bytes, signature: byt
         {"Authorization": "Bearer eyJ" + "a" * 20_000 + ".a.a"},
     ],
 )
-async def test_what_presents_no_token_is_not_judged(headers: dict[str, str], issuers: Issuers) -> None:
-    """A key is none, nor is what cannot be a key: that is for the stage that asks for one to refuse."""
-    assert await issuers.judge(Headers(headers)) is None
+async def test_a_request_without_a_token_is_not_verified(headers: dict[str, str], issuers: Issuers) -> None:
+    """A key is no token, and neither is a malformed key: the stage that needs a key rejects it."""
+    assert await issuers.verify(Headers(headers)) is None
 
 
-async def test_a_browser_s_websocket_may_present_one(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """As the subprotocol in which it presents keys."""
+async def test_a_browser_s_websocket_can_present_a_token(issuers: Issuers, issuer: FakeIssuer) -> None:
+    """As the subprotocol for keys."""
     headers = Headers({"Sec-WebSocket-Protocol": f"realtime, openai-insecure-api-key.{issuer.token()}"})
-    judgement = await issuers.judge(headers)
-    assert judgement is not None
-    assert judgement.identity is not None
+    verification = await issuers.verify(headers)
+    assert verification is not None
+    assert verification.identity is not None
 
 
 # -- tokens that are known, and keys that change ------------------------------------------------------
 
 
-async def test_a_known_token_is_one_look_up(
+async def test_a_cached_token_is_not_verified_again(
     issuers: Issuers, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its signature is not checked again; until it expires."""
+    """Its signature is not verified again until it expires."""
     token = issuer.token(exp=int(time.time()) + 100)
-    first = await judged(issuers, token)
+    first = await verified(issuers, token)
     monkeypatch.setattr(issuers, "_verify", None)
-    assert await judged(issuers, token) is first
+    assert await verified(issuers, token) is first
 
 
-async def test_a_known_token_expires(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
-    """To the second at which it would not have been taken anew."""
+async def test_a_cached_token_expires(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
+    """To the second."""
     token = issuer.token(exp=int(time.time()) + 100)
     passing.passed = 150
-    assert (await judged(issuers, token)).identity is not None
+    assert (await verified(issuers, token)).identity is not None
     passing.passed = 161
-    assert (await judged(issuers, token)).reason == "expired token"
+    assert (await verified(issuers, token)).reason == "expired token"
 
 
-async def test_a_known_token_is_as_good_as_its_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
-    """After a rotation a token of the new key is good at once; the old one's is no longer, known or not."""
+async def test_a_cached_token_is_invalid_without_its_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
+    """After a rotation a token with the new key is valid at once; one with the old key is not, cached or not."""
     old = issuer.token()
-    assert (await judged(issuers, old)).identity is not None
+    assert (await verified(issuers, old)).identity is not None
     issuer.rotate("second", keep=True)
     passing.passed += 31
-    assert (await judged(issuers, issuer.token())).identity is not None
-    assert (await judged(issuers, old)).identity is not None
+    assert (await verified(issuers, issuer.token())).identity is not None
+    assert (await verified(issuers, old)).identity is not None
     issuer.rotate("third")
     passing.passed += 31
-    assert (await judged(issuers, issuer.token())).identity is not None
-    assert (await judged(issuers, old)).reason == "token of an unknown key"
+    assert (await verified(issuers, issuer.token())).identity is not None
+    assert (await verified(issuers, old)).reason == "token with an unknown key"
 
 
-async def test_another_key_of_the_same_name_is_another_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
-    """A known token is none of its."""
+async def test_a_new_key_with_the_same_id_is_another_key(issuers: Issuers, issuer: FakeIssuer, passing: Time) -> None:
+    """A cached token is not accepted with the new key."""
     old = issuer.token()
-    assert (await judged(issuers, old)).identity is not None
+    assert (await verified(issuers, old)).identity is not None
     issuer.key = rsa_key("another")
     issuer.jwks = {"keys": [jwk(issuer.key, "first")]}
     (_, keys) = issuers._issuers[issuer.url]
-    await keys._fetching.refresh()
-    assert (await judged(issuers, old)).reason == "token with a wrong signature"
-    assert (await judged(issuers, issuer.token())).identity is not None
+    await keys._refresh.refresh()
+    assert (await verified(issuers, old)).reason == "token with a wrong signature"
+    assert (await verified(issuers, issuer.token())).identity is not None
 
 
-async def test_only_so_many_tokens_are_remembered(
+async def test_the_cache_of_tokens_is_bounded(
     issuers: Issuers, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that was not seen for longest is forgotten first."""
-    monkeypatch.setattr("gateway.auth.oidc._MAX_KNOWN", 3)
+    """The least recently used one is dropped first."""
+    monkeypatch.setattr("gateway.auth.oidc._MAX_CACHED", 3)
     tokens = [issuer.token(jti=str(number)) for number in range(4)]
     for token in (*tokens[:3], tokens[0], tokens[3]):
-        await judged(issuers, token)
-    assert list(issuers._known) == [key_digest(tokens[number]) for number in (2, 0, 3)]
+        await verified(issuers, token)
+    assert list(issuers._verified) == [key_digest(tokens[number]) for number in (2, 0, 3)]
 
 
-async def test_a_token_is_not_judged_while_its_issuer_is_down(issuers: Issuers, issuer: FakeIssuer) -> None:
-    """It may well be good; what can be told to be wrong without a key is wrong all the same."""
+async def test_a_token_cannot_be_verified_while_its_issuer_is_down(issuers: Issuers, issuer: FakeIssuer) -> None:
+    """It may be valid; a token that is invalid without looking at its signature is still rejected."""
     issuer.status = 500
-    judgement = await judged(issuers, issuer.token())
-    assert judgement.identity is None
-    assert judgement.reason == "token that cannot be checked"
-    assert judgement.retry_after is not None
-    assert (await judged(issuers, issuer.token(aud="x"))).retry_after is None
+    verification = await verified(issuers, issuer.token())
+    assert verification.identity is None
+    assert verification.reason == "token that cannot be verified"
+    assert verification.retry_after is not None
+    assert (await verified(issuers, issuer.token(aud="x"))).retry_after is None
 
 
 async def test_each_issuer_has_its_own_keys_and_audience(session: aiohttp.ClientSession) -> None:
-    """A token is judged by those of the one that it names, never by another's."""
+    """A token is verified with the keys of its issuer, never with those of another."""
     async with FakeIssuer() as one, FakeIssuer() as two:
         two.rotate("second")
         issuers = Issuers([Issuer(one.url, ("a",)), Issuer(two.url, ("b",))], lambda: session)
-        assert (await judged(issuers, one.token(aud="a"))).identity is not None
-        assert (await judged(issuers, two.token(aud="b"))).identity is not None
-        assert (await judged(issuers, two.token(aud="a"))).reason == "token for another audience"
-        assert (await judged(issuers, two.token(aud="a", iss=one.url))).reason == "token of an unknown key"
+        assert (await verified(issuers, one.token(aud="a"))).identity is not None
+        assert (await verified(issuers, two.token(aud="b"))).identity is not None
+        assert (await verified(issuers, two.token(aud="a"))).reason == "token for another audience"
+        assert (await verified(issuers, two.token(aud="a", iss=one.url))).reason == "token with an unknown key"
         two.kid = "first"
-        assert (await judged(issuers, two.token(aud="a", iss=one.url))).reason == "token with a wrong signature"
+        assert (await verified(issuers, two.token(aud="a", iss=one.url))).reason == "token with a wrong signature"
 
 
 # -- claims -------------------------------------------------------------------------------------------
@@ -448,8 +446,8 @@ CLAIMS: dict[str, Any] = {
         ({}, False),
     ],
 )
-def test_claims_that_a_team_wants(wanted: dict[str, list[str]], has: bool) -> None:
-    """All that it names, each with one of its values, to the letter; scopes are words of one text."""
+def test_claims_that_a_team_requires(wanted: dict[str, list[str]], has: bool) -> None:
+    """All required claims, each with one of its values, exactly; scopes are a space-separated list."""
     assert Identity(CLAIMS, "ann").has(wanted) == has
 
 
@@ -489,10 +487,10 @@ async def gateway(start_gateway: StartGateway, azure: FakeAzure, issuer: FakeIss
         ("/v1", {"roles": ["everyone"]}, "default"),
     ],
 )
-async def test_the_claims_say_whose_it_is(
+async def test_the_claims_decide_the_team(
     path: str, claims: dict[str, Any], team: str, gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer
 ) -> None:
-    """The first team, in the order of the files, whose claims a token has; Azure is shown the resource's key."""
+    """The first team, in the order of the files, whose claims a token has; Azure gets the key of the resource."""
     async with gateway.post(f"{path}/chat/completions", BODY, key=issuer.token(**claims)) as answer:
         assert answer.status == 200, await answer.text()
     assert azure.requests[0].path.split("/")[3] == team
@@ -502,12 +500,12 @@ async def test_the_claims_say_whose_it_is(
     assert (event["team"], event["caller"].partition("@")[0], event.get("auth")) == (team, "oid-ann", None)
 
 
-async def test_every_wrong_token_is_the_same_401(gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer) -> None:
-    """As every wrong key is; the reason is in the log event, and nothing of a token or its claims is but the caller."""
+async def test_every_invalid_token_is_the_same_401(gateway: Gateway, azure: FakeAzure, issuer: FakeIssuer) -> None:
+    """As with every wrong key; the log event has the reason, and of the token only the caller."""
     tokens = [
         ("/v1", issuer.token(exp=1), "expired token", None),
         ("/v1", issuer.token(aud="x"), "token for another audience", None),
-        ("/v1", made({"alg": "none"}, claims_of(issuer.url)), "token that names no key", None),
+        ("/v1", made({"alg": "none"}, claims_of(issuer.url)), "token without a key id", None),
         ("/v1", issuer.token(roles=["secret-role"]), "token of no member", "oid-ann"),
         ("/path/v1", issuer.token(roles=["sales"]), "token of no member", "oid-ann"),
         ("/v1", "K-unknown", "unknown key", None),
@@ -540,11 +538,11 @@ async def test_keys_and_tokens_live_side_by_side(gateway: Gateway) -> None:
 async def test_an_issuer_that_is_down_is_a_503(
     start_gateway: StartGateway, azure: FakeAzure, issuer: FakeIssuer
 ) -> None:
-    """The gateway starts without it; tokens that it could have signed may come again, keys and others do not wait."""
+    """The gateway starts without it; its tokens get 503 with Retry-After, keys and other tokens do not wait."""
     issuer.status = 500
     azure.deployments, azure.api_key = ("path",), "stored-key"
     gateway = await start_gateway(azure.endpoint, YAML, FILES, env={"ISSUER": issuer.url})
-    await until(lambda: any("cannot be had" in event["event"] for event in gateway.events))
+    await until(lambda: any(event["event"] == "issuer_keys_fetch_failed" for event in gateway.events))
     for path in ("/v1", "/path/v1"):
         async with gateway.post(f"{path}/chat/completions", BODY, key=issuer.token()) as answer:
             assert answer.status == 503
@@ -558,7 +556,7 @@ async def test_an_issuer_that_is_down_is_a_503(
 
 
 async def test_an_issuer_that_goes_down_later_is_not_noticed(gateway: Gateway, issuer: FakeIssuer) -> None:
-    """The keys that were fetched go on being good, for tokens that were never seen before as well."""
+    """The cached keys stay valid, also for new tokens."""
     await until(lambda: issuer.fetches)
     async with gateway.post(json=BODY, key=issuer.token(roles=["sales"])) as answer:
         assert answer.status == 200
@@ -610,8 +608,8 @@ async def test_a_herd_of_tokens_makes_one_fetch(gateway: Gateway, issuer: FakeIs
     assert issuer.fetches == 2
 
 
-async def test_a_gateway_without_identity_judges_nothing(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A token is a key like any other then."""
+async def test_a_gateway_without_identity_verifies_nothing(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A token is treated like any key."""
     yaml = f"""
 resources: {{azure: {{endpoint: "${{ENDPOINT}}", api_key: stored-key}}}}
 match: {{keys: ["{key_digest("K")}"]}}
@@ -629,7 +627,7 @@ pipeline: [access_log, auth_keys, model_map, api_version]
 
 
 def test_the_library_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is not installed, `identity:` is a mistake with its place, and says how to install it."""
+    """If it is not installed, `identity:` is a mistake with file and line that says how to install it."""
     monkeypatch.setattr(config_identity, "find_spec", lambda name: None)
     yaml = YAML.replace("${ISSUER}", "https://login.example.com").replace("${ENDPOINT}", "https://x.openai.azure.com")
     with pytest.raises(ConfigError) as raised:
@@ -639,8 +637,8 @@ def test_the_library_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "pip install 'azure-openai-gateway[identity]'" in mistake.message
 
 
-def test_the_library_is_loaded_only_where_it_is_used() -> None:
-    """No start without `identity:` pays for it."""
+def test_the_library_is_imported_only_if_it_is_used() -> None:
+    """A start without `identity:` does not import it."""
     import subprocess
     import sys
 
@@ -648,8 +646,8 @@ def test_the_library_is_loaded_only_where_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-async def test_asking_for_an_identity_that_cannot_be_judged_is_an_error() -> None:
-    """So that no stage of anybody's takes it for nobody's: it could not tell the client to come again."""
+async def test_reading_an_identity_that_cannot_be_verified_is_an_error() -> None:
+    """Otherwise a stage could treat it as no identity, and the client would not learn to retry."""
     from gateway.testing import running
 
     async with running() as run:
@@ -657,8 +655,8 @@ async def test_asking_for_an_identity_that_cannot_be_judged_is_an_error() -> Non
     request = sent.reached
     assert request is not None
     assert (request.identity, request.unidentified) == (None, None)
-    request._judgement = TokenVerification(reason="token that cannot be checked", retry_after=0.2)
+    request._judgement = TokenVerification(reason="token that cannot be verified", retry_after=0.2)
     with pytest.raises(ApiError) as raised:
         _ = request.copy().identity
     assert (raised.value.status, raised.value.headers) == (503, {"retry-after": "1"})
-    assert request.unidentified == "token that cannot be checked"
+    assert request.unidentified == "token that cannot be verified"

@@ -180,7 +180,7 @@ async def test_without_a_token_the_client_is_told_when_to_come_back(
             assert int(answer.headers["retry-after"]) >= 1
         assert "tid" not in content["error"]["message"]
         assert azure.requests == []
-        reasons = [event["reason"] for event in gateway.events if event["event"] == "an Entra token cannot be had"]
+        reasons = [event["reason"] for event in gateway.events if event["event"] == "entra_token_fetch_failed"]
         assert any("AADSTS90033" in reason for reason in reasons)
         entra.away = False
         async with asyncio.timeout(30):

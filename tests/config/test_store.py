@@ -121,7 +121,7 @@ async def test_counters_outlive_a_reload(tmp_path: Path) -> None:
     assert isinstance(first.store, MemoryCounters)
     second = read("store: redis://one")
     assert isinstance(second.store, RedisCounters)
-    assert second.store.place.host == "one"
+    assert second.store.url.host == "one"
     assert read("store: redis://one:6379/0") is second
     with pytest.raises(ConfigError):
         read("store: redis://two\nunknown: 1")

@@ -1,4 +1,4 @@
-"""Counters: what may be used, whoever counts it, beside a slow and exact model of it."""
+"""All stores of counters on this machine, compared to a slow and exact model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gateway.limits import shared_counters as shared_module
 from gateway.limits.counters import CountersUnavailable
 from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.shared_counters import SharedCounters, make_table
-from gateway.limits.token_bucket import NONE, Charge, Decision, Limit, calendar
+from gateway.limits.token_bucket import EMPTY, Charge, Decision, Limit, calendar_period
 from gateway.limits.wait_queue import WaitQueue
 from tests.conftest import until
 from tests.counting import Model, close_to
 
 START = 1_800_000_000.0
-RULES = [
+LIMITS = [
     Limit(60, "minute"),
     Limit(100, "minute", 7),
     Limit(7, "minute"),
@@ -58,15 +58,15 @@ def make(request: pytest.FixtureRequest) -> Make:
     return STORES[request.param]
 
 
-# One thing that happens: time passes (in 64ths of a second, which doubles have exactly), or charges are taken, or one
-# of those taken is settled.
+# An event: time passes (in 64ths of a second, which doubles represent exactly), charges are taken, or a decision is
+# settled.
 EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("pass"), st.one_of(st.integers(0, 64 * 30), st.integers(0, 64 * 86_400 * 20))),
         st.tuples(
             st.just("take"),
             st.lists(
-                st.tuples(st.integers(0, len(RULES) - 1), st.integers(0, 40), st.booleans()),
+                st.tuples(st.integers(0, len(LIMITS) - 1), st.integers(0, 40), st.booleans()),
                 min_size=1,
                 max_size=3,
                 unique_by=lambda each: each[0],
@@ -81,51 +81,53 @@ EVENTS = st.lists(
 
 
 async def play(counters: Any, clock: Clock, events: list[Any], *, in_order: bool) -> None:
-    """Let events happen to counters and to the model, and compare what they say."""
+    """Replay events on the counters and on the model, and compare the results."""
     model = Model()
     taken: list[tuple[Decision, list[Any]]] = []
-    told = list(range(len(RULES)))
+    told = list(range(len(LIMITS)))
     for kind, what in events:
         if kind == "pass":
             clock.now += what / 64
         elif kind == "take":
-            charges = [Charge(f"name {rule}", RULES[rule], float(cost), shadow=shadow) for rule, cost, shadow in what]
-            verdict = await counters.take(charges)
+            charges = [
+                Charge(f"name {limit}", LIMITS[limit], float(cost), shadow=shadow) for limit, cost, shadow in what
+            ]
+            decision = await counters.take(charges)
             over, held = model.take(charges, Fraction(clock.now))
             if in_order:
-                assert list(verdict.over) == over
+                assert list(decision.over) == over
             else:
-                # It never gives room that there is not.
-                assert set(over) <= set(verdict.over)
-                if set(over) != set(verdict.over):
+                # It never has more room than the model.
+                assert set(over) <= set(decision.over)
+                if set(over) != set(decision.over):
                     return  # from here on they differ, on the safe side
-            if not verdict.refused:
-                taken.append((verdict, held))
+            if not decision.refused:
+                taken.append((decision, held))
         elif taken:
             place, actual = what
-            verdict, held = taken.pop(0 if in_order else place % len(taken))
+            decision, held = taken.pop(0 if in_order else place % len(taken))
             used = [float(each) for each in actual[: len(held)]]
-            counters.settle(verdict, used)
+            counters.settle(decision, used)
             model.settle(held, list(used), Fraction(clock.now))
-    for rule in told:
-        charge = Charge(f"name {rule}", RULES[rule], 0.0)
-        verdict = await counters.take([charge])
+    for limit in told:
+        charge = Charge(f"name {limit}", LIMITS[limit], 0.0)
+        decision = await counters.take([charge])
         exact = model.level(charge, Fraction(clock.now))
-        if charge.rule.period == "at_once" or not in_order:
+        if charge.limit.period == "at_once" or not in_order:
             continue
-        assert close_to(verdict.records[0][0], exact), charge
+        assert close_to(decision.records[0][0], exact), charge
 
 
 @given(EVENTS)
 def test_as_the_exact_model_says_in_memory(events: list[Any]) -> None:
-    """What is settled in the order in which it was taken is counted exactly."""
+    """Charges that are settled in the order of the takes count exactly."""
     clock = Clock()
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=True))
 
 
 @given(EVENTS)
 def test_never_more_room_than_the_exact_model_has(events: list[Any]) -> None:
-    """What is settled in any other order may give back less than it could, and never more."""
+    """Charges that are settled in another order may give back less, never more."""
     clock = Clock()
     asyncio.run(play(MemoryCounters(clock), clock, events, in_order=False))
 
@@ -147,8 +149,8 @@ def test_as_the_exact_model_says_among_workers(events: list[Any], in_order: bool
     st.sampled_from([Limit(60, "minute"), Limit(600, "minute", 30), Limit(7, "minute")]),
     st.lists(st.tuples(st.integers(0, 64 * 20), st.integers(1, 30), st.floats(0, 1), st.integers(0, 3)), max_size=80),
 )
-def test_what_is_used_never_passes_the_limit(rule: Limit, uses: list[tuple[int, int, float, int]]) -> None:
-    """In no time is more used than the burst and what the rate gives in it, if no use was more than its estimate.
+def test_what_is_used_never_passes_the_limit(limit: Limit, uses: list[tuple[int, int, float, int]]) -> None:
+    """In no time is the use above the burst plus the rate, if no use exceeds its estimate.
 
     However many run at once, and in whatever order they end: that is the bound that `rate_limit` promises.
     """
@@ -160,12 +162,12 @@ def test_what_is_used_never_passes_the_limit(rule: Limit, uses: list[tuple[int, 
         done: list[tuple[float, float]] = []
         for passed, cost, share, ends in uses:
             clock.now += passed / 64
-            verdict = await counters.take([Charge("x", rule, float(cost))])
-            if not verdict.refused:
-                running.append((verdict, clock.now, float(int(cost * share))))
+            decision = await counters.take([Charge("x", limit, float(cost))])
+            if not decision.refused:
+                running.append((decision, clock.now, float(int(cost * share))))
             for _ in range(min(ends, len(running))):
-                verdict, began, used = running.pop(len(running) // 2)
-                counters.settle(verdict, [used])
+                decision, began, used = running.pop(len(running) // 2)
+                counters.settle(decision, [used])
                 done.append((began, used))
         done += [(began, used) for _, began, used in running]
         done.sort()
@@ -173,91 +175,91 @@ def test_what_is_used_never_passes_the_limit(rule: Limit, uses: list[tuple[int, 
             total = 0.0
             for began, used in done[first:]:
                 total += used
-                # (A step's worth may come back at once, at its end.)
-                allowed = rule.size + rule.limit / 60 * (began - done[first][0] + rule.step)
+                # (One refill may arrive at once.)
+                allowed = limit.capacity + limit.amount / 60 * (began - done[first][0] + limit.refill_interval)
                 assert total <= allowed + 1e-6
 
     asyncio.run(run())
 
 
 async def test_all_or_none(make: Make) -> None:
-    """Where one charge has no room, nothing is taken of the others."""
+    """If one charge has no room, none is taken."""
     counters = make(Clock())
     small, large = Limit(2, "minute"), Limit(100, "minute")
     for _ in range(2):
         assert not (await counters.take([Charge("a", small), Charge("b", large)])).refused
     refused = await counters.take([Charge("b", large), Charge("a", small)])
     assert (refused.refused, list(refused.over)) == (True, [1])
-    assert refused.left(0) == 98
-    assert (await counters.take([Charge("b", large, 0.0)])).left(0) == 98
+    assert refused.remaining(0) == 98
+    assert (await counters.take([Charge("b", large, 0.0)])).remaining(0) == 98
 
 
 async def test_a_shadow_is_counted_and_refuses_nothing(make: Make) -> None:
-    """It is over where it would have refused, and not counted then, as a refused one is not."""
+    """A shadow charge without room is reported as over, and does not count."""
     counters = make(Clock())
     for number in range(4):
-        verdict = await counters.take([Charge("a", Limit(2, "minute"), shadow=True), Charge("b", Limit(9, "minute"))])
-        assert not verdict.refused
-        assert list(verdict.over) == ([0] if number > 1 else [])
-        assert verdict.left(1) == 8 - number
+        decision = await counters.take([Charge("a", Limit(2, "minute"), shadow=True), Charge("b", Limit(9, "minute"))])
+        assert not decision.refused
+        assert list(decision.over) == ([0] if number > 1 else [])
+        assert decision.remaining(1) == 8 - number
 
 
-async def test_a_verdict_is_settled_once(make: Make) -> None:
+async def test_a_decision_is_settled_once(make: Make) -> None:
     """A second time changes nothing."""
     counters = make(Clock())
-    verdict = await counters.take([Charge("a", Limit(10, "day"), 8.0)])
+    decision = await counters.take([Charge("a", Limit(10, "day"), 8.0)])
     for _ in range(3):
-        counters.settle(verdict, [3.0])
-    assert (await counters.take([Charge("a", Limit(10, "day"), 0.0)])).left(0) == 7
+        counters.settle(decision, [3.0])
+    assert (await counters.take([Charge("a", Limit(10, "day"), 0.0)])).remaining(0) == 7
 
 
-async def test_what_has_drained_does_not_come_back() -> None:
-    """A reservation that failed after a minute makes no room for others: it takes up none any more."""
+async def test_a_drained_reservation_gives_nothing_back() -> None:
+    """A reservation that has drained makes no room for others when its request fails."""
     clock = Clock()
     counters = MemoryCounters(clock)
-    rule = Limit(60, "minute")
-    first = await counters.take([Charge("a", rule, 60.0)])
+    limit = Limit(60, "minute")
+    first = await counters.take([Charge("a", limit, 60.0)])
     clock.now += 60
-    assert not (await counters.take([Charge("a", rule, 60.0)])).refused
+    assert not (await counters.take([Charge("a", limit, 60.0)])).refused
     counters.settle(first, [0.0])
-    assert (await counters.take([Charge("a", rule, 1.0)])).refused
+    assert (await counters.take([Charge("a", limit, 1.0)])).refused
 
 
-async def test_what_was_used_beyond_the_estimate_counts() -> None:
-    """The room it took has to come back first."""
+async def test_use_above_the_estimate_counts() -> None:
+    """The excess must be refilled before there is room."""
     clock = Clock()
     counters = MemoryCounters(clock)
-    rule = Limit(60, "minute")
-    verdict = await counters.take([Charge("a", rule, 10.0)])
-    counters.settle(verdict, [100.0])
-    refused = await counters.take([Charge("a", rule, 1.0)])
-    assert (refused.refused, refused.left(0), refused.wait(0)) == (True, 0, 50.0)
+    limit = Limit(60, "minute")
+    decision = await counters.take([Charge("a", limit, 10.0)])
+    counters.settle(decision, [100.0])
+    refused = await counters.take([Charge("a", limit, 1.0)])
+    assert (refused.refused, refused.remaining(0), refused.retry_after(0)) == (True, 0, 50.0)
 
 
 async def test_days_and_months_are_the_calendar_s(make: Make) -> None:
-    """In UTC; what began yesterday gives nothing back today."""
+    """In UTC; a charge of yesterday gives nothing back today."""
     clock = Clock()
     clock.now = datetime.datetime(2028, 2, 28, 23, 59, 30, tzinfo=datetime.UTC).timestamp()
     counters = make(clock)
     charges = [Charge("day", Limit(10, "day"), 10.0), Charge("month", Limit(25, "month"), 10.0)]
-    verdict = await counters.take(charges)
-    assert (verdict.reset(0), verdict.reset(1)) == (30.0, 86_430.0)
+    decision = await counters.take(charges)
+    assert (decision.reset(0), decision.reset(1)) == (30.0, 86_430.0)
     assert (await counters.take(charges)).refused
     clock.now += 31
     assert not (await counters.take(charges)).refused
-    counters.settle(verdict, [0.0, 0.0])
+    counters.settle(decision, [0.0, 0.0])
     refused = await counters.take(charges)
     assert list(refused.over) == [0]
-    assert refused.left(1) == 15
+    assert refused.remaining(1) == 15
     clock.now += 86_400
     assert not (await counters.take(charges)).refused
 
 
 @given(st.datetimes(datetime.datetime(1971, 1, 1), datetime.datetime(2200, 1, 1)))
 def test_the_month_of_any_moment(moment: datetime.datetime) -> None:
-    """Its first moment, and the next one's."""
+    """Return the start of the period, and of the next one."""
     moment = moment.replace(tzinfo=datetime.UTC)
-    start, end = calendar("month", moment.timestamp())
+    start, end = calendar_period("month", moment.timestamp())
     assert start <= moment.timestamp() < end
     for edge in (start, end):
         assert datetime.datetime.fromtimestamp(edge, datetime.UTC).strftime("%d %H:%M:%S") == "01 00:00:00"
@@ -265,7 +267,7 @@ def test_the_month_of_any_moment(moment: datetime.datetime) -> None:
 
 
 async def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing(make: Make) -> None:
-    """The steps begin anew."""
+    """The refill intervals restart."""
     clock = Clock()
     counters = make(clock)
     await counters.take([Charge("a", Limit(60, "minute"), 60.0)])
@@ -276,53 +278,53 @@ async def test_a_clock_that_is_set_back_gives_nothing_and_takes_nothing(make: Ma
 
 
 async def test_a_limit_that_changed_keeps_its_count(make: Make) -> None:
-    """What was used under a name counts, whatever the rule is now: a reload does not begin anew."""
+    """The use under a name counts for the new limit, too: a reload does not reset it."""
     counters = make(Clock())
     await counters.take([Charge("a", Limit(100, "minute"), 50.0)])
     assert (await counters.take([Charge("a", Limit(60, "minute"), 11.0)])).refused
     assert not (await counters.take([Charge("a", Limit(60, "minute"), 10.0)])).refused
 
 
-async def test_a_limit_that_is_lowered_keeps_nobody_out_for_long(make: Make) -> None:
-    """What was used by the old one has not to be made up for in hours: in ten minutes at most."""
+async def test_a_lowered_limit_does_not_block_callers_for_long(make: Make) -> None:
+    """Callers wait for ten minutes at most after the limit was lowered."""
     clock = Clock()
     counters = make(clock)
     await counters.take([Charge("a", Limit(100_000, "minute"), 100_000.0)])
     refused = await counters.take([Charge("a", Limit(1000, "minute"))])
-    assert (refused.refused, refused.wait(0)) == (True, 610.0)
+    assert (refused.refused, refused.retry_after(0)) == (True, 610.0)
     clock.now += 700
     assert not (await counters.take([Charge("a", Limit(1000, "minute"))])).refused
 
 
-async def test_what_began_before_a_reload_is_settled_by_the_new_limit(make: Make) -> None:
-    """The old one's rate would make room that the new one does not have."""
+async def test_a_charge_from_before_a_reload_is_settled_with_the_new_limit(make: Make) -> None:
+    """The rate of the old limit would make room that the new one does not have."""
     clock = Clock()
     counters = make(clock)
     old, new = Limit(60_000, "minute"), Limit(600, "minute")
     before = await counters.take([Charge("a", old, 10.0)])
     await counters.take([Charge("a", old, 500.0)])
-    assert (await counters.take([Charge("a", new, 90.0)])).left(0) == 0
+    assert (await counters.take([Charge("a", new, 90.0)])).remaining(0) == 0
     clock.now += 10
     counters.settle(before, [10.0 - 1])
-    assert (await counters.take([Charge("a", new, 0.0)])).left(0) == 100
+    assert (await counters.take([Charge("a", new, 0.0)])).remaining(0) == 100
 
 
-async def test_names_that_clients_make_up_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those with the smallest part of their limit in use are forgotten first."""
-    monkeypatch.setattr(memory_module, "_NAMES", 50)
-    monkeypatch.setattr(memory_module, "_MOST_NAMES", 200)
+async def test_invented_names_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names with the smallest use in relation to their limit are dropped first."""
+    monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 50)
+    monkeypatch.setattr(memory_module, "_MAX_NAMES", 200)
     counters = MemoryCounters(Clock())
-    rule = Limit(100, "day")
-    await counters.take([Charge("used up", rule, 100.0)])
+    limit = Limit(100, "day")
+    await counters.take([Charge("used up", limit, 100.0)])
     for number in range(2000):
-        await counters.take([Charge(f"made up {number}", rule)])
+        await counters.take([Charge(f"made up {number}", limit)])
     assert len(counters._records) <= 450
-    assert (await counters.take([Charge("used up", rule)])).refused
+    assert (await counters.take([Charge("used up", limit)])).refused
 
 
-async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there were; those in use stay."""
-    monkeypatch.setattr(memory_module, "_NAMES", 100)
+async def test_unused_names_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names without use are dropped; the others stay."""
+    monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 100)
     clock = Clock()
     counters = MemoryCounters(clock)
     for number in range(100):
@@ -330,12 +332,12 @@ async def test_names_under_which_nothing_is_used_are_forgotten(monkeypatch: pyte
     clock.now += 3600
     for number in range(10):
         await counters.take([Charge(f"b{number}", Limit(60, "minute"))])
-    assert len(counters._records) == len(counters._rules) == 10
+    assert len(counters._records) == len(counters._limits) == 10
 
 
-async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives nothing back to others, and breaks nothing."""
-    monkeypatch.setattr(memory_module, "_NAMES", 10)
+async def test_a_settlement_after_its_name_was_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settlement gives nothing back to others, and does not fail."""
+    monkeypatch.setattr(memory_module, "_SWEEP_ABOVE", 10)
     clock = Clock()
     counters = MemoryCounters(clock)
     late = await counters.take([Charge("late", Limit(60, "minute"), 50.0)])
@@ -355,29 +357,29 @@ async def test_what_is_settled_after_its_name_was_forgotten(monkeypatch: pytest.
         await counters.take([Charge(f"c{number}", Limit(60, "minute"))])
 
 
-async def test_one_that_can_never_pass_keeps_nobody() -> None:
-    """Behind others it is refused at once, and so is one for which a reload has lowered the limit meanwhile."""
-    turns = WaitQueue(MemoryCounters())
-    rule = Limit(1000, "day")
-    await turns.take([Charge("a", rule, 500.0)])
-    waiting = asyncio.create_task(turns.take([Charge("a", rule, 600.0)], wait=0.3, who="x"))
+async def test_a_request_that_can_never_pass_blocks_no_other() -> None:
+    """It is refused at once even if others wait, also after a reload has lowered the limit."""
+    queue = WaitQueue(MemoryCounters())
+    limit = Limit(1000, "day")
+    await queue.take([Charge("a", limit, 500.0)])
+    waiting = asyncio.create_task(queue.take([Charge("a", limit, 600.0)], wait=0.3, caller="x"))
     await asyncio.sleep(0.01)
     async with asyncio.timeout(30):
-        assert (await turns.take([Charge("a", rule, 5000.0)], wait=3600, who="y")).refused
-        assert not (await turns.take([Charge("a", rule, 0.0)], wait=3600, who="y")).refused
+        assert (await queue.take([Charge("a", limit, 5000.0)], wait=3600, caller="y")).refused
+        assert not (await queue.take([Charge("a", limit, 0.0)], wait=3600, caller="y")).refused
     assert (await waiting).refused
     async with asyncio.timeout(30):
-        assert not (await turns.take([Charge("a", rule, 1.0)], wait=3600, who="y")).refused
+        assert not (await queue.take([Charge("a", limit, 1.0)], wait=3600, caller="y")).refused
 
 
-async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
-    """Those behind it need not wait for the next look."""
-    turns = WaitQueue(MemoryCounters())
-    rule = Limit(10, "day")
-    await turns.take([Charge("a", rule, 5.0)])
-    large = asyncio.create_task(turns.take([Charge("a", rule, 6.0)], wait=3600, who="x"))
+async def test_room_is_available_when_a_waiting_request_leaves() -> None:
+    """The requests after it do not wait for the next try."""
+    queue = WaitQueue(MemoryCounters())
+    limit = Limit(10, "day")
+    await queue.take([Charge("a", limit, 5.0)])
+    large = asyncio.create_task(queue.take([Charge("a", limit, 6.0)], wait=3600, caller="x"))
     await asyncio.sleep(0.01)
-    small = asyncio.create_task(turns.take([Charge("a", rule, 1.0)], wait=3600, who="y"))
+    small = asyncio.create_task(queue.take([Charge("a", limit, 1.0)], wait=3600, caller="y"))
     await asyncio.sleep(0.01)
     large.cancel()
     async with asyncio.timeout(30):
@@ -389,7 +391,7 @@ async def test_room_is_there_at_once_when_whoever_waited_has_left() -> None:
 
 @contextlib.asynccontextmanager
 async def two_workers(clock: Clock) -> AsyncIterator[tuple[SharedCounters, SharedCounters]]:
-    """Two sides of one table, as two processes have them."""
+    """The counters of two workers in one table."""
     table = make_table()
     one, two = SharedCounters(table, clock), SharedCounters(os.dup(table), clock)
     yield one, two
@@ -398,15 +400,15 @@ async def two_workers(clock: Clock) -> AsyncIterator[tuple[SharedCounters, Share
 
 
 async def test_workers_share_every_limit() -> None:
-    """What one has taken is taken; what it holds at once as well, until it gives it back or is gone."""
+    """A take of one worker counts for all; concurrent use counts until it is given back or the worker ends."""
     async with two_workers(Clock()) as (one, two):
-        for rule in (Limit(3, "minute"), Limit(3, "day"), Limit(3, "at_once")):
-            charge = [Charge(rule.period, rule)]
-            verdicts = [await each.take(charge) for each in (one, two, one)]
-            assert not any(each.refused for each in verdicts)
+        for limit in (Limit(3, "minute"), Limit(3, "day"), Limit(3, "at_once")):
+            charge = [Charge(limit.period, limit)]
+            decisions = [await each.take(charge) for each in (one, two, one)]
+            assert not any(each.refused for each in decisions)
             assert (await one.take(charge)).refused
             assert (await two.take(charge)).refused
-            two.settle(verdicts[1], [0.0])
+            two.settle(decisions[1], [0.0])
             assert not (await one.take(charge)).refused
 
 
@@ -420,7 +422,7 @@ async def main():
     counters = SharedCounters(int(sys.argv[1]))
 
     async def take(*charges):
-        while True:  # one that has the lock may not run for a while; nothing is counted then
+        while True:  # the process with the lock may be descheduled; takes fail meanwhile
             try:
                 return await counters.take(charges)
             except CountersUnavailable:
@@ -466,7 +468,7 @@ def hear(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow
 async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, list[subprocess.Popen[str]]]) -> None:
-    """Three at once take 9,000 of 5,000: exactly 5,000. What a killed one held at once is free again."""
+    """Three workers try to take 9,000 of 5,000 and get exactly 5,000. A killed worker releases its concurrent use."""
     table, processes = workers
     for each in processes:
         assert hear(each) == "ready"
@@ -479,9 +481,9 @@ async def test_processes_that_race_keep_the_limit_exactly(workers: tuple[int, li
     for each in processes:
         each.kill()
         each.wait()
-    after = SharedCounters(os.dup(table))  # as the worker that replaces one
-    verdicts = [await after.take(held) for _ in range(10)]
-    assert [each.refused for each in verdicts] == [False] * 9 + [True]
+    after = SharedCounters(os.dup(table))  # as a replacement worker does
+    decisions = [await after.take(held) for _ in range(10)]
+    assert [each.refused for each in decisions] == [False] * 9 + [True]
     await counters.close()
     await after.close()
 
@@ -495,12 +497,12 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @pytest.mark.slow
-async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
-    """While it has the lock: limits are not counted then, as when a store is away, and what was to be settled waits."""
+async def test_a_stopped_worker_blocks_no_other() -> None:
+    """While a stopped worker holds the lock, takes fail as with an unavailable store, and settlements wait."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
     charge = [Charge("x", Limit(10, "day"), 8.0)]
-    verdict = await counters.take(charge)
+    decision = await counters.take(charge)
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(table)], pass_fds=[table], stdout=subprocess.PIPE, text=True
     )
@@ -510,30 +512,30 @@ async def test_a_worker_that_was_stopped_holds_nobody_up() -> None:
             for _ in range(20):
                 with pytest.raises(CountersUnavailable):
                     await counters.take(charge)
-            counters.settle(verdict, [1.0])
+            counters.settle(decision, [1.0])
             await until(lambda: Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
     finally:
         holder.kill()
         holder.communicate()
-    assert (await counters.take([Charge("x", Limit(10, "day"), 0.0)])).left(0) == 9
+    assert (await counters.take([Charge("x", Limit(10, "day"), 0.0)])).remaining(0) == 9
     await counters.close()
 
 
-async def test_a_process_of_the_same_number_is_another() -> None:
-    """By when it began: what the one before it held is free."""
+async def test_a_process_with_a_reused_pid_is_another() -> None:
+    """The start time distinguishes them: the concurrent use of the earlier process is free."""
     table = make_table()
     counters = SharedCounters(os.dup(table))
     await counters.take([Charge("x", Limit(3, "at_once"), 2.0)])
-    place, number, began = shared_module._PLACE.unpack_from(counters._table, 0)
-    assert (place, number, began) == (os.getpid(), 1, shared_module._began(os.getpid()))
-    shared_module._PLACE.pack_into(counters._table, 0, os.getpid(), 1, began - 1)
+    place, number, began = shared_module._WORKER.unpack_from(counters._table, 0)
+    assert (place, number, began) == (os.getpid(), 1, shared_module._start_time(os.getpid()))
+    shared_module._WORKER.pack_into(counters._table, 0, os.getpid(), 1, began - 1)
     after = SharedCounters(os.dup(table))
     assert (await after.take([Charge("x", Limit(3, "at_once"), 3.0)])).refused is False
     await after.close()
 
 
-async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says so once; rows of which nothing is left are taken first."""
+async def test_a_full_table_drops_the_least_used_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It logs this once. Expired rows are reused first."""
     monkeypatch.setattr(shared_module, "_ROWS", 64)
     clock = Clock()
     counters = SharedCounters(make_table(), clock)
@@ -553,55 +555,55 @@ async def test_a_full_table_gives_up_what_is_least_used(monkeypatch: pytest.Monk
 # -- waiting for room ----------------------------------------------------------------------------------
 
 
-async def test_one_who_waits_gets_what_is_given_back() -> None:
-    """As soon as it is."""
-    turns = WaitQueue(MemoryCounters())
+async def test_a_waiting_request_gets_released_room() -> None:
+    """The request continues as soon as another gives back its use."""
+    queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
-    first = await turns.take(charge)
-    waiting = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
+    first = await queue.take(charge)
+    waiting = asyncio.create_task(queue.take(charge, wait=3600, caller="x"))
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    turns.settle(first, [0.0])
+    queue.settle(first, [0.0])
     async with asyncio.timeout(30):
         assert not (await waiting).refused
-    assert not turns._queues
+    assert not queue._queues
 
 
-async def test_one_who_waits_gets_what_comes_back_with_time() -> None:
-    """A limit of a minute gives room at its next step."""
-    turns = WaitQueue(MemoryCounters())
+async def test_a_waiting_request_gets_refilled_room() -> None:
+    """A limit per minute has room after its next refill."""
+    queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(600, "minute", 1))]
-    assert not (await turns.take(charge)).refused
+    assert not (await queue.take(charge)).refused
     async with asyncio.timeout(30):
-        assert not (await turns.take(charge, wait=4)).refused
+        assert not (await queue.take(charge, wait=4)).refused
 
 
-async def test_who_waits_in_vain_is_refused() -> None:
-    """After the time that it was willing to wait, and behind others as well."""
-    turns = WaitQueue(MemoryCounters())
+async def test_a_request_that_waits_in_vain_is_refused() -> None:
+    """After its waiting time, also if others are before it in the queue."""
+    queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "day"))]
-    await turns.take(charge)
-    verdicts = await asyncio.gather(*[turns.take(charge, wait=0.05, who=who) for who in "xxyz"])
-    assert [each.refused for each in verdicts] == [True] * 4
-    await until(lambda: not turns._queues)
+    await queue.take(charge)
+    decisions = await asyncio.gather(*[queue.take(charge, wait=0.05, caller=who) for who in "xxyz"])
+    assert [each.refused for each in decisions] == [True] * 4
+    await until(lambda: not queue._queues)
 
 
-async def test_what_never_fits_does_not_wait() -> None:
-    """No time gives room for more than the limit."""
-    turns = WaitQueue(MemoryCounters())
+async def test_a_cost_above_the_limit_does_not_wait() -> None:
+    """A cost above the limit never has room."""
+    queue = WaitQueue(MemoryCounters())
     async with asyncio.timeout(30):
-        assert (await turns.take([Charge("a", Limit(10, "minute"), 11.0)], wait=3600)).refused
+        assert (await queue.take([Charge("a", Limit(10, "minute"), 11.0)], wait=3600)).refused
 
 
 async def test_callers_take_turns() -> None:
-    """One with many requests keeps nobody from the next place; each caller's own stay in their order."""
-    turns = WaitQueue(MemoryCounters())
+    """A caller with many requests does not delay the others; the requests of one caller stay in order."""
+    queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
-    verdict = await turns.take(charge)
+    decision = await queue.take(charge)
     order: list[str] = []
 
     async def wait(name: str) -> Decision:
-        taken = await turns.take(charge, wait=3600, who=name[0])
+        taken = await queue.take(charge, wait=3600, caller=name[0])
         order.append(name)
         return taken
 
@@ -610,69 +612,71 @@ async def test_callers_take_turns() -> None:
         tasks.append(asyncio.create_task(wait(name)))
         await asyncio.sleep(0)
     for _ in range(7):
-        turns.settle(verdict, [0.0])
+        queue.settle(decision, [0.0])
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=5)
         (task,) = done
         tasks.remove(task)
-        verdict = await task
+        decision = await task
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
-RULE_OF_TEN = Limit(10, "at_once")
+LIMIT_OF_TEN = Limit(10, "at_once")
 
 
-@pytest.mark.parametrize("newer", [RULE_OF_TEN, Limit(10, "at_once")], ids=["one limit", "equal ones of two stages"])
-async def test_nobody_who_waits_is_overtaken(newer: Limit) -> None:
-    """Who comes while others wait is behind them, though there may be room; of teams that share a counter, too."""
-    turns = WaitQueue(MemoryCounters())
-    verdict = await turns.take([Charge("a", RULE_OF_TEN, 8.0)])
-    large = asyncio.create_task(turns.take([Charge("a", RULE_OF_TEN, 5.0)], wait=3600, who="x"))
+@pytest.mark.parametrize("newer", [LIMIT_OF_TEN, Limit(10, "at_once")], ids=["one limit", "equal ones of two stages"])
+async def test_no_waiting_request_is_overtaken(newer: Limit) -> None:
+    """A later request waits after the earlier ones even if it had room, also of teams that share a counter."""
+    queue = WaitQueue(MemoryCounters())
+    decision = await queue.take([Charge("a", LIMIT_OF_TEN, 8.0)])
+    large = asyncio.create_task(queue.take([Charge("a", LIMIT_OF_TEN, 5.0)], wait=3600, caller="x"))
     await asyncio.sleep(0.01)
-    small = asyncio.create_task(turns.take([Charge("a", newer, 1.0)], wait=3600, who="y"))
+    small = asyncio.create_task(queue.take([Charge("a", newer, 1.0)], wait=3600, caller="y"))
     await asyncio.sleep(0.05)
     assert not small.done()
-    turns.settle(verdict, [0.0])
+    queue.settle(decision, [0.0])
     async with asyncio.timeout(30):
         assert not (await large).refused
         assert not (await small).refused
 
 
-async def test_a_waiter_that_is_full_elsewhere_keeps_nobody() -> None:
-    """Its own limit, of another name, is not everybody's."""
-    turns = WaitQueue(MemoryCounters())
+async def test_a_waiting_request_without_room_elsewhere_blocks_no_other() -> None:
+    """Its own limit, of another name, does not block the others."""
+    queue = WaitQueue(MemoryCounters())
     shared, own = Limit(1, "at_once"), Limit(1, "day")
-    await turns.take([Charge("own of x", own)])
-    verdict = await turns.take([Charge("shared", shared)])
-    one = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="w"))
+    await queue.take([Charge("own of x", own)])
+    decision = await queue.take([Charge("shared", shared)])
+    one = asyncio.create_task(queue.take([Charge("shared", shared)], wait=3600, caller="w"))
     await asyncio.sleep(0.01)
-    blocked = asyncio.create_task(turns.take([Charge("shared", shared), Charge("own of x", own)], wait=3600, who="x"))
-    other = asyncio.create_task(turns.take([Charge("shared", shared)], wait=3600, who="y"))
+    blocked = asyncio.create_task(
+        queue.take([Charge("shared", shared), Charge("own of x", own)], wait=3600, caller="x")
+    )
+    other = asyncio.create_task(queue.take([Charge("shared", shared)], wait=3600, caller="y"))
     await asyncio.sleep(0.01)
     for task in (one, other):
-        turns.settle(verdict, [0.0])
+        queue.settle(decision, [0.0])
         async with asyncio.timeout(30):
-            verdict = await task
+            decision = await task
     assert not blocked.done()
     blocked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await blocked
 
 
-async def test_who_waits_for_two_things_is_not_starved() -> None:
-    """It stands in the queue of what is really full, in turn with those who came later."""
-    turns = WaitQueue(MemoryCounters())
+async def test_a_request_that_waits_for_two_limits_is_not_starved() -> None:
+    """It waits in the queue of the limit without room, in turn with later requests."""
+    queue = WaitQueue(MemoryCounters())
     team, key = Limit(1, "at_once"), Limit(600, "minute", 1)
-    verdict = await turns.take([Charge("team", team)])
-    await turns.take([Charge("key", key)])
-    both = asyncio.create_task(turns.take([Charge("team", team), Charge("key", key)], wait=3600, who="k"))
+    decision = await queue.take([Charge("team", team)])
+    await queue.take([Charge("key", key)])
+    both = asyncio.create_task(queue.take([Charge("team", team), Charge("key", key)], wait=3600, caller="k"))
     others = 0
     async with asyncio.timeout(30):
         while not both.done():
-            waiting = [asyncio.create_task(turns.take([Charge("team", team)], wait=3600, who=who)) for who in "ab"]
+            waiting = [asyncio.create_task(queue.take([Charge("team", team)], wait=3600, caller=who)) for who in "ab"]
             await asyncio.sleep(0.02)
-            turns.settle(verdict, [0.0])
+            queue.settle(decision, [0.0])
             done, _ = await asyncio.wait([*waiting, both], return_when=asyncio.FIRST_COMPLETED)
-            verdict = await done.pop()
+            decision = await done.pop()
             for task in waiting:
                 if not task.done():
                     task.cancel()
@@ -680,38 +684,38 @@ async def test_who_waits_for_two_things_is_not_starved() -> None:
     assert others < 30
 
 
-async def test_a_limit_that_is_raised_lets_newcomers_in_at_once() -> None:
-    """They are not behind those who wait by the old one."""
-    turns = WaitQueue(MemoryCounters())
-    await turns.take([Charge("a", Limit(1, "at_once"))])
-    old = asyncio.create_task(turns.take([Charge("a", Limit(1, "at_once"))], wait=0.3, who="x"))
+async def test_a_raised_limit_admits_new_requests_at_once() -> None:
+    """They do not queue up after requests with the old limit."""
+    queue = WaitQueue(MemoryCounters())
+    await queue.take([Charge("a", Limit(1, "at_once"))])
+    old = asyncio.create_task(queue.take([Charge("a", Limit(1, "at_once"))], wait=0.3, caller="x"))
     await asyncio.sleep(0.01)
     async with asyncio.timeout(30):
-        assert not (await turns.take([Charge("a", Limit(100, "at_once"))], wait=3600, who="y")).refused
+        assert not (await queue.take([Charge("a", Limit(100, "at_once"))], wait=3600, caller="y")).refused
     assert (await old).refused
 
 
-async def test_whoever_leaves_takes_nothing() -> None:
-    """A client that hangs up while it waits, even at the moment when its turn comes."""
+async def test_a_cancelled_request_takes_nothing() -> None:
+    """A client that disconnects while it waits takes nothing, even in the moment of its turn."""
     for moment in range(4):
-        turns = WaitQueue(MemoryCounters())
+        queue = WaitQueue(MemoryCounters())
         charge = [Charge("a", Limit(1, "at_once"))]
-        verdict = await turns.take(charge)
-        leaving = asyncio.create_task(turns.take(charge, wait=3600, who="x"))
-        staying = asyncio.create_task(turns.take(charge, wait=3600, who="y"))
+        decision = await queue.take(charge)
+        leaving = asyncio.create_task(queue.take(charge, wait=3600, caller="x"))
+        staying = asyncio.create_task(queue.take(charge, wait=3600, caller="y"))
         await asyncio.sleep(0.01)
-        turns.settle(verdict, [0.0])
+        queue.settle(decision, [0.0])
         for _ in range(moment):
             await asyncio.sleep(0)
         leaving.cancel()
         with contextlib.suppress(asyncio.CancelledError):
-            turns.settle(await leaving, [0.0])
+            queue.settle(await leaving, [0.0])
         async with asyncio.timeout(30):
             assert not (await staying).refused
 
 
-async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
-    """Not to those behind."""
+async def test_an_error_of_the_store_reaches_the_waiting_request() -> None:
+    """The error reaches only that request."""
 
     class Failing(MemoryCounters):
         fails = False
@@ -722,31 +726,31 @@ async def test_a_store_that_fails_is_told_to_whoever_waits() -> None:
             return await super().take(charges)
 
     store = Failing()
-    turns = WaitQueue(store)
+    queue = WaitQueue(store)
     charge = [Charge("a", Limit(1, "at_once"))]
-    verdict = await turns.take(charge)
-    waiting = asyncio.create_task(turns.take(charge, wait=3600))
+    decision = await queue.take(charge)
+    waiting = asyncio.create_task(queue.take(charge, wait=3600))
     await asyncio.sleep(0.01)
     store.fails = True
-    turns.settle(verdict, [0.0])
+    queue.settle(decision, [0.0])
     with pytest.raises(RuntimeError, match="away"):
         await waiting
 
 
-async def test_closing_lets_nobody_wait() -> None:
-    """A gateway that stops."""
-    turns = WaitQueue(MemoryCounters())
+async def test_closing_cancels_waiting_requests() -> None:
+    """Closing cancels the waiting requests."""
+    queue = WaitQueue(MemoryCounters())
     charge = [Charge("a", Limit(1, "at_once"))]
-    await turns.take(charge)
-    waiting = asyncio.create_task(turns.take(charge, wait=3600))
+    await queue.take(charge)
+    waiting = asyncio.create_task(queue.take(charge, wait=3600))
     await asyncio.sleep(0.01)
-    await turns.close()
+    await queue.close()
     with pytest.raises(asyncio.CancelledError):
         await waiting
 
 
-def test_a_record_of_nothing_is_all_room() -> None:
-    """Whatever the rule."""
-    for rule in RULES:
-        assert rule.left(rule.at(NONE, START)) == rule.size
-        assert rule.reset(rule.at(NONE, START), START) == 0
+def test_an_empty_record_has_all_the_room() -> None:
+    """For every limit."""
+    for limit in LIMITS:
+        assert limit.remaining(limit.current(EMPTY, START)) == limit.capacity
+        assert limit.reset(limit.current(EMPTY, START), START) == 0

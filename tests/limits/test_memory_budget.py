@@ -1,4 +1,4 @@
-"""The budget of memory that requests hold: its bound, each caller's share, and that it is given back."""
+"""The memory budget: its limit, the share of each caller, and the release of bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gateway.limits.memory_budget import Budgets, Hold, MemoryBudget
 
 
 def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
-    """Above it there is a 503 that says when to come back, and what was held before still is."""
+    """Above the share a caller gets 503 with Retry-After, and the bytes that it already holds stay held."""
     budget = MemoryBudget(1000)
     hold, another = Hold(budget, "ann"), Hold(budget, "ann")
     hold.grow(200)
@@ -23,8 +23,8 @@ def test_a_caller_has_a_share_and_leaves_the_rest_to_others() -> None:
     Hold(budget, "bob").grow(250)
 
 
-def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
-    """A single request above the share is a 413, however empty the budget is: to send it again would not help."""
+def test_a_request_above_the_share_of_a_caller_is_a_413() -> None:
+    """A single request above the share gets 413 even if the budget is empty: a retry would not help."""
     budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
     hold.grow(250)
@@ -35,8 +35,8 @@ def test_what_one_caller_may_never_hold_is_no_matter_of_waiting() -> None:
     assert hold.size == budget.held == 250
 
 
-def test_the_most_that_was_held_is_remembered() -> None:
-    """It tells an operator how large the budget should be."""
+def test_the_peak_is_recorded() -> None:
+    """The peak helps an operator to size the budget."""
     budget = MemoryBudget(1000)
     hold = Hold(budget, "ann")
     for size in (100, 150):
@@ -46,8 +46,8 @@ def test_the_most_that_was_held_is_remembered() -> None:
     assert (budget.held, budget.most_held) == (30, 250)
 
 
-def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
-    """A reload lowers it: nothing more is taken until enough was given back."""
+def test_a_new_limit_applies_to_later_takes() -> None:
+    """After a reload lowers the limit, takes fail until enough bytes are released."""
     budgets = Budgets(memory=1000, form=100)
     one, other = Hold(budgets.memory, "ann"), Hold(budgets.memory, "bob")
     one.grow(250)
@@ -61,7 +61,7 @@ def test_another_limit_counts_for_what_is_taken_from_then_on() -> None:
 
 
 def test_all_callers_together_have_the_limit() -> None:
-    """However many they are."""
+    """All callers together cannot exceed the limit."""
     budget = MemoryBudget(1000)
     for name in "abcd":
         Hold(budget, name).grow(250)
@@ -70,8 +70,8 @@ def test_all_callers_together_have_the_limit() -> None:
     assert budget.held == 1000
 
 
-def test_what_is_released_is_there_again() -> None:
-    """In parts or whole; a caller that holds nothing is forgotten."""
+def test_released_bytes_are_available_again() -> None:
+    """A hold releases a part or everything; a caller without bytes is dropped."""
     budget = MemoryBudget(1000)
     one, other = Hold(budget, "ann"), Hold(budget, "ann")
     one.grow(200)

@@ -1,4 +1,4 @@
-"""What was refused a moment ago is refused again without asking."""
+"""Recent refusals are repeated without a round trip to the store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.recent_refusals import RecentRefusals
 from gateway.limits.token_bucket import Charge, Decision, Limit
 
-RULE = Limit(600, "minute", 10)
+LIMIT = Limit(600, "minute", 10)
 
 
 class Time:
@@ -21,7 +21,7 @@ class Time:
 
 
 class Asker:
-    """Asks counters what the refusals do not know, and counts how often."""
+    """Takes from the counters if there is no recent refusal, and counts these takes."""
 
     def __init__(self) -> None:
         self.time = Time()
@@ -30,43 +30,45 @@ class Asker:
         self.asked = 0
 
     def take(self, charges: Sequence[Charge]) -> Decision:
-        known = self.refusals.of(charges)
+        known = self.refusals.find(charges)
         if known is not None:
             return known
         self.asked += 1
-        verdict = self.counters.take_now(charges)
-        if verdict.refused:
-            self.refusals.note(verdict)
-        return verdict
+        decision = self.counters.take_now(charges)
+        if decision.refused:
+            self.refusals.add(decision)
+        return decision
 
 
 @pytest.fixture
 def asker() -> Asker:
-    """One whose limit is used up but for one."""
+    """Counters with a limit of which one is left."""
     asker = Asker()
-    assert not asker.take([Charge("a", RULE, 9)]).refused
+    assert not asker.take([Charge("a", LIMIT, 9)]).refused
     return asker
 
 
-def test_who_insists_costs_no_question(asker: Asker) -> None:
-    """The same cost or a larger one, until the wait is over; the verdict says what it would have said."""
-    first = asker.take([Charge("a", RULE, 2)])
+def test_a_repeated_request_is_refused_without_the_store(asker: Asker) -> None:
+    """The same or a larger cost is refused until the wait is over, with the same decision as the store's."""
+    first = asker.take([Charge("a", LIMIT, 2)])
     assert first.refused
     asker.time.now += 0.25
     for cost in (2, 3, 50):
-        verdict = asker.take([Charge("a", RULE, cost)])
-        assert verdict.refused
-        assert list(verdict.over) == [0]
-        assert verdict.wait(0) == Charge("a", RULE, cost).rule.wait(verdict.records[0], cost, asker.time.now)
-    assert verdict.left(0) == first.left(0) == 1
+        decision = asker.take([Charge("a", LIMIT, cost)])
+        assert decision.refused
+        assert list(decision.over) == [0]
+        assert decision.retry_after(0) == Charge("a", LIMIT, cost).limit.retry_after(
+            decision.records[0], cost, asker.time.now
+        )
+    assert decision.remaining(0) == first.remaining(0) == 1
     assert asker.asked == 2
     asker.time.now += 0.75
-    assert asker.take([Charge("a", RULE, 2)]).refused is False
+    assert asker.take([Charge("a", LIMIT, 2)]).refused is False
     assert asker.asked == 3
 
 
 def test_it_lasts_a_second_at_most(asker: Asker) -> None:
-    """Another gateway may have given something back: however long the wait, it is asked again after a second."""
+    """The store is asked again after a second, even if the wait is longer: another gateway may have made room."""
     day = [Charge("day", Limit(1, "day"), 2)]
     for _ in range(10):
         asker.take(day)
@@ -79,21 +81,21 @@ def test_it_lasts_a_second_at_most(asker: Asker) -> None:
     assert asker.asked == 3
 
 
-def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
-    """A smaller cost, another set of names, a raised limit, a charge in the shadow, and what was given back here."""
-    asker.take([Charge("a", RULE, 2)])
+def test_the_store_decides_if_there_may_be_room(asker: Asker) -> None:
+    """A smaller cost, other names, a raised limit, a shadow charge, and a name whose use was given back."""
+    asker.take([Charge("a", LIMIT, 2)])
     asked = asker.asked
     for charges in (
-        [Charge("a", RULE, 1.5)],
-        [Charge("a", RULE, 2), Charge("b", RULE)],
+        [Charge("a", LIMIT, 1.5)],
+        [Charge("a", LIMIT, 2), Charge("b", LIMIT)],
         [Charge("a", Limit(600, "minute", 100), 2)],
-        [Charge("a", RULE, 2, shadow=True)],
-        [Charge("b", RULE, 2)],
+        [Charge("a", LIMIT, 2, shadow=True)],
+        [Charge("b", LIMIT, 2)],
     ):
         asker.take(charges)
         asked += 1
         assert asker.asked == asked
-    full = [Charge("a", RULE, 20)]
+    full = [Charge("a", LIMIT, 20)]
     asker.take(full)
     asker.take(full)
     asker.refusals.forget("a")
@@ -102,25 +104,25 @@ def test_what_may_have_room_is_asked_for(asker: Asker) -> None:
     assert asker.asked == asked + 2
 
 
-def test_all_of_a_refused_set_is_told(asker: Asker) -> None:
-    """The verdict is on all charges: the records of those with room are those of a moment ago."""
+def test_a_repeated_refusal_covers_all_charges(asker: Asker) -> None:
+    """The decision covers all charges. Those with room have the records of the earlier refusal."""
     charges = [
         Charge("wide", Limit(100, "day"), 5),
-        Charge("a", RULE, 2),
+        Charge("a", LIMIT, 2),
         Charge("shade", Limit(1, "day"), 2, shadow=True),
     ]
     first = asker.take(charges)
     again = asker.take(
-        [Charge("wide", Limit(100, "day"), 5), Charge("a", RULE, 3), Charge("shade", Limit(1, "day"), 2, shadow=True)]
+        [Charge("wide", Limit(100, "day"), 5), Charge("a", LIMIT, 3), Charge("shade", Limit(1, "day"), 2, shadow=True)]
     )
     assert asker.asked == 2
     assert list(first.over) == list(again.over) == [1, 2]
-    assert again.left(0) == first.left(0) == 100
-    assert not any(again.holds(place) for place in range(3))
+    assert again.remaining(0) == first.remaining(0) == 100
+    assert not any(again.was_taken(place) for place in range(3))
 
 
-def test_they_are_not_kept_without_end(asker: Asker) -> None:
-    """A caller who is refused under ever new names fills no memory."""
+def test_the_number_of_refusals_is_bounded(asker: Asker) -> None:
+    """Refusals under many different names do not fill the memory."""
     for place in range(25_000):
         asker.take([Charge(f"name{place}", Limit(1, "day"), 2)])
     assert len(asker.refusals) <= 10_000

@@ -1,4 +1,4 @@
-"""Counters in Redis: a real `redis-server`, killed, paused and started again under load."""
+"""Counters in Redis: a real `redis-server`, killed, paused and restarted under load."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from gateway.limits.memory_counters import MemoryCounters
 from gateway.limits.redis_counters import RedisCounters
 from gateway.limits.redis_script import SCRIPT
 from gateway.limits.redis_url import RedisUrl
-from gateway.limits.token_bucket import Charge, Decision, Limit, Period, calendar
+from gateway.limits.token_bucket import Charge, Decision, Limit, Period, calendar_period
 from gateway.testing import FakeAzure
 from tests.conftest import Gateway, RawUpstream, StartGateway
 from tests.redis_server import RedisServer, free_port, tls_in_front
 
 pytestmark = pytest.mark.redis
 
-# The script's clock, as tests set it: the server's is not theirs to turn.
+# Tests set the clock of the script: they cannot set the clock of the server.
 _CLOCK = """    local time = redis.call('TIME')
     return tonumber(time[1]) + tonumber(time[2]) / 1000000
 """
@@ -46,12 +46,12 @@ async def server(tmp_path: Path) -> AsyncIterator[RedisServer]:
 
 @pytest.fixture
 async def open_counters() -> AsyncIterator[Callable[..., RedisCounters]]:
-    """Return a function that makes counters in a server; they are closed behind the test."""
+    """Return a function that makes counters in a server; they are closed after the test."""
     made: list[RedisCounters] = []
 
     def make(server: RedisServer | str, timeout: float = 5.0, **more: Any) -> RedisCounters:
         url = server if isinstance(server, str) else server.url
-        own = {name: more.pop(name) for name in ("script", "patience") if name in more}
+        own = {name: more.pop(name) for name in ("script", "gateway_timeout") if name in more}
         counters = RedisCounters(RedisUrl.parse(url, timeout=timeout, **more), **own)
         made.append(counters)
         return counters
@@ -90,30 +90,30 @@ def clock(server: RedisServer) -> Iterator[Clock]:
     clock.close()
 
 
-def told(verdict: Decision) -> tuple[Any, ...]:
-    """Return what a verdict says, to a millionth; what is held at once has only its level in common."""
+def told(decision: Decision) -> tuple[Any, ...]:
+    """Return the content of a decision, to a millionth; concurrent use has only its level in common."""
     records = [
-        [round(each, 6) for each in (record[:1] if charge.rule.period == "at_once" else record)]
-        for charge, record in zip(verdict.charges, verdict.records, strict=True)
+        [round(each, 6) for each in (record[:1] if charge.limit.period == "at_once" else record)]
+        for charge, record in zip(decision.charges, decision.records, strict=True)
     ]
-    return (records, verdict.now, tuple(verdict.over), verdict.refused)
+    return (records, decision.now, tuple(decision.over), decision.refused)
 
 
 async def settled(counters: RedisCounters) -> None:
-    """Wait until everything that was settled is."""
+    """Wait until all settlements are complete."""
     async with asyncio.timeout(30):
-        while counters._settles or not counters._idle:
+        while counters._settlements or not counters._idle:
             await asyncio.sleep(0.002)
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_the_script_counts_as_the_rules_do(
+async def test_the_script_counts_as_the_limits_do(
     server: RedisServer, open_counters: OpenCounters, clock: Clock, seed: int
 ) -> None:
-    """The same takes, settlements and times have the same verdicts and the same records."""
+    """The same takes, settlements and times have the same decisions and the same records."""
     rng = random.Random(seed)
     memory, counters = MemoryCounters(clock), open_counters(server, script=TURNED)
-    rules = {
+    limits = {
         "bucket": Limit(600, "minute", 30),
         "wide": Limit(100_000, "minute"),
         "odd": Limit(7, "minute", 3),
@@ -135,31 +135,31 @@ async def test_the_script_counts_as_the_rules_do(
             counters.settle(ours, actual)
             await settled(counters)
             continue
-        names = rng.sample(sorted(rules), rng.randrange(1, 4))
+        names = rng.sample(sorted(limits), rng.randrange(1, 4))
         charges = [
             Charge(
                 f"{name}-{rng.randrange(2)}",
-                rules[name],
+                limits[name],
                 float(rng.randrange(0, 40_000) if name == "wide" else rng.randrange(0, 8)),
                 shadow=rng.random() < 0.2,
             )
             for name in names
         ]
-        counters._refusals._known.clear()  # the clock was turned behind their back
+        counters._refusals._refusals.clear()  # they do not notice the new time
         theirs, ours = await memory.take(charges), await counters.take(charges)
         assert told(ours) == told(theirs)
         held.append((theirs, ours))
 
 
 async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, clock: Clock) -> None:
-    """In UTC, leap years included, to the second before and behind each border."""
+    """In UTC, with leap years, to the moments before and after each border."""
     from redis.asyncio import Redis
 
     rng = random.Random(11)
     moments = [rng.uniform(0, 8e9) for _ in range(4_000)]
     for year in range(1970, 2210):
         for month in (1, 3, 12):
-            for moment in calendar("month", (year - 1970) * 31_556_952 + month * 2_629_746):
+            for moment in calendar_period("month", (year - 1970) * 31_556_952 + month * 2_629_746):
                 moments += [moment, moment - 1e-3, moment + 1e-3]
     head, found, _ = TURNED.partition("-- Keep a record for as long")
     assert found
@@ -173,151 +173,151 @@ async def test_days_and_months_begin_and_end_as_in_python(server: RedisServer, c
             some = moments[start : start + 1_000]
             arguments: list[Any] = [script, 0, *[struct.pack("<d", each) for each in some]]
             told = await redis.eval(*arguments)
-            expected = [calendar(period, moment) for moment in some for period in periods]
+            expected = [calendar_period(period, moment) for moment in some for period in periods]
             assert list(struct.iter_unpack("<dd", told)) == expected
 
 
-async def level(counters: RedisCounters, name: str, rule: Limit) -> float:
-    """Return what is counted under a name."""
-    verdict = await counters.take([Charge(name, rule, 0.0, shadow=True)])
-    return verdict.records[0][0]
+async def level(counters: RedisCounters, name: str, limit: Limit) -> float:
+    """Return the level of a name."""
+    decision = await counters.take([Charge(name, limit, 0.0, shadow=True)])
+    return decision.records[0][0]
 
 
 async def test_all_charges_are_taken_or_none(server: RedisServer, open_counters: OpenCounters) -> None:
-    """One without room keeps the others from being counted; one in the shadow does not, and is not counted itself."""
+    """A charge without room prevents the others; a shadow charge does not, and does not count itself."""
     counters = open_counters(server)
     wide, narrow, slots = Limit(1_000, "day"), Limit(1, "day"), Limit(5, "at_once")
     charges = [Charge("wide", wide, 10), Charge("narrow", narrow), Charge("slots", slots)]
     assert not (await counters.take(charges)).refused
-    verdict = await counters.take(charges)
-    assert verdict.refused
-    assert list(verdict.over) == [1]
+    decision = await counters.take(charges)
+    assert decision.refused
+    assert list(decision.over) == [1]
     assert [
-        await level(counters, name, rule) for name, rule in (("wide", wide), ("narrow", narrow), ("slots", slots))
+        await level(counters, name, limit) for name, limit in (("wide", wide), ("narrow", narrow), ("slots", slots))
     ] == [10, 1, 1]
     shadow = [Charge("wide", wide, 10), Charge("narrow", narrow, shadow=True), Charge("slots", slots)]
-    verdict = await counters.take(shadow)
-    assert not verdict.refused
-    assert [verdict.holds(place) for place in range(3)] == [True, False, True]
+    decision = await counters.take(shadow)
+    assert not decision.refused
+    assert [decision.was_taken(place) for place in range(3)] == [True, False, True]
     assert [
-        await level(counters, name, rule) for name, rule in (("wide", wide), ("narrow", narrow), ("slots", slots))
+        await level(counters, name, limit) for name, limit in (("wide", wide), ("narrow", narrow), ("slots", slots))
     ] == [20, 1, 2]
 
 
 async def test_two_gateways_keep_one_limit_exactly(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Of 2,000 takes at once through two gateways as many are let through as the limit says, of each of its limits."""
+    """Of 2,000 concurrent takes through two gateways exactly as many succeed as each limit allows."""
     gateways = [open_counters(server), open_counters(server)]
     charges = [
         Charge("requests", Limit(700, "day")),
         Charge("at once", Limit(650, "at_once")),
         Charge("all", Limit(10**9, "month"), 3.0),
     ]
-    verdicts = await asyncio.gather(*[gateways[place % 2].take(charges) for place in range(2_000)])
-    taken = [verdict for verdict in verdicts if not verdict.refused]
+    decisions = await asyncio.gather(*[gateways[place % 2].take(charges) for place in range(2_000)])
+    taken = [decision for decision in decisions if not decision.refused]
     assert len(taken) == 650
-    assert [await level(gateways[0], charge.name, charge.rule) for charge in charges] == [650, 650, 1_950]
-    for place, verdict in enumerate(taken):
-        gateways[place % 2].settle(verdict, [None, 0.0, 1.0])  # by whichever: each knows its own only
+    assert [await level(gateways[0], charge.name, charge.limit) for charge in charges] == [650, 650, 1_950]
+    for place, decision in enumerate(taken):
+        gateways[place % 2].settle(decision, [None, 0.0, 1.0])  # each gateway settles its own takes
     for gateway in gateways:
         await settled(gateway)
-    assert await level(gateways[0], "requests", charges[0].rule) == 650
-    assert await level(gateways[0], "all", charges[2].rule) == 650
+    assert await level(gateways[0], "requests", charges[0].limit) == 650
+    assert await level(gateways[0], "all", charges[2].limit) == 650
 
 
-async def test_what_is_given_back_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A settlement goes before what is asked for behind it, and is heard by another gateway."""
+async def test_a_settlement_makes_room_at_once(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A settlement is sent before later takes, and is visible to another gateway."""
     one, other = open_counters(server), open_counters(server)
     slot = [Charge("slot", Limit(1, "at_once"))]
-    verdict = await one.take(slot)
+    decision = await one.take(slot)
     for _ in range(20):
         assert (await other.take(slot)).refused
-        one.settle(verdict, [0.0])
-        verdict = await one.take(slot)
-        assert not verdict.refused
-    one.settle(verdict, [0.0])
+        one.settle(decision, [0.0])
+        decision = await one.take(slot)
+        assert not decision.refused
+    one.settle(decision, [0.0])
     await settled(one)
     other._refusals.forget("slot")
     assert not (await other.take(slot)).refused
 
 
-async def test_a_verdict_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A second settlement of the same does nothing."""
+async def test_a_decision_is_settled_once(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A second settlement of a decision does nothing."""
     counters = open_counters(server)
-    rule = Limit(100, "day")
-    first, second = await counters.take([Charge("a", rule, 10)]), await counters.take([Charge("a", rule, 10)])
+    limit = Limit(100, "day")
+    first, second = await counters.take([Charge("a", limit, 10)]), await counters.take([Charge("a", limit, 10)])
     counters.settle(first, [4.0])
     counters.settle(first, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 14
+    assert await level(counters, "a", limit) == 14
     counters.settle(second, [25.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 29
+    assert await level(counters, "a", limit) == 29
 
 
-async def test_what_has_drained_is_not_given_back(
+async def test_a_drained_reservation_is_not_given_back(
     server: RedisServer, open_counters: OpenCounters, clock: Clock
 ) -> None:
-    """Neither what drained while a request ran, nor what was held under a name that was forgotten meanwhile."""
+    """Neither a reservation that has drained, nor one under a name that was deleted meanwhile."""
     counters = open_counters(server, script=TURNED)
-    rule = Limit(600, "minute")
-    early = await counters.take([Charge("a", rule, 300)])
+    limit = Limit(600, "minute")
+    early = await counters.take([Charge("a", limit, 300)])
     clock.set(clock.now + 20)  # 200 of them have drained
-    late = await counters.take([Charge("a", rule, 300)])
+    late = await counters.take([Charge("a", limit, 300)])
     counters.settle(early, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 300
+    assert await level(counters, "a", limit) == 300
     counters.settle(late, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 0
-    early = await counters.take([Charge("a", rule, 300)])
+    assert await level(counters, "a", limit) == 0
+    early = await counters.take([Charge("a", limit, 300)])
     server.command("FLUSHALL")
     clock.set(clock.now + 60)
-    await counters.take([Charge("a", rule, 300)])
+    await counters.take([Charge("a", limit, 300)])
     counters.settle(early, [0.0])
     await settled(counters)
-    assert await level(counters, "a", rule) == 300
+    assert await level(counters, "a", limit) == 300
 
 
 async def test_a_clock_that_is_set_back(server: RedisServer, open_counters: OpenCounters, clock: Clock) -> None:
-    """Steps begin anew then, and go on, also for a caller who is refused all the time."""
+    """The refill intervals restart, also for a caller that is refused all the time."""
     counters = open_counters(server, script=TURNED)
     charges = [Charge("a", Limit(60, "minute"), 60)]
     assert not (await counters.take(charges)).refused
     clock.set(clock.now - 86_400)
     for seconds in range(0, 61, 5):
-        verdict = await counters.take(charges)
-        assert verdict.refused is (seconds < 60)
+        decision = await counters.take(charges)
+        assert decision.refused is (seconds < 60)
         clock.set(clock.now + 5)
         counters._refusals.forget("a")
 
 
 async def test_whole_numbers_stay_whole(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Budgets in millionths of a currency's unit are large; not one of them is lost on the way."""
+    """Budgets in millionths of a currency unit are large numbers; none of their digits is lost."""
     counters = open_counters(server)
-    rule = Limit(2**52, "month")
+    limit = Limit(2**52, "month")
     for cost in (2**51 + 1, 123_456_789_012_345, 1, 7):
-        await counters.take([Charge("budget", rule, cost)])
-    assert await level(counters, "budget", rule) == 2**51 + 1 + 123_456_789_012_345 + 8
+        await counters.take([Charge("budget", limit, cost)])
+    assert await level(counters, "budget", limit) == 2**51 + 1 + 123_456_789_012_345 + 8
 
 
-async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Every key expires by itself: a minute's when it is empty again, a month's at the month's end."""
+async def test_every_key_expires(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Every key expires: of a limit per minute when it is empty, of a month at its end."""
     counters = open_counters(server)
-    rules = {
+    limits = {
         "minute": Limit(60_000, "minute", 10),
         "long": Limit(1, "minute", 10**9),
         "day": Limit(9, "day"),
         "month": Limit(9, "month"),
         "slots": Limit(9, "at_once"),
     }
-    verdict = await counters.take([Charge(name, rule, 5) for name, rule in rules.items()])
-    assert not verdict.refused
+    decision = await counters.take([Charge(name, limit, 5) for name, limit in limits.items()])
+    assert not decision.refused
     keys = server.command("KEYS", "*").split()
-    assert len(keys) == len(rules) + 2
+    assert len(keys) == len(limits) + 2
     assert all(key.startswith("{gateway}:") for key in keys)
     for key in keys:
         assert 0 < int(server.command("PTTL", key)) <= 32 * 86_400_000 or "long" in key
-    counters.settle(verdict, [None, None, None, None, 0.0])
+    counters.settle(decision, [None, None, None, None, 0.0])
     await settled(counters)
     assert server.command("EXISTS", "{gateway}:held:slots") == "0"
     async with asyncio.timeout(30):
@@ -332,7 +332,7 @@ async def test_nothing_is_kept_for_ever(server: RedisServer, open_counters: Open
 
 
 async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> Decision | None:
-    """Take; None where the counters are away. Anything else that is raised, or a hang, fails the test."""
+    """Take. Returns None if the counters are unavailable. Any other error, or a hang, fails the test."""
     async with asyncio.timeout(30):
         try:
             return await counters.take(charges)
@@ -341,12 +341,12 @@ async def refused_or_taken(counters: RedisCounters, charges: list[Charge]) -> De
 
 
 async def back(counters: RedisCounters, charges: list[Charge]) -> Decision:
-    """Wait until the counters answer again."""
+    """Wait until the counters are available."""
     async with asyncio.timeout(30):
         while True:
-            verdict = await refused_or_taken(counters, charges)
-            if verdict is not None:
-                return verdict
+            decision = await refused_or_taken(counters, charges)
+            if decision is not None:
+                return decision
             await asyncio.sleep(0.02)
 
 
@@ -355,7 +355,7 @@ DAY = [Charge("day", Limit(10**9, "day"))]
 
 
 async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_path: Path) -> None:
-    """The first take says that Redis is away, the others do so without trying; it is logged once, as is its end."""
+    """The first take detects the outage, the others fail at once; its start and its end are logged once."""
     server = RedisServer(tmp_path / "redis")
     counters = open_counters(server)
     with structlog.testing.capture_logs() as logs:
@@ -369,13 +369,13 @@ async def test_without_a_server_nothing_waits(open_counters: OpenCounters, tmp_p
         finally:
             server.kill()
     assert [(log["log_level"], log["event"]) for log in logs] == [
-        ("warning", "the counters of limits are away"),
-        ("info", "the counters of limits are back"),
+        ("warning", "limit_store_unavailable"),
+        ("info", "limit_store_available"),
     ]
 
 
 async def test_a_killed_server_that_is_started_again(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It comes back with an empty memory: what was held before gives nothing back, and limits begin anew."""
+    """After a restart without data, limits start from zero, and earlier reservations give nothing back."""
     counters = open_counters(server)
     held = [await counters.take(SLOTS) for _ in range(3)]
     day = [await counters.take(DAY) for _ in range(3)]
@@ -385,19 +385,19 @@ async def test_a_killed_server_that_is_started_again(server: RedisServer, open_c
     assert await refused_or_taken(counters, SLOTS) is None
     await server.start()
     assert not (await back(counters, SLOTS)).refused
-    for verdict in held:
-        counters.settle(verdict, [0.0])
-    for verdict in day:
-        counters.settle(verdict, [0.0])
+    for decision in held:
+        counters.settle(decision, [0.0])
+    for decision in day:
+        counters.settle(decision, [0.0])
     await settled(counters)
-    assert await level(counters, "slots", SLOTS[0].rule) == 1
-    assert await level(counters, "day", DAY[0].rule) == 0
+    assert await level(counters, "slots", SLOTS[0].limit) == 1
+    assert await level(counters, "day", DAY[0].limit) == 0
 
 
 async def test_a_server_restarted_between_two_takes_is_not_noticed(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """A connection that broke while nobody looked is replaced, and the take is asked for again."""
+    """A connection that broke while it was idle is replaced, and the take is repeated."""
     counters = open_counters(server)
     await counters.take(DAY)
     server.kill()
@@ -406,7 +406,7 @@ async def test_a_server_restarted_between_two_takes_is_not_noticed(
 
 
 async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Takes end, and what they took all the same when it goes on is given back; settlements wait for it."""
+    """Takes fail, and what Redis takes for them later is given back; settlements wait."""
     counters = open_counters(server, timeout=0.3)
     held = await counters.take(SLOTS)
     await counters.take(DAY)
@@ -417,15 +417,15 @@ async def test_a_paused_server(server: RedisServer, open_counters: OpenCounters)
     server.resume()
     await back(counters, DAY)
     await settled(counters)
-    assert await level(counters, "slots", SLOTS[0].rule) == 0
-    assert await level(counters, "day", DAY[0].rule) == 2
+    assert await level(counters, "slots", SLOTS[0].limit) == 0
+    assert await level(counters, "day", DAY[0].limit) == 2
 
 
-async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A connection may take longer than a request waits: meanwhile nobody else waits at all, and then it is used."""
+async def test_a_server_that_accepts_no_connection(server: RedisServer, open_counters: OpenCounters) -> None:
+    """A connection can take longer than a request waits: meanwhile no other request waits, and then it is used."""
     counters = open_counters(server, timeout=0.3)
     server.pause()
-    assert await refused_or_taken(counters, [Charge("never", DAY[0].rule)]) is None
+    assert await refused_or_taken(counters, [Charge("never", DAY[0].limit)]) is None
     with pytest.raises(CountersUnavailable):
         counters.take(DAY).send(None)  # it never waits
     connecting = counters._script._client
@@ -436,21 +436,21 @@ async def test_a_server_that_lets_nobody_in(server: RedisServer, open_counters: 
 
 
 async def test_a_server_that_pauses_its_clients(server: RedisServer, open_counters: OpenCounters) -> None:
-    """As `CLIENT PAUSE` does in a failover: away for its time, and right behind it."""
+    """As `CLIENT PAUSE` in a failover: unavailable for that time, and correct afterwards."""
     counters = open_counters(server, timeout=0.3)
     await counters.take(DAY)
     server.command("CLIENT", "PAUSE", "1000", "ALL")
     assert await refused_or_taken(counters, DAY) is None
     await back(counters, DAY)
     await settled(counters)
-    assert await level(counters, "day", DAY[0].rule) == 2
+    assert await level(counters, "day", DAY[0].limit) == 2
 
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_killed_paused_and_restarted_under_load(
     server: RedisServer, open_counters: OpenCounters, seed: int
 ) -> None:
-    """Whatever becomes of the server, each take ends; and once it is there again, no slot is lost and none too many."""
+    """Whatever happens to the server, each take ends; when it is available again, the slots are exact."""
     rng = random.Random(seed)
     gateways = [open_counters(server, timeout=0.3), open_counters(server, timeout=0.3)]
     slots = [Charge("slots", Limit(40, "at_once")), *DAY]
@@ -460,11 +460,11 @@ async def test_killed_paused_and_restarted_under_load(
     async def caller(place: int) -> None:
         counters = gateways[place % 2]
         while not stop:
-            verdict = await refused_or_taken(counters, slots)
-            outcomes.add("away" if verdict is None else "refused" if verdict.refused else "taken")
+            decision = await refused_or_taken(counters, slots)
+            outcomes.add("away" if decision is None else "refused" if decision.refused else "taken")
             await asyncio.sleep(rng.random() * 0.02)
-            if verdict is not None:
-                counters.settle(verdict, [0.0, 1.0])
+            if decision is not None:
+                counters.settle(decision, [0.0, 1.0])
 
     callers = [asyncio.create_task(caller(place)) for place in range(60)]
     for _ in range(4):
@@ -484,15 +484,15 @@ async def test_killed_paused_and_restarted_under_load(
     for counters in gateways:
         await settled(counters)
     assert {"away", "taken"} <= outcomes
-    others = [open_counters(server), open_counters(server)]  # which wait longer: what is looked at is what there is
-    assert await level(others[0], "slots", slots[0].rule) == 0
+    others = [open_counters(server), open_counters(server)]  # with a long timeout: they check the result
+    assert await level(others[0], "slots", slots[0].limit) == 0
     for counters, room in zip(others, (25, 15), strict=True):
-        verdicts = await asyncio.gather(*[counters.take(slots[:1]) for _ in range(25)])
-        assert len([verdict for verdict in verdicts if not verdict.refused]) == room
+        decisions = await asyncio.gather(*[counters.take(slots[:1]) for _ in range(25)])
+        assert len([decision for decision in decisions if not decision.refused]) == room
 
 
 class Wire(RawUpstream):
-    """The way between gateway and Redis: it may lose what the server says, and break or not break behind it."""
+    """A proxy between gateway and Redis that can lose replies, and close the connection after that or not."""
 
     def __init__(self, port: int) -> None:
         super().__init__(self._pass_on)
@@ -529,47 +529,47 @@ class Wire(RawUpstream):
             to.close()
 
 
-async def test_an_answer_that_is_lost_with_its_connection_is_heard_again(
+async def test_a_reply_that_is_lost_with_its_connection_is_repeated(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """The call is repeated under its number: it is not done twice, and the verdict is the one it had."""
+    """The call is repeated with its number: it is not made twice, and has the same decision."""
     async with Wire(server.port) as wire:
         counters = open_counters(wire.url)
         await counters.take(DAY)
         for count in range(2, 6):
             wire.lose = 1
-            verdict = await counters.take(DAY)
-            assert verdict.records[0][0] == count
+            decision = await counters.take(DAY)
+            assert decision.records[0][0] == count
         assert wire.lost == 4
-        assert await level(counters, "day", DAY[0].rule) == 5
+        assert await level(counters, "day", DAY[0].limit) == 5
         await counters.close()
 
 
 @pytest.mark.parametrize("breaks", [True, False])
-async def test_a_take_whose_answer_is_lost_is_undone(
+async def test_a_take_whose_reply_is_lost_is_undone(
     server: RedisServer, open_counters: OpenCounters, breaks: bool
 ) -> None:
-    """Nobody holds what it took: it is given back as soon as Redis is heard again, and settlements are done once."""
+    """Its take is given back as soon as Redis responds, and settlements are made once."""
     async with Wire(server.port) as wire:
         counters = open_counters(wire.url, timeout=0.3)
         watching = open_counters(server)
         held = await counters.take(SLOTS)
-        spent = await counters.take([Charge("budget", DAY[0].rule, 100)])
+        spent = await counters.take([Charge("budget", DAY[0].limit, 100)])
         wire.lose, wire.breaks = 2, breaks
         counters.settle(spent, [40.0])
         counters.settle(held, [0.0])
         assert await refused_or_taken(counters, SLOTS) is None
-        assert await level(watching, "slots", SLOTS[0].rule) == 1  # it was done
+        assert await level(watching, "slots", SLOTS[0].limit) == 1  # the call was made
         wire.lose = 0
         await back(counters, DAY)
         await settled(counters)
-        assert await level(watching, "slots", SLOTS[0].rule) == 0
-        assert await level(watching, "budget", DAY[0].rule) == 40
+        assert await level(watching, "slots", SLOTS[0].limit) == 0
+        assert await level(watching, "budget", DAY[0].limit) == 40
         await counters.close()
 
 
-async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Whenever a take is cancelled - before it is sent, under way, answered - its slot is free again."""
+async def test_a_cancelled_take_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Whenever a take is cancelled - before it is sent, in flight, after its reply - its slot is free again."""
     counters = open_counters(server)
     await counters.take(DAY)
     rng = random.Random(3)
@@ -583,11 +583,11 @@ async def test_a_caller_who_leaves_takes_nothing(server: RedisServer, open_count
         with contextlib.suppress(asyncio.CancelledError):
             counters.settle(await task, [0.0])
     await settled(counters)
-    assert await level(counters, "slots", SLOTS[0].rule) == 0
+    assert await level(counters, "slots", SLOTS[0].limit) == 0
 
 
-async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenCounters) -> None:
-    """One that comes out of a connection that was given up, behind a later one, is refused by the script."""
+async def test_a_late_call_is_rejected(server: RedisServer, open_counters: OpenCounters) -> None:
+    """The script rejects a call from an abandoned connection that arrives after a later call."""
     from redis.asyncio import Redis
     from redis.exceptions import ResponseError
 
@@ -595,27 +595,27 @@ async def test_a_late_call_is_not_done(server: RedisServer, open_counters: OpenC
     for _ in range(3):
         await counters.take(DAY)
     async with Redis(port=server.port) as redis:
-        keys = [counters._gateways, counters._last]
-        arguments: list[Any] = [SCRIPT, 2, *keys, counters._me, struct.pack("<ddB", 1, 20, 0)]
-        with pytest.raises(ResponseError, match="given up"):
+        keys = [counters._gateways_key, counters._last_call_key]
+        arguments: list[Any] = [SCRIPT, 2, *keys, counters._id, struct.pack("<ddB", 1, 20, 0)]
+        with pytest.raises(ResponseError, match="abandoned"):
             await redis.eval(*arguments)
 
 
 async def crash(counters: RedisCounters) -> None:
-    """End counters as a crash of their process does: without a last word."""
+    """End counters as a crash of their process does: without a farewell."""
     worker = counters._worker
     assert worker is not None
     worker.cancel()
     await asyncio.wait((worker,))
     counters._worker = None
-    counters._settles.clear()
-    await counters._script.hang_up()
+    counters._settlements.clear()
+    await counters._script.disconnect()
 
 
 async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_counters: OpenCounters) -> None:
-    """What it held at once counts until it has been silent for a time, and the others' go on to count."""
+    """Its concurrent use counts until its timeout; the use of the others stays."""
     crashed = open_counters(server)
-    here = open_counters(server, patience=0.5)
+    here = open_counters(server, gateway_timeout=0.5)
     for counters in (crashed, crashed, here):
         assert not (await counters.take(SLOTS)).refused
     assert (await here.take(SLOTS)).refused
@@ -631,68 +631,71 @@ async def test_a_crashed_gateway_frees_its_slots(server: RedisServer, open_count
 async def test_a_gateway_that_was_only_silent_is_counted_again(
     server: RedisServer, open_counters: OpenCounters
 ) -> None:
-    """One that was cut off has its exchanges still: when it is heard of, they count, and their ends count too."""
+    """A disconnected gateway still has its exchanges: at its next call they count again, and so do their ends."""
     silent = open_counters(server)
-    here = open_counters(server, patience=0.3)
-    verdict = await silent.take(SLOTS)
+    here = open_counters(server, gateway_timeout=0.3)
+    decision = await silent.take(SLOTS)
     worker = silent._worker
     assert worker is not None
     await asyncio.sleep(0.4)
-    assert await level(here, "slots", SLOTS[0].rule) == 0
+    assert await level(here, "slots", SLOTS[0].limit) == 0
     await silent.take(DAY)
-    assert await level(here, "slots", SLOTS[0].rule) == 1
-    silent.settle(verdict, [0.0])
+    assert await level(here, "slots", SLOTS[0].limit) == 1
+    silent.settle(decision, [0.0])
     await settled(silent)
-    assert await level(here, "slots", SLOTS[0].rule) == 0
+    assert await level(here, "slots", SLOTS[0].limit) == 0
 
 
-async def test_a_gateway_with_nothing_to_ask_says_that_it_is_there(
-    server: RedisServer, open_counters: OpenCounters
-) -> None:
-    """What it holds counts for as long as it runs."""
-    quiet, here = open_counters(server, patience=1.5), open_counters(server, patience=1.5)
+async def test_an_idle_gateway_sends_heartbeats(server: RedisServer, open_counters: OpenCounters) -> None:
+    """Its concurrent use counts for as long as it runs."""
+    quiet, here = open_counters(server, gateway_timeout=1.5), open_counters(server, gateway_timeout=1.5)
     await quiet.take(SLOTS)
     for _ in range(10):
         await asyncio.sleep(0.3)
-        assert await level(here, "slots", SLOTS[0].rule) == 1
+        assert await level(here, "slots", SLOTS[0].limit) == 1
 
 
-async def test_closing_settles_what_is_left(server: RedisServer, open_counters: OpenCounters) -> None:
-    """All of it, in as many calls as it takes; and what the gateway held at once is free."""
+async def test_closing_completes_pending_settlements(server: RedisServer, open_counters: OpenCounters) -> None:
+    """All settlements are made, in several calls; and the gateway's concurrent use is free."""
     counters, watching = open_counters(server), open_counters(server)
-    verdicts = await asyncio.gather(
+    decisions = await asyncio.gather(
         *[
-            counters.take([Charge("day", DAY[0].rule, 10), Charge("slot", Limit(10**6, "at_once"))])
+            counters.take([Charge("day", DAY[0].limit, 10), Charge("slot", Limit(10**6, "at_once"))])
             for _ in range(1_000)
         ]
     )
-    for verdict in verdicts:
-        counters.settle(verdict, [3.0, None])
+    for decision in decisions:
+        counters.settle(decision, [3.0, None])
     await counters.close()
-    assert await level(watching, "day", DAY[0].rule) == 3_000
+    assert await level(watching, "day", DAY[0].limit) == 3_000
     assert await level(watching, "slot", Limit(10**6, "at_once")) == 0
     assert await refused_or_taken(counters, DAY) is None
     await counters.close()
 
 
 async def test_closing_without_a_server_ends(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It says what could not be settled, once."""
+    """It logs once how many charges could not be settled."""
     counters = open_counters(server)
-    verdicts = [await counters.take(DAY) for _ in range(7)]
+    decisions = [await counters.take(DAY) for _ in range(7)]
     server.kill()
-    for verdict in verdicts:
-        counters.settle(verdict, [0.0])
+    for decision in decisions:
+        counters.settle(decision, [0.0])
     with structlog.testing.capture_logs() as logs:
         async with asyncio.timeout(30):
             await counters.close()
-    assert logs[-1] == {"event": "limits that were not settled", "charges": 7, "log_level": "warning"}
+    assert logs[-1] == {
+        "event": "limit_store_settlements_lost",
+        "store": str(counters.url),
+        "charges": 7,
+        "log_level": "warning",
+    }
 
 
 # -- Redis refuses ---------------------------------------------------------------------------------------
 
 
-async def test_a_server_that_has_forgotten_the_script(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It is told again."""
+async def test_a_server_without_the_script(server: RedisServer, open_counters: OpenCounters) -> None:
+    """The script is sent again."""
     counters = open_counters(server)
     for _ in range(3):
         assert not (await counters.take(DAY)).refused
@@ -700,19 +703,19 @@ async def test_a_server_that_has_forgotten_the_script(server: RedisServer, open_
 
 
 async def test_a_server_that_is_full_takes_nothing(server: RedisServer, open_counters: OpenCounters) -> None:
-    """Nothing is counted in half; it goes on when there is room again."""
+    """No take counts in part; it continues when there is room again."""
     counters = open_counters(server)
     both = [*DAY, *SLOTS]
     await counters.take(both)
     server.command("CONFIG", "SET", "maxmemory", "1")
     assert await refused_or_taken(counters, both) is None
     server.command("CONFIG", "SET", "maxmemory", "0")
-    verdict = await back(counters, both)
-    assert verdict.records[0][0] == 2
+    decision = await back(counters, both)
+    assert decision.records[0][0] == 2
 
 
 async def test_a_server_that_has_become_a_replica(server: RedisServer, open_counters: OpenCounters) -> None:
-    """As behind a failover: it writes nothing, until it is the first again."""
+    """As after a failover: a replica accepts no writes until it is the primary."""
     counters = open_counters(server)
     await counters.take(DAY)
     server.command("REPLICAOF", "127.0.0.1", "1")
@@ -724,7 +727,7 @@ async def test_a_server_that_has_become_a_replica(server: RedisServer, open_coun
 
 
 async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """It says so, and is away until it has loaded; then what was counted before counts."""
+    """The counters are unavailable until Redis has loaded its data; then the earlier use counts."""
     server = RedisServer(tmp_path / "redis")
     await server.start()
     counters = open_counters(server)
@@ -739,52 +742,52 @@ async def test_a_server_that_is_loading(tmp_path: Path, open_counters: OpenCount
         with structlog.testing.capture_logs() as logs:
             assert await refused_or_taken(counters, DAY) is None
         assert "loading" in logs[0]["reason"]
-        verdict = await back(counters, DAY)
-        assert verdict.records[0][0] == 2
+        decision = await back(counters, DAY)
+        assert decision.records[0][0] == 2
     finally:
         server.kill()
 
 
 @pytest.mark.parametrize("words", [("RPUSH", "x"), ("SET", "x")])
-async def test_something_else_under_a_name(
+async def test_another_value_under_a_key(
     server: RedisServer, open_counters: OpenCounters, words: tuple[str, str]
 ) -> None:
-    """Who asks for it is told that it cannot be counted, the others go on, and nothing is counted in half."""
+    """Takes of that key fail, the others continue, and no take counts in part."""
     counters = open_counters(server)
     command, value = words
     server.command(command, "{gateway}:used:bad", value)
     server.command(command, "{gateway}:held:bad", value)
-    for rule in (Limit(5, "day"), Limit(5, "minute"), Limit(5, "at_once")):
-        bad = Charge("bad", rule)
+    for limit in (Limit(5, "day"), Limit(5, "minute"), Limit(5, "at_once")):
+        bad = Charge("bad", limit)
         results = await asyncio.gather(
             refused_or_taken(counters, [*DAY, bad]), refused_or_taken(counters, DAY), refused_or_taken(counters, [bad])
         )
         assert [result is None for result in results] == [True, False, True]
-    assert await level(counters, "day", DAY[0].rule) == 3
+    assert await level(counters, "day", DAY[0].limit) == 3
 
 
 @pytest.mark.parametrize("name", ["gateways", "last"])
-async def test_something_else_under_the_gateways_own_names(
+async def test_another_value_under_the_keys_of_the_gateways(
     server: RedisServer, open_counters: OpenCounters, name: str
 ) -> None:
-    """It is away until that is gone, and then right."""
+    """The counters are unavailable until that key is deleted, and then correct."""
     counters = open_counters(server)
     await counters.take(DAY)
-    key = (counters._gateways if name == "gateways" else counters._last).decode()
+    key = (counters._gateways_key if name == "gateways" else counters._last_call_key).decode()
     server.command("DEL", key)
     server.command("SADD", key, "x")
     assert await refused_or_taken(counters, DAY) is None
     server.command("DEL", key)
-    verdict = await back(counters, DAY)
-    assert verdict.records[0][0] == 2
+    decision = await back(counters, DAY)
+    assert decision.records[0][0] == 2
 
 
-# What docs/operating.md lets the gateway's user do.
+# The permissions of the gateway's user in docs/operating.md.
 ALLOWED = ["+eval", "+evalsha", "+time", "+get", "+set", "+del", "+hget", "+hset", "+hdel", "+hgetall", "+expire"]
 
 
 async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """The counters are away, the log says why, and the right one lets the gateway in."""
+    """The counters are unavailable, the log says why, and the correct password works."""
     server = RedisServer(tmp_path / "redis")
     await server.start()
     try:
@@ -795,14 +798,14 @@ async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: Ope
             assert await refused_or_taken(wrong, DAY) is None
         assert "AuthenticationError" in logs[0]["reason"]
         assert "sesame" not in str(logs)
-        assert "sesame" not in repr(wrong.place)
-        wrong._away_since = None
+        assert "sesame" not in repr(wrong.url)
+        wrong._unavailable_since = None
         with structlog.testing.capture_logs() as logs:
-            wrong._gone("a library that says opensesame")
+            wrong._mark_unavailable("a library that says opensesame")
         assert logs[0]["reason"] == "a library that says ***"
         right = open_counters(f"redis://gw:sesame@127.0.0.1:{server.port}")
-        verdict = await right.take([*SLOTS, *DAY, Charge("minute", Limit(60, "minute"))])
-        right.settle(verdict, [0.0, 0.0, 0.0])
+        decision = await right.take([*SLOTS, *DAY, Charge("minute", Limit(60, "minute"))])
+        right.settle(decision, [0.0, 0.0, 0.0])
         await settled(right)
         assert await level(right, "minute", Limit(60, "minute")) == 0
     finally:
@@ -813,7 +816,7 @@ async def test_a_wrong_password_is_not_logged(tmp_path: Path, open_counters: Ope
 
 
 async def test_a_unix_socket(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """`unix:///PATH` is a way to it, too."""
+    """`unix:///PATH` works, too."""
     path = tmp_path / "r.sock"
     server = RedisServer(tmp_path / "redis", "--unixsocket", str(path))
     await server.start()
@@ -825,7 +828,7 @@ async def test_a_unix_socket(tmp_path: Path, open_counters: OpenCounters) -> Non
 
 
 async def test_tls_with_a_private_ca(server: RedisServer, tmp_path: Path, open_counters: OpenCounters) -> None:
-    """The server's certificate is one of that CA, for that host; else the counters are away."""
+    """The certificate must be from that CA and for that host; otherwise the counters are unavailable."""
     ca, other = trustme.CA(), trustme.CA()
     paths = {name: tmp_path / f"{name}.pem" for name in ("ca", "other")}
     ca.cert_pem.write_to_path(paths["ca"])
@@ -843,7 +846,7 @@ async def test_tls_with_a_private_ca(server: RedisServer, tmp_path: Path, open_c
 
 
 async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
-    """Any node leads to the one that has the limits, also when they move to another, and one limit is kept."""
+    """Any node redirects to the one with the keys, also after they move, and all gateways share one limit."""
     servers = [RedisServer(tmp_path / f"node{place}", "--cluster-enabled", "yes") for place in range(3)]
     for server in servers:
         await server.start("--cluster-port", str(free_port()))
@@ -860,46 +863,46 @@ async def test_a_cluster(tmp_path: Path, open_counters: OpenCounters) -> None:
                 await asyncio.sleep(0.05)
         gateways = [open_counters(server, cluster=True) for server in servers]
         charges = [Charge("requests", Limit(50, "day")), Charge("slots", Limit(1_000, "at_once"))]
-        verdicts = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
-        assert len([verdict for verdict in verdicts if not verdict.refused]) == 50
+        decisions = await asyncio.gather(*[gateways[place % 3].take(charges) for place in range(200)])
+        assert len([decision for decision in decisions if not decision.refused]) == 50
         owner = next(server for server in servers if "MovedError" not in server.command("GET", "{gateway}:x"))
         other = next(server for server in servers if server is not owner)
         with structlog.testing.capture_logs() as logs:
             assert await refused_or_taken(open_counters(other), DAY) is None
         assert "MovedError" in logs[0]["reason"]
 
-        # The slot on its way: right, or away; never anything else.
+        # While the slot migrates, takes are correct or fail.
         slot = owner.command("CLUSTER", "KEYSLOT", "{gateway}:x")
         here, there = (server.command("CLUSTER", "MYID") for server in (owner, other))
         other.command("CLUSTER", "SETSLOT", slot, "IMPORTING", here)
         owner.command("CLUSTER", "SETSLOT", slot, "MIGRATING", there)
         for _ in range(20):
             for counters in gateways:
-                await refused_or_taken(counters, [Charge(f"new{random.random()}", DAY[0].rule)])
+                await refused_or_taken(counters, [Charge(f"new{random.random()}", DAY[0].limit)])
         owner.command("FLUSHALL")
         for server in (other, owner):
             server.command("CLUSTER", "SETSLOT", slot, "NODE", there)
-        # The node that had the limits goes, even where the configuration names it: another one knows where they are.
+        # The node with the keys ends, even if the configuration names it: another node redirects to the new one.
         owner.kill()
         for counters in gateways:
             await back(counters, DAY)
-        assert await level(gateways[0], "day", DAY[0].rule) == 3
+        assert await level(gateways[0], "day", DAY[0].limit) == 3
     finally:
         for server in servers:
             server.kill()
 
 
 async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_counters: OpenCounters) -> None:
-    """It is refused here, until something is given back here, or a second is over."""
+    """The gateway refuses it itself until some use is given back here, or for a second."""
     counters, other = open_counters(server), open_counters(server)
     held = [await counters.take(SLOTS) for _ in range(3)]
     assert (await counters.take(SLOTS)).refused
     asked = counters._number
     for _ in range(500):
-        verdict = await counters.take(SLOTS)
-        assert verdict.refused
-        assert verdict.wait(0) == 1
-    assert counters._number <= asked + 1  # it may have said that it is there
+        decision = await counters.take(SLOTS)
+        assert decision.refused
+        assert decision.retry_after(0) == 1
+    assert counters._number <= asked + 1  # it may have sent a heartbeat
     counters.settle(held[0], [0.0])
     assert not (await counters.take(SLOTS)).refused
     assert (await counters.take(SLOTS)).refused
@@ -911,10 +914,10 @@ async def test_a_refused_caller_costs_no_round_trip(server: RedisServer, open_co
 
 
 @pytest.mark.parametrize("passes", range(4))
-async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
+async def test_a_stalled_loop_is_no_outage_of_redis(
     server: RedisServer, open_counters: OpenCounters, passes: int
 ) -> None:
-    """An answer that is there counts, even where the gateway was kept from reading it until it was late."""
+    """A reply that has arrived counts, even if a stall delayed its reading beyond the timeout."""
     counters = open_counters(server, timeout=0.3)
     await counters.take(DAY)
     take = asyncio.create_task(counters.take(DAY))
@@ -927,19 +930,21 @@ async def test_a_loop_that_was_busy_is_no_redis_that_is_away(
     assert not logs
 
 
-async def test_taking_nothing_says_whether_redis_is_there(server: RedisServer, open_counters: OpenCounters) -> None:
-    """So that a stage can connect before its first request, and what is wrong is in the log when the gateway starts."""
+async def test_an_empty_take_checks_whether_redis_is_available(
+    server: RedisServer, open_counters: OpenCounters
+) -> None:
+    """A stage can connect before its first request, and the log has a problem at the start."""
     counters = open_counters(server)
     assert not (await counters.take([])).refused
     server.kill()
     assert await refused_or_taken(counters, []) is None
 
 
-async def test_what_cannot_be_asked_is_the_askers_mistake(server: RedisServer, open_counters: OpenCounters) -> None:
-    """A charge that is none raises where it is made, and Redis is not away for the others."""
+async def test_an_invalid_charge_fails_its_caller_only(server: RedisServer, open_counters: OpenCounters) -> None:
+    """An invalid charge raises for its caller only, and Redis stays available for the others."""
     counters = open_counters(server)
     with pytest.raises(struct.error):
-        await counters.take([Charge("a", DAY[0].rule, "many")])  # type: ignore[arg-type] # that is the point
+        await counters.take([Charge("a", DAY[0].limit, "many")])  # type: ignore[arg-type] # that is the point
     assert not (await counters.take(DAY)).refused
 
 
@@ -957,7 +962,7 @@ pipeline:
 
 
 async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Clients of both get one limit's worth together; without Redis `on_error` says what becomes of them."""
+    """Clients of both share one limit; without Redis `on_error` decides."""
     env = {"REDIS": server.url}
     gateways = [await start_gateway(azure.endpoint, GATEWAY, env=env) for _ in range(2)]
 
@@ -972,7 +977,7 @@ async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: S
         while server.command("KEYS", "{gateway}:held:*"):
             await asyncio.sleep(0.02)
     server.kill()
-    assert await status(gateways[0]) in (429, 503)  # what it refused a moment ago it may refuse once more
+    assert await status(gateways[0]) in (429, 503)  # a recent refusal may be repeated
     async with asyncio.timeout(30):
         while await status(gateways[0]) != 503:
             await asyncio.sleep(0.05)
@@ -980,37 +985,37 @@ async def test_two_gateways_with_one_limit(server: RedisServer, start_gateway: S
     assert await status(opened) == 200
 
 
-async def test_nothing_that_is_to_be_settled_is_dropped(
+async def test_no_settlement_is_dropped(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where more waits than Redis keeps up with, no more is taken; every slot and every token comes back."""
-    monkeypatch.setattr("gateway.limits.redis_counters._KEPT", 20)
-    monkeypatch.setattr("gateway.limits.redis_counters._SETTLES", 3)
+    """With too many pending settlements takes fail; every slot and every token is given back."""
+    monkeypatch.setattr("gateway.limits.redis_counters._MAX_PENDING", 20)
+    monkeypatch.setattr("gateway.limits.redis_counters._MAX_SETTLEMENTS", 3)
     counters = open_counters(server)
     charges = [Charge("slots", Limit(1000, "at_once")), Charge("tokens", Limit(10**6, "day"), 100.0)]
-    verdicts = [await counters.take(charges) for _ in range(50)]
-    for verdict in verdicts:
-        counters.settle(verdict, [0.0, 1.0])
+    decisions = [await counters.take(charges) for _ in range(50)]
+    for decision in decisions:
+        counters.settle(decision, [0.0, 1.0])
     with pytest.raises(CountersUnavailable, match="too slow"):
         await counters.take(charges)
     await settled(counters)
-    verdict = await counters.take([Charge(each.name, each.rule, 0.0) for each in charges])
-    assert [record[0] for record in verdict.records] == [0.0, 50.0]
+    decision = await counters.take([Charge(each.name, each.limit, 0.0) for each in charges])
+    assert [record[0] for record in decision.records] == [0.0, 50.0]
 
 
-async def test_slots_are_given_back_however_late(
+async def test_slots_are_released_however_late(
     server: RedisServer, open_counters: OpenCounters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After an outage that is so long that tokens say nothing any more."""
-    monkeypatch.setattr("gateway.limits.redis_counters._KEPT_FOR", 0.2)
+    """Also after an outage that is so long that tokens no longer matter."""
+    monkeypatch.setattr("gateway.limits.redis_counters._MAX_PENDING_AGE", 0.2)
     monkeypatch.setattr("gateway.limits.redis_counters._RETRY", 0.1)
     counters = open_counters(server, timeout=0.3)
     charges = [Charge("tokens", Limit(10**6, "day"), 100.0), Charge("slots", Limit(1, "at_once"))]
-    verdict = await counters.take(charges)
+    decision = await counters.take(charges)
     server.pause()
     with pytest.raises(CountersUnavailable):
         await counters.take([Charge("other", Limit(5, "day"))])
-    counters.settle(verdict, [1.0, 0.0])
+    counters.settle(decision, [1.0, 0.0])
     await asyncio.sleep(1)
     server.resume()
     await back(counters, DAY)

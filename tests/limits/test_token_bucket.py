@@ -1,4 +1,4 @@
-"""The arithmetic of limits, and the counters of one process that go by it."""
+"""The arithmetic of token buckets, through the counters of one process."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ class Time:
         return self.now
 
 
-def test_what_was_held_under_a_forgotten_name_is_not_given_back() -> None:
-    """A first use is born when it is made: what others held under that name before has drained with it."""
+def test_a_reservation_under_a_dropped_name_gives_nothing_back() -> None:
+    """The first use creates a record: earlier reservations under the name have drained."""
     time = Time()
     counters = MemoryCounters(time)
-    rule = Limit(600, "minute")
-    early = counters.take_now([Charge("a", rule, 300)])
-    counters._records.clear()  # as names are forgotten when there are many
+    limit = Limit(600, "minute")
+    early = counters.take_now([Charge("a", limit, 300)])
+    counters._records.clear()  # as if the name was dropped
     time.now += 60
-    counters.take_now([Charge("a", rule, 300)])
+    counters.take_now([Charge("a", limit, 300)])
     counters.settle(early, [0.0])
-    assert counters.take_now([Charge("a", rule, 300)]).left(0) == 0
-    assert counters.take_now([Charge("a", rule, 1)]).refused
+    assert counters.take_now([Charge("a", limit, 300)]).remaining(0) == 0
+    assert counters.take_now([Charge("a", limit, 1)]).refused
 
 
-@pytest.mark.parametrize("limit", [131, 1_451, 2_986, 100_000])
-def test_what_is_said_to_be_left_can_be_taken(limit: int) -> None:
-    """Where a step's share is no whole number as well, however the steps were looked at."""
+@pytest.mark.parametrize("amount", [131, 1_451, 2_986, 100_000])
+def test_the_remaining_amount_can_be_taken(amount: int) -> None:
+    """Also if the amount of a refill is fractional, and independent of the times of the takes."""
     time = Time()
     counters = MemoryCounters(time)
-    rule = Limit(limit, "minute")
-    counters.take_now([Charge("a", rule, limit)])
+    limit = Limit(amount, "minute")
+    counters.take_now([Charge("a", limit, amount)])
     for _ in range(5):
         time.now += 10
-        left = counters.take_now([Charge("a", rule, 2 * limit)]).left(0)
-        verdict = counters.take_now([Charge("a", rule, left)])
-        assert not verdict.refused
-        assert counters.take_now([Charge("a", rule, 1)]).refused
-        counters.settle(verdict, [0.0])
+        left = counters.take_now([Charge("a", limit, 2 * amount)]).remaining(0)
+        decision = counters.take_now([Charge("a", limit, left)])
+        assert not decision.refused
+        assert counters.take_now([Charge("a", limit, 1)]).refused
+        counters.settle(decision, [0.0])

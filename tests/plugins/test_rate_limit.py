@@ -1,4 +1,4 @@
-"""`rate_limit`: requests per minute with burst, and requests in flight."""
+"""`rate_limit`: requests, tokens, money and concurrent requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def shown(sent: Sent) -> tuple[str | None, ...]:
 
 
 async def test_limit_and_headers() -> None:
-    """Every answer says what is left; the one too many is a 429 that says when to come again."""
+    """Every response has the remaining requests; above the limit it is a 429 with Retry-After."""
     clock = Clock()
     async with running(RateLimit(requests_per_minute=2, per="team"), now=clock) as run:
         assert shown(await run.post()) == ("2", "1", "30s")
@@ -54,8 +54,8 @@ async def test_limit_and_headers() -> None:
         assert (await run.post()).status == 429
 
 
-async def test_burst_is_how_many_may_come_at_once() -> None:
-    """What was used comes back at the rate of the limit, never above the burst."""
+async def test_burst_is_the_maximum_number_of_requests_at_once() -> None:
+    """The bucket refills at the rate of the limit, never above the burst."""
     clock = Clock()
     async with running(RateLimit(requests_per_minute=60, burst=2, per="team"), now=clock) as run:
         for _ in range(3):
@@ -68,7 +68,7 @@ async def test_burst_is_how_many_may_come_at_once() -> None:
 
 @pytest.mark.parametrize(("limit", "burst"), [(100, None), (600, 50), (7, 3), (1, None), (60, 1)])
 async def test_never_more_than_burst_and_rate_allow(limit: int, burst: int | None) -> None:
-    """In any stretch of time: at most the burst, and the rate times the stretch; and in the long run all of it."""
+    """In any interval: at most the burst plus the rate times the interval; and in the long run all of it."""
     clock = Clock()
     admitted: list[float] = []
     async with running(RateLimit(requests_per_minute=limit, burst=burst, per="team"), now=clock) as run:
@@ -85,7 +85,7 @@ async def test_never_more_than_burst_and_rate_allow(limit: int, burst: int | Non
     assert len(admitted) >= asked * 0.9 - size
 
 
-async def test_callers_are_counted_apart() -> None:
+async def test_callers_are_counted_separately() -> None:
     """By key, by address, or together as a team."""
     stages = AuthPassthrough(), RateLimit(requests_per_minute=1)
     async with running(*stages) as run:
@@ -101,7 +101,7 @@ async def test_callers_are_counted_apart() -> None:
 
 
 async def test_in_flight() -> None:
-    """A slot is taken until the exchange is over, and given back however it ends."""
+    """A slot is taken until the exchange is over, and released however it ends."""
     release = asyncio.Event()
 
     async def slow(request: object) -> Response:
@@ -125,7 +125,7 @@ async def test_in_flight() -> None:
 
 
 async def test_two_limits_show_the_one_with_least_room() -> None:
-    """A burst limit beside a slow one: the client is told of the tighter."""
+    """The headers show the limit with the least room."""
     tight, wide = RateLimit(requests_per_minute=3, per="team"), RateLimit(requests_per_minute=100, per="team")
     tight.id, wide.id = "tight", "wide"
     for stages in ((tight, wide), (wide, tight)):
@@ -134,7 +134,7 @@ async def test_two_limits_show_the_one_with_least_room() -> None:
 
 
 async def test_azure_s_own_headers_are_replaced() -> None:
-    """What Azure says of its own limits is not what this caller has left."""
+    """Azure's remaining requests are not those of this caller."""
     answer = Response(200, b"", {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5"})
     async with running(RateLimit(requests_per_minute=10, per="team"), response=answer) as run:
         sent = await run.post()
@@ -162,9 +162,9 @@ pipeline: [auth_passthrough, rate_limit: {requests_per_minute: 100}, model_map, 
 
 @pytest.mark.parametrize(
     ("stage", "words"),
-    [(RateLimit(), "nothing to limit"), (RateLimit(in_flight=1, burst=2), "requests_per_minute")],
+    [(RateLimit(), "no limit is set"), (RateLimit(in_flight=1, burst=2), "requests_per_minute")],
 )
-def test_settings_that_say_nothing_are_mistakes(stage: RateLimit, words: str) -> None:
+def test_settings_without_effect_are_mistakes(stage: RateLimit, words: str) -> None:
     """Found when the configuration is loaded."""
     assert any(words in message for _, message in stage.check(Services("t", "s")))
 
@@ -194,13 +194,13 @@ def tokens_left(sent: Sent) -> int:
 
 
 async def estimate(**fields: Any) -> int:
-    """Return what a request is taken for."""
+    """Return the number of tokens that is reserved for a request."""
     async with running(RateLimit(tokens_per_day=10**9, per="team")) as run:
         return 10**9 - tokens_left(await run.post({**CHAT, **fields}))
 
 
 async def test_tokens_are_taken_before_and_settled_after() -> None:
-    """As many as the request may use, then as many as it did; nothing where it failed."""
+    """The request reserves what it can use; the actual usage replaces it, or nothing if it failed."""
     most = await estimate(**TOKENS)
     assert 100 < most < 140
     async with running(RateLimit(tokens_per_minute=1000, per="team"), response=used(10, 20), now=Clock()) as run:
@@ -215,8 +215,8 @@ async def test_tokens_are_taken_before_and_settled_after() -> None:
         assert tokens_left(await run.post({**CHAT, **TOKENS})) == 1000 - 60 - 310 - most
 
 
-async def test_what_bounds_an_answer() -> None:
-    """The most that it asks for, for each choice; without that `answer_tokens`; embeddings have none."""
+async def test_reserved_output_tokens() -> None:
+    """`max_tokens` for each choice; without it `answer_tokens`; embeddings have no output."""
     plain = await estimate(max_tokens=1)
     assert await estimate(max_completion_tokens=50, n=3) - plain == pytest.approx(149, abs=12)
     assert await estimate() - plain == pytest.approx(999, abs=12)
@@ -226,7 +226,7 @@ async def test_what_bounds_an_answer() -> None:
         sent = await run.send("POST", "/embeddings", json={"model": "e", "input": "hello"})
         before = tokens_left(sent)
         assert 10**6 - before < 10
-        # Of what is not known beforehand: more than nothing, so that it is refused where nothing is left.
+        # Unknown usage reserves more than nothing, so that it is refused if nothing is left.
         sent = await run.send("POST", "/images/generations", json={"model": "d", "prompt": "a cat"})
         assert before - tokens_left(sent) == 8
 
@@ -234,16 +234,16 @@ async def test_what_bounds_an_answer() -> None:
 @pytest.mark.parametrize(
     ("method", "path"), [("POST", "/images/generations"), ("POST", "/audio/speech"), ("POST", "/threads/t/runs")]
 )
-async def test_nothing_that_uses_tokens_passes_where_none_are_left(method: str, path: str) -> None:
-    """Though it is not known beforehand how many it will use; what uses none passes."""
+async def test_operations_with_tokens_are_refused_if_none_are_left(method: str, path: str) -> None:
+    """Even if its usage is not known in advance; an operation without tokens passes."""
     stage = RateLimit(tokens_per_day=5000, per="team", untold="allow")
     async with running(stage, response=used(4000, 4000)) as run:
         assert [(await run.send(method, path, json={"model": "m"})).status for _ in range(3)] == [200, 429, 429]
         assert (await run.send("GET", "/files")).status == 200
 
 
-async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None:
-    """It is answered before it is worked on, and what it used is never told."""
+async def test_a_background_response_has_used_its_maximum() -> None:
+    """Azure responds before it does the work, and never reports the usage."""
     answer = Response.json({"id": "resp_1", "status": "queued", "usage": None, "output": []})
     bodies = [b'"background":true,"max_output_tokens":4000', b'"backgroun\\u0064":true', b'"background": true']
     for more in bodies:  # 4096 where it asks for no less
@@ -252,15 +252,15 @@ async def test_a_response_in_the_background_has_used_what_it_asked_for() -> None
             assert [(await run.send("POST", "/responses", body=body)).status for _ in range(2)] == [200, 429]
 
 
-async def test_a_token_limit_that_is_used_up() -> None:
-    """A 429 of the kind `tokens`, that says how many are left and when to come again."""
+async def test_a_token_limit_that_is_reached() -> None:
+    """A 429 of type `tokens` with the number of tokens that are left, and Retry-After."""
     async with running(RateLimit(tokens_per_minute=600, per="team"), response=used(0, 500), now=Clock()) as run:
         await run.post({**CHAT, "max_tokens": 500})
         sent = await run.post({**CHAT, "max_tokens": 300})
     error = sent.json()["error"]
     assert (sent.status, error["type"], error["code"]) == (429, "tokens", "rate_limit_exceeded")
-    assert "100 are left of the 600 per minute for this team" in error["message"]
-    assert error["message"].endswith("or try again in 30s")
+    assert "but 100 are left of the 600 per minute for this team" in error["message"]
+    assert error["message"].endswith("or retry in 30s")
     assert sent.headers.get("x-ratelimit-limit-tokens") == "600"
     assert sent.headers.get("x-ratelimit-remaining-tokens") == "100"
     assert sent.headers.get("x-ratelimit-reset-tokens") == "50s"
@@ -268,12 +268,12 @@ async def test_a_token_limit_that_is_used_up() -> None:
 
 
 async def test_a_request_that_can_never_pass() -> None:
-    """It says what to change, and that trying again is no use."""
+    """The error says what to change, and that a retry does not help."""
     for burst, limit in ((None, 100), (100, 10_000)):
         async with running(RateLimit(tokens_per_minute=limit, token_burst=burst, per="team")) as run:
             sent = await run.post({**CHAT, "max_tokens": 200})
         assert sent.status == 429
-        assert "ask for less with max_tokens" in sent.json()["error"]["message"]
+        assert "shorten the prompt or lower max_tokens" in sent.json()["error"]["message"]
         assert sent.headers.get("x-should-retry") == "false"
         assert "retry-after" not in sent.headers
 
@@ -281,7 +281,7 @@ async def test_a_request_that_can_never_pass() -> None:
 PRICES = {"gpt-4o*": Price(input=2.5, output=10.0, cached_input=1.25), "dall-e": Price(input=0, request=0.04)}
 
 
-async def test_what_may_be_spent() -> None:
+async def test_a_limit_of_money() -> None:
     """In the prices' currency, estimated before and settled after; a model without a price is refused."""
     stage = RateLimit(spend_per_day=0.01, per="team", limits=[LimitSettings(spend_per_month=1.0, per="key")])
     async with running(stage, response=used(1000, 500), prices=PRICES, now=Clock()) as run:
@@ -291,14 +291,14 @@ async def test_what_may_be_spent() -> None:
         assert sent.status == 429
         error = sent.json()["error"]
         assert (error["type"], error["code"]) == ("insufficient_quota", "insufficient_quota")
-        assert "may cost 0.005013, and 0.0025 is left of the 0.01 per day for this team" in error["message"]
+        assert "can cost up to 0.005013, but 0.0025 is left of the 0.01 per day for this team" in error["message"]
         assert (await run.post({**CHAT, "max_tokens": 100})).status == 200
         assert (await run.post({**CHAT, "model": "o3"})).json()["error"]["code"] == "model_without_price"
         assert (await run.send("GET", "/files")).status == 200
 
 
 async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
-    """Azure ignores the case, and dots may be left out; what counts is the deployment."""
+    """Azure ignores case, and dots can be left out; the deployment counts."""
     prices = {"gpt-4o": Price(input=100.0), "*": Price(input=0.0)}
     for model in ("gpt-4o", "GPT-4o", "gpt-4.o"):
         stage = RateLimit(spend_per_day=0.10, per="team")
@@ -312,7 +312,7 @@ async def test_another_spelling_is_no_other_price_and_no_other_limit() -> None:
 
 
 async def test_a_cheap_name_does_not_make_a_deployment_cheap() -> None:
-    """What is spent goes by the model's name or its deployment's, whichever is dearer."""
+    """The price is the higher one of the model's name and the deployment's."""
     prices = {"gpt-4o": Price(input=100.0), "cheap": Price(input=0.0)}
     stages = ModelMap(default="gpt-4o"), RateLimit(spend_per_day=0.10, per="team")
     async with running(*stages, response=used(1000, 0), prices=prices, now=Clock()) as run:
@@ -321,7 +321,7 @@ async def test_a_cheap_name_does_not_make_a_deployment_cheap() -> None:
 
 
 async def test_a_shadow_needs_no_price() -> None:
-    """It refuses nothing."""
+    """A shadow limit refuses nothing."""
     stage = RateLimit(spend_per_day=0.10, per="team", shadow=True)
     async with running(stage, prices=PRICES) as run:
         assert (await run.post({**CHAT, "model": "o3"})).status == 200
@@ -337,10 +337,8 @@ async def test_a_shadow_needs_no_price() -> None:
         ("WS", "/responses", {"spend_per_month": 5.0}),
     ],
 )
-async def test_what_cannot_be_counted_does_not_get_round_the_limits(
-    method: str, path: str, limit: dict[str, Any]
-) -> None:
-    """It is refused where tokens or money are limited; by requests alone, in the shadow, and if allowed it passes."""
+async def test_unreported_operations_do_not_bypass_the_limits(method: str, path: str, limit: dict[str, Any]) -> None:
+    """It is refused if tokens or money are limited; with other limits, shadow limits, or `untold: allow` it passes."""
     body = {"model": "gpt-4o"}
     async with running(RateLimit(**limit, per="team"), prices=PRICES) as run:
         sent = await run.send(method, path, json=body)
@@ -355,8 +353,8 @@ async def test_what_cannot_be_counted_does_not_get_round_the_limits(
             assert (await run.send(method, path, json=body)).status == 200
 
 
-async def test_requests_may_have_a_price() -> None:
-    """Whatever they use: also where no tokens are told; not where they failed."""
+async def test_requests_can_have_a_price() -> None:
+    """Also if no tokens are reported; not if they failed."""
     stage = RateLimit(spend_per_day=0.10, per="team")
     async with running(stage, response=Response.json({"data": []}), prices=PRICES, now=Clock()) as run:
 
@@ -369,8 +367,8 @@ async def test_requests_may_have_a_price() -> None:
         assert [await draw() for _ in range(4)] == [500] * 4
 
 
-async def test_several_limits_hold_at_once() -> None:
-    """Of pairs as well; a refused request takes nothing of any of them."""
+async def test_several_limits_apply_together() -> None:
+    """Also per pair; a refused request takes nothing from any limit."""
     stage = RateLimit(
         requests_per_minute=100,
         per="team",
@@ -385,15 +383,15 @@ async def test_several_limits_hold_at_once() -> None:
             return (await run.post({**CHAT, "model": model}, headers={"api-key": key})).status
 
         assert [await ask("a", "m") for _ in range(4)] == [200, 200, 200, 429]
-        assert await ask("b", "m") == 429  # the model's three are used up, whoever used them
+        assert await ask("b", "m") == 429  # the three requests of the model are used by all callers together
         assert [await ask("b", "n") for _ in range(3)] == [200] * 3
-        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # another case is no other model
+        assert [await ask("b", "M") for _ in range(2)] == [429] * 2  # case does not matter
         sent = await run.send("GET", "/files", headers={"api-key": "c"})
         assert (sent.status, shown(sent)[:2]) == (200, ("100", "93"))
 
 
 async def test_a_shadow_refuses_nothing() -> None:
-    """What it would have refused is counted, and named in the log event; clients are told nothing of it."""
+    """It counts and logs the requests that it would refuse; clients see nothing of it."""
     stage = RateLimit(limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)])
     async with running(stage, now=Clock()) as run:
         first = await run.post()
@@ -406,20 +404,20 @@ async def test_a_shadow_refuses_nothing() -> None:
     assert second.reached.notes["shadow_refused"] == ["RateLimit: requests_per_minute 1 per team"]
 
 
-async def test_a_shadow_beside_the_limit_that_it_may_replace() -> None:
-    """Of the same kind, for the same: each counts for itself, and names itself."""
+async def test_a_shadow_limit_next_to_a_real_one() -> None:
+    """Both count separately."""
     stage = RateLimit(
         requests_per_minute=3, per="team", limits=[LimitSettings(requests_per_minute=1, per="team", shadow=True)]
     )
     async with running(stage, now=Clock()) as run:
         sents = [await run.post() for _ in range(4)]
     assert [each.status for each in sents] == [200, 200, 200, 429]
-    # (What is refused anyway would not be by the shadow.)
+    # (A request that is refused anyway does not count for the shadow limit.)
     assert [each.outcome.counts.get("shadow_refused", 0) for each in sents] == [0, 1, 1, 0]
 
 
 async def test_the_time_that_a_request_waited_is_noted() -> None:
-    """It is no fault of Azure's."""
+    """The log event separates it from the time of Azure."""
     async with running(RateLimit(requests_per_minute=600, burst=1, per="team", wait=5)) as run:
         sents = [await run.post() for _ in range(2)]
     assert [each.status for each in sents] == [200, 200]
@@ -431,26 +429,26 @@ async def test_the_time_that_a_request_waited_is_noted() -> None:
     assert waited > 0
 
 
-async def test_a_stage_of_shadows_alone() -> None:
-    """The simple form may be one, too."""
+async def test_a_stage_with_only_shadow_limits() -> None:
+    """The simple form can be a shadow limit, too."""
     async with running(RateLimit(requests_per_minute=1, per="team", shadow=True), now=Clock()) as run:
         assert [(await run.post()).status for _ in range(3)] == [200] * 3
 
 
-class Away(MemoryCounters):
-    """Counters that cannot be asked."""
+class Unavailable(MemoryCounters):
+    """Counters that are unavailable."""
 
     async def take(self, charges: object) -> Decision:
-        raise CountersUnavailable("away")
+        raise CountersUnavailable("unavailable")
 
 
 @pytest.mark.parametrize(("on_error", "status"), [("open", 200), ("closed", 503)])
-async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
-    """Requests pass uncounted, or none does."""
+async def test_while_the_store_is_unavailable(on_error: Any, status: int) -> None:
+    """Requests pass uncounted, or are refused."""
     stage = RateLimit(requests_per_minute=1, per="team", on_error=on_error)
     azure_s = {"x-ratelimit-remaining-requests": "119", "x-ratelimit-limit-tokens": "5", "x-other": "1"}
     with capture_logs() as events:
-        async with running(stage, shared=Shared(Away()), response=Response(200, b"", azure_s)) as run:
+        async with running(stage, shared=Shared(Unavailable()), response=Response(200, b"", azure_s)) as run:
             sent = await run.post()
     assert sent.status == status
     assert not any(name.startswith("x-ratelimit") for name, _ in sent.headers)
@@ -463,8 +461,8 @@ async def test_while_the_store_is_away(on_error: Any, status: int) -> None:
         assert sent.outcome.counts["unlimited"] == 1
 
 
-async def test_a_request_may_wait_for_room() -> None:
-    """Until another has ended, or as long as it may; then it is refused like any."""
+async def test_a_request_can_wait_for_room() -> None:
+    """Until another request is complete, or for `wait` seconds; then it is refused."""
     release = asyncio.Event()
 
     async def slow(request: object) -> Response:
@@ -481,8 +479,8 @@ async def test_a_request_may_wait_for_room() -> None:
         assert [(await task).status for task in (first, second)] == [200, 200]
 
 
-async def test_limits_are_kept_by_name(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Counters of a team's keys are its own; those of a model alone are everybody's."""
+async def test_counters_have_names(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """Counters per key belong to a team; counters per model are shared by all teams."""
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
 teams: teams/*.yaml
@@ -508,9 +506,9 @@ pipeline:
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        (RateLimit(requests_per_minute=1, limits=[LimitSettings()]), "limits nothing"),
+        (RateLimit(requests_per_minute=1, limits=[LimitSettings()]), "sets no limit"),
         (RateLimit(limits=[LimitSettings(tokens_per_day=1, token_burst=5)]), "tokens_per_minute"),
-        (RateLimit(limits=[LimitSettings(in_flight=1, per=[])]), "names nobody"),
+        (RateLimit(limits=[LimitSettings(in_flight=1, per=[])]), "per is empty"),
         (RateLimit(spend_per_day=1.0), "prices"),
         (RateLimit(in_flight=1, limits=[LimitSettings(in_flight=2)]), "already"),
         (
@@ -524,27 +522,27 @@ pipeline:
         ),
     ],
 )
-def test_limits_that_cannot_be_are_mistakes(stage: RateLimit, words: str) -> None:
-    """With the entry that they stand in."""
+def test_invalid_limits_are_mistakes(stage: RateLimit, words: str) -> None:
+    """Reported for their entry."""
     assert any(words in message for _, message in stage.check(Services("t", "s")))
 
 
 class Settled(MemoryCounters):
-    """Counters that note what is settled."""
+    """Counters that record the settlements."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[int] = []
-        self._verdicts: list[Decision] = []  # so that no two have one id
+        self._decisions: list[Decision] = []  # keeps them alive, so that all ids differ
 
-    def settle(self, verdict: Decision, actual: Any) -> None:
-        self._verdicts.append(verdict)
-        self.calls.append(id(verdict))
-        super().settle(verdict, actual)
+    def settle(self, decision: Decision, actual: Any) -> None:
+        self._decisions.append(decision)
+        self.calls.append(id(decision))
+        super().settle(decision, actual)
 
 
-async def test_1000_at_once_never_pass_a_token_limit(start_gateway: StartGateway) -> None:
-    """Through real sockets, with streams that end, break off and are left: together no more than the limit.
+async def test_1000_concurrent_requests_never_exceed_a_token_limit(start_gateway: StartGateway) -> None:
+    """Through real sockets, with streams that end, break off and are abandoned: together within the limit.
 
     The bound: what was used beyond the estimates of the requests that ran. Here no answer is longer than its
     `max_tokens`, and so there is nothing beyond it.
@@ -590,18 +588,18 @@ pipeline: [access_log, auth_passthrough, rate_limit: {tokens_per_day: 3000, per:
         total = sum(each.get("input_tokens", 0) + each.get("output_tokens", 0) for each in events)
         admitted = [each for each in events if each["status"] == 200]
         assert 60 < len(admitted) < 1000
-        # Each of those that were let in, once.
+        # Each admitted request is settled once.
         assert (len(settled.calls), len(set(settled.calls))) == (len(admitted), len(admitted))
         assert total <= 3000
-        # And what was settled is what was used: exactly so much is left.
+        # And with its actual usage: exactly the rest is left.
         async with gateway.post(json={**CHAT, "max_tokens": 1}) as answer_:
             left = int(answer_.headers["x-ratelimit-remaining-tokens"])
             assert 3000 - total - left < 30
             assert left <= 3000 - total
 
 
-async def test_a_stream_says_what_is_left(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """In its head, in Azure's place; the usage that settles it is hidden from the client."""
+async def test_a_stream_has_the_remaining_tokens(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """In its headers, instead of Azure's; the usage for the settlement is hidden from the client."""
     yaml = """
 resources: {azure: {endpoint: "${ENDPOINT}"}}
 pipeline:

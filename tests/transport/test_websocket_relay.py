@@ -1442,7 +1442,7 @@ async def test_kept_messages_count_as_memory(
         (control,) = FrameParser(masked=False, most=1000).feed(await reader.read())
         assert isinstance(control, Control)
         assert control.code == 1013
-        assert control.payload[2:].startswith(b"your requests hold as much of the gateway's memory as one caller may")
+        assert control.payload[2:].startswith(b"your requests already use your share of the gateway's memory")
         await until(lambda: gateway.exchanges())
         assert gateway.exchanges()[0]["error"] == "overloaded"
     for reader, writer in (clients[0], clients[2]):

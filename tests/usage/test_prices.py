@@ -1,11 +1,11 @@
-"""What tokens cost, by the operator's price list."""
+"""The cost of tokens by the operator's price list."""
 
 from __future__ import annotations
 
 import pytest
 
-from gateway.usage.accounting import Usage
 from gateway.usage.prices import Price, Prices
+from gateway.usage.reported_usage import Usage
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ from gateway.usage.prices import Price, Prices
     ],
 )
 def test_a_usage_costs(usage: Usage, cost: int) -> None:
-    """In millionths, rounded up; what is told in detail is part of the whole, and never more than it."""
+    """In millionths, rounded up; cached and audio tokens are part of the total, and never more."""
     price = Price(input=2.5, output=10, cached_input=1.25, audio_input=40, audio_output=80)
     assert price.cost(usage) == cost
 
 
-def test_what_is_left_out_costs_as_the_rest() -> None:
-    """Cached tokens and sound as other tokens; a request nothing."""
+def test_missing_prices_have_defaults() -> None:
+    """Cached and audio tokens cost as other tokens; a request costs nothing."""
     price = Price(input=2, output=4)
     assert price.cost(Usage(100, 100, 50, 50, 20, 20)) == 600
     assert Price(input=0, request=0.04).cost(Usage(5, 5)) == 40_000
@@ -45,4 +45,4 @@ def test_names_win_over_globs() -> None:
     assert not Prices()
     for number in range(10_000):
         prices.of(f"made-up-{number}")
-    assert len(prices._known) <= 4096
+    assert len(prices._cache) <= 4096

@@ -1,4 +1,4 @@
-"""Tokens, counted where there is a tokenizer and estimated where there is none."""
+"""Tokens: counted if there is a tokenizer, and otherwise estimated."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import Any
 import pytest
 
 from gateway.usage import tokenizer as tokens
-from gateway.usage.tokenizer import count_tokens, expected_prompt_tokens, load_encodings, most_output, prompt_tokens
+from gateway.usage.tokenizer import (
+    count_tokens,
+    expected_prompt_tokens,
+    load_encodings,
+    max_output_tokens,
+    prompt_tokens,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _tokenizer() -> None:
-    """The encodings are there, as they are a moment after they are first needed."""
+    """Load the encodings, as the gateway does when they are first needed."""
     load_encodings()
 
 
@@ -34,7 +40,7 @@ def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     ("model", "count"), [("gpt-4o", 8), ("gpt-4.1-mini", 8), ("o3", 8), (None, 8), ("gpt-4", 10), ("gpt-35-turbo", 10)]
 )
 def test_text_is_counted_in_the_encoding_of_its_model(model: str | None, count: int) -> None:
-    """The newer models' where the name tells nothing."""
+    """An unknown name has the encoding of newer models."""
     assert count_tokens("Grüße aus Köln, 你好", model) == (count, "counted")
 
 
@@ -46,8 +52,8 @@ def test_without_a_tokenizer_a_quarter_of_the_bytes() -> None:
     assert prompt_tokens(b"x" * 401, None) == (101, "estimated")
 
 
-def test_halves_of_surrogate_pairs_do_no_harm() -> None:
-    """A text that was cut in the wrong place is counted all the same."""
+def test_lone_surrogates_are_counted() -> None:
+    """A text that was cut inside a surrogate pair is counted, too."""
     assert count_tokens("a\ud83d", "gpt-4o")[0] > 0
     assert prompt_tokens(b'{"messages":[{"role":"user","content":"\\ud83d"}]}', "gpt-4o")[0] > 0
 
@@ -81,7 +87,7 @@ def test_a_picture_is_not_counted_by_its_bytes(tokenizer: bool, monkeypatch: pyt
 
 
 def test_text_that_looks_like_a_picture_is_text() -> None:
-    """What a model reads as text is counted as text."""
+    """Text that the model reads as text counts as text."""
     text = "data:image/png;base64," + " word" * 5000
     assert prompt_tokens(body(messages=[{"role": "user", "content": text}]), "gpt-4o")[0] > 5000
 
@@ -102,26 +108,26 @@ def test_text_that_looks_like_a_picture_is_text() -> None:
 )
 @pytest.mark.parametrize("text", [" word", "data:image/png;base64,", "url"])
 def test_no_text_hides_from_the_count(fields: dict[str, Any], text: str) -> None:
-    """Whatever it is called, and whatever it looks like."""
+    """Whatever the field's name and the content are."""
     sent = body(**fields).replace(b"TEXT", (text + " word" * 5000).encode())
     assert prompt_tokens(sent, "gpt-4o")[0] >= 5000
 
 
 def test_a_large_body_is_estimated_without_its_pictures() -> None:
-    """It is not decoded for it."""
+    """Without decoding it."""
     picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 5_000_000}}
     count, source = prompt_tokens(body(messages=[{"role": "user", "content": [picture, {"text": "hello"}]}]), "gpt-4o")
     assert (count < 850, source) == (True, "estimated")
 
 
-def test_a_prompt_may_be_nested_as_deeply_as_it_likes() -> None:
-    """As deep as JSON is read."""
+def test_a_deeply_nested_prompt_is_counted() -> None:
+    """As deeply as the JSON decoder allows."""
     deep = b'{"input":' + b"[" * 900 + b'"hello"' + b"]" * 900 + b"}"
     assert prompt_tokens(deep, "gpt-4o") == (count_tokens("hello", "gpt-4o")[0], "counted")
 
 
-def test_what_is_no_json_object_is_estimated() -> None:
-    """It is refused elsewhere."""
+def test_other_bodies_than_json_objects_are_estimated() -> None:
+    """Another part rejects it."""
     for data in (b"[1,2]", b"{", b"nothing "):
         assert prompt_tokens(data, None) == (-(-len(data) // 4), "estimated")
 
@@ -148,18 +154,18 @@ def test_what_is_no_json_object_is_estimated() -> None:
         ({"max_tokens": 10, "prompt": [[1, 2], [3]]}, 20),
     ],
 )
-def test_what_an_answer_may_have_at_most(fields: dict[str, Any], most: int | None) -> None:
+def test_the_maximum_number_of_output_tokens(fields: dict[str, Any], most: int | None) -> None:
     """All choices together."""
-    assert most_output(body(**fields)) == most
+    assert max_output_tokens(body(**fields)) == most
 
 
-def test_a_body_that_is_none_bounds_nothing() -> None:
-    """It is refused elsewhere."""
-    assert most_output(b"{") is None
+def test_an_invalid_body_sets_no_maximum() -> None:
+    """Another part rejects it."""
+    assert max_output_tokens(b"{") is None
 
 
-def test_nobody_waits_while_an_encoding_is_loaded() -> None:
-    """Half a second of it: until then tokens are estimated."""
+def test_no_request_waits_while_an_encoding_is_loaded() -> None:
+    """Loading takes half a second: until then tokens are estimated."""
     code = """
 from gateway.usage import tokenizer as tokens
 print(tokens.count_tokens("hello there", "gpt-4o"))
@@ -170,8 +176,8 @@ print(tokens.count_tokens("hello there", "gpt-4o"))
     assert done.stdout.splitlines() == ["(3, 'estimated')", "(2, 'counted')"]
 
 
-async def test_a_long_prompt_is_counted_aside() -> None:
-    """Some texts take long: other requests go on meanwhile."""
+async def test_a_long_prompt_is_counted_in_a_thread() -> None:
+    """Some texts take long: other requests continue meanwhile."""
     sent = body(input="-" * 900_000)
     turns = 0
 
@@ -191,14 +197,14 @@ async def test_a_long_prompt_is_counted_aside() -> None:
 
 
 @pytest.mark.usefixtures("no_tokenizer")
-def test_a_body_full_of_pictures_is_not_searched_for_ever() -> None:
-    """What is behind the thousandth counts as text."""
+def test_the_search_for_pictures_is_bounded() -> None:
+    """Everything after the thousandth picture counts as text."""
     assert prompt_tokens(b',"data:x;base64,A"' * 100_000, None)[0] > 400_000
 
 
 def test_a_bomb_of_prompts_is_not_decoded() -> None:
-    """So many prompts have at most as many answers as there are commas; other fields are numbers or nothing."""
+    """The number of commas bounds the number of prompts; other fields are numbers or ignored."""
     bomb = b"[" + b"[]," * 1_000_000 + b"[]]"
-    assert most_output(b'{"max_tokens":3,"prompt":%b}' % bomb) == 3 * 1_000_001
-    assert most_output(b'{"max_tokens":%b}' % bomb) is None
-    assert most_output(b'{"max_tokens":3,"n":%b}' % bomb) == 3
+    assert max_output_tokens(b'{"max_tokens":3,"prompt":%b}' % bomb) == 3 * 1_000_001
+    assert max_output_tokens(b'{"max_tokens":%b}' % bomb) is None
+    assert max_output_tokens(b'{"max_tokens":3,"n":%b}' % bomb) == 3

@@ -1,4 +1,4 @@
-"""Streams tell their usage only to those who ask: it is asked for in the client's place, and hidden from it again."""
+"""`stream_options.include_usage`: requests the usage of a stream for the gateway, and hides it from the client."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gateway.protocol.sse import Event, EventSplitter
 
 __all__ = ("STREAMED", "HideUsage", "request_stream_usage")
 
-# What streams its usage only to those who ask; the Responses API always does.
+# Operations that stream their usage only on request. (The Responses API always does.)
 STREAMED = frozenset({"chat.completions", "completions"})
 
-# The api-version that began to take `stream_options` (Azure's api-version lifecycle).
-_SINCE = "2024-09-01"
-# Of an event that has not ended; what is longer is no chunk of text, and goes on as it is.
-_MOST_HELD = 256 * 1024
-_JSON = b"data: {"
+# The first api-version with `stream_options` (Azure's api-version lifecycle).
+_MIN_API_VERSION = "2024-09-01"
+# Maximum number of bytes of an incomplete event to hold. A longer one is no chunk of text, and passes unchanged.
+_MAX_HELD = 256 * 1024
+_JSON_EVENT = b"data: {"
 
 
 class _Chunk(msgspec.Struct):
@@ -30,29 +30,31 @@ class _Chunk(msgspec.Struct):
 
 
 _chunk = msgspec.json.Decoder(_Chunk)
-# (`in` takes twice as long, and six times in a text that has few different letters.)
+# (`in` takes twice as long, and six times as long in a text with few different letters.)
 _STREAM = re.compile(rb'"stream"')
-_ASKED = b'"stream_options":{"include_usage":true}'
+_INCLUDE_USAGE = b'"stream_options":{"include_usage":true}'
 
 
 def request_stream_usage(body: bytes, api_version: str) -> bytes | None:
-    """Return the body of a streamed completion that asks for its usage; None where it does, or must not.
+    """Return the body with a request for the stream's usage. Returns None if it has one, or must have none.
 
-    Older api-versions refuse `stream_options`, and so do requests with `data_sources` ("on your data").
+    Older api-versions reject `stream_options`, and so does Azure for requests with `data_sources` ("on your data").
     """
-    if (_STREAM.search(body) is None and b"\\u00" not in body) or (api_version != "v1" and api_version[:10] < _SINCE):
+    if (_STREAM.search(body) is None and b"\\u00" not in body) or (
+        api_version != "v1" and api_version[:10] < _MIN_API_VERSION
+    ):
         return None
     try:
         fields = raw_fields(body, ("stream", "stream_options", "data_sources"))
     except ApiError:
-        return None  # Azure will say what is wrong with it
+        return None  # Azure reports what is wrong with it
     if fields.get("stream") != b"true" or fields.get("data_sources", b"null") != b"null":
         return None
     given = fields.get("stream_options", b"null")
     if given == b"null":
         end = body.rstrip()
         if b'"stream_options"' not in body and end.endswith(b"}"):
-            return b"%b,%b}" % (end[:-1], _ASKED)  # as it came, but for its end
+            return b"%b,%b}" % (end[:-1], _INCLUDE_USAGE)  # every other byte stays
         return with_field(body, "stream_options", b'{"include_usage":true}')
     try:
         options = raw_fields(given)
@@ -64,41 +66,41 @@ def request_stream_usage(body: bytes, api_version: str) -> bytes | None:
 
 
 class HideUsage(Filter):
-    """Takes out of a stream what its client did not ask for: the chunk of the usage, and `"usage":null` elsewhere.
+    """Removes the usage that the client did not request: the usage chunk, and `"usage":null` in all others.
 
-    An event of JSON is kept until it is whole; all else goes on as it comes.
+    An event with JSON is held until it is complete; everything else passes at once.
     """
 
     finds = (b'"usage"',)
 
     def __init__(self) -> None:
-        self._rest = b""  # an event of JSON that has not ended
-        self._inside = b""  # the last byte of another event that has not ended
+        self._held = b""  # an incomplete event with JSON
+        self._inside = b""  # the last byte of an incomplete event of another kind
         self.between = True
-        self._splitter: EventSplitter | None = None  # of a stream whose lines do not end with LF, as Azure's do
+        self._splitter: EventSplitter | None = None  # for lines that do not end with LF (Azure's do)
 
     def feed(self, data: bytes) -> bytes:
         """Return the events without their usage."""
         if self.between and data.endswith(b"\n\n") and b"\r" not in data:
-            return self._hidden(data)  # nearly every read: whole events
+            return self._hide(data)  # nearly every read: complete events
         if self._splitter is not None or b"\r" in data:
             return self._split(data)
         if self._inside:
-            return self._go_on(data)
-        if self._rest:
-            data, self._rest = self._rest + data, b""
+            return self._continue_event(data)
+        if self._held:
+            data, self._held = self._held + data, b""
         if not data.endswith(b"\n\n"):
             end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
             rest = data[end:]
-            if (rest.startswith(_JSON) or _JSON.startswith(rest)) and len(rest) <= _MOST_HELD:
-                data, self._rest = data[:end], rest
+            if (rest.startswith(_JSON_EVENT) or _JSON_EVENT.startswith(rest)) and len(rest) <= _MAX_HELD:
+                data, self._held = data[:end], rest
             else:
                 self._inside = rest[-1:]
-        self.between = not (self._rest or self._inside)
-        return self._hidden(data)
+        self.between = not (self._held or self._inside)
+        return self._hide(data)
 
-    def _go_on(self, data: bytes) -> bytes:
-        """Pass on the rest of an event that is none of JSON, and what follows it."""
+    def _continue_event(self, data: bytes) -> bytes:
+        """Pass the rest of an event without JSON, then filter the events after it."""
         if self._inside == b"\n" and data.startswith(b"\n"):
             end = 1
         else:
@@ -111,35 +113,35 @@ class HideUsage(Filter):
         return data[:end] + (self.feed(data[end:]) if data[end:] else b"")
 
     def _split(self, data: bytes) -> bytes:
-        """Do it event by event."""
+        """Filter event by event."""
         if self._splitter is None:
             self._splitter, self._inside = EventSplitter(), b""
             self.between = False
-            data, self._rest = self._rest + data, b""
-        return b"".join([self._hidden(each) for each in self._splitter.feed(data) if not _tells_usage(each)])
+            data, self._held = self._held + data, b""
+        return b"".join([self._hide(each) for each in self._splitter.feed(data) if not _is_usage_chunk(each)])
 
-    def _hidden(self, data: bytes) -> bytes:
+    def _hide(self, data: bytes) -> bytes:
         data = data.replace(b',"usage":null', b"")
-        if b'"usage"' not in data:  # as it is with nearly every event, now
+        if b'"usage"' not in data:  # true for nearly every event
             return data
         if b'"usage":{' in data or b'"usage": {' in data:
-            data = b"\n\n".join([event for event in data.split(b"\n\n") if not _tells_usage(event)])
+            data = b"\n\n".join([event for event in data.split(b"\n\n") if not _is_usage_chunk(event)])
         return data.replace(b'"usage":null,', b"")
 
     def cut(self) -> bytes:
-        """Return what is left of an event that will not end."""
-        rest, self._rest = self._rest, b""
+        """Return the held bytes of an event that will not be completed."""
+        held, self._held = self._held, b""
         if self._splitter is not None:
-            rest += self._splitter.close()
-        return self._hidden(rest)
+            held += self._splitter.close()
+        return self._hide(held)
 
     def close(self) -> bytes:
-        """Return what is left."""
+        """Return the held bytes."""
         return self.cut()
 
 
-def _tells_usage(event: bytes) -> bool:
-    """Whether an event is the chunk that was added for the usage alone."""
+def _is_usage_chunk(event: bytes) -> bool:
+    """Whether an event is the additional chunk that holds only the usage."""
     if b'"usage"' not in event:
         return False
     try:
