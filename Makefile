@@ -9,7 +9,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(PROCESSES) --
 OTHER_PYTHON = $(shell /usr/bin/python3 -c 'import ensurepip, os, sys; sys.exit(sys.version_info < (3, 11) or os.path.realpath(sys.executable) == os.path.realpath("$(BIN)/python"))' 2>/dev/null && echo --python /usr/bin/python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help run lint check test test-clients nightly fuzz soak bench format lock clean
+.PHONY: help run lint check test test-clients nightly fuzz soak bench format map lock clean
 
 help: ## print this
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ bench: .venv/dev ## what the gateway costs beside nginx and HAProxy, as it grows
 format: .venv/dev ## format the code and mend what lint can mend
 	$(BIN)/ruff check -q --fix-only .
 	$(BIN)/ruff format -q .
+
+map: .venv/dev ## write the code map of CONTRIBUTING.md from the first docstring lines
+	$(BIN)/python -m tests.code_map
 
 lock: .venv/dev ## make the lock files anew from setup.cfg
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --extra speed --extra socks --extra redis --extra identity --extra tokens -o requirements/run.txt setup.cfg requirements/build.in

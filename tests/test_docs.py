@@ -143,6 +143,33 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+# Pages that name the project's own files; the others name files of their readers.
+INSIDE = ("CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md", "tests/bench/README.md")
+
+
+@pytest.mark.parametrize("page", INSIDE)
+def test_files_that_the_pages_name_exist(page: str) -> None:
+    """By their path, or by a name that one file of the project or of the page's folder has."""
+    text = (ROOT / page).read_text().partition("## Code map")[0]  # the map has a test of its own
+    named = set(re.findall(r"`([\w./-]+(?:\.(?:py|c|h|txt|lua|cfg)|/))`", text))
+    assert named
+    for name in named:
+        found = [*(ROOT / "gateway").rglob(f"{name}"), *(ROOT / page).parent.glob(name), *ROOT.glob(name)]
+        assert found, f"{page} names {name}"
+
+
+def test_classes_that_the_architecture_names_exist() -> None:
+    """In `gateway`, or in aiohttp."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
+    theirs = {"AbstractResolver", "BaseProtocol", "ClientRequest", "ClientResponse", "ClientSession", "TCPConnector"}
+    named = set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)(?:\.(\w+))?`", text))
+    assert len(named) > 5
+    for cls, method in named:
+        assert f"class {cls}" in source or cls in theirs, cls
+        assert not method or f"def {method}(" in source, f"{cls}.{method}"
+
+
 def test_the_go_proxy_s_document_names_the_flags_and_the_import() -> None:
     """Each flag that the command line has a Go name for, and the command as it is typed."""
     text = (ROOT / "docs" / "coming-from-the-go-proxy.md").read_text()
