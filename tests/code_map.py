@@ -48,7 +48,7 @@ def code_map() -> str:
 
 
 def with_map(page: str) -> str:
-    """Return a page with the current map between its markers. Raises ValueError if it does not have each marker once."""
+    """Return a page with the current map between its markers. Raises ValueError unless each is there once."""
     if (page.count(BEGIN), page.count(END)) != (1, 1):
         raise ValueError("the markers of the code map are missing or repeated")
     before, rest = page.split(BEGIN)

@@ -39,7 +39,7 @@ def test_installed_package_has_what_it_needs(tmp_path: Path) -> None:
     assert "sse_newline" in done.stdout
     assert (site / "bin" / "gateway").exists()
     assert (site / "gateway" / "py.typed").exists()
-    assert (site / "gateway" / "counters" / "redis.lua").exists()
+    assert (site / "gateway" / "limits" / "redis.lua").exists()
 
 
 def test_the_default_install_stays_small() -> None:

@@ -19,11 +19,11 @@ TEAMS, KEYS = 500, 5
 _TAKE = f"""
 import asyncio, time
 from gateway.limits.memory_counters import MemoryCounters
-from gateway.limits.token_bucket import Charge, Rule
+from gateway.limits.token_bucket import Charge, Limit
 from gateway.limits.shared_counters import SharedCounters, make_table
 
 async def main():
-    charges = [[Charge(f"rate_limit:team/caller {{number}}", Rule(10**9, "minute"))] for number in range(1000)]
+    charges = [[Charge(f"rate_limit:team/caller {{number}}", Limit(10**9, "minute"))] for number in range(1000)]
     for counters in (MemoryCounters(), SharedCounters(make_table())):
         begun = time.process_time()
         for number in range({TAKES}):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 import time
 from collections.abc import Callable
 
@@ -78,7 +79,7 @@ async def main() -> None:
         "request, one line new": heads(REQUEST, b"x-request-id", HEADS),
         "response, one line new": heads(RESPONSE, b"x-envoy-upstream-service-time", HEADS),
     }
-    print(f"| us of CPU for a head | aiohttp {aiohttp.__version__} | gateway |\n|---|---|---|")
+    sys.stdout.write(f"| us of CPU for a head | aiohttp {aiohttp.__version__} | gateway |\n|---|---|---|\n")
     for name, given in ours.items():
         if name.startswith("request"):
             theirs = HttpRequestParser(BaseProtocol(loop), loop, 2**16).feed_data
@@ -87,7 +88,9 @@ async def main() -> None:
         else:
             theirs = HttpResponseParser(BaseProtocol(loop), loop, 2**16).feed_data
             took = fastest(parse_response, given)
-        print(f"| {name} | {fastest(theirs, [head + HEAD_END + BODY for head in given]):.1f} | {took:.1f} |")
+        sys.stdout.write(
+            f"| {name} | {fastest(theirs, [head + HEAD_END + BODY for head in given]):.1f} | {took:.1f} |\n"
+        )
 
 
 if __name__ == "__main__":
