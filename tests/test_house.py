@@ -1,4 +1,4 @@
-"""The rules of the house, as far as a test can hold them."""
+"""The rules of the project that a test can check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORE = sorted(path for path in (ROOT / "gateway").rglob("*.py"))
 STAGES = sorted(path.stem for path in BUILT_IN.glob("[a-z]*.py"))
 DOCS = (ROOT / "docs" / "stages.md").read_text()
 
-# Core files that are specified by another's test file, and why.
+# Core files without a test file of the same name, and where they are tested.
 TESTED_ELSEWHERE = {
     "config/identity": "a part of test_oidc",
     "testing/azure": "a part of test_testing",
@@ -29,7 +29,7 @@ TESTED_ELSEWHERE = {
     "__init__": "the public API, pinned here",
     "__main__": "one line, run by test_cli",
     "version": "one line, read by test_cli",
-    "usage/response_text": "a part of test_usage",
+    "usage/response_text": "a part of test_accounting",
     "limits/memory_counters": "a part of test_counters",
     "limits/token_bucket": "a part of test_counters",
     "limits/shared_counters": "a part of test_counters",
@@ -43,14 +43,14 @@ TESTED_ELSEWHERE = {
     "transport/write_buffer": "counted in test_costs",
     "transport/connection_pool": "a part of test_upstream",
     "admin/diagnosis": "a part of test_doctor",
-    "azure/resources": "a part of test_models and of balance's tests",
+    "azure/resources": "a part of test_model_field and of balance's tests",
     "balancing/retries": "a part of balance's tests",
     "balancing/retry_policy": "a part of balance's tests",
     "config/credentials": "a part of test_config",
     "config/pools": "a part of test_config",
     "transport/client_connection": "one side of test_server and test_hostile",
     "services": "used by stages in test_stage",
-    "transport/write_timeout": "slow and stopped clients of test_server and test_relay",
+    "transport/write_timeout": "slow and stopped clients of test_server and test_websocket_relay",
     "testing/serving": "a part of test_testing and test_docs",
     "settings": "read by test_config, used by test_server",
     "response_writer": "one side of test_server and test_stage",
@@ -58,21 +58,21 @@ TESTED_ELSEWHERE = {
     "protocol/headers": "a part of test_messages",
     "auth/client_address": "a part of test_server and test_hostile",
     "auth/credentials": "a part of test_messages and of auth_passthrough's tests",
-    "process/worker": "one side of test_workers",
+    "process/worker": "one side of test_supervisor",
     "process/generations": "a part of test_reload",
     "testing/surface": "what the fake Azure has, a part of test_operations",
     "testing/stages": "a part of test_testing and of every stage's tests",
     "testing/demo": "run by test_cli",
-    "limits/redis_messages": "both ends are in test_redis",
+    "limits/redis_messages": "both ends are in test_redis_counters",
     "limits/redis_url": "a part of test_store",
-    "limits/redis_script": "a part of test_redis",
-    "limits/late_timer": "a part of test_redis",
+    "limits/redis_script": "a part of test_redis_counters",
+    "limits/late_timer": "a part of test_redis_counters",
     "config/load": "a part of test_config",
     "config/resources": "a part of test_config",
     "config/convert": "a part of test_config",
     "config/files": "a part of test_config",
     "config/nodes": "a part of test_config",
-    "config/sources": "a part of test_watch",
+    "config/sources": "a part of test_file_watch",
     "config/pipeline": "a part of test_config",
     "config/schema": "a part of test_config",
     "config/show": "a part of test_config",
@@ -81,7 +81,7 @@ TESTED_ELSEWHERE = {
 
 
 def test_the_public_api_is_these_names() -> None:
-    """What a plugin author may import; a change here is a change for strangers."""
+    """The names for plugin authors; a change here breaks their plugins."""
     assert set(gateway.__all__) == {
         "ApiError", "Charge", "CountersUnavailable", "Credential", "Decision", "Event", "EventFilter", "Filter",
         "Headers", "Limit", "Meta", "Next", "Outcome", "Price", "Request", "Response", "Retrier", "RetryBudget",
@@ -93,7 +93,7 @@ def test_the_public_api_is_these_names() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_built_in_stages_import_only_public_names(stage: str) -> None:
-    """As a stranger's would; `tests/test_imports.py` sees that they import from no other module."""
+    """As other plugins do; `tests/test_imports.py` checks that they import from no other module."""
     tree = ast.parse((BUILT_IN / f"{stage}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "gateway":
@@ -102,7 +102,7 @@ def test_built_in_stages_import_only_public_names(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_and_setting_is_documented_and_tested(stage: str) -> None:
-    """In its own words, in docs/stages.md, and in a test file of its own name that mentions every setting."""
+    """In its docstring, in docs/stages.md, and in a test file of its name that mentions every setting."""
     cls = Registry().find(stage)
     assert cls.__doc__
     section = re.search(rf"^## `{stage}`\n(.*?)(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)
@@ -118,10 +118,18 @@ def test_each_stage_and_setting_is_documented_and_tested(stage: str) -> None:
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT / "gateway")))
 def test_each_core_file_has_its_tests(path: Path) -> None:
-    """At the same place below `tests/`, or elsewhere for a reason; test_cli runs every command."""
+    """At the same path below `tests/`, or in `TESTED_ELSEWHERE`; test_cli runs every command."""
     place = path.relative_to(ROOT / "gateway").with_suffix("")
     tests = ROOT / "tests" / place.parent / f"test_{place.name}.py"
     assert tests.is_file() or str(place) in TESTED_ELSEWHERE or place.name == "__init__" or place.parts[0] == "cli"
+
+
+def test_tests_elsewhere_exist() -> None:
+    """Each core file of `TESTED_ELSEWHERE` exists, and so does each test file that a reason names."""
+    tests = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for core, reason in TESTED_ELSEWHERE.items():
+        assert (ROOT / "gateway" / f"{core}.py").is_file(), core
+        assert set(re.findall(r"test_\w+", reason)) <= tests, core
 
 
 def test_tests_state_the_behaviour() -> None:
@@ -132,14 +140,14 @@ def test_tests_state_the_behaviour() -> None:
                 assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 
-# How a test reads a clock that runs by itself, and two ways to ask for one that is kept.
+# Names of functions that read a running clock.
 CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "thread_time", "time", "now"}
 
 
 def reads_a_clock(node: ast.AST) -> bool:
     """Whether an expression calls `time.monotonic()`, `loop.time()`, `asyncio.get_running_loop().time()` or the like.
 
-    A test's own clock, which stands still, is called `clock`, and may be read.
+    A fake clock of a test is called `clock` and may be read.
     """
     for each in ast.walk(node):
         if not isinstance(each, ast.Call):
@@ -153,7 +161,7 @@ def reads_a_clock(node: ast.AST) -> bool:
 
 
 def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
-    """Return the lines on which a function compares times that have passed: differences of a clock's readings."""
+    """Return the lines on which a function compares durations, which are differences of clock readings."""
     readings = {
         target.id
         for node in ast.walk(function)
@@ -166,7 +174,7 @@ def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
         return any(
             isinstance(each, ast.BinOp)
             and isinstance(each.op, ast.Sub)
-            and not isinstance(each.right, ast.Constant)  # a moment before another
+            and not isinstance(each.right, ast.Constant)  # a moment, no duration
             and any(
                 reads_a_clock(side) or (isinstance(side, ast.Name) and side.id in readings)
                 for side in (each.left, each.right)
@@ -190,17 +198,17 @@ def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
 
 
 def test_no_test_measures_time() -> None:
-    """A busy machine is slower, and nothing is wrong: what is bounded is counted, what must happen is waited for."""
+    """A busy machine is slow without an error, so tests count what is bounded and wait for what must happen."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        if path.parent.name in ("bench", "fuzz", "soak"):  # programs of their own, with a limit on a hang
-            continue  # which measures and is no test
+        if path.parent.name in ("bench", "fuzz", "soak"):  # programs that measure
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert not measured(node), f"{path.name}:{measured(node)} compares a measured time"
 
 
 def test_a_measured_time_is_found() -> None:
-    """In each way that it was written; a comparison with a moment, and a clock that a test turns, are none."""
+    """In each form; comparisons of moments, and a fake clock, are accepted."""
     for line in (
         "begun = loop.time()\n    work()\n    assert loop.time() - begun < 2",
         "begun = time.monotonic()\n    assert (status, time.monotonic() - begun < 5) == (504, True)",
@@ -222,7 +230,7 @@ def test_a_measured_time_is_found() -> None:
 
 
 def test_no_file_speaks_of_another_place() -> None:
-    """Nothing names a machine's paths, and only the captures test looks outside the checkout."""
+    """No file names paths of a machine, and only the captures test reads outside the checkout."""
     for path in [*CORE, *BUILT_IN.glob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:
         text = path.read_text()
         assert "/work" + "/" not in text

@@ -1,9 +1,7 @@
-"""HTTP/1.1 heads: `gateway/protocol/http1.py` beside aiohttp's compiled parser, in microseconds of CPU for each.
+"""Parsing of heads: `gateway/protocol/http1.py` and aiohttp's compiled parser: `python -m tests.bench.parsers`.
 
-python -m tests.bench.parsers
-
-The heads are those of the OpenAI SDK and of Azure; aiohttp's parser also takes the body of 1 KB that follows, which
-the gateway cuts from what it read. The fastest of 20 rounds counts: interference only adds time.
+The heads are those of the OpenAI SDK and of Azure. aiohttp's parser also takes the body of 1 KB that follows, which
+the gateway cuts from the read. The fastest of 20 rounds counts: interference only adds time.
 """
 
 from __future__ import annotations
