@@ -1,4 +1,4 @@
-"""Parsing of heads: `gateway/protocol/http1.py` and aiohttp's compiled parser: `python -m tests.bench.parsers`.
+"""Parsing of heads: `gateway/protocol/` and aiohttp's compiled parser: `python -m tests.bench.parsers`.
 
 The heads are those of the OpenAI SDK and of Azure. aiohttp's parser also takes the body of 1 KB that follows, which
 the gateway cuts from the read. The fastest of 20 rounds counts: interference only adds time.
@@ -80,7 +80,7 @@ async def main() -> None:
     sys.stdout.write(f"| us of CPU for a head | aiohttp {aiohttp.__version__} | gateway |\n|---|---|---|\n")
     for name, given in ours.items():
         if name.startswith("request"):
-            theirs = HttpRequestParser(BaseProtocol(loop), loop, 2**16).feed_data
+            theirs: Callable[[bytes], object] = HttpRequestParser(BaseProtocol(loop), loop, 2**16).feed_data
             reader = HeadReader()
             took = fastest(lambda head, reader=reader: reader.read(head, 1 << 20), given)  # type: ignore[misc]
         else:
