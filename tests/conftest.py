@@ -45,7 +45,7 @@ pipeline:
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 
 # Timeout, in seconds, for something that must happen. Only a hang takes longer, even on a busy machine.
-PATIENCE = 30.0
+TIMEOUT = 30.0
 
 # Examples have no deadline and may be slow to generate: neither is the code's fault.
 # The usual examples are the same in every run, so that a failure comes from the change; `make nightly` draws new ones.
@@ -153,7 +153,7 @@ class Gateway:
         await until(lambda: not self.server._running)
 
 
-async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
+async def until(condition: Callable[[], object], seconds: float = TIMEOUT) -> None:
     """Wait until a condition is true; TimeoutError fails the test after `seconds`."""
     async with asyncio.timeout(seconds):
         while not condition():
@@ -320,7 +320,7 @@ def hard_close(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def raw_request(port: int, data: bytes, *, timeout: float = PATIENCE, eof: bool = False) -> bytes:
+async def raw_request(port: int, data: bytes, *, timeout: float = TIMEOUT, eof: bool = False) -> bytes:
     """Send exact bytes to a gateway and return everything until it closes, or until `timeout` seconds have passed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     received = b""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from redis import Redis, ResponseError
 
-from tests.conftest import PATIENCE, RawUpstream
+from tests.conftest import TIMEOUT, RawUpstream
 from tests.proxies import pipe
 
 __all__ = ("RedisServer", "free_port", "tls_in_front")
@@ -68,7 +68,7 @@ class RedisServer:
     async def start(self, *more: str) -> None:
         """Start it and wait until it listens."""
         self.begin(*more)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while True:
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", self.port)
