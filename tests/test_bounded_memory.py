@@ -556,7 +556,7 @@ async def test_a_body_does_not_wait_for_the_collector(start_gateway: StartGatewa
 
 
 async def test_what_a_stage_holds_is_given_back_though_it_fails() -> None:
-    """A stage counts what it keeps with `request.hold`; `let_go` returns some before the end."""
+    """A stage counts what it keeps with `request.hold`; `let_go` gives some back before the end."""
 
     class Keeps(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -571,7 +571,7 @@ async def test_what_a_stage_holds_is_given_back_though_it_fails() -> None:
 
 
 async def test_nothing_is_held_when_the_exchange_is_over() -> None:
-    """Nothing would return bytes held after the end, so `hold` raises. Returning bytes again does nothing."""
+    """What would be held then, nobody would give back; to give back what was given back already does nothing."""
     exchange = Exchange()
     exchange.hold(10)
     exchange.hold_on_disk(5)

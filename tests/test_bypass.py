@@ -1,8 +1,8 @@
 # ruff: noqa: E501 -- the cases read best one a line
-"""With `unmapped: refuse`, no trick in a request reaches a deployment that the map does not name.
+"""With `unmapped: refuse`, no deployment is reached but those that the map names, by whatever place or trick.
 
-Each case names the deployment `secret` where some parser of HTTP, forms or JSON might find it. The request is refused or
-sent without that name: the fake Azure must not see it.
+Each case names the deployment `secret` where some reader of HTTP, forms or JSON might find it. It is refused, or it
+goes on without that name: the fake Azure must not see it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 async def test_an_unmapped_deployment_is_not_reached(case: str, start_gateway: StartGateway) -> None:
-    """Such a request causes no 5xx, either."""
+    """Nor does such a request bring a 5xx about."""
     path, content_type, body = CASES[case]
     async with FakeAzure(deployments=("secret", "gpt-4o", "whisper-1")) as azure:
         gateway = await start_gateway(azure.endpoint, YAML)

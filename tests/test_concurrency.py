@@ -1,4 +1,4 @@
-"""Many streams at once: no end of a stream leaves anything open."""
+"""Many streams at once: nothing is left behind, whoever ends them."""
 
 from __future__ import annotations
 

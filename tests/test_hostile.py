@@ -1,6 +1,6 @@
-"""Hostile and broken input: raw requests tested against RFC 9112, and requests that try to steer the gateway.
+"""Hostile and broken input: raw requests by the letter of RFC 9112, and requests that try to steer the gateway.
 
-Each row of `data/*.jsonl` names a rule; rows that are too large for a file are made here.
+The rows of `data/*.jsonl` each name a rule; rows too large for a file are made here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY_B = "another-team-key"
 HOST = "GET / HTTP/1.1\r\nHost: gw.test\r\n"
 CHUNKED = "POST / HTTP/1.1\r\nHost: gw.test\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-# Rows for which the gateway is stricter, with reasons: it is no forward proxy and accepts one form of a path.
+# Where this gateway is stricter than a row, and why: it is no forward proxy, and decides on one form of the path.
 STRICTER = {
     "line-absolute": "targets come from the configuration alone",
     "line-pct-slash": "an encoded slash may be read as one further on",
@@ -53,7 +53,7 @@ LARGE = [
 ]
 
 
-# Short timeouts, so that the gateway ends idle connections.
+# So short that the gateway itself ends each connection on which nothing more comes.
 SOON = {"head": 0.5, "client": 0.5, "keep_alive": 0.1}
 
 
@@ -64,7 +64,7 @@ def status_of(received: bytes) -> int:
 
 @pytest.mark.parametrize("row", [*rows("hostile_requests.jsonl"), *LARGE], ids=lambda row: row["id"])
 async def test_raw_request(row: dict[str, Any], start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A malformed request gets a 4xx or a closed connection, a valid one a response; none gets a 5xx."""
+    """A malformed request is refused with a 4xx, or closed on; a good one is answered; none is ever a 5xx."""
     gateway = await start_gateway(azure.endpoint, timeouts=SOON)
     raw = row["raw"].encode("latin-1")
 
@@ -82,7 +82,7 @@ async def test_raw_request(row: dict[str, Any], start_gateway: StartGateway, azu
 
 
 async def test_raw_requests_of_lower_level(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """At least 95 % of the rows for recommendations and policies are met."""
+    """Of the rows that are a recommendation or a policy, at least 95 of 100 are as they say."""
     gateway = await start_gateway(azure.endpoint, timeouts=SOON)
     wrong = []
     checked = [row for row in [*rows("hostile_requests.jsonl"), *LARGE] if row.get("level", "must") != "must"]
@@ -110,7 +110,7 @@ def big_rows() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("row", [*rows("gateway_inputs.jsonl"), *big_rows()], ids=lambda row: row["id"])
 async def test_gateway_input(row: dict[str, Any], start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """No request chooses its destination or credential, and none makes the gateway fail."""
+    """Nothing in a request steers where it goes or which key goes along, and none makes the gateway fail."""
     azure.deployments = ("gpt-4",)
     gateway = await start_gateway(azure.endpoint, timeouts=SOON)
     raw = row["raw"].replace("{KEYB}", KEY_B).replace("{KEY}", KEY).encode("latin-1")
@@ -138,7 +138,7 @@ async def test_gateway_input(row: dict[str, Any], start_gateway: StartGateway, a
     log = json.dumps(gateway.events, default=str)
     assert KEY not in log
     assert KEY_B not in log
-    # The next request succeeds.
+    # The next request is fine.
     azure.requests.clear()
     async with gateway.post(json={"model": "gpt-4", "messages": []}) as answer:
         assert answer.status == 200
@@ -148,7 +148,7 @@ async def test_gateway_input(row: dict[str, Any], start_gateway: StartGateway, a
 async def test_keys_of_malformed_requests_are_neither_logged_nor_echoed(
     kind: str, start_gateway: StartGateway, azure: FakeAzure, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The gateway shows nothing of malformed header lines, which aiohttp prints whole."""
+    """Aiohttp prints malformed header lines whole; here nothing of them is seen anywhere."""
     gateway = await start_gateway(azure.endpoint)
     secret = "sk-very-secret-0123456789"
     line = f"Authorization: Bearer {secret}" if kind == "bearer" else f"api-key: {secret}"

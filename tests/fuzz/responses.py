@@ -1,4 +1,4 @@
-"""A strict HTTP client parser for the gateway's responses, independent of `gateway/protocol/http1.py`."""
+"""What a client makes of the gateway's bytes: strict, and independent of `gateway/protocol/http1_*.py`."""
 
 from __future__ import annotations
 
