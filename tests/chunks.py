@@ -1,4 +1,4 @@
-"""Chunks as Azure streams them, right and odd, for the tests of what repairs them."""
+"""Chunks as Azure streams them, regular and odd, for tests of the stages that repair them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ USAGE = {"choices": [], **NAMED, "usage": {"completion_tokens": 3, "prompt_token
 
 
 def chunk(content: str | None = None, finish: str | None = None, index: int = 0, **delta: Any) -> dict[str, Any]:
-    """Return a chunk with something to show."""
+    """Return a chunk with visible content."""
     if content is not None:
         delta["content"] = content
     choice = {"content_filter_results": {}, "delta": delta, "finish_reason": finish, "index": index, "logprobs": None}
@@ -30,7 +30,7 @@ def chunk(content: str | None = None, finish: str | None = None, index: int = 0,
 
 
 def findings(finish: str | None = None, index: int = 0) -> dict[str, Any]:
-    """Return a chunk of the asynchronous filter: a choice without a delta, in a chunk without a name."""
+    """Return a chunk of the asynchronous filter: its choice has no delta, and the chunk has no id or model."""
     choice = {
         "content_filter_offsets": {"check_offset": 44, "start_offset": 44, "end_offset": 198},
         "content_filter_results": {"hate": {"filtered": False, "severity": "safe"}},
@@ -60,7 +60,7 @@ def contents(data: bytes) -> list[Any]:
 
 
 def fed(pieces: list[bytes], *filters: Filter | EventFilter) -> bytes:
-    """Return what filters make of a stream that comes in pieces."""
+    """Return the output of filters for a stream that arrives in pieces."""
     linked = chain_filters(filters)
     return b"".join([linked.feed(piece) for piece in pieces]) + linked.close()
 
@@ -76,18 +76,18 @@ class Count:
 
 
 def streams(*odd: object) -> st.SearchStrategy[bytes]:
-    """Return streams in which odd chunks stand anywhere among right ones."""
+    """Return streams with odd chunks anywhere among regular ones."""
     return st.lists(st.sampled_from([*PLAIN, USAGE, *odd]), max_size=8).map(lambda chunks: stream(*chunks))
 
 
 def cuts(data: bytes, places: list[int]) -> list[bytes]:
-    """Return data cut at some places."""
+    """Return data cut at some offsets."""
     found = sorted({0, len(data), *(place % (len(data) or 1) for place in places)})
     return [data[a:b] for a, b in itertools.pairwise(found)]
 
 
 def same_however_it_is_cut(data: bytes, places: list[int], make: Callable[[], EventFilter]) -> bytes:
-    """Return what a filter makes of a stream; AssertionError where reads that end elsewhere make a difference."""
+    """Return a filter's output for a stream. Raises AssertionError if it depends on the boundaries of reads."""
     whole = fed([data], make())
     assert whole == fed(cuts(data, places), make())
     return whole

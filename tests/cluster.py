@@ -1,7 +1,7 @@
-"""A cluster of fake Azures whose faults are scripted: what `balance` and `doctor` are tried against.
+"""A cluster of fake Azures with scripted faults, for tests of `balance` and `doctor`.
 
-A region is a server on a socket of its own, and has a fault, or none, at each moment. What it saw is kept, with the
-fault that it had then, so that a test can tell what should have become of each request.
+A region is a server with its own socket. At each moment it has one fault or none. It records each request together with
+its fault at that time, so that a test knows the expected outcome.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from aiohttp import web
 from gateway.testing import FakeAzure, Seen
 
 Fault = Literal[
-    "limited",  # 429 that says when to come back
-    "limited_silently",  # 429 that does not
+    "limited",  # 429 with Retry-After
+    "limited_silently",  # 429 without
     "limited_in_words",
     "penalty",  # 429 of Azure's abuse detection
     "error",  # 500
     "unavailable",  # 503
     "timeout",  # 408
-    "mute",  # takes the request and never answers
-    "stalled",  # begins a stream, and sends nothing in it
-    "stalled_late",  # sends a word, and then nothing
+    "mute",  # reads the request and never responds
+    "stalled",  # begins a stream and sends nothing
+    "stalled_late",  # sends one word, then nothing
     "broken",  # resets the connection
-    "broken_late",  # resets it behind the first word
+    "broken_late",  # resets it after the first word
     "error_in_stream",
     "error_late",
     "wrong_key",
@@ -44,7 +44,7 @@ LIMIT = {"error": {"code": "429", "message": "Rate limit is exceeded. Try again 
 
 @dataclass
 class Region:
-    """One fake Azure. `fault` may be set at any time; `rest` is what its 429s ask for, in seconds."""
+    """One fake Azure. `fault` may be set at any time; `rest` is the Retry-After of its 429s, in seconds."""
 
     name: str
     fault: Fault | None = None
@@ -135,7 +135,7 @@ async def cluster(*names: str) -> AsyncIterator[dict[str, Region]]:
 
 @contextlib.asynccontextmanager
 async def slow_tls(seconds: float) -> AsyncIterator[int]:
-    """Run a server that takes so long to begin TLS; yields its port."""
+    """Run a server that never begins TLS and closes after `seconds`; yields its port."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
@@ -150,7 +150,7 @@ async def slow_tls(seconds: float) -> AsyncIterator[int]:
 
 
 def closed_port() -> int:
-    """Return a port on which nobody listens."""
+    """Return a port without a listener."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]

@@ -1,16 +1,15 @@
-"""The calls of `deploy/requests.http`, and the Postman collection made from them: `python -m tests.collection`.
+"""The calls of `deploy/requests.http`, and the Postman collection generated from them: `python -m tests.collection`.
 
-The reader takes what Visual Studio Code's REST Client and JetBrains' HTTP client both read in one way, and nothing
-else. A file of the format is:
+The reader accepts only syntax that Visual Studio Code's REST Client and JetBrains' HTTP client read in the same way:
 
     @host = http://127.0.0.1:8080
 
     ### folder: name
-    # One line that says what it is.
+    # One line of description.
     POST {{host}}/v1/files
     Content-Type: multipart/form-data; boundary=part
 
-    a body, to the last line that is not empty before the next ###
+    a body, up to the last line before the next ### that is not empty
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _NOTE = re.compile(r"# ([^@].*)")  # `# @name` and the like are settings of the 
 _REQUEST = re.compile(r"(GET|POST|DELETE) (\{\{host\}\}/\S+)")
 _HEADER = re.compile(r"([A-Za-z-]+): (.+)")
 _FILE = re.compile(r"< \./(\S+)")
-# What one of the two takes for a comment, a variable, a script, a file or a recorded answer, inside a body too.
+# One of the two clients reads these as a comment, variable, script, file or recorded response, in a body too.
 _SPECIAL = re.compile(r"\s*(#|//|@|<|>|```|HTTP/)")
 _VARIABLE = re.compile(r"\{\{(.+?)\}\}")
 _PART = re.compile(r'Content-Disposition: form-data; name="(\w+)"(?:; filename="([^"]+)")?(?:\nContent-Type: (\S+))?')
@@ -40,7 +39,7 @@ _PART = re.compile(r'Content-Disposition: form-data; name="(\w+)"(?:; filename="
 
 @dataclass(frozen=True)
 class Call:
-    """One request, with its variables still in it; lines end with a line feed."""
+    """One request, with its variables unresolved; lines end with a line feed."""
 
     folder: str
     name: str
@@ -52,12 +51,12 @@ class Call:
 
     @property
     def boundary(self) -> str | None:
-        """What separates the parts of a form; None where the body is no form."""
+        """The boundary of a form; None if the body is no form."""
         kind = dict(self.headers).get("Content-Type", "")
         return kind.partition("boundary=")[2] if kind.startswith("multipart/form-data;") else None
 
     def payload(self, values: Mapping[str, str]) -> bytes:
-        """Return the body as both clients send it: a form's lines end with CRLF, but for the last one."""
+        """Return the body as both clients send it: lines of a form end with CRLF, except the last one."""
         if self.boundary is None:
             return fill(self.body, values).encode()
         lines = []
@@ -67,30 +66,30 @@ class Call:
         return b"\r\n".join(lines)
 
     def parts(self) -> Iterator[tuple[str, str | None, str | None, str]]:
-        """Yield the name, the file's name, the content type and the content of a form's parts."""
+        """Yield name, file name, content type and content of each part of a form."""
         for part in re.split(rf"(?:\A|\n)--{self.boundary}(?:--\Z|\n)", self.body)[1:-1]:
             head, _, content = part.partition("\n\n")
             found = _PART.fullmatch(head)
             if found is None:
-                raise ValueError(f"{self.name}: {head!r} is no head of a part")
+                raise ValueError(f"{self.name}: {head!r} is not a valid head of a part")
             yield found[1], found[2], found[3], content
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a file has: its variables, and its calls in their order."""
+    """The content of a file: its variables, and its calls in order."""
 
     variables: dict[str, str]
     calls: tuple[Call, ...]
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:
-    """Return the text with each variable's value in its place."""
+    """Return the text with each variable replaced by its value."""
     return _VARIABLE.sub(lambda found: values[found[1]], text)
 
 
 def read(text: str) -> Collection:
-    """Read a file. Raises ValueError, with the line's number, for what only one of the two clients understands."""
+    """Read a file. Raises ValueError with the line number for syntax that the two clients do not share."""
     lines = text.splitlines()
     titles = [number for number, line in enumerate(lines) if line.startswith("###")]
     variables: dict[str, str] = {}
@@ -142,7 +141,7 @@ def _expect(pattern: re.Pattern[str], line: str, number: int, what: str) -> re.M
 
 
 def postman(collection: Collection) -> str:
-    """Return the same calls as a Postman collection, v2.1, one folder after the other."""
+    """Return the calls as a Postman collection, v2.1, folder by folder."""
     folders: dict[str, list[dict[str, Any]]] = {}
     for call in collection.calls:
         folders.setdefault(call.folder, []).append(_item(call))
@@ -163,7 +162,7 @@ def _item(call: Call) -> dict[str, Any]:
     headers = [{"key": name, "value": value} for name, value in call.headers]
     request: dict[str, Any] = {"method": call.method, "header": headers, "url": call.url, "description": call.note}
     if any(_FILE.fullmatch(line) for line in call.body.split("\n")):
-        # Postman reads files in forms of its own alone; it sets the boundary of these itself.
+        # Postman reads files only in its own forms, and sets their boundary itself.
         request["header"] = [header for header in headers if header["key"] != "Content-Type"]
         request["body"] = {"mode": "formdata", "formdata": [_field(*part) for part in call.parts()]}
     elif call.boundary is not None:

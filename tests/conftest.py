@@ -1,4 +1,4 @@
-"""What the tests share: a running gateway, a fake Azure, an upstream and a client that speak raw bytes."""
+"""Shared by the tests: a running gateway, a fake Azure, and an upstream and a client that send raw bytes."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ pipeline:
 """
 
 
-# No test needs a certificate authority of the system, and reading them all takes up to 60 ms of each gateway's start.
+# No test needs the system's certificate authorities, and reading them takes up to 60 ms at each gateway's start.
 # Child processes inherit this.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 
-# How long a test waits for something that must happen, in seconds: only a hang takes longer, also on a busy machine.
-PATIENCE = 30.0
+# Timeout, in seconds, for something that must happen. Only a hang takes longer, even on a busy machine.
+TIMEOUT = 30.0
 
-# No example has a deadline, and none is refused because it was slow to make: neither is the code's fault.
-# The usual examples are the same in every run, so that a failure belongs to the change; `make nightly` draws new ones.
+# Examples have no deadline and may be slow to generate: neither is the code's fault.
+# The usual examples are the same in every run, so that a failure comes from the change; `make nightly` draws new ones.
 hypothesis.settings.register_profile(
     "usual", deadline=None, max_examples=100, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -59,10 +59,10 @@ hypothesis.settings.load_profile("usual")
 
 
 def pytest_asyncio_loop_factories(item: pytest.Function) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run a test marked `both_loops` on asyncio's loop and on the gateway's own, which must be right with and without.
+    """Run a test marked `both_loops` on asyncio's loop and on the gateway's; the gateway must work on both.
 
-    Other tests run on asyncio's, and so does a slow one whose gateway is another process, which has the gateway's own.
-    `GATEWAY_TEST_LOOP=asyncio` or `=speed` runs all tests on that one alone.
+    Other tests run on asyncio's loop, and so do slow ones whose gateway is another process with its own loop.
+    `GATEWAY_TEST_LOOP=asyncio` or `=speed` runs all tests on that loop alone.
     """
     factories = {"asyncio": asyncio.new_event_loop, "speed": loop_factory()}
     if only := os.environ.get("GATEWAY_TEST_LOOP"):
@@ -74,7 +74,7 @@ def pytest_asyncio_loop_factories(item: pytest.Function) -> dict[str, Callable[[
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test process an equal share of the slow tests, spread over its quick ones.
+    """Give each test process an equal share of the slow tests, spread among the quick ones.
 
     Slow tests mostly wait, and quick ones compute. `--dist worksteal` cuts the list into one block per process.
     """
@@ -84,21 +84,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.clear()
     for process in range(processes):
         waiting, computing = slow[process::processes], quick[process::processes]
-        share = len(computing) * 2 // 3 // max(len(waiting), 1)  # the last third is quick: no process ends late
+        share = len(computing) * 2 // 3 // max(len(waiting), 1)  # the last third is quick, so that no process ends late
         for place, item in enumerate(waiting):
             items += [item, *computing[place * share : (place + 1) * share]]
         items += computing[len(waiting) * share :]
 
 
 def pytest_collection_finish() -> None:
-    """Keep what collecting has made, some million objects, out of every later pass of the garbage collector."""
+    """Freeze the objects made so far, some million, so that the garbage collector skips them."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _quiet_logs() -> Any:
-    """Leave no test the log settings of another."""
+    """Reset log settings before and after each test."""
     structlog.reset_defaults()
     logs.configure("debug", "json")
     yield
@@ -107,7 +107,7 @@ def _quiet_logs() -> Any:
 
 @pytest.fixture
 def aioresponses_314(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let aioresponses 0.7.9 work with aiohttp 3.14, whose ClientResponse wants one argument more."""
+    """Make aioresponses 0.7.9 work with aiohttp 3.14, whose ClientResponse needs one more argument."""
     original = aiohttp.ClientResponse.__init__
 
     def init(self: aiohttp.ClientResponse, *args: Any, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ def aioresponses_314(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Gateway:
-    """A gateway that runs in this process."""
+    """A gateway in this process."""
 
     server: Server
     session: aiohttp.ClientSession
@@ -134,7 +134,7 @@ class Gateway:
         return self.server.address.port
 
     def post(self, path: str = "/v1/chat/completions", json: Any = CHAT, *, key: str | None = KEY, **more: Any) -> Any:
-        """Start a request, as `session.post` does; `key` goes as a bearer token."""
+        """Start a request, as `session.post` does; `key` is sent as a bearer token."""
         headers = {**more.pop("headers", {})}
         if key is not None:
             headers.setdefault("Authorization", f"Bearer {key}")
@@ -145,7 +145,7 @@ class Gateway:
         return self.session.get(self.url + path, headers=headers, **more)
 
     def exchanges(self) -> list[dict[str, Any]]:
-        """Return the access log's events so far."""
+        """Return the `exchange` events so far."""
         return [event for event in self.events if event["event"] == "exchange"]
 
     async def idle(self) -> None:
@@ -153,15 +153,15 @@ class Gateway:
         await until(lambda: not self.server._running)
 
 
-async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Wait until something is true; a condition that never is fails the test."""
+async def until(condition: Callable[[], object], seconds: float = TIMEOUT) -> None:
+    """Wait until a condition is true; TimeoutError fails the test after `seconds`."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
 
 
 def write_files(folder: Path, files: dict[str, str]) -> Path:
-    """Write a configuration's files and return the path of its gateway.yaml."""
+    """Write the files of a configuration and return the path of its gateway.yaml."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,13 +226,13 @@ class _Recorder:
 
 @pytest.fixture
 async def azure() -> AsyncIterator[FakeAzure]:
-    """A fake Azure with its defaults."""
+    """A fake Azure with default settings."""
     async with FakeAzure() as running:
         yield running
 
 
 class RawUpstream:
-    """An upstream that answers with exact bytes: `script` is given each connection's reader and writer."""
+    """An upstream that sends exact bytes: `script` gets the reader and writer of each connection."""
 
     def __init__(
         self,
@@ -290,7 +290,7 @@ class RawUpstream:
 async def raw_upstream(
     *answers: bytes, reset: bool = False, keep_open: bool = False, pause: float = 0
 ) -> AsyncIterator[RawUpstream]:
-    """Run an upstream that answers each request of a connection with the next bytes, then closes (or resets) it."""
+    """Run an upstream that sends the next of `answers` for each request of a connection, then closes or resets it."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for answer in answers:
@@ -320,8 +320,8 @@ def hard_close(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def raw_request(port: int, data: bytes, *, timeout: float = PATIENCE, eof: bool = False) -> bytes:
-    """Send exact bytes to a gateway and return all that comes back until it closes, or until `timeout` seconds."""
+async def raw_request(port: int, data: bytes, *, timeout: float = TIMEOUT, eof: bool = False) -> bytes:
+    """Send exact bytes to a gateway and return everything until it closes, or until `timeout` seconds have passed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     received = b""
     try:
@@ -341,7 +341,7 @@ async def raw_request(port: int, data: bytes, *, timeout: float = PATIENCE, eof:
 
 
 def chat_request(key: str = KEY, *, stream: bool = False, extra: str = "", body: bytes | None = None) -> bytes:
-    """Return a chat completion's bytes on the wire; the connection closes after it."""
+    """Return the bytes of a chat completion request with `Connection: close`."""
     if body is None:
         body = json.dumps({**CHAT, "stream": stream}).encode()
     return (

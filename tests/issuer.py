@@ -1,4 +1,4 @@
-"""An issuer of tokens for the tests: real keys, on a real server of loopback that can be broken in many ways."""
+"""A token issuer for tests: real keys, on a real server on loopback that can fail in many ways."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Private = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
 @cache
 def rsa_key(name: str, bits: int = 2048) -> rsa.RSAPrivateKey:
-    """Return a key, made once for each name: making one takes a while."""
+    """Return a key, made once for each name because it is slow."""
     return rsa.generate_private_key(public_exponent=65537, key_size=bits)
 
 
@@ -30,7 +30,7 @@ def ec_key(name: str, curve: type[ec.EllipticCurve] = ec.SECP256R1) -> ec.Ellipt
 
 
 def jwk(key: Private, kid: str, **more: Any) -> dict[str, Any]:
-    """Return the public half of a key as a JWKS has it; as in Entra's, without `alg`."""
+    """Return the public key as an entry of a JWKS, without `alg`, as Entra has it."""
     if isinstance(key, rsa.RSAPrivateKey):
         made = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
     else:
@@ -40,7 +40,7 @@ def jwk(key: Private, kid: str, **more: Any) -> dict[str, Any]:
 
 
 def claims_of(issuer: str, **changed: Any) -> dict[str, Any]:
-    """Return the claims of a good token, with some changed, or, where they are None, left out."""
+    """Return the claims of a valid token, some of them changed, or left out if they are None."""
     now = int(time.time())
     claims: dict[str, Any] = {"iss": issuer, "aud": AUDIENCE, "oid": "oid-ann", "sub": "sub-ann", "roles": ["research"]}
     claims |= {"iat": now, "nbf": now, "exp": now + 3600, **changed}
@@ -48,9 +48,9 @@ def claims_of(issuer: str, **changed: Any) -> dict[str, Any]:
 
 
 class FakeIssuer:
-    """An issuer on loopback: its `jwks` and its metadata as they are asked for, and how often they were.
+    """An issuer on loopback: it serves `jwks` and `metadata`, and records each request in `asked`.
 
-    `status` and `delay` are of every answer. With `answer`, that makes it.
+    `status` and `delay` apply to every response; `answer`, if set, makes the response.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class FakeIssuer:
 
     @property
     def fetches(self) -> int:
-        """How often the keys were asked for."""
+        """The number of requests for the keys."""
         return sum(path.endswith("/keys") for path in self.asked)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -89,13 +89,13 @@ class FakeIssuer:
         return web.Response(status=self.status, text=json.dumps(found), content_type="application/json")
 
     def rotate(self, kid: str, *, keep: bool = False) -> None:
-        """Sign with another key from now on; the one before is gone at once, unless it is kept."""
+        """Sign with another key from now on, and remove the previous one unless `keep` is set."""
         self.key, self.kid = rsa_key(kid), kid
         before = self.jwks["keys"] if keep else []
         self.jwks = {"keys": [*before, jwk(self.key, kid)]}
 
     def token(self, *, algorithm: str = "RS256", headers: dict[str, Any] | None = None, **changed: Any) -> str:
-        """Return a signed token, with claims changed or left out."""
+        """Return a signed token; see `claims_of`."""
         return jwt.encode(
             claims_of(self.url, **changed), self.key, algorithm=algorithm, headers={"kid": self.kid, **(headers or {})}
         )

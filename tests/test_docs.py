@@ -1,4 +1,4 @@
-"""The documentation does what it says: its configurations load, its stages run, its tables are complete."""
+"""The documentation is correct: its configurations load, its stages run, its tables are complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_the_readme_s_configuration_loads(tmp_path: Path) -> None:
-    """`gateway.yaml` and the team's file, as they stand there."""
+    """`gateway.yaml` and the team's file."""
     main, team, _ = blocks(README, "yaml")
     text = show(load(write_files(tmp_path, {"gateway.yaml": main, "teams/research.yaml": team}), {}))
     assert "team research: /research/v1" in text
@@ -48,7 +48,7 @@ def test_the_readme_s_configuration_loads(tmp_path: Path) -> None:
 
 
 async def test_the_readme_s_stage_runs(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """The five lines, in the folder and the pipeline that the README gives."""
+    """The stage of the README, in the folder and the pipeline of the README."""
     stage = blocks(README, "python")[1]
     yaml = "resources: {azure: {endpoint: '${ENDPOINT}'}}\n" + blocks(README, "yaml")[2]
     gateway = await start_gateway(azure.endpoint, yaml, {"my_stages/powered_by.py": stage})
@@ -57,14 +57,14 @@ async def test_the_readme_s_stage_runs(start_gateway: StartGateway, azure: FakeA
 
 
 def test_the_readme_names_the_two_commands() -> None:
-    """And the client example compiles."""
+    """The two commands are in it, and the client example compiles."""
     assert "make run" in README
     assert "make test" in README
     compile(blocks(README, "python")[0], "README.md", "exec")
 
 
 async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each example is a file of `plugins_path`, and its test passes."""
+    """Each example loads from `plugins_path`, and its test passes."""
     for code in blocks(STAGES_GUIDE, "python"):
         named = re.match(r"# my_stages/(\w+)\.py\n", code)
         if named:
@@ -107,7 +107,7 @@ async def test_the_guide_s_stages_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_guide_s_script_runs(tmp_path: Path) -> None:
-    """With the shipped configuration, in front of a fake Azure with everything odd that it has."""
+    """With the shipped configuration, in front of a fake Azure with all of Azure's oddities."""
     code = next(code for code in blocks(STAGES_GUIDE, "python") if "serving(" in code)
     shutil.copy(ROOT / "config" / "gateway.yaml", tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -144,8 +144,35 @@ def test_links_between_documents_lead_somewhere() -> None:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+# Pages that name the project's own files; the others name files of their readers.
+INSIDE = ("CONTRIBUTING.md", "docs/architecture.md", "tests/bench/README.md")
+
+
+@pytest.mark.parametrize("page", INSIDE)
+def test_files_that_the_pages_name_exist(page: str) -> None:
+    """By path, or by the name of a file in `gateway/` or next to the page."""
+    text = (ROOT / page).read_text().partition("## Code map")[0]  # the map has a test of its own
+    named = set(re.findall(r"`([\w./-]+(?:\.(?:py|c|h|txt|lua|cfg)|/))`", text))
+    assert named
+    for name in named:
+        found = [*(ROOT / "gateway").rglob(f"{name}"), *(ROOT / page).parent.glob(name), *ROOT.glob(name)]
+        assert found, f"{page} names {name}"
+
+
+def test_classes_that_the_architecture_names_exist() -> None:
+    """In `gateway`, or in aiohttp."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "gateway").rglob("*.py"))
+    theirs = {"AbstractResolver", "BaseProtocol", "ClientRequest", "ClientResponse", "ClientSession", "TCPConnector"}
+    named = set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][a-z]+)*)(?:\.(\w+))?`", text))
+    assert len(named) > 5
+    for cls, method in named:
+        assert f"class {cls}" in source or cls in theirs, cls
+        assert not method or f"def {method}(" in source, f"{cls}.{method}"
+
+
 def test_the_go_proxy_s_document_names_the_flags_and_the_import() -> None:
-    """Each flag that the command line has a Go name for, and the command as it is typed."""
+    """Each flag with a Go name, and the command exactly as typed."""
     text = (ROOT / "docs" / "coming-from-the-go-proxy.md").read_text()
     for words in ("`-c FILE`", "`--configFile FILE`", "`-l ADDRESS`", "`-s`, `--cors`", "/app/config.yaml"):
         assert words in text
@@ -155,7 +182,7 @@ def test_the_go_proxy_s_document_names_the_flags_and_the_import() -> None:
 
 
 def test_every_operation_is_documented() -> None:
-    """By its name, or its kind, in the table of docs/operations.md; with the first api-version where that is known."""
+    """By its name or its kind, in the table of docs/operations.md, with the first api-version if that is known."""
     rows = [line for line in (ROOT / "docs" / "operations.md").read_text().splitlines() if line.startswith("| `")]
     for operation in (each for each in OPERATIONS if each.on_azure and each.method != "WS"):
         kinds = operation.name.split(".")
@@ -170,12 +197,12 @@ def test_every_operation_is_documented() -> None:
             assert operation.since in classic, operation.name
 
 
-# Operations that are on one API alone, in a family that is on both.
+# Operations on only one of Azure's APIs, in a family that is on both.
 ONLY_IN_PART = {"responses.compact"}
 
 
 def test_the_documented_identities_load(tmp_path: Path) -> None:
-    """Those of the configuration's page and of the page for Entra, each with a team that its claims lead to."""
+    """The identities of both pages load, each with a team that its claims lead to."""
     (main, team) = (block for block in blocks(CONFIGURATION, "yaml") if "identity" in block or "claims" in block)
     entra = next(block for block in blocks((ROOT / "docs" / "operating.md").read_text(), "yaml") if "identity" in block)
     rest = (
@@ -198,7 +225,7 @@ def test_every_setting_of_an_issuer_is_documented() -> None:
 
 
 def test_the_teams_of_the_guide_load(tmp_path: Path) -> None:
-    """Its two files are a sound configuration, and the team's limits are its own."""
+    """The two files of the guide are a valid configuration, and the team has its own limits."""
     gateway, team = blocks(TEAMS, "yaml")[:2]
     config = write_files(tmp_path, {"gateway.yaml": gateway, "teams/research.yaml": team})
     text = show(load(config, {"EAST_KEY": "key"}))
@@ -208,7 +235,7 @@ def test_the_teams_of_the_guide_load(tmp_path: Path) -> None:
 
 
 def test_every_reason_that_a_deployment_can_have_is_documented() -> None:
-    """As the log, the counts and the admin listener name it; and every state."""
+    """By its name in the log, the counts and the admin listener; every state, too."""
     text = (ROOT / "docs" / "resources.md").read_text()
     for name in (*get_args(Fault), "rate_limited", "abuse_penalty", "refused", "no_deployment", "status_500"):
         assert f"`{name}`" in text, name

@@ -1,4 +1,4 @@
-"""`make fuzz` in small, and that it fails where something is wrong: it must not pass because it looks at nothing."""
+"""A short `make fuzz`, and proof that it fails if something is wrong."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from gateway.protocol.http1_response import parse_response
 from tests.fuzz import readings
-from tests.fuzz.answers import BadAnswer, read_answers
 from tests.fuzz.fuzzing import differ, fuzz
 from tests.fuzz.mutants import Mutant, make
+from tests.fuzz.responses import BadResponse, read_responses
 from tests.fuzz.shrink import shrink
 
 pytestmark = pytest.mark.slow
@@ -32,41 +32,41 @@ class Broken(Stage):
 """
 BROKEN = {
     "a bug": ("assert request.method != 'POST'", "an error in the log"),
-    "an answer that is kept": (
+    "a response that is kept": (
         "last, before = await call_next(request), last\n        return before or last",
-        "an answer of another request",
+        "a response to another request",
     ),
-    "a canary's answer that is kept": (
+    "a canary's response that is kept": (
         "last, before = Response.json({'nonce': request.headers.get('x-nonce')}), last\n        return before or last",
-        "a canary on another connection got no answer of its own",
+        "a canary on another connection got no response of its own",
     ),
     "an error of its own": ("return Response.json({}, 503)", "a 503 for a mutated request"),
     "a task that stays": (
         "tasks.append(asyncio.create_task(asyncio.sleep(3600)))",
-        "tasks or descriptors are left when all is over",
+        "tasks or descriptors are left at the end",
     ),
-    "a key that is shown": ("return Response.json({'k': request.headers.get('authorization')})", "a key in an answer"),
+    "a key that is shown": ("return Response.json({'k': request.headers.get('authorization')})", "a key in a response"),
     "a body that is changed": (
         "(await request.json())['user'] = 'x'; request.set_json({'model': 'gpt-4o', 'user': 'x'})",
-        "Azure got another body than was sent",
+        "Azure got another body than the client sent",
     ),
 }
 
 
 async def test_mutants_do_no_harm() -> None:
-    """Of two hundred requests and answers none breaks the gateway, and both readers see the same boundaries."""
+    """None of 200 requests and responses breaks the gateway, and both parsers see the same boundaries."""
     report = await fuzz(14, range(200))
 
     assert not report.failures, "\n".join(report.lines(14))
     assert report.mutants == 200
     assert report.agreed > 100
-    assert report.statuses["request 200"] > 10, "some mutants are still sound"
-    assert report.statuses["answer 200"] > 10
+    assert report.statuses["request 200"] > 10, "some mutants are still valid"
+    assert report.statuses["response 200"] > 10
 
 
 @pytest.mark.parametrize("name", BROKEN)
 async def test_a_broken_gateway_is_found(name: str) -> None:
-    """Each kind of harm that a mutant may do is told by its name."""
+    """Each kind of harm is reported by its name."""
     source, kind = BROKEN[name]
 
     report = await fuzz(14, range(0, 160, 2), stage=STAGE.format(source), smaller=False)
@@ -75,7 +75,7 @@ async def test_a_broken_gateway_is_found(name: str) -> None:
 
 
 async def test_a_reader_that_takes_an_empty_read_for_the_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read that holds framing and nothing else moves the end of a body."""
+    """A parser that takes a read with nothing but framing for the end of a body moves that end."""
     take = readings._take
 
     def early(body: Any, data: bytes) -> tuple[bytes, bytes, bool]:
@@ -88,7 +88,7 @@ async def test_a_reader_that_takes_an_empty_read_for_the_end_is_found(monkeypatc
 
 
 async def test_a_reader_that_overlooks_chunks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer in chunks that is read until its connection closes ends elsewhere."""
+    """A chunked response that is read until its connection closes ends elsewhere."""
     monkeypatch.setattr(
         readings, "parse_response", lambda head: parse_response(head)._replace(chunked=False, length=None)
     )
@@ -101,21 +101,21 @@ def _moves(mutant: Mutant) -> bool:
 
 
 def test_a_mutant_is_found_again() -> None:
-    """The same seed and number make the same bytes, and others make others."""
+    """A seed and a number always make the same bytes; others make other bytes."""
     assert make(1, 7) == make(1, 7)
     assert len({make(1, number).data for number in range(100)}) > 50
     assert make(1, 8) != make(2, 8)
 
 
 async def test_a_failing_mutant_is_made_smaller() -> None:
-    """What does not matter goes: cuts, lines and bytes."""
+    """Cuts, lines and bytes that do not matter are removed."""
 
     async def fails(mutant: Mutant) -> bool:
         return b"bad" in mutant.data and mutant.ending == "reset"
 
-    mutant = Mutant("answer", b"HTTP/1.1 200 OK\r\nX: a\r\nY: bad\r\n\r\nbody" * 3, (3, 9), "reset", late=b"late")
+    mutant = Mutant("response", b"HTTP/1.1 200 OK\r\nX: a\r\nY: bad\r\n\r\nbody" * 3, (3, 9), "reset", late=b"late")
     small = await shrink(mutant, fails)
-    assert small == Mutant("answer", b"bad", (), "reset")
+    assert small == Mutant("response", b"bad", (), "reset")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +130,6 @@ async def test_a_failing_mutant_is_made_smaller() -> None:
     ],
 )
 def test_what_the_gateway_may_not_write(data: bytes) -> None:
-    """The client that judges its answers takes no malformed one."""
-    with pytest.raises(BadAnswer):
-        read_answers(data, ["GET"], ended=True)
+    """The strict client parser refuses each malformed response."""
+    with pytest.raises(BadResponse):
+        read_responses(data, ["GET"], ended=True)

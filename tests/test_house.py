@@ -1,4 +1,4 @@
-"""The rules of the house, as far as a test can hold them."""
+"""The rules of the project that a test can check."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CORE = sorted(path for path in (ROOT / "gateway").rglob("*.py"))
 STAGES = sorted(path.stem for path in BUILT_IN.glob("[a-z]*.py"))
 DOCS = (ROOT / "docs" / "stages.md").read_text()
 
-# Core files that are specified by another's test file, and why.
+# Core files without a test file of the same name, and where they are tested.
 TESTED_ELSEWHERE = {
     "config/identity": "a part of test_oidc",
     "testing/azure": "a part of test_testing",
@@ -112,7 +112,7 @@ def test_the_public_api_is_these_names() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_built_in_stages_import_only_public_names(stage: str) -> None:
-    """As a stranger's would; `tests/test_imports.py` sees that they import from no other module."""
+    """As other plugins do; `tests/test_imports.py` checks that they import from no other module."""
     tree = ast.parse((BUILT_IN / f"{stage}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == "gateway":
@@ -121,7 +121,7 @@ def test_built_in_stages_import_only_public_names(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_stage_and_setting_is_documented_and_tested(stage: str) -> None:
-    """In its own words, in docs/stages.md, and in a test file of its own name that mentions every setting."""
+    """In its docstring, in docs/stages.md, and in a test file of its name that mentions every setting."""
     cls = Registry().find(stage)
     assert cls.__doc__
     section = re.search(rf"^## `{stage}`\n(.*?)(?=^## |\Z)", DOCS, re.DOTALL | re.MULTILINE)
@@ -137,7 +137,7 @@ def test_each_stage_and_setting_is_documented_and_tested(stage: str) -> None:
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(ROOT / "gateway")))
 def test_each_core_file_has_its_tests(path: Path) -> None:
-    """At the same place below `tests/`, or elsewhere for a reason; test_cli runs every command."""
+    """At the same path below `tests/`, or in `TESTED_ELSEWHERE`; test_cli runs every command."""
     place = path.relative_to(ROOT / "gateway").with_suffix("")
     tests = ROOT / "tests" / place.parent / f"test_{place.name}.py"
     assert tests.is_file() or str(place) in TESTED_ELSEWHERE or place.name == "__init__" or place.parts[0] == "cli"
@@ -151,14 +151,14 @@ def test_tests_state_the_behaviour() -> None:
                 assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
 
 
-# How a test reads a clock that runs by itself, and two ways to ask for one that is kept.
+# Names of functions that read a running clock.
 CLOCKS = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "thread_time", "time", "now"}
 
 
 def reads_a_clock(node: ast.AST) -> bool:
     """Whether an expression calls `time.monotonic()`, `loop.time()`, `asyncio.get_running_loop().time()` or the like.
 
-    A test's own clock, which stands still, is called `clock`, and may be read.
+    A fake clock of a test is called `clock` and may be read.
     """
     for each in ast.walk(node):
         if not isinstance(each, ast.Call):
@@ -172,7 +172,7 @@ def reads_a_clock(node: ast.AST) -> bool:
 
 
 def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
-    """Return the lines on which a function compares times that have passed: differences of a clock's readings."""
+    """Return the lines on which a function compares durations, which are differences of clock readings."""
     readings = {
         target.id
         for node in ast.walk(function)
@@ -185,7 +185,7 @@ def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
         return any(
             isinstance(each, ast.BinOp)
             and isinstance(each.op, ast.Sub)
-            and not isinstance(each.right, ast.Constant)  # a moment before another
+            and not isinstance(each.right, ast.Constant)  # a moment, no duration
             and any(
                 reads_a_clock(side) or (isinstance(side, ast.Name) and side.id in readings)
                 for side in (each.left, each.right)
@@ -209,17 +209,17 @@ def measured(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[int]:
 
 
 def test_no_test_measures_time() -> None:
-    """A busy machine is slower, and nothing is wrong: what is bounded is counted, what must happen is waited for."""
+    """A busy machine is slow without an error, so tests count what is bounded and wait for what must happen."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        if path.parent.name in ("bench", "fuzz", "soak"):  # programs of their own, with a limit on a hang
-            continue  # which measures and is no test
+        if path.parent.name in ("bench", "fuzz", "soak"):  # programs that measure
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert not measured(node), f"{path.name}:{measured(node)} compares a measured time"
 
 
 def test_a_measured_time_is_found() -> None:
-    """In each way that it was written; a comparison with a moment, and a clock that a test turns, are none."""
+    """In each form; comparisons of moments, and a fake clock, are accepted."""
     for line in (
         "begun = loop.time()\n    work()\n    assert loop.time() - begun < 2",
         "begun = time.monotonic()\n    assert (status, time.monotonic() - begun < 5) == (504, True)",
@@ -241,7 +241,7 @@ def test_a_measured_time_is_found() -> None:
 
 
 def test_no_file_speaks_of_another_place() -> None:
-    """Nothing names a machine's paths, and only the captures test looks outside the checkout."""
+    """No file names paths of a machine, and only the captures test reads outside the checkout."""
     for path in [*CORE, *BUILT_IN.glob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]:
         text = path.read_text()
         assert "/work" + "/" not in text

@@ -1,4 +1,4 @@
-"""The import graph of the house: no circle, no arrow upward, and a paragraph for each wing."""
+"""The import graph: no cycle, no upward import, and a paragraph for each wing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the ground up: a module imports only from its own line and from the lines above it. A name is a wing
+# A module imports only from its own line and from the lines above it. A name is a wing
 # (a folder of `gateway/`) or a file of `gateway/` itself; `gateway` is its `__init__.py`, the public names.
 ORDER = (
     ("errors", "settings", "logs", "version", "fields", "fair_scheduler", "dns_resolver"),
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(source: str, known: Mapping[str, object]) -> Iterator[str]:
-    """Yield each module of the gateway that a source imports, at run time, in types or inside functions."""
+    """Yield each module of the gateway that a source imports: at run time, for types, or inside functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "gateway")
@@ -58,7 +58,7 @@ def imported(source: str, known: Mapping[str, object]) -> Iterator[str]:
 
 
 def graph() -> dict[str, set[str]]:
-    """Return what each module imports."""
+    """Return the imports of each module."""
     known = modules()
     return {name: set(imported(path.read_text(), known)) - {name} for name, path in known.items()}
 
@@ -69,7 +69,7 @@ def floor_of(module: str) -> int:
 
 
 def upward(arrows: Mapping[str, set[str]]) -> list[str]:
-    """Return the arrows that run upward."""
+    """Return the imports from a later line of `ORDER`."""
     return [
         f"{name} -> {target}"
         for name, targets in arrows.items()
@@ -79,7 +79,7 @@ def upward(arrows: Mapping[str, set[str]]) -> list[str]:
 
 
 def circle(arrows: Mapping[str, set[str]]) -> list[str]:
-    """Return the modules of a circle, or an empty list: those that are left when every leaf has been taken away."""
+    """Return the modules that are in a cycle or depend on one, or an empty list: remove leaves until none is left."""
     left = {name: {target for target in targets if target in arrows} for name, targets in arrows.items()}
     while leaves := {name for name, targets in left.items() if not targets}:
         left = {name: targets - leaves for name, targets in left.items() if name not in leaves}
@@ -87,17 +87,17 @@ def circle(arrows: Mapping[str, set[str]]) -> list[str]:
 
 
 def test_no_import_runs_upward() -> None:
-    """Each wing imports only from those below it; the order is written once, above."""
+    """Each module imports only from its line of `ORDER` and from earlier lines."""
     assert upward(graph()) == []
 
 
 def test_no_circle_of_imports() -> None:
-    """At run time, in types and inside functions."""
+    """No cycle at run time, in types or inside functions."""
     assert circle(graph()) == []
 
 
 def test_a_circle_and_an_upward_arrow_are_found() -> None:
-    """By the same functions, in a graph that has both."""
+    """The same functions find both in a graph that has them."""
     arrows = {"gateway.errors": {"gateway.server"}, "gateway.server": {"gateway.errors"}, "gateway.logs": set[str]()}
     assert upward(arrows) == ["gateway.errors -> gateway.server"]
     assert circle(arrows) == ["gateway.errors", "gateway.server"]
@@ -107,7 +107,7 @@ def test_a_circle_and_an_upward_arrow_are_found() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "plugins").glob("*.py")), ids=lambda path: path.stem)
 def test_plugins_import_from_gateway_alone(path: Path) -> None:
-    """A built-in stage uses what a plugin author may use, and no other stage."""
+    """A built-in stage uses only the API of plugin authors, and no other stage."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -116,7 +116,7 @@ def test_plugins_import_from_gateway_alone(path: Path) -> None:
 
 
 def test_each_wing_says_what_lives_there() -> None:
-    """In a paragraph of its `__init__.py`; only `gateway`, `cli`, `config` and `testing` hand on names."""
+    """In a paragraph of its `__init__.py`; only `cli`, `config` and `testing` export names."""
     for wing in sorted(path for path in (ROOT / "gateway").iterdir() if (path / "__init__.py").is_file()):
         tree = ast.parse((wing / "__init__.py").read_text())
         paragraph = ast.get_docstring(tree) or ""

@@ -1,4 +1,4 @@
-"""The package as users install it: a wheel, without the checkout around it."""
+"""The package as users install it: a wheel, outside the checkout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("gateway", "plugins", "config", "setup.cfg", "pyproject.toml", "README.
 
 @pytest.mark.slow
 def test_installed_package_has_what_it_needs(tmp_path: Path) -> None:
-    """The shipped configuration, the built-in stages and the command are in the wheel, and work from anywhere."""
+    """The wheel has the shipped configuration, the built-in stages and the command, and works in any directory."""
     source = tmp_path / "source"
     source.mkdir()
     for name in PARTS:
@@ -39,11 +39,11 @@ def test_installed_package_has_what_it_needs(tmp_path: Path) -> None:
     assert "sse_newline" in done.stdout
     assert (site / "bin" / "gateway").exists()
     assert (site / "gateway" / "py.typed").exists()
-    assert (site / "gateway" / "counters" / "redis.lua").exists()
+    assert (site / "gateway" / "limits" / "redis.lua").exists()
 
 
 def test_the_default_install_stays_small() -> None:
-    """At most six direct dependencies; what makes it faster is an extra."""
+    """At most six direct dependencies; faster libraries are an extra."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     needed = [line for line in config["options"]["install_requires"].splitlines() if line and line[0] != "#"]
@@ -57,7 +57,7 @@ def test_the_default_install_stays_small() -> None:
 
 @pytest.mark.parametrize(("extra", "library"), [("socks", "python-socks"), ("redis", "redis")])
 def test_the_image_has_what_an_extra_needs(extra: str, library: str) -> None:
-    """SOCKS proxies, as the proxy that people come from has, and Redis: an extra of the package, not of the image."""
+    """SOCKS proxies, which the Go proxy has, and Redis are extras of the package; the image includes them."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert library in config["options.extras_require"][extra]
@@ -66,7 +66,7 @@ def test_the_image_has_what_an_extra_needs(extra: str, library: str) -> None:
 
 
 def test_the_image_can_judge_tokens() -> None:
-    """`identity:` needs what signatures are checked with: an extra of the package, and in the image's lock file."""
+    """The libraries of `identity:` for signatures are an extra of the package, and in the image's lock file."""
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     for name in ("pyjwt", "cryptography"):

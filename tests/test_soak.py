@@ -1,4 +1,4 @@
-"""`make soak` in small: each kind of client once, and that growth and wrong answers are told."""
+"""A short `make soak`: each kind of client once. Growth and wrong responses are reported."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUND = Census(memory=100 * MB, descriptors=15, tasks=8, threads=2)
 
 
 async def test_each_kind_of_client_gets_what_is_its_own(tmp_path: Path) -> None:
-    """All of them together, a reload between; then the gateway's process holds no more than before."""
+    """All of them at once, then a reload; afterwards the gateway's process holds no more than before."""
     async with started(tmp_path) as (gateway, azure):
         run = Run(gateway, azure, tmp_path, seed=1)
         before = await run.settle()
@@ -41,7 +41,7 @@ async def test_each_kind_of_client_gets_what_is_its_own(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def confused() -> AsyncIterator[Clients]:
-    """Clients of a server that gives everybody the same answer."""
+    """Clients of a server that sends every client the same response."""
 
     async def answer(request: web.BaseRequest) -> web.StreamResponse:
         await request.read()
@@ -60,13 +60,13 @@ async def confused() -> AsyncIterator[Clients]:
     "name", ["json", "refused", "upstream_error", "late", "stream", "broken_stream", "upload", "upload_in_pieces"]
 )
 async def test_a_client_tells_a_wrong_answer(name: str, confused: Clients) -> None:
-    """Another's answer, or a body that did not arrive whole, is told."""
+    """The response to another request, or an incomplete body, raises Wrong."""
     with pytest.raises(Wrong):
         await KINDS[name][1](confused)
 
 
 def test_what_stays_as_it_was_is_no_growth() -> None:
-    """Memory may vary a little, and reach its plateau in the first half."""
+    """Memory may vary a little and reach its plateau in the first half."""
     memory = (90, 95, 100, 110, 108, 109, 112, 110, 115, 111, 113, 112)
     assert not judge([replace(ROUND, memory=each * MB) for each in memory])
 
@@ -80,12 +80,12 @@ def test_what_stays_as_it_was_is_no_growth() -> None:
     ],
 )
 def test_what_grew_is_told(grown: Census, told: str) -> None:
-    """One task, one thread, three descriptors are too many."""
+    """One task, one thread, or three descriptors more are too many."""
     (line,) = judge([ROUND] * 11 + [grown])
     assert line.startswith(told)
 
 
 def test_memory_that_grows_without_end_is_told() -> None:
-    """The least of the second half is compared with the least of the first."""
+    """The minimum of the second half is compared with the minimum of the first."""
     (line,) = judge([replace(ROUND, memory=(100 + 3 * number) * MB) for number in range(12)])
     assert line.startswith("memory: 106.0 MB in the first half, 118.0 MB")

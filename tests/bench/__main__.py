@@ -1,6 +1,6 @@
-"""What the gateway costs, beside nginx, HAProxy and the usual way: `python -m tests.bench`; see README.md here.
+"""The cost of the gateway, compared with nginx, HAProxy and usual aiohttp: `python -m tests.bench`; see README.md here.
 
-Exits with 1 where a limit is passed, with 2 where this machine lacks something.
+Exits with 1 if a limit is exceeded, with 2 if the machine lacks something.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.bench.rows import Row, show
 from tests.bench.upstream import Azure
 from tests.bench.workplace import Missing, Workplace
 
-# The rows about ours alone, by what --only calls them.
+# The rows about the gateway alone, by their names in --only.
 OURS: dict[str, Callable[[Place], list[Row]]] = {
     "start": start.start,
     "memory": memory.memory,
@@ -45,9 +45,9 @@ NAMES = [*(row.name for row in work.ROWS), *OURS]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; the exit status."""
+    """Run the bench; return the exit status."""
     options = _options(arguments)
-    # So that whoever ends the run leaves nothing behind.
+    # A signal that ends the run cleans up, too.
     for each in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, lambda number, frame: sys.exit(128 + number))
     try:
@@ -65,16 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--only", metavar="ROW,...", help=f"these rows alone: {', '.join(NAMES)}")
+    parser.add_argument("--only", metavar="ROW,...", help=f"only these rows: {', '.join(NAMES)}")
     parser.add_argument("--rounds", metavar="N", type=int, default=3, help="rounds of each row (3)")
     parser.add_argument("--secs", metavar="N", type=float, default=4, help="seconds of each measurement (4)")
-    parser.add_argument("--quick", action="store_true", help="one round of 2 seconds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="one round of 2 seconds, to check that it runs")
     parser.add_argument(
         "--python",
         metavar="PATH",
         type=Path,
         action="append",
-        help="measure ours under this interpreter; may be given again (this one)",
+        help="measure the gateway under this interpreter; repeatable (default: this one)",
     )
     options = parser.parse_args(arguments)
     options.only = set(options.only.split(",")) if options.only else set(NAMES)
@@ -82,13 +82,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
     if options.quick:
         options.rounds, options.secs = 1, 2
-    # Not resolved: an environment's interpreter is a link, and what it is called makes it that environment's.
+    # Not resolved: the interpreter of an environment is a link, and its path selects the environment.
     options.python = [python.absolute() for python in options.python or [Path(sys.executable)]]
     return options
 
 
 def _measure(workplace: Workplace, options: argparse.Namespace) -> bool:
-    """Measure and print; whether anything failed."""
+    """Measure and print; return whether anything failed."""
     interpreters = [prepare(workplace, python) for python in options.python]
     azure, loader = Azure(workplace), Loader(workplace)
     for line in _versions(interpreters):
@@ -99,7 +99,7 @@ def _measure(workplace: Workplace, options: argparse.Namespace) -> bool:
     results = bench.run(chosen, interpreters, options.rounds, options.secs)
     judged = work.best(results, interpreters)
     for interpreter in interpreters if results else ():
-        note = "" if interpreter == judged else "; not the one that limits are judged on"
+        note = "" if interpreter == judged else "; limits are judged on another one"
         sys.stdout.write(f"\n{interpreter.name}{note}: CPU for a request or an event\n\n")
         sys.stdout.write(work.show(results, interpreter, judged=interpreter == judged))
     meter = Meter(loader, warm_up)
@@ -119,7 +119,7 @@ def _measure(workplace: Workplace, options: argparse.Namespace) -> bool:
 
 
 def _first_byte(results: Sequence[work.Result], judged: Interpreter) -> list[Row]:
-    """Return the row of what is added to the first byte, where paced streams were measured."""
+    """Return the row of the latency added to the first byte, if paced streams were measured."""
     name = f"ours, {judged.name}"
     title = "added to the first byte, p50 at 64 paced streams"
     return [

@@ -1,18 +1,18 @@
-/* A fake Azure OpenAI, fast enough that what stands in front of it is what gets measured.
+/* A fake Azure OpenAI, fast enough never to be the bottleneck.
  *
  *     azure ANSWER EVENT
  *
- * One thread; listens on a free port of 127.0.0.1 and prints it. Files: the body of a plain answer, and one event
- * of a stream. Every POST must be of the classic chat operation with the api-version below, and carry an api-key and
- * no authorization, or it is a 404 or a 401; its body is read and thrown away. How it is answered, from then on:
+ * One thread; listens on a free port of 127.0.0.1 and prints it. Files: the body of a plain response, and one
+ * event of a stream. Every POST must be the classic chat operation with the api-version below (else 404), with an
+ * api-key and no authorization (else 401); its body is read and discarded. The response to later requests:
  *
- *     GET /control?answer=json                          the plain answer
+ *     GET /control?answer=json                          the plain response
  *     GET /control?answer=stream&events=200&every=20    a stream: the first event at once, then one each 20 ms (0: as
- *                                                       fast as the socket takes them), then `data: [DONE]` and *one*
+ *                                                       fast as the socket accepts them), then `data: [DONE]` and *one*
  *                                                       newline, as Azure has ended streams
  *     GET /control?answer=hold                          a stream of one event, then silence
  *
- * A GET is answered with how many requests, and bytes of their bodies, have come, as JSON.
+ * A GET is answered with the number of requests and of bytes of their bodies, as JSON.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -44,19 +44,19 @@ enum reading { HEAD, LENGTH, CHUNKED };
 struct connection {
     int fd;
     enum reading reading;
-    char *head; /* of a request, where it comes in pieces */
+    char *head; /* of a request that arrives in pieces */
     size_t head_size;
     size_t body_left;
     struct chunks chunks;
-    struct text refusal;  /* what to answer instead, once the body is over */
-    struct text out;      /* what the socket did not take yet */
+    struct text refusal;  /* the response to send instead, after the body */
+    struct text out;      /* bytes that the socket has not accepted yet */
     bool waits_for_room;
-    bool answering;       /* a stream that is not over */
+    bool answering;       /* a stream is running */
     int events, every;    /* still to come; milliseconds, 0 without a pace */
     int place;            /* in `streams`, or -1 */
 };
 
-/* The streams that have more to send, and when, beside each other: this is looked through each millisecond. */
+/* Streams with more to send, and their times, in one array: it is scanned each millisecond. */
 static struct {
     double due;
     struct connection *connection;
@@ -100,7 +100,7 @@ static void wait_for_room(struct connection *c, bool room)
     c->waits_for_room = room;
 }
 
-/* Send; what the socket does not take goes out later. False: the connection is broken. */
+/* Send; the rest goes out later. False: the connection is broken. */
 static bool send_text(struct connection *c, struct text text)
 {
     while (text.size) {
@@ -155,7 +155,7 @@ static bool answer_get(struct connection *c, const char *line)
 
 /* -- reading --------------------------------------------------------------------------------------------------- */
 
-/* Read a whole head, and answer what has no body. False: hang up. */
+/* Read a complete head, and respond if there is no body. False: disconnect. */
 static bool read_head(struct connection *c, const char *head, size_t size)
 {
     const char *end = head + size - 2, *line_end = memchr(head, '\r', size);
@@ -193,7 +193,7 @@ static bool read_head(struct connection *c, const char *head, size_t size)
     return true;
 }
 
-/* Take some of a head; returns how much, 0: hang up. */
+/* Take part of a head; returns its size, 0: disconnect. */
 static size_t take_head(struct connection *c, const char *bytes, size_t count)
 {
     const char *end = c->head_size ? NULL : memmem(bytes, count, "\r\n\r\n", 4);
@@ -210,11 +210,11 @@ static size_t take_head(struct connection *c, const char *bytes, size_t count)
     return read_head(c, c->head, size) ? 1 : 0;
 }
 
-/* Take what has come. False: hang up. */
+/* Take received bytes. False: disconnect. */
 static bool take(struct connection *c, const char *bytes, size_t count)
 {
     while (count) {
-        if (c->answering || c->out.size) return false; /* a request before the last answer is over: nobody does that */
+        if (c->answering || c->out.size) return false; /* no client sends a request before the last response is complete */
         size_t taken;
         if (c->reading == HEAD) {
             if (!(taken = take_head(c, bytes, count))) return false;

@@ -1,4 +1,4 @@
-"""What costs more as a configuration grows: ours beside ours, in alternating rounds."""
+"""The cost of a growing configuration: the gateway compared with itself, in alternating rounds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class BenchNoOp(Stage):
 
 
 def teams(place: Place) -> list[Row]:
-    """Measure requests by one team's keys, alone and where there are many teams, and by the keys of all of them."""
+    """Measure requests with one team's keys, alone and among many teams, and with the keys of all teams."""
     one, spread = (
         [traffic.team_key(team, key) for key in range(KEYS) for team in range(count)] for count in (1, TEAMS)
     )
@@ -51,7 +51,7 @@ def teams(place: Place) -> list[Row]:
 
 
 def models(place: Place) -> list[Row]:
-    """Measure requests for one model, and requests for each of many."""
+    """Measure requests for one model and for each of many."""
     few, many = (
         (place.ours(_with_models(names)), _requests(place, "models", [_request(model=name) for name in names]))
         for count in (1, MODELS)
@@ -62,7 +62,7 @@ def models(place: Place) -> list[Row]:
 
 
 def stages(place: Place) -> list[Row]:
-    """Measure the pipeline alone, with as many stages again that do nothing, and with many of them."""
+    """Measure the pipeline alone, with the same number of no-op stages added, and with many of them."""
     load = _requests(place, "stages", [_request()])
     figures = _compare(
         place,
@@ -82,7 +82,7 @@ def stages(place: Place) -> list[Row]:
 
 
 def balance(place: Place) -> list[Row]:
-    """Measure requests that go to a pool of deployments in several resources, and to one of these alone."""
+    """Measure requests to a pool of deployments in several resources, and to one deployment."""
     load = _requests(place, "balance", [_request()])
     pooled = [stage.replace(f": {traffic.DEPLOYMENT}}}", ': "pool:all"}') for stage in PIPELINE]
     pooled.insert(next(place for place, stage in enumerate(pooled) if stage.startswith("api_version")), "balance")
@@ -109,14 +109,14 @@ def balance(place: Place) -> list[Row]:
 
 
 def repairs(place: Place) -> list[Row]:
-    """Measure events of paced streams, with the stages that mend Azure's streams and without them."""
+    """Measure events of paced streams, with and without the stages that repair Azure's streams."""
     without = Setup([stage for stage in PIPELINE if stage not in REPAIRS])
     figures = _beside(place, "repairs", {"few": without, "many": Setup()})
     return [Row("an event, with the default repairs instead of without", "% more CPU", limits.REPAIRS, _more(figures))]
 
 
 def usage(place: Place) -> list[Row]:
-    """Measure events of paced streams, of which the usage is asked for and hidden, and of which it is not."""
+    """Measure events of paced streams, with and without requesting and hiding their usage."""
     without = Setup(["access_log: {usage: false}" if stage == "access_log" else stage for stage in PIPELINE])
     figures = _beside(place, "usage", {"few": without, "many": Setup()})
     return [
@@ -127,8 +127,7 @@ def usage(place: Place) -> list[Row]:
 def _beside(place: Place, what: str, setups: dict[str, Setup]) -> dict[str, list[float]]:
     """Return the microseconds of an event, round by round.
 
-    Both gateways at once, on the same core: a few percent are to be seen, and what else the machine does hits both
-    alike.
+    Both gateways run at once on one core, so that other load on the machine affects both, and a few percent show.
     """
     file = place.workplace.write(f"{what}.request", _request(stream=True))
     load = Traffic(file, place.azure.event, events=10_000_000, connections=FEW, opening=64)
@@ -149,11 +148,11 @@ def _beside(place: Place, what: str, setups: dict[str, Setup]) -> dict[str, list
 
 
 def streams(place: Place) -> list[Row]:
-    """Measure events of few open streams, and as many events of many."""
+    """Measure events of few open streams, and the same number of events of many."""
     file = place.workplace.write("streams.request", _request(stream=True))
 
     def measure(peer: Peer, count: int) -> float:
-        # They go on for longer than anybody looks.
+        # They last longer than the measurement.
         load = Traffic(file, place.azure.event, events=10_000_000, connections=count, opening=64)
         place.azure.stream(load.events, 1000 * count // EVENTS_PER_SECOND)
         cpu = place.meter.hold(peer, load, place.seconds)
@@ -188,7 +187,7 @@ def _with_no_ops(count: int) -> Setup:
 
 
 def _compare(place: Place, what: str, gateways: dict[str, tuple[Peer, Traffic]]) -> dict[str, list[float]]:
-    """Return the microseconds of a request that each gateway takes, round by round."""
+    """Return the microseconds of a request in each gateway, round by round."""
     place.azure.plain()
     for peer, load in gateways.values():
         place.meter.warm(peer, load)
@@ -201,10 +200,10 @@ def _compare(place: Place, what: str, gateways: dict[str, tuple[Peer, Traffic]])
     measurements: dict[str, Callable[[], float]] = {
         name: functools.partial(measure, name, peer, load) for name, (peer, load) in gateways.items()
     }
-    # A few percent are to be seen: many short rounds, so that what else the machine does hits both alike.
+    # Many short rounds, so that other load on the machine affects both, and a few percent show.
     return rounds(SHORT * place.rounds, measurements)
 
 
 def _more(figures: dict[str, list[float]]) -> list[float]:
-    """Return by how many percent many cost more than few, round by round: neighbours in time."""
+    """Return by how many percent `many` cost more than `few`, for rounds next to each other."""
     return [100 * (many / few - 1) for few, many in zip(figures["few"], figures["many"], strict=True)]

@@ -1,4 +1,4 @@
-"""What parts cost on their own, without sockets: a limit that is counted, and a configuration that is loaded."""
+"""The cost of parts without sockets: counting a limit, and loading a configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.bench.rows import Row
 TAKES = 200_000
 TEAMS, KEYS = 500, 5
 
-# Each caller has a limit of its own, which has room.
+# Each caller has its own limit, which has room.
 _TAKE = f"""
 import asyncio, time
 from gateway.limits.memory_counters import MemoryCounters
@@ -44,7 +44,7 @@ print(time.process_time() - begun)
 
 
 def limiter(place: Place) -> list[Row]:
-    """Measure what it takes to count a request against one limit."""
+    """Measure the time to count a request against one limit."""
     alone, shared = [], []
     for _ in range(place.rounds):
         one, two = map(float, _run(place, _TAKE).split())
@@ -58,7 +58,7 @@ def limiter(place: Place) -> list[Row]:
 
 
 def load(place: Place) -> list[Row]:
-    """Measure how long the files of many teams take to be loaded."""
+    """Measure the time to load the files of many teams."""
     path, _ = Setup(teams=TEAMS, keys=KEYS).write(place.workplace, "https://azure.invalid")
     figures = [float(_run(place, _LOAD, path)) for _ in range(max(3, place.rounds))]
     say(f"load: {', '.join(f'{figure:.2f}' for figure in figures)} s")

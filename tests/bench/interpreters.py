@@ -1,4 +1,4 @@
-"""The Python interpreters that the gateway is measured under."""
+"""The Python interpreters under which the gateway is measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.bench.workplace import Workplace
 
 ROOT = Path(__file__).parents[2]
 
-# Debian's rules optimise with a target of CPython's Makefile, which its configure arguments do not show.
+# Debian builds an optimised target of CPython's Makefile; the configure arguments do not show it.
 _PROBE = """\
 import importlib.metadata, importlib.util, json, platform, sysconfig
 def version(name):
@@ -33,7 +33,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Interpreter:
-    """One that has the gateway installed."""
+    """An interpreter with the gateway installed."""
 
     python: Path
     version: str
@@ -42,18 +42,18 @@ class Interpreter:
 
     @property
     def name(self) -> str:
-        """What it is called in tables."""
+        """The name in tables."""
         return self.version if self.optimised else f"{self.version} (not optimised)"
 
     def describe(self) -> str:
-        """Return all that matters of it, in one line."""
+        """Return a description in one line."""
         build = "optimised build" if self.optimised else "not an optimised build, which costs 10-20 %"
         packages = ", ".join(f"{name} {version or '-'}" for name, version in self.packages.items())
         return f"{self.version}, {build}; {packages}"
 
 
 def prepare(workplace: Workplace, python: Path) -> Interpreter:
-    """Return an interpreter with the gateway: itself, or an environment made for it in the run's folder."""
+    """Return an interpreter with the gateway: the given one, or an environment made for it in the run's folder."""
     facts = _probe(python)
     if not facts["ready"]:
         python = _environment(workplace, python)
@@ -62,7 +62,7 @@ def prepare(workplace: Workplace, python: Path) -> Interpreter:
 
 
 def _probe(python: Path) -> dict[str, Any]:
-    # -P: what is importable only because it stands in the working directory does not count.
+    # -P: modules of the working directory do not count as installed.
     found = subprocess.run([python, "-P", "-c", _PROBE], check=True, capture_output=True, text=True)
     facts: dict[str, Any] = json.loads(found.stdout)
     return facts

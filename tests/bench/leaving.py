@@ -1,7 +1,7 @@
-"""How long Azure goes on streaming to clients that have left: 1,000 streams, hung up on one after the other.
+"""How soon a stream of Azure ends after its client disconnects: 1,000 streams, disconnected one after the other.
 
-Prints the time from a client's hang-up to the end of its stream at the upstream, and fails where the 99th
-percentile passes 50 ms, or a connection stays open.
+Prints the time from a client's disconnect to the end of its stream at the upstream. Fails if the 99th percentile
+exceeds 50 ms, or if a connection stays open.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT = 0.050
 
 
 async def main() -> int:
-    """Run it; the exit status."""
+    """Run the measurement; return the exit status."""
     closed: dict[str | None, float] = {}
     left: dict[str | None, float] = {}
 

@@ -1,16 +1,15 @@
-/* A load of requests, whose every answer is checked to the byte.
+/* A load generator that checks every byte of every response.
  *
  *     load [-fh] [-c CONNECTIONS] [-s SECONDS] [-o OPENING] [-k KINDS] [-n EVENTS] [-t TAIL] PORT REQUESTS ANSWER
  *
- * One thread. REQUESTS is a file of KINDS (1) whole requests of equal length, sent in turn; with -f, each connection
- * keeps to a kind of its own. The body of every answer
- * must be the file ANSWER, or, with -n, that file EVENTS times and then `data: [DONE]` and TAIL newlines (2).
- * CONNECTIONS (1) are used again and again for SECONDS, or until stdin ends if that is 0; running answers are waited
- * for. A server may close a connection only after an answer that says `connection: close`. At most OPENING
- * connections at once wait for their first byte when the load begins (all).
+ * One thread. REQUESTS is a file of KINDS (1) complete requests of equal length, sent in turn; with -f, each
+ * connection always sends the same one. The body of every response must be the file ANSWER or, with -n, that file
+ * EVENTS times, then `data: [DONE]` and TAIL newlines (2). CONNECTIONS (1) are reused for SECONDS, or until stdin ends
+ * if that is 0; then running responses are awaited. A server may close a connection only after a response with
+ * `connection: close`. At the start, at most OPENING connections wait for their first byte at once (all).
  *
- * With -h, streams are held: a line when all of them have had their first event, another for each line on stdin,
- * until that ends. Otherwise one line at the end. A line is JSON; times are milliseconds, `cpu` is seconds.
+ * With -h, streams are held: prints a line when all of them have received their first event, and another for each line
+ * on stdin until its end. Otherwise prints one line at the end. Lines are JSON; times are in ms, `cpu` is in seconds.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -34,7 +33,7 @@
 
 #define HEAD_LIMIT 16384
 #define MOST_ERRORS 1000
-#define PATIENCE 60 /* seconds in which at least one byte must come, where streams are not held */
+#define PATIENCE 60 /* seconds within which a byte must arrive, unless streams are held */
 
 enum reading { HEAD, LENGTH, CHUNKED };
 
@@ -45,11 +44,11 @@ struct connection {
     bool waits_for_room;
     char head[HEAD_LIMIT];
     size_t head_size;
-    size_t left; /* of a body of known length */
+    size_t left; /* bytes still to come of a body of known length */
     struct chunks chunks;
     bool closes;
-    bool busy; /* a request is out and its answer not complete */
-    size_t taken; /* bytes of the body that were as expected */
+    bool busy; /* a request is sent and its response is not complete */
+    size_t taken; /* bytes of the body that matched */
     double begun, first;
 };
 
@@ -122,7 +121,7 @@ static void wait_for_room(struct connection *c, bool room)
     c->waits_for_room = room;
 }
 
-/* Returns NULL, or what went wrong. */
+/* Returns NULL or a description of the error. */
 static const char *send_rest(struct connection *c)
 {
     while (c->unsent.size) {
@@ -151,7 +150,7 @@ static void begin(struct connection *c)
     running++;
 }
 
-/* The connection is established later; what is wrong with it then is seen when it is written to. */
+/* The connection is established later; an error shows at the first write. */
 static void dial(struct connection *c)
 {
     int on = 1;
@@ -237,7 +236,7 @@ static const char *answered(struct connection *c)
     return c->waits_for_room ? NULL : send_rest(c);
 }
 
-/* Take what has come. Returns NULL, or what is wrong with it. */
+/* Take received bytes. Returns NULL or a description of the error. */
 static const char *take(struct connection *c, const char *bytes, size_t count)
 {
     const char *wrong = NULL;
@@ -283,7 +282,7 @@ static const char *handle(struct connection *c, uint32_t what)
 
 /* -- the run --------------------------------------------------------------------------------------------------- */
 
-/* Read what stdin has. Each line of it asks for a report; false at its end. */
+/* Read stdin. Each line requests a report; false at its end. */
 static bool read_stdin(void)
 {
     char line[256];

@@ -1,4 +1,4 @@
-"""The load on what is measured (`load.c`)."""
+"""The load generator (`load.c`)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from tests.bench.workplace import Workplace
 
 @dataclass(frozen=True)
 class Traffic:
-    """What to send, and what must come back."""
+    """The requests to send and the responses to expect."""
 
     requests: Path
     answer: Path
-    """The body to expect, or one event of it."""
+    """The expected body, or one event of a stream."""
     kinds: int = 1
-    """How many requests of equal length `requests` has."""
+    """The number of requests, of equal length, in `requests`."""
     faithful: bool = False
-    """Whether each connection keeps to one of these."""
+    """Whether each connection always sends the same one."""
     events: int = 0
-    """Of a stream; 0 where the answer is a plain one."""
+    """The number of events of a stream; 0 for a plain response."""
     connections: int = 32
     opening: int = 0
-    """How many may wait for their first byte at once while connections are opened; 0: all."""
+    """How many connections may wait for their first byte at once while they are opened; 0 for all."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came back. Times are milliseconds; `seconds` and `cpu` are seconds."""
+    """The result of a load. Times are in milliseconds; `seconds` and `cpu` are in seconds."""
 
     answers: int
     errors: int
@@ -48,7 +48,7 @@ class Report:
 
 
 class Loader:
-    """Makes loads, with the program built once."""
+    """Runs loads; builds the program once."""
 
     def __init__(self, workplace: Workplace) -> None:
         self._workplace = workplace
@@ -57,7 +57,7 @@ class Loader:
     def start(
         self, traffic: Traffic, port: int, *, seconds: float = 0, hold: bool = False, newlines: int = 2
     ) -> Running:
-        """Start a load on a port, for so many seconds or until it is ended."""
+        """Start a load on a port, for `seconds`, or until `end` if that is 0."""
         command: list[str | Path] = [self._program, "-c", str(traffic.connections), "-s", str(seconds)]
         command += ["-o", str(traffic.opening), "-k", str(traffic.kinds), "-n", str(traffic.events)]
         command += ["-t", str(newlines), *(["-h"] if hold else []), *(["-f"] if traffic.faithful else [])]
@@ -65,13 +65,13 @@ class Loader:
         return Running(self._workplace.start(command, core=LOAD_CORE, talks=True))
 
     def run(self, traffic: Traffic, port: int, seconds: float, *, newlines: int = 2) -> Report:
-        """Put a load on a port for so many seconds."""
+        """Put a load on a port for `seconds`."""
         with self.start(traffic, port, seconds=seconds, newlines=newlines) as running:
             return running.report()
 
 
 class Running:
-    """A load that runs; it is over when the `with` block is left."""
+    """A running load; it ends with the `with` block."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
@@ -85,18 +85,18 @@ class Running:
         self.process.stop()
 
     def report(self) -> Report:
-        """Wait for the next report: at the end, or when all held streams have had their first event."""
+        """Wait for the next report: at the end, or when all held streams have received their first event."""
         return Report(**json.loads(self.process.line()))
 
     def ask(self) -> Report:
-        """Return how held streams stand now."""
+        """Return a report of held streams."""
         assert self.process.popen.stdin is not None
         self.process.popen.stdin.write("\n")
         self.process.popen.stdin.flush()
         return self.report()
 
     def end(self) -> Report:
-        """End a load that would run on; returns what came of it."""
+        """End a load without a time limit; return its report."""
         assert self.process.popen.stdin is not None
         self.process.popen.stdin.close()
         return self.report()

@@ -1,4 +1,4 @@
-"""One measurement: a load on one gateway for some seconds, and what that cost it."""
+"""One measurement: a load on one gateway for some seconds, and its cost."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from tests.bench.processes import Broken
 
 T = TypeVar("T")
 
-# Where a gateway uses less of its core than this, something else was what limited it.
+# A gateway that uses less of its core than this was limited by something else.
 BUSY = 0.90
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one measurement came to."""
+    """The result of one measurement."""
 
     cpu: float
-    """Microseconds for a request, or for an event."""
+    """Microseconds for a request or an event."""
     rate: float
-    """Requests, or events, in a second."""
+    """Requests or events in a second."""
     busy: float
     """The share of its core that the gateway used."""
     report: Report
@@ -36,29 +36,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Meter:
-    """Measures, with the same load and upstream for everybody."""
+    """Measures each gateway with the same load and upstream."""
 
     loader: Loader
     warm_up: float
 
     def warm(self, peer: Peer, traffic: Traffic) -> None:
-        """Put a load on it that is not measured."""
+        """Put a load on a gateway without measuring it."""
         _whole(peer, self.loader.run(traffic, peer.port, self.warm_up, newlines=peer.newlines))
 
     def sample(self, peer: Peer, traffic: Traffic, seconds: float) -> Sample:
-        """Measure for so many seconds. Raises Broken where an answer was not as it must be."""
-        os.truncate(peer.process.log, 0)  # logs of millions of requests would fill the disk
+        """Measure for `seconds`. Raises Broken if a response was wrong."""
+        os.truncate(peer.process.log, 0)  # the log of millions of requests would fill the disk
         cpu, begun = peer.process.cpu(), time.monotonic()
         report = _whole(peer, self.loader.run(traffic, peer.port, seconds, newlines=peer.newlines))
         took = time.monotonic() - begun
         cpu = peer.process.cpu() - cpu
-        # An event that ends a stream is one as well.
+        # The event that ends a stream counts as well.
         count = report.answers * (traffic.events + 1 if traffic.events else 1)
         return Sample(cpu / count * 1e6, count / report.seconds, cpu / took, report)
 
     @contextmanager
     def held(self, peer: Peer, traffic: Traffic) -> Iterator[Running]:
-        """Open streams that last, and have them open in the `with` block. Raises Broken where one cannot be had."""
+        """Keep long streams open in the `with` block. Raises Broken if one cannot be opened."""
         os.truncate(peer.process.log, 0)
         with self.loader.start(traffic, peer.port, hold=True, newlines=peer.newlines) as running:
             _whole(peer, running.report())
@@ -82,7 +82,7 @@ def _whole(peer: Peer, report: Report) -> Report:
 
 
 def rounds(count: int, measurements: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Run measurements in turn, A B C A B C, so that what changes on the machine changes for all of them."""
+    """Run measurements in turn, A B C A B C, so that changes on the machine affect all of them."""
     found: dict[str, list[T]] = {name: [] for name in measurements}
     for _ in range(count):
         for name, measure in measurements.items():
@@ -96,5 +96,5 @@ def middle(samples: list[Sample], of: Callable[[Sample], float]) -> float:
 
 
 def say(text: str) -> None:
-    """Say how far the run is."""
+    """Print the progress of the run."""
     sys.stderr.write(f"# {text}\n")

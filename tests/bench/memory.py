@@ -1,4 +1,4 @@
-"""What the gateway keeps in memory: idle, for each open stream, and while a large body passes through."""
+"""Memory of the gateway: idle, for each open stream, and while a large body passes through."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STREAMS = 5000
 UPLOAD = 1024**3
 MB = 1024 * 1024
 
-# No stage of this pipeline reads a body: the deployment is the same for every request.
+# No stage of this pipeline reads a body: all requests go to one deployment.
 DEPLOYMENT = f"""\
 from gateway import Stage
 
@@ -32,7 +32,7 @@ class BenchDeployment(Stage):
 
 
 def memory(place: Place) -> list[Row]:
-    """Measure an idle gateway, and one with many open streams in which nothing happens."""
+    """Measure an idle gateway, and one with many silent streams."""
     peer = place.ours()
     idle = peer.process.rss()
     content = traffic.body(1024)
@@ -53,7 +53,7 @@ def memory(place: Place) -> list[Row]:
 
 
 def upload(place: Place) -> list[Row]:
-    """Measure how much memory rises while a body passes through that no stage asks for."""
+    """Measure the growth of memory while a body passes through that no stage reads."""
     pipeline = ["bench_deployment" if "model_map" in stage else stage for stage in PIPELINE]
     peer = place.ours(Setup(pipeline, stages={"bench_deployment": DEPLOYMENT}, body_limit=2 * UPLOAD))
     place.azure.plain()
@@ -74,7 +74,7 @@ def upload(place: Place) -> list[Row]:
 
 
 def _upload(port: int) -> bytes:
-    """Send a body of 1 GB; returns the answer."""
+    """Send a body of 1 GB and return the response."""
     piece = bytes(MB)
     head = traffic.request(b"").replace(b"Content-Length: 0", b"Content-Length: %d" % UPLOAD)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as client:

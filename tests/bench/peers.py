@@ -1,4 +1,4 @@
-"""What is measured: our gateway, and nginx, HAProxy and the usual aiohttp way, each doing the same work."""
+"""The measured programs: our gateway, nginx, HAProxy and a usual aiohttp proxy, each doing the same work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.bench.processes import GATEWAY_CORE, Broken, Process
 from tests.bench.upstream import Azure, Tls, nginx_basics, start_nginx
 from tests.bench.workplace import HERE, Workplace, free_port
 
-# The whole default pipeline, with a limit that nobody reaches.
+# The whole default pipeline, with a limit that is never reached.
 PIPELINE = (
     "access_log",
     "auth_passthrough",
@@ -30,23 +30,23 @@ PIPELINE = (
     "openai_errors",
     "sse_newline",
 )
-# Those of them that mend what is in Azure's answers.
+# The stages that repair Azure's responses.
 REPAIRS = ("missing_message", "missing_fields", "missing_delta", "prompt_filter_chunk: drop")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A running gateway of any kind."""
+    """A running gateway or proxy."""
 
     name: str
     process: Process
     port: int
     newlines: int
-    """How many there are after `[DONE]`: two where the gateway mends Azure's ending, one where it passes that on."""
+    """Newlines after `[DONE]`: two if the gateway repairs Azure's ending, one if it passes that on."""
 
 
 def nginx(workplace: Workplace, azure: Azure, tls: Tls | None = None) -> Peer:
-    """Start nginx as a plain reverse proxy that moves the key; over TLS it verifies and keeps alive, as we do."""
+    """Start nginx as a plain reverse proxy that moves the key. Over TLS it verifies, as our gateway does."""
     name, port = "nginx-tls" if tls else "nginx", free_port()
     verify = f"""
             proxy_ssl_trusted_certificate {tls.certificate};
@@ -81,7 +81,7 @@ def nginx(workplace: Workplace, azure: Azure, tls: Tls | None = None) -> Peer:
 
 
 def haproxy(workplace: Workplace, azure: Azure) -> Peer:
-    """Start HAProxy likewise, on one thread."""
+    """Start HAProxy in the same way, on one thread."""
     port = free_port()
     path, _, query = traffic.AZURE_CHAT.partition("?")
     configuration = f"""\
@@ -110,7 +110,7 @@ backend azure
 
 
 def usual(workplace: Workplace, azure: Azure, interpreter: Interpreter) -> Peer:
-    """Start the usual way to write it with aiohttp."""
+    """Start a proxy written the usual way with aiohttp."""
     port = free_port()
     command: list[str | Path] = [
         interpreter.python,
@@ -124,23 +124,23 @@ def usual(workplace: Workplace, azure: Azure, interpreter: Interpreter) -> Peer:
 
 @dataclass(frozen=True)
 class Setup:
-    """How to start a gateway of ours."""
+    """The configuration of our gateway."""
 
     pipeline: Sequence[str] = PIPELINE
     stages: Mapping[str, str] | None = None
-    """Stages of the run's own: name and code."""
+    """Additional stages: name and code."""
     teams: int = 0
     keys: int = 0
-    """Of each team: it is found by them then, and the resource's own goes to Azure."""
+    """Keys of each team. They lead to the team, and Azure gets the resource's key."""
     resources: int = 1
-    """How many there are; all are the one upstream."""
+    """Number of resources; all lead to the same upstream."""
     pool: bool = False
-    """Whether the model is mapped to a pool of all of them."""
+    """Whether the model is mapped to a pool of all resources."""
     body_limit: int | None = None
     workers: int | None = None
 
     def write(self, workplace: Workplace, endpoint: str) -> tuple[Path, int]:
-        """Write its files; returns `gateway.yaml` and the port."""
+        """Write the files; return the path of `gateway.yaml` and the port."""
         port = free_port()
         folder = f"gateway-{port}"
         key = f", api_key: {traffic.KEY}" if self.keys else ""
@@ -181,7 +181,7 @@ class Setup:
 def ours(
     workplace: Workplace, azure: Azure, interpreter: Interpreter, setup: Setup | None = None, tls: Tls | None = None
 ) -> Peer:
-    """Start our gateway, and wait until it answers."""
+    """Start our gateway and wait until it responds."""
     setup = setup or Setup()
     endpoint = f"https://localhost:{tls.port}" if tls else f"http://127.0.0.1:{azure.port}"
     path, port = setup.write(workplace, endpoint)
@@ -195,7 +195,7 @@ def ours(
 
 
 def _up(peer: Peer, patience: float = 60) -> Peer:
-    """Wait until it answers anything at all. Raises Broken where it does not."""
+    """Wait until it responds. Raises Broken if it does not."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
         if peer.process.popen.poll() is not None:

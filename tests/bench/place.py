@@ -1,4 +1,4 @@
-"""What the rows about ours alone share: the interpreter that is judged, the upstream, and the load."""
+"""Shared by the rows about the gateway alone: the judged interpreter, the upstream, and the load."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.bench.workplace import Workplace
 
 @dataclass(frozen=True)
 class Place:
-    """Where gateways of ours are started, for one row each."""
+    """Starts gateways, each for one row."""
 
     workplace: Workplace
     azure: Azure
@@ -25,12 +25,12 @@ class Place:
     _running: list[Peer] = field(default_factory=list)
 
     def ours(self, setup: Setup | None = None) -> Peer:
-        """Start a gateway, which ends with its row."""
+        """Start a gateway; it ends with its row."""
         peer = peers.ours(self.workplace, self.azure, self.interpreter, setup)
         self._running.append(peer)
         return peer
 
     def clear(self) -> None:
-        """End the gateways of a row."""
+        """Stop the gateways of a row."""
         while self._running:
             self._running.pop().process.stop()

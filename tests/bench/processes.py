@@ -1,4 +1,4 @@
-"""A program that a run has started: on which core, what CPU and memory it and its children use, and its end."""
+"""A program of a run: its core, the CPU and memory that it and its children use, and its end."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# The gateway, or what it is compared with, has a core to itself: the first one; the load has the last one.
+# The measured program has the first core to itself; the load has the last one.
 _CORES = sorted(os.sched_getaffinity(0))
 GATEWAY_CORE, LOAD_CORE = _CORES[0], _CORES[-1]
 
 
 class Broken(Exception):
-    """A program did not do what it must."""
+    """A program failed."""
 
 
 class Process:
-    """A process on one core, with its children. What it writes goes to the end of `log`."""
+    """A process on one core, with its children. Its output is appended to `log`."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Process:
             )
 
     def line(self) -> str:
-        """Return the next line of its output. Raises Broken where it has ended instead."""
+        """Return the next line of its output. Raises Broken if it has ended."""
         assert self.popen.stdout is not None
         line = self.popen.stdout.readline()
         if not line:
@@ -50,23 +50,23 @@ class Process:
         return line
 
     def ended(self) -> Broken:
-        """Return the error that says that it has ended, and with which words."""
+        """Return an error with its exit status and its last output."""
         words = self.log.read_text()[-2000:].strip()
         return Broken(f"{Path(self.command).name} ended with {self.popen.wait()}: {words}")
 
     def pids(self) -> list[int]:
-        """Return its number and those of its children, and theirs."""
+        """Return the process ids of the whole tree."""
         found = [self.popen.pid]
         for pid in found:
             try:
                 tasks = list(Path(f"/proc/{pid}/task").iterdir())
                 found += [int(child) for task in tasks for child in (task / "children").read_text().split()]
             except (FileNotFoundError, ProcessLookupError):
-                continue  # a child that has ended since
+                continue  # a child that has just ended
         return found
 
     def cpu(self) -> float:
-        """Return the seconds of CPU that the tree has used. The kernel counts them in ns, without ticks."""
+        """Return the seconds of CPU that the tree has used; the kernel counts them in ns."""
         total = 0
         for pid in self.pids():
             try:
@@ -77,20 +77,20 @@ class Process:
         return total / 1e9
 
     def rss(self) -> int:
-        """Return the bytes that the tree has in memory."""
+        """Return the resident memory of the tree, in bytes."""
         return sum(_kilobytes(pid, "VmRSS") for pid in self.pids()) * 1024
 
     def peak(self) -> int:
-        """Return the most bytes that the tree had in memory since `forget_peak`."""
+        """Return the peak of the tree's resident memory since `forget_peak`, in bytes."""
         return sum(_kilobytes(pid, "VmHWM") for pid in self.pids()) * 1024
 
     def forget_peak(self) -> None:
-        """Let `peak` count from now on."""
+        """Reset `peak`."""
         for pid in self.pids():
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 
     def stop(self) -> None:
-        """End it, and wait until it has ended."""
+        """Stop it and wait for its end."""
         for pipe in (self.popen.stdin, self.popen.stdout):
             if pipe is not None:
                 pipe.close()

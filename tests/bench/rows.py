@@ -1,4 +1,4 @@
-"""A row about one figure of ours: what it came to, and its limit."""
+"""A row about one figure of the gateway: the result and its limit."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from tests.bench.table import table
 
 @dataclass(frozen=True)
 class Row:
-    """One figure, measured some times; its median counts."""
+    """One figure, measured several times; the median counts."""
 
     title: str
     unit: str
     limit: Limit
     figures: Sequence[float] = ()
     problem: str = ""
-    """Why there are no figures."""
+    """The reason why there are no figures."""
 
     @property
     def verdict(self) -> str:
-        """What it came to."""
+        """The verdict on the median."""
         return f"{FAILED}: {self.problem}" if self.problem else self.limit.verdict(median(self.figures))
 
     def cells(self) -> list[str]:
-        """Return its cells of the table."""
+        """Return the cells of the row."""
         measured, spread = "-", "-"
         if self.figures:
             measured = f"{_short(median(self.figures))} {self.unit}"

@@ -1,4 +1,4 @@
-"""How long the gateway takes from its start to its first answer."""
+"""The time from the gateway's start to its first response."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TIMES = 5
 
 
 def start(place: Place) -> list[Row]:
-    """Start it some times; 200 from `/healthz` is the first answer."""
+    """Start it several times; the first response is a 200 from `/healthz`."""
     figures = []
     for _ in range(TIMES):
         begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Tables that are read as they are, and as Markdown."""
+"""Tables that are readable as text and as Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that go to and fro: requests as openai-python sends them, and Azure's answers."""
+"""The bytes of the traffic: requests as openai-python sends them, and Azure's responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TEXT = "It moves the key to its own field, writes the path anew, and adds the v
 
 
 def body(size: int, *, model: str = MODEL, stream: bool = False) -> bytes:
-    """Return a chat request's body of so many bytes, with a message that fills it."""
+    """Return the body of a chat request, filled up to `size` bytes by its message."""
     question = {"role": "user", "content": ""}
     wanted: dict[str, object] = {
         "model": model,
@@ -27,17 +27,17 @@ def body(size: int, *, model: str = MODEL, stream: bool = False) -> bytes:
 
 
 def request(content: bytes, path: str = CHAT, key: str = KEY) -> bytes:
-    """Return a whole request of a client."""
+    """Return a complete request of a client."""
     return _request(path, f"Authorization: Bearer {key}", content)
 
 
 def team_key(team: int, number: int) -> str:
-    """Return a key of a team's."""
+    """Return one of a team's keys."""
     return f"{team:016x}{number:016x}"
 
 
 def request_to_azure(content: bytes) -> bytes:
-    """Return the same request, as Azure wants it: to ask the upstream directly."""
+    """Return the same request in Azure's form, to be sent to the upstream directly."""
     return _request(AZURE_CHAT, f"api-key: {KEY}", content)
 
 
@@ -67,7 +67,7 @@ Content-Length: {len(content)}
 
 
 def answer(size: int = 815) -> bytes:
-    """Return the body of a plain answer."""
+    """Return the body of a plain response."""
     message = {"role": "assistant", "content": ""}
     whole = {
         "id": "chatcmpl-AAAAAAAAAAAAAAAAAAAAAAAAAAAAA",

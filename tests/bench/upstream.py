@@ -1,4 +1,4 @@
-"""The fake Azure behind everything that is measured (`azure.c`), and TLS in front of it."""
+"""The fake Azure of all measured programs (`azure.c`), and TLS in front of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.bench.workplace import Workplace, free_port
 
 
 class Azure:
-    """A running `azure.c`, on the load's core."""
+    """A running `azure.c` on the load's core."""
 
     def __init__(self, workplace: Workplace) -> None:
         self.answer = workplace.write("answer.json", traffic.answer())
@@ -23,19 +23,19 @@ class Azure:
         self.port = int(self.process.line())
 
     def plain(self) -> None:
-        """From now on, answer with JSON."""
+        """Respond with JSON from now on."""
         self._ask("/control?answer=json")
 
     def stream(self, events: int, every: int) -> None:
-        """From now on, answer with streams; milliseconds from event to event, 0 for as fast as it goes."""
+        """Respond with streams from now on; milliseconds between events, 0 for no pause."""
         self._ask(f"/control?answer=stream&events={events}&every={every}")
 
     def hold(self) -> None:
-        """From now on, answer with streams that fall silent after one event."""
+        """Respond from now on with streams that are silent after one event."""
         self._ask("/control?answer=hold")
 
     def body_bytes(self) -> int:
-        """Return how many bytes of requests' bodies have come."""
+        """Return how many bytes of request bodies have arrived."""
         return int(self._ask("/")["body_bytes"])
 
     def _ask(self, path: str) -> dict[str, int]:
@@ -48,7 +48,7 @@ class Azure:
 
 @dataclass(frozen=True)
 class Tls:
-    """nginx with a certificate made for this run, in front of Azure."""
+    """nginx in front of Azure, with a certificate made for this run."""
 
     process: Process
     port: int
@@ -56,7 +56,7 @@ class Tls:
 
     @classmethod
     def start(cls, workplace: Workplace, azure: Azure) -> Tls:
-        """Make the certificate, of `localhost`, and start it on the load's core."""
+        """Make the certificate for `localhost` and start nginx on the load's core."""
         key, certificate = workplace.folder / "key.pem", workplace.folder / "certificate.pem"
         subprocess.run(
             ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
@@ -86,7 +86,7 @@ class Tls:
 
 
 def nginx_basics(workplace: Workplace, name: str) -> str:
-    """Return the head of nginx's configuration, up to and with the beginning of `http`."""
+    """Return the beginning of nginx's configuration, including the beginning of `http`."""
     folder = workplace.folder / f"{name}-files"
     folder.mkdir()
     temporary = "\n".join(
@@ -110,5 +110,5 @@ http {{
 
 
 def start_nginx(workplace: Workplace, configuration: Path, *, core: int) -> Process:
-    """Start nginx. Its error log is the process's, also while it reads the configuration."""
+    """Start nginx. Its error log goes to the log of the process, even while nginx reads the configuration."""
     return workplace.start(["nginx", "-e", "stderr", "-p", workplace.folder, "-c", configuration], core=core)

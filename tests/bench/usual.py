@@ -1,7 +1,7 @@
-"""The usual way to write a proxy with aiohttp, to compare with: `usual.py PORT UPSTREAM`.
+"""A proxy written the usual way with aiohttp, for comparison: `usual.py PORT UPSTREAM`.
 
-`web.Application`, one handler, `ClientSession`; the URL and the key are rewritten, the answer is streamed. No
-stages, limits or logs. On uvloop where that is installed, as the gateway is: what differs is the way, not the loop.
+`web.Application`, one handler, `ClientSession`; it rewrites the URL and the key and streams the response. No stages,
+limits or logs. It uses uvloop if installed, as the gateway does, so that the loop makes no difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "upgrade", "te", 
 
 
 async def session(app: web.Application) -> AsyncIterator[None]:
-    """Have one session as long as the application runs."""
+    """Keep one session while the application runs."""
     timeout = aiohttp.ClientTimeout(total=None, sock_read=600)
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=timeout, auto_decompress=False
@@ -28,7 +28,7 @@ async def session(app: web.Application) -> AsyncIterator[None]:
 
 
 async def handle(request: web.Request) -> web.StreamResponse:
-    """Pass one request on, and its answer back."""
+    """Pass one request on and its response back."""
     headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP}
     headers["api-key"] = headers.pop("Authorization", "").removeprefix("Bearer ")
     url = f"{request.app[UPSTREAM]}/openai/deployments/bench/chat/completions"
@@ -45,7 +45,7 @@ async def handle(request: web.Request) -> web.StreamResponse:
 
 
 async def serve(port: int, upstream: str) -> None:
-    """Serve until the process is ended."""
+    """Serve until the process ends."""
     app = web.Application(client_max_size=1024**3)
     app[UPSTREAM] = upstream
     app.cleanup_ctx.append(session)

@@ -1,4 +1,4 @@
-/* What both programs need of files and sockets. */
+/* Files and sockets, for both programs. */
 #pragma once
 #include <err.h>
 #include <stdio.h>
@@ -29,7 +29,7 @@ static inline struct text read_file(const char *name)
     return (struct text){bytes, size};
 }
 
-/* Of a clock that only runs forward. */
+/* Seconds of a monotonic clock. */
 static inline double seconds(void)
 {
     struct timespec t;
@@ -42,13 +42,13 @@ static inline double seconds(void)
 #include <sys/epoll.h>
 #include <unistd.h>
 
-/* As epoll_wait, but without sleeping: a process that sleeps must be woken by whoever writes to it, and in a virtual
- * machine that costs the writer, the gateway that is measured, up to 10 us a time. Where clients and Azure are on other
- * machines it costs nothing. What else must run on this core (the TLS front) goes first. */
+/* As epoll_wait, but without sleeping: a writer must wake a sleeping process, and in a virtual machine that costs the
+ * writer, the measured gateway, up to 10 us each time. It costs nothing if clients and Azure are on other machines.
+ * Other programs on this core (the TLS front) have priority. */
 static inline int stay_awake(int fd, struct epoll_event *ready, int most, int milliseconds)
 {
     static bool polite;
-    if (!polite) polite = nice(19) != -2; /* of no importance where it fails */
+    if (!polite) polite = nice(19) != -2; /* a failure does not matter */
     struct timespec now, since;
     clock_gettime(CLOCK_MONOTONIC, &since);
     for (;;) {

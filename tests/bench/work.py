@@ -1,4 +1,4 @@
-"""The work rows: CPU for a request or an event, ours beside nginx, HAProxy and the usual aiohttp way."""
+"""The work rows: CPU for a request or an event, compared with nginx, HAProxy and a usual aiohttp proxy."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Work:
     name: str
     title: str
     size: int
-    """Bytes of a request's body."""
+    """Bytes of a request body."""
     every: int | None = None
-    """Milliseconds from event to event of a stream, 0 for no pause; None for a plain answer."""
+    """Milliseconds between events of a stream, 0 for no pause; None for a plain response."""
     tls: bool = False
 
     @property
@@ -53,15 +53,15 @@ DIRECT = "asked directly"
 
 @dataclass(frozen=True)
 class Result:
-    """What a row came to: the samples of each peer."""
+    """The result of a row: the samples of each peer."""
 
     work: Work
     samples: dict[str, list[Sample]]
     problem: str = ""
-    """Why there are no samples."""
+    """The reason why there are no samples."""
 
     def cpu(self, name: str) -> float | None:
-        """Return the microseconds of a peer, or None where it does not do this work."""
+        """Return the microseconds of a peer, or None if it does not do this work."""
         return middle(self.samples[name], lambda sample: sample.cpu) if name in self.samples else None
 
     def ratio(self, name: str) -> float:
@@ -72,12 +72,12 @@ class Result:
         return cpu / nginx
 
     def added(self, name: str) -> list[float]:
-        """Return the milliseconds that a peer adds to the first byte of the median stream, round by round."""
+        """Return the milliseconds that a peer adds to the median latency of the first byte, round by round."""
         pairs = zip(self.samples[name], self.samples[DIRECT], strict=True)
         return [through.report.first_p50 - directly.report.first_p50 for through, directly in pairs]
 
     def verdict(self, name: str) -> str:
-        """Return what the row came to for one gateway of ours."""
+        """Return the verdict on one of our gateways."""
         if self.problem:
             return f"{FAILED}: {self.problem}"
         if self.work.closed and middle(self.samples[name], lambda sample: sample.busy) < BUSY:
@@ -86,7 +86,7 @@ class Result:
 
 
 class Bench:
-    """The work rows, with everything that they are measured on."""
+    """The work rows, and the programs that they use."""
 
     def __init__(self, workplace: Workplace, azure: Azure, loader: Loader, *, warm_up: float) -> None:
         self._workplace = workplace
@@ -97,7 +97,7 @@ class Bench:
     def run(
         self, rows: Sequence[Work], interpreters: Sequence[Interpreter], count: int, seconds: float
     ) -> list[Result]:
-        """Measure some rows under some interpreters, so many rounds of so many seconds."""
+        """Measure rows under interpreters, for `rounds` of `seconds` each."""
         found = []
         for tls in (False, True):
             chosen = [row for row in rows if row.tls is tls]
@@ -132,11 +132,11 @@ class Bench:
         if work.every is None:
             self._azure.plain()
         else:
-            # Opened one by one: clients that arrive at once would measure how long they queue.
+            # Opened one by one: clients that arrive at once would measure their queue.
             opening = 1 if work.every else 0
             load = Traffic(requests, self._azure.event, events=EVENTS, connections=64, opening=opening)
             self._azure.stream(EVENTS, work.every)
-            # The second wave of streams is what counts; it begins while the others run.
+            # Only the second wave of streams counts; it begins while the others run.
             seconds = max(seconds, EVENTS * work.every / 1000 + 1)
         measurements: dict[str, Callable[[], Sample]] = {
             peer.name: functools.partial(self._sample, meter, work, peer, load, seconds) for peer in alike
@@ -157,7 +157,7 @@ class Bench:
 
 
 def best(results: Sequence[Result], interpreters: Sequence[Interpreter]) -> Interpreter:
-    """Return the interpreter that limits are judged on: the fastest of the optimised ones."""
+    """Return the interpreter on which limits are judged: the fastest optimised one."""
     candidates = [each for each in interpreters if each.optimised] or list(interpreters)
 
     def cost(interpreter: Interpreter) -> float:
@@ -186,7 +186,7 @@ def show(results: Sequence[Result], interpreter: Interpreter, *, judged: bool) -
 
 
 def show_rates(results: Sequence[Result]) -> str:
-    """Return the table of rates and latencies, which are softer than CPU on a machine that others use."""
+    """Return the table of rates and latencies, which are less exact than CPU on a shared machine."""
     rows = []
     for result in results:
         for name, samples in result.samples.items():

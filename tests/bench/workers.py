@@ -1,4 +1,4 @@
-"""Several workers: what they cost, and that replacing them fails no request."""
+"""Several workers: their cost, and rolling restarts without a failed request."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PATIENCE = 60  # seconds for one rolling restart
 
 
 def workers(place: Place) -> list[Row]:
-    """Measure a request with two workers, beside one."""
+    """Measure a request with two workers and with one."""
     _need_workers(place)
     load = _load(place)
     peers = {count: place.ours(Setup(workers=count)) for count in (1, WORKERS)}
@@ -40,7 +40,7 @@ def workers(place: Place) -> list[Row]:
 
 
 def restarts(place: Place) -> list[Row]:
-    """Replace all workers some times under a load that never pauses."""
+    """Replace all workers several times under constant load."""
     _need_workers(place)
     peer = place.ours(Setup(workers=WORKERS))
     with place.meter.loader.start(_load(place), peer.port) as running:
@@ -56,7 +56,7 @@ def restarts(place: Place) -> list[Row]:
 
 
 def _restart(peer: Peer) -> None:
-    """Ask for a rolling restart, and wait until every worker is another."""
+    """Request a rolling restart and wait until every worker is a new one."""
     before = set(peer.process.pids()[1:])
     peer.process.popen.send_signal(signal.SIGUSR2)
     until = time.monotonic() + PATIENCE

@@ -1,4 +1,4 @@
-"""Where a run happens: a temporary folder with what is built and logged, and the processes in it."""
+"""The workplace of a run: a temporary folder with programs and logs, and the processes of the run."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ DESCRIPTORS = 16384
 
 
 class Missing(Exception):
-    """A run needs something that this machine lacks."""
+    """The machine lacks something that a run needs."""
 
 
 class Workplace:
-    """A folder and its processes; both are gone when the `with` block is left."""
+    """A folder and its processes; both are removed at the end of the `with` block."""
 
     def __init__(self) -> None:
-        # Debian has nginx and haproxy where only root's PATH leads.
+        # On Debian, nginx and haproxy are only on root's PATH.
         os.environ["PATH"] += ":/usr/sbin:/usr/local/sbin"
         _check()
-        os.sched_setaffinity(0, {LOAD_CORE})  # this program as well stays away from the gateway's core
+        os.sched_setaffinity(0, {LOAD_CORE})  # this program, too, must not use the gateway's core
         self._stack = ExitStack()
         self.folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="gateway-bench-")))
         self.folder.chmod(0o711)  # nginx's worker runs as another user
@@ -70,7 +70,7 @@ class Workplace:
         env: Mapping[str, str] | None = None,
         talks: bool = False,
     ) -> Process:
-        """Start a program, which ends with the run at the latest."""
+        """Start a program; it ends with the run at the latest."""
         self._logs += 1
         process = Process(command, core=core, log=self.folder / f"{self._logs}.log", env=env, talks=talks)
         self._stack.callback(process.stop)
@@ -78,7 +78,7 @@ class Workplace:
 
 
 def free_port() -> int:
-    """Return a port that nobody has, below those that the kernel gives to clients."""
+    """Return a free port below the range that the kernel assigns to clients."""
     while True:
         port = random.randrange(10_000, 32_000)
         with socket.socket() as probe:
@@ -90,7 +90,7 @@ def free_port() -> int:
 
 
 def _check() -> None:
-    """Raise Missing where the machine cannot do it; raise the limit of open files to what is needed."""
+    """Raise Missing if the machine is not suitable; raise the limit of open files as needed."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
         packages = " ".join(NEEDED[name] for name in missing)

@@ -1,4 +1,4 @@
-// The `chatgpt` package, as chatgpt-web uses it: resolves only when it has seen [DONE].
+// The `chatgpt` package, as chatgpt-web uses it: it resolves only after [DONE].
 import { ChatGPTAPI } from 'chatgpt'
 
 const [url, key] = process.argv.slice(2)

@@ -1,4 +1,4 @@
-// The official SDK: a plain answer, a stream, embeddings, the list of models, and an error.
+// The official SDK: a plain response, a stream, embeddings, the list of models, and an error.
 import OpenAI from 'openai'
 
 const [url, key] = process.argv.slice(2)

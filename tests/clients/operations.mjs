@@ -1,4 +1,4 @@
-// Calls every method of npm openai that sends a request, and prints what was sent and what came of it.
+// Calls every method of npm openai that sends a request; prints each request and its outcome.
 import OpenAI, { AzureOpenAI, APIError, toFile } from 'openai'
 import { APIResource } from 'openai/core/resource'
 
@@ -42,7 +42,7 @@ async function argumentsOf (call, method) {
       continue
     }
     const content = { model: 'gpt-4o', messages: [], session: { type: 'realtime', model: 'gpt-4o' }, purpose: 'assistants' }
-    // What a method takes out of its parameters goes into the path.
+    // Parameters that a method removes go into the path.
     for (const [, taken] of source.matchAll(new RegExp(`const \\{([^}]*)\\} = ${name}`, 'g'))) {
       for (const id of taken.split(',').map((part) => part.trim())) {
         if (/^[a-z_]+$/.test(id) && !(id in content)) content[id] = `${id}-1`

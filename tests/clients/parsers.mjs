@@ -1,4 +1,4 @@
-// Readers by the letter of the standard: do they get [DONE]?
+// Parsers that follow the standard: do they receive [DONE]?
 import { createParser as newest } from 'eventsource-parser'
 import { createParser as first } from 'eventsource-parser-1'
 

@@ -1,4 +1,4 @@
-// One client, as its users write it, through one stream; prints the text, or the error that it fails with.
+// One client, in typical code, reads one stream; prints the text or the error.
 import { createAzure } from '@ai-sdk/azure'
 import { AzureChatOpenAI, ChatOpenAI } from '@langchain/openai'
 import { streamText } from 'ai'
@@ -13,7 +13,7 @@ async function loop (SDK) {
   const client = new SDK({ apiKey: key, baseURL: `${url}/v1`, maxRetries: 0 })
   let text = ''
   for await (const chunk of await client.chat.completions.create(asked)) {
-    if (chunk.usage) continue // OpenAI's own chunk without choices, of which the documentation tells
+    if (chunk.usage) continue // OpenAI's documented chunk without choices
     text += chunk.choices[0].delta.content ?? ''
   }
   return text

@@ -1,4 +1,4 @@
-// `ws`, as programs in Node use it: frames both ways, close codes, a slow reader, hang-ups, the SDK's own realtime client.
+// npm's `ws`: frames both ways, close codes, a slow reader, lost connections, and the SDK's realtime client.
 import OpenAI from 'openai'
 import { OpenAIRealtimeWS } from 'openai/realtime/ws'
 import { setTimeout as sleep } from 'node:timers/promises'

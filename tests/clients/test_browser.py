@@ -1,4 +1,4 @@
-"""A real browser, Chromium, whose pages call a gateway that is of another origin than they are."""
+"""A real browser, Chromium, whose pages call a gateway of another origin."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.clients, pytest.mark.timeout(120)]
 SDK = Path(__file__).parent / "node_modules" / "openai"
 WITH_CORS = YAML.replace("  - auth_passthrough", "  - cors: {origins: [ORIGIN]}\n  - auth_passthrough")
 
-# What each page begins with: `ask` calls the gateway, and `attempt` tells what a call came to.
+# The beginning of each page: `ask` calls the gateway, and `attempt` returns the outcome of a call.
 SHARED = """
 const ask = (url, key, body) => fetch(url + "/v1/chat/completions", {
   method: "POST",
@@ -35,7 +35,7 @@ const attempt = async (call) => { try { return await call(); } catch (error) { r
 
 
 class Pages:
-    """A web server of its own origin, and a browser that opens its one page."""
+    """A web server with its own origin, and a browser that opens its page."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -75,7 +75,7 @@ class Pages:
         return web.Response()
 
     async def run(self, script: str, **given: Any) -> Any:
-        """Open a page that runs this script, the body of an async function, and return what that returns."""
+        """Open a page that runs this script as the body of an async function; return its result."""
         self._result = asyncio.get_running_loop().create_future()
         self._script = (
             f"const given = {json.dumps({'chat': CHAT, 'key': KEY, **given})};\n{SHARED}\n"
@@ -89,11 +89,11 @@ class Pages:
 
 @contextlib.asynccontextmanager
 async def browser(folder: Path, url: str) -> AsyncIterator[None]:
-    """Run Chromium on a page, and end it with all its processes."""
+    """Run Chromium on a page, then end it with all its processes."""
     binary = shutil.which("chromium")
     assert binary, "Chromium is not installed; apt-get install chromium"
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    # It talks to nobody but the test.
+    # It connects only to the test.
     options += ["--no-proxy-server", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     options += ["--disable-breakpad", f"--user-data-dir={folder / 'profile'}"]
     with (folder / "chromium.log").open("wb") as log:
@@ -105,7 +105,7 @@ async def browser(folder: Path, url: str) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        # The group is of its own, and has the renderers and helpers in it; they may have ended first.
+        # Its own process group has the renderers and helpers, which may have ended first.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
@@ -121,7 +121,7 @@ async def pages(tmp_path: Path) -> AsyncIterator[Pages]:
 
 
 async def test_a_page_gets_answers_and_errors(azure: FakeAzure, start_gateway: StartGateway, pages: Pages) -> None:
-    """With the key in `Authorization`: the JSON, the headers that are exposed and no others, and what a 401 says."""
+    """With the key in `Authorization`: the JSON, only the exposed headers, and the message of a 401."""
     gateway = await start_gateway(azure.endpoint, WITH_CORS.replace("ORIGIN", pages.origin))
     result = await pages.run(
         """
@@ -146,13 +146,13 @@ async def test_a_page_gets_answers_and_errors(azure: FakeAzure, start_gateway: S
     assert [result.pop("id")] == ids
     assert result.pop("limit")
     assert result == {"text": "Hello there!", "hidden": None, "wrong": [401, "401"], "none": [401, "invalid_api_key"]}
-    # It asks once, and remembers what it was told for `max_age`.
+    # The browser sends one preflight and caches the result for `max_age`.
     assert [event["status"] for event in exchanges] == [204, 200, 401, 401]
     assert "origin" not in azure.requests[0].headers
 
 
 async def test_a_page_reads_a_stream_as_it_comes(start_gateway: StartGateway, pages: Pages) -> None:
-    """Each event is in the page before Azure is let send the next one."""
+    """Each event reaches the page before the fake Azure sends the next one."""
 
     async def one_by_one(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -184,7 +184,7 @@ async def test_a_page_reads_a_stream_as_it_comes(start_gateway: StartGateway, pa
 
 
 async def test_a_page_that_may_not_gets_nothing(azure: FakeAzure, start_gateway: StartGateway, pages: Pages) -> None:
-    """Without the stage, and for an origin that is not listed: `Failed to fetch`, and Azure is not asked."""
+    """Without the stage, and for an unlisted origin: `Failed to fetch`, and no request reaches Azure."""
     without = await start_gateway(azure.endpoint)
     other = await start_gateway(azure.endpoint, WITH_CORS.replace("ORIGIN", '"https://app.example.com"'))
     result = await pages.run(
@@ -200,7 +200,7 @@ async def test_a_page_that_may_not_gets_nothing(azure: FakeAzure, start_gateway:
 
 
 async def test_openai_node_in_a_page(azure: FakeAzure, start_gateway: StartGateway, pages: Pages) -> None:
-    """The official SDK, with the headers of its own: an answer with its id, a stream, and an error it understands."""
+    """The official SDK with its own headers: a response with its id, a stream, and an error that it understands."""
     gateway = await start_gateway(azure.endpoint, WITH_CORS.replace("ORIGIN", pages.origin))
     result = await pages.run(
         """

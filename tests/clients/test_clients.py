@@ -1,4 +1,4 @@
-"""Real clients through a running gateway, with each of the three ways in which Azure has ended streams."""
+"""Real clients through a running gateway, with each of Azure's three known endings of streams."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LISTED = YAML.replace(
 
 @pytest.fixture(params=ENDINGS, ids=["blank line", "one newline", "no newline"])
 async def azure(request: pytest.FixtureRequest) -> AsyncIterator[FakeAzure]:
-    """A fake Azure with one of the three endings."""
+    """A fake Azure with one of the three endings of streams."""
     async with FakeAzure(ending=request.param, delay=0.01) as running:
         yield running
 
@@ -38,7 +38,7 @@ async def azure(request: pytest.FixtureRequest) -> AsyncIterator[FakeAzure]:
 async def node(
     script: str, gateway: Gateway, *arguments: str, url: str | None = None, env: dict[str, str] | None = None
 ) -> Any:
-    """Run a script of this folder against a gateway and return the JSON that it prints."""
+    """Run a script of this folder against a gateway; return the JSON that it prints."""
     process = await asyncio.create_subprocess_exec(
         *("node", str(HERE / script), url or gateway.url, KEY, *arguments),
         stdout=asyncio.subprocess.PIPE,
@@ -51,7 +51,7 @@ async def node(
 
 
 async def test_openai_python(azure: FakeAzure, start_gateway: StartGateway) -> None:
-    """The official SDK: a plain answer, a stream, embeddings, the list of models, and errors it understands."""
+    """The official SDK: a plain response, a stream, embeddings, the list of models, and errors that it understands."""
     gateway = await start_gateway(azure.endpoint, LISTED)
     async with openai.AsyncOpenAI(api_key=KEY, base_url=f"{gateway.url}/v1", max_retries=0) as client:
         messages: Any = CHAT["messages"]
@@ -80,7 +80,7 @@ async def test_openai_python(azure: FakeAzure, start_gateway: StartGateway) -> N
 
 
 async def test_openai_python_sees_a_broken_stream(start_gateway: StartGateway) -> None:
-    """A stream that Azure breaks off raises in the client; it does not look like a short answer."""
+    """A stream that Azure breaks off raises in the client; it does not look like a short response."""
 
     async def cut(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
@@ -102,7 +102,7 @@ async def test_openai_python_sees_a_broken_stream(start_gateway: StartGateway) -
 
 
 async def test_openai_python_waits_as_it_is_told(azure: FakeAzure, start_gateway: StartGateway) -> None:
-    """The SDK reads `retry-after-ms` of our 429 and succeeds at its next try."""
+    """The SDK reads `retry-after-ms` of the gateway's 429 and succeeds at its next try."""
     yaml = YAML.replace("  - model_map", "  - rate_limit: {requests_per_minute: 60, burst: 1}\n  - model_map")
     gateway = await start_gateway(azure.endpoint, yaml)
     async with openai.AsyncOpenAI(api_key=KEY, base_url=f"{gateway.url}/v1", max_retries=2) as client:
@@ -126,7 +126,7 @@ async def test_openai_node(azure: FakeAzure, start_gateway: StartGateway) -> Non
 
 
 async def test_chatgpt(azure: FakeAzure, start_gateway: StartGateway) -> None:
-    """`chatgpt` 5.2.5 hangs until its timeout where the ending is wrong; with the repair it answers."""
+    """`chatgpt` 5.2.5 hangs until its timeout if the ending is wrong; with the repair it works."""
     gateway = await start_gateway(azure.endpoint)
     assert await node("chatgpt.mjs", gateway) == {"text": "Hello there!", "progress": True}
     unrepaired = await start_gateway(azure.endpoint, UNREPAIRED)
@@ -135,7 +135,7 @@ async def test_chatgpt(azure: FakeAzure, start_gateway: StartGateway) -> None:
 
 
 async def test_eventsource_parser(azure: FakeAzure, start_gateway: StartGateway) -> None:
-    """1.0.0 and the newest receive `[DONE]`; without the repair they do not, where the ending is wrong."""
+    """1.0.0 and the newest version receive `[DONE]`; without the repair they miss it if the ending is wrong."""
     gateway = await start_gateway(azure.endpoint)
     seen = await node("parsers.mjs", gateway)
     assert (seen["first"], seen["newest"]) == ("[DONE]", "[DONE]")
@@ -156,7 +156,7 @@ server { listen 80; location / { proxy_pass http://127.0.0.1:8080; proxy_read_ti
 
 @pytest.fixture
 async def start_nginx(tmp_path: Path, unused_tcp_port_factory: Any) -> AsyncIterator[Any]:
-    """Return a function that runs nginx with a site's text in front of an address, and returns its port."""
+    """Return a function that runs nginx with a site in front of an address and returns its port."""
     binary = shutil.which("nginx", path="/usr/sbin:/usr/bin:/sbin:/bin")
     assert binary, "nginx is not installed; apt-get install nginx-light"
     processes: list[asyncio.subprocess.Process] = []
@@ -196,7 +196,7 @@ async def start_nginx(tmp_path: Path, unused_tcp_port_factory: Any) -> AsyncIter
 
 @pytest.mark.parametrize("site", [SHIPPED, PLAIN], ids=["shipped", "nginx's defaults"])
 async def test_nginx_streams_unbuffered(site: str, start_gateway: StartGateway, start_nginx: Any) -> None:
-    """Each event arrives before Azure is let send the next one, also where nginx buffers and speaks HTTP/1.0."""
+    """Each event arrives before the fake Azure sends the next one, even if nginx buffers and uses HTTP/1.0."""
     arrived = asyncio.Event()
 
     async def one_by_one(seen: Seen, request: web.BaseRequest) -> web.StreamResponse:
@@ -252,7 +252,7 @@ async def test_nginx_keeps_connections_and_tells_the_client_s_address(
 
 
 async def test_client_that_leaves_nginx_ends_azure_s_stream(start_gateway: StartGateway, start_nginx: Any) -> None:
-    """Also through nginx, and over a unix socket's worth of hops: nothing goes on streaming for nobody."""
+    """Through nginx, too, Azure's stream ends when its client leaves."""
     async with FakeAzure(words=["x"] * 5000, delay=0.01) as azure:
         gateway = await start_gateway(azure.endpoint)
         port = await start_nginx(SHIPPED, f"127.0.0.1:{gateway.port}")

@@ -1,4 +1,4 @@
-"""Every operation that OpenAI's SDKs can call, through running gateways: the table says yes or no to each.
+"""Every operation that OpenAI's SDKs can call, through running gateways, has its line in the operation table.
 
 A new version of an SDK that adds an operation fails here until `gateway/azure/operations.txt` has a line for it.
 """
@@ -50,7 +50,7 @@ _VALUES: dict[str, Any] = {
 
 @dataclass
 class Call:
-    """One request that an SDK sent, and what came of it."""
+    """One request of an SDK and its outcome."""
 
     name: str
     method: str
@@ -71,14 +71,14 @@ def python_methods(resource: Any, name: str) -> Iterator[tuple[str, Callable[...
         if isinstance(value, SyncAPIResource):
             yield from python_methods(value, f"{name}{attribute}.")
         elif isinstance(resource, SyncAPIResource) and inspect.ismethod(value):
-            # Without the wrapper that wants one of several sets of arguments.
+            # Without the wrapper that requires one of several sets of arguments.
             function = inspect.unwrap(value.__func__)
             if _SENDS.search(inspect.getsource(function)):
                 yield name + attribute, function.__get__(resource)
 
 
 def python_arguments(method: Callable[..., Any]) -> dict[str, Any]:
-    """Return what a method needs: ids for its path, and a value for each argument without a default."""
+    """Return the arguments of a method: ids for its path, and a value for each argument without a default."""
     arguments: dict[str, Any] = {}
     for parameter in inspect.signature(method).parameters.values():
         needed = parameter.default is inspect.Parameter.empty
@@ -97,7 +97,7 @@ def python_arguments(method: Callable[..., Any]) -> dict[str, Any]:
 
 
 def python_calls(gateway: Gateway, mode: str) -> list[Call]:
-    """Call everything; runs in a thread of its own."""
+    """Call every method; runs in its own thread."""
     sent: list[Any] = []
     http = openai.DefaultHttpxClient(event_hooks={"request": [sent.append]})
     common: dict[str, Any] = {"api_key": KEY, "max_retries": 0, "http_client": http}
@@ -124,7 +124,7 @@ def python_calls(gateway: Gateway, mode: str) -> list[Call]:
 
 
 async def node_calls(gateway: Gateway, mode: str) -> list[Call]:
-    """Call everything in `operations.mjs`."""
+    """Call every method in `operations.mjs`."""
     process = await asyncio.create_subprocess_exec(
         "node", str(HERE / "operations.mjs"), gateway.url, KEY, mode,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -134,11 +134,11 @@ async def node_calls(gateway: Gateway, mode: str) -> list[Call]:
     return [Call(**each) for each in json.loads(out)]
 
 
-# -- what must come of it ------------------------------------------------------------------------------
+# -- expected outcomes ---------------------------------------------------------------------------------
 
 
 def checked(call: Call, version: str, azure: FakeAzure) -> Operation:
-    """Check one call against the table and what the fake Azure saw; return its line."""
+    """Check one call against the table and the requests of the fake Azure; return its line."""
     place = parse_client_path(call.path)
     assert place is not None, call
     row = find_operation(call.method, place.path)
@@ -164,7 +164,7 @@ def checked(call: Call, version: str, azure: FakeAzure) -> Operation:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sdk", ["python", "node"])
 async def test_every_call_has_its_line(sdk: str, mode: str, version: str, start_gateway: StartGateway) -> None:
-    """Yes: Azure saw it where this api-version has it. No: a 404 that names the operation."""
+    """If the api-version has the operation, Azure gets the call; otherwise a 404 names the operation."""
     async with FakeAzure() as azure:
         gateway = await start_gateway(azure.endpoint, YAML.replace("VERSION", version))
         if sdk == "python":
@@ -172,6 +172,6 @@ async def test_every_call_has_its_line(sdk: str, mode: str, version: str, start_
         else:
             calls = await node_calls(gateway, mode)
         rows = {checked(call, version, azure).name for call in calls}
-    # The other way round: no line is about something that no SDK can do.
+    # Conversely, an SDK can call the operation of each line.
     missing = {row.name for row in OPERATIONS if row.method != "WS"} - rows
     assert not missing, f"{sdk} has no {sorted(missing)}"

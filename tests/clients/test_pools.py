@@ -1,4 +1,4 @@
-"""openai-python, without retries of its own, in front of a pool whose regions fail one after another."""
+"""openai-python without retries, in front of a pool whose regions fail one after another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAULTS: list[Fault] = ["limited", "error", "broken", "mute", "stalled", "error_i
 
 
 async def test_the_client_notices_nothing(start_gateway: StartGateway) -> None:
-    """Plain and streaming, each call is answered, whatever is wrong with one of the regions."""
+    """Each call succeeds, plain and streaming, whatever the fault of one region."""
     async with cluster("east", "west", "north") as regions:
         yaml = pool_yaml(regions, top="health: {rest: 0.2, most_rest: 1}")
         yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, timeouts: {first_byte: 0.3}}")
@@ -44,7 +44,7 @@ async def test_the_client_notices_nothing(start_gateway: StartGateway) -> None:
 
 
 async def test_when_all_say_no_it_raises_what_tells_most(start_gateway: StartGateway) -> None:
-    """A RateLimitError, with the time to come back."""
+    """A RateLimitError with the time of the next try."""
     async with cluster("east", "west") as regions:
         regions["east"].fault, regions["west"].fault, regions["west"].rest = "error", "limited", 17
         gateway = await start_gateway("", pool_yaml(regions, settings="{wait: 0}"))

@@ -1,4 +1,4 @@
-"""Clients that Azure's streams break, shown broken without the repairs and whole with the shipped ones."""
+"""Clients that fail on Azure's streams: they fail without the repairs and work with the shipped ones."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ REPAIRED = YAML.replace("  - sse_newline\n", "".join(f"  - {stage}\n" for stage 
 
 
 def without(stage: str) -> str:
-    """Return the repaired pipeline without one of its lines."""
+    """Return the shipped pipeline without one of its lines."""
     return REPAIRED.replace(f"  - {stage}\n", "")
 
 
 @pytest.fixture
 async def odd() -> AsyncIterator[FakeAzure]:
-    """A fake Azure with the asynchronous filter on."""
+    """A fake Azure with the asynchronous filter."""
     async with FakeAzure(asynchronous_filter=True) as running:
         yield running
 
 
 async def test_the_shipped_configuration_has_these_repairs(start_gateway: StartGateway, odd: FakeAzure) -> None:
-    """So what is shown here is shown of it."""
+    """These tests therefore hold for the shipped configuration."""
     from tests.test_deploy import ROOT
 
     shipped = (ROOT / "config" / "gateway.yaml").read_text()
@@ -51,7 +51,7 @@ async def loop(gateway: Gateway) -> str:
 
 
 async def test_a_plain_loop_in_openai_python(start_gateway: StartGateway, odd: FakeAzure) -> None:
-    """`chunk.choices[0]` fails on the first chunk, `.delta.content` on those of findings."""
+    """`chunk.choices[0]` fails on the first chunk, `.delta.content` on the filter's findings."""
     assert await loop(await start_gateway(odd.endpoint, REPAIRED)) == "Hello there!"
     with pytest.raises(IndexError):
         await loop(await start_gateway(odd.endpoint, without("prompt_filter_chunk: drop")))
@@ -60,7 +60,7 @@ async def test_a_plain_loop_in_openai_python(start_gateway: StartGateway, odd: F
 
 
 async def test_a_filtered_completion_in_openai_python(start_gateway: StartGateway) -> None:
-    """`choices[0].message.content` fails where the filter took the message away."""
+    """`choices[0].message.content` fails if the filter withheld the message."""
     from aiohttp import web
 
     from gateway.testing import Seen
@@ -96,7 +96,7 @@ async def test_a_filtered_completion_in_openai_python(start_gateway: StartGatewa
 async def test_clients_in_node_fail_without_the_repair(
     start_gateway: StartGateway, odd: FakeAzure, client: str, repair: str, words: str
 ) -> None:
-    """And show the whole text with it: plain loops, the stream helper of the SDK 4.104, chatgpt 5.2.5."""
+    """With it they show the whole text: plain loops, the stream helper of the SDK 4.104, chatgpt 5.2.5."""
     run = read_with(client)
     assert (await run(await start_gateway(odd.endpoint, REPAIRED)))["text"] == "Hello there!"
     failed = await run(await start_gateway(odd.endpoint, without(repair)))
@@ -107,7 +107,7 @@ async def test_clients_in_node_fail_without_the_repair(
 async def test_clients_that_bear_it_bear_the_repairs_too(
     start_gateway: StartGateway, odd: FakeAzure, client: str
 ) -> None:
-    """The AI SDK and LangChain of today read Azure's own bytes and the repaired ones, by OpenAI's and Azure's paths."""
+    """The current AI SDK and LangChain read Azure's bytes and the repaired ones, on OpenAI's and Azure's paths."""
     for yaml in (REPAIRED, YAML):
         assert await read_with(client)(await start_gateway(odd.endpoint, yaml)) == {"text": "Hello there!"}
 

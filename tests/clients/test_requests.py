@@ -1,4 +1,4 @@
-"""Python's requests of before 2.29, which sends a generator's body in packets that cut its chunks' framing."""
+"""Python's requests before 2.29, which sends chunks of a generator's body in packets that cut their framing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(json.dumps([made, len(before)]))
 
 
 async def test_requests_2_28_uploads_a_generator_s_body(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Twenty uploads on one connection: each is whole at Azure."""
+    """Twenty uploads on one connection: each arrives complete at Azure."""
     gateway = await start_gateway(azure.endpoint, YAML)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", UPLOADS, f"{gateway.url}/v1/audio/transcriptions", KEY),

@@ -1,4 +1,4 @@
-"""WebSockets by the clients that programs use: `ws` of npm, the SDKs' own realtime clients, and through nginx."""
+"""WebSockets of common clients: npm's `ws`, the realtime clients of the SDKs, and through nginx."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ("start_nginx",)  # a fixture
 
 
 async def test_ws_sends_and_receives_ten_thousand_frames(start_gateway: StartGateway) -> None:
-    """Text and binary, byte for byte; its ping is answered, its close code reaches the log."""
+    """Text and binary, byte for byte; pings get a pong, and the close code reaches the log."""
     async with FakeAzure(speak=echo) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         seen = await node("sockets.mjs", gateway, "frames")
@@ -37,7 +37,7 @@ async def test_ws_sends_and_receives_ten_thousand_frames(start_gateway: StartGat
 
 
 async def test_ws_reads_slowly_hangs_up_and_is_refused(start_gateway: StartGateway) -> None:
-    """Nothing is lost for a reader that pauses; a hang-up and a wrong key end as they should."""
+    """A reader that pauses loses nothing; a lost connection and a wrong key end as expected."""
     async with FakeAzure(speak=echo) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         seen = await node("sockets.mjs", gateway, "slow")
@@ -49,7 +49,7 @@ async def test_ws_reads_slowly_hangs_up_and_is_refused(start_gateway: StartGatew
 
 
 async def test_ws_presents_its_key_as_a_browser_does(start_gateway: StartGateway) -> None:
-    """Among the subprotocols, of which it is told the one that is none."""
+    """Among the subprotocols; the gateway confirms the one that is not a key."""
     async with FakeAzure(speak=echo) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         seen = await node("sockets.mjs", gateway, "browser")
@@ -58,7 +58,7 @@ async def test_ws_presents_its_key_as_a_browser_does(start_gateway: StartGateway
 
 
 async def test_ws_two_hundred_at_once_leave_no_descriptor(start_gateway: StartGateway) -> None:
-    """Half of them say goodbye, half hang up."""
+    """Half of them close cleanly, half drop the connection."""
     async with FakeAzure(speak=echo) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         await node("sockets.mjs", gateway, "hangup")
@@ -73,7 +73,7 @@ async def test_ws_two_hundred_at_once_leave_no_descriptor(start_gateway: StartGa
 
 @contextlib.asynccontextmanager
 async def in_tls(port: int, folder: Path) -> AsyncIterator[tuple[str, dict[str, str]]]:
-    """Put TLS in front of a port; yields its URL, and what tells Node of its authority."""
+    """Put TLS in front of a port; yields its URL, and the environment in which Node trusts its authority."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost").configure_cert(context)
@@ -97,7 +97,7 @@ async def in_tls(port: int, folder: Path) -> AsyncIterator[tuple[str, dict[str, 
 
 
 async def test_the_realtime_client_of_npm_openai(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """It knows wss:// alone: a session is created, a response streams."""
+    """It supports only wss://: a session is created, a response streams."""
     async with FakeAzure() as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         async with in_tls(gateway.port, tmp_path) as (url, env):
@@ -106,7 +106,7 @@ async def test_the_realtime_client_of_npm_openai(start_gateway: StartGateway, tm
 
 
 async def test_the_realtime_client_of_openai_python(start_gateway: StartGateway) -> None:
-    """A session is created, a response streams; as a client that knows Azure asks, too."""
+    """A session is created, a response streams; also with the SDK's Azure client."""
     async with FakeAzure() as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         async with openai.AsyncOpenAI(api_key=KEY, base_url=f"{gateway.url}/v1") as client:
@@ -146,7 +146,7 @@ async def test_openai_python_s_responses_websocket(start_gateway: StartGateway) 
 
 
 async def test_through_the_shipped_nginx_site(start_gateway: StartGateway, start_nginx: Any) -> None:
-    """Nginx passes the upgrade on, frames and close codes go through, and plain requests keep their connections."""
+    """Frames and close codes pass nginx in both directions, and plain requests reuse connections."""
     async with FakeAzure(speak=echo) as azure:
         gateway = await start_gateway(azure.endpoint, REALTIME)
         port = await start_nginx(SHIPPED, f"127.0.0.1:{gateway.port}")

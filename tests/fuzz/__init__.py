@@ -1,1 +1,1 @@
-"""Mutants of requests and of Azure's answers, against a running gateway and against another parser: `make fuzz`."""
+"""Mutated requests and responses, against a running gateway and against another parser: `make fuzz`."""

@@ -1,4 +1,4 @@
-"""`python -m tests.fuzz`: half of the mutants on asyncio's loop, half on that of the extra `speed`."""
+"""`python -m tests.fuzz`: half of the mutants on asyncio's event loop, half on the one of the extra `speed`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def _run(seed: int, numbers: Sequence[int], name: str, factory: Callable[[], asy
 
 
 def main() -> int:
-    """Run it; the exit status is 1 where a mutant failed."""
+    """Run the fuzzer; return 1 if a mutant failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seed", type=int, default=14, help="another seed makes other mutants")
-    parser.add_argument("--count", type=int, default=50_000, help="how many mutants")
-    parser.add_argument("--only", type=int, nargs="+", help="only the mutants of these numbers, on both loops")
+    parser.add_argument("--seed", type=int, default=14, help="seed of the mutants")
+    parser.add_argument("--count", type=int, default=50_000, help="number of mutants")
+    parser.add_argument("--only", type=int, nargs="+", help="run only the mutants with these numbers, on both loops")
     asked = parser.parse_args()
     half = asked.count // 2
     loops = [("asyncio", asyncio.SelectorEventLoop), (loop_factory().__name__, loop_factory())]

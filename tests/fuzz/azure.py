@@ -1,4 +1,4 @@
-"""A raw Azure: reads with aiohttp's C parser what the gateway sends, and answers with exact bytes."""
+"""A raw Azure: it parses requests with aiohttp's C parser and responds with exact bytes."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from tests.fuzz.mutants import Mutant
 __all__ = ("Azure",)
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-# How long, in seconds, after an answer its late bytes come.
+# Seconds between a response and its late bytes.
 _HELD = 0.01
-# How long, in seconds, the gateway has to close a connection on which something came that nobody asked for.
+# Seconds within which the gateway must close a connection with unexpected bytes.
 _NOTICED = 0.5
 
 
 class Azure:
-    """Answers each request with what it read of it, or with the mutant that the request names in `x-mutant`.
+    """Responds with a description of the request, or with the mutant that the request names in `x-mutant`.
 
-    `faults` is told of what the gateway sent that is no HTTP.
+    `faults` lists invalid HTTP from the gateway.
     """
 
     def __init__(self, moved: Callable[[], None]) -> None:
         self.moved = moved
-        """Called for each write: there is progress."""
+        """Called for each write, as a sign of progress."""
         self.mutants: dict[str, Mutant] = {}
         self.played = asyncio.Event()
-        """Set when a mutant has been written, its late bytes too."""
+        """Set when a mutant has been written, late bytes included."""
         self.faults: list[str] = []
         self.connections: set[_Connection] = set()
 
     async def start(self) -> None:
-        """Listen on a port of loopback."""
+        """Listen on loopback."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: _Connection(self, loop), "127.0.0.1", 0, backlog=256)
         self.endpoint = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Stop listening, and close every connection."""
+        """Stop listening and close every connection."""
         self._server.close()
         self.hang_up()
 
@@ -86,16 +86,16 @@ class _Connection(asyncio.Protocol):
             messages, self._switched, _ = self._parser.feed_data(data)
         except Exception as exc:
             if "Duplicate" in str(exc):
-                # Two lines of a field that frames nothing: the parser's own rule, and Azure's answer to it.
+                # The parser refuses two lines of one field; such a request is valid HTTP, and Azure refuses it.
                 self.transport.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
                 self.transport.close()
                 return
-            self._azure.faults.append(f"the gateway sent Azure what is no HTTP: {exc!r} in {data!r}")
+            self._azure.faults.append(f"the gateway sent Azure invalid HTTP: {exc!r} in {data!r}")
             self.transport.abort()
             return
         for message, payload in messages:
             if self._message is not None:
-                self._azure.faults.append(f"the gateway sent Azure a request before the last was answered: {data!r}")
+                self._azure.faults.append(f"the gateway sent Azure a request before the last response: {data!r}")
             self._message, self._payload = message, payload
         if self._message is not None and self._payload.is_eof():
             message, body = self._message, b"".join(getattr(self._payload, "_buffer", ()))
@@ -107,7 +107,7 @@ class _Connection(asyncio.Protocol):
                 self._loop.create_task(self._play(mutant))
 
     async def _play(self, mutant: Mutant) -> None:
-        """Write a mutant, one write for each turn of the loop, and end as it says."""
+        """Write a mutant, one write in each turn of the loop, and end the connection as it says."""
         try:
             await self._write(mutant)
         finally:
@@ -127,7 +127,7 @@ class _Connection(asyncio.Protocol):
             return
         if mutant.late:
             self.transport.write(mutant.late)
-            # The gateway must close on it. Only then may the next request come: later ones could not be told apart.
+            # The gateway must close the connection first: late bytes during the next request look like its response.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._lost.wait(), _NOTICED)
         if self.transport.is_closing():
@@ -142,10 +142,10 @@ class _Connection(asyncio.Protocol):
 
 
 def _echo(message: Any, body: bytes) -> bytes:
-    """Return a sound answer that tells what was read: which request, and which body."""
+    """Return a valid response that describes the request and its body."""
     if message.upgrade and message.headers.get("upgrade", "").lower() == "websocket":
         key = message.headers.get("sec-websocket-key", "").encode()
-        accept = base64.b64encode(hashlib.sha1(key + _GUID).digest())  # noqa: S324 -- what RFC 6455 says
+        accept = base64.b64encode(hashlib.sha1(key + _GUID).digest())  # noqa: S324 -- RFC 6455 requires it
         return (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept
@@ -155,17 +155,17 @@ def _echo(message: Any, body: bytes) -> bytes:
         "read": [message.method, message.path.partition("?")[0].rpartition("/")[2], len(body), zlib.crc32(body)],
     }
     choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "logprobs": None}
-    answer = {"id": "chatcmpl-1", "created": 1, "model": "gpt-4o"}
+    response = {"id": "chatcmpl-1", "created": 1, "model": "gpt-4o"}
     if message.method == "HEAD":
         return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
     if b'"stream": true' in body:
         choice["delta"] = {"role": "assistant", "content": "hi"}
-        events = [{**answer, "object": "chat.completion.chunk", "choices": [choice], **facts}]
+        events = [{**response, "object": "chat.completion.chunk", "choices": [choice], **facts}]
         text = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
         return (
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
             b"%x\r\n%b\r\n0\r\n\r\n" % (len(text), text)
         )
     choice["message"] = {"role": "assistant", "content": "hi"}
-    text = json.dumps({**answer, "object": "chat.completion", "choices": [choice], **facts}).encode()
+    text = json.dumps({**response, "object": "chat.completion", "choices": [choice], **facts}).encode()
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text)

@@ -1,4 +1,4 @@
-"""Where mutants begin: sound requests and answers, and the rows of `tests/data`."""
+"""The corpus: valid requests and responses, and the rows of `tests/data`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ("ANSWERS", "KEY", "REQUESTS", "SOUND_REQUESTS", "UPLOADS", "chunked", "request")
+__all__ = ("KEY", "REQUESTS", "RESPONSES", "SOUND_REQUESTS", "UPLOADS", "chunked", "request")
 
 KEY = "fuzz-client-key-4711"
-"""The client's key: it appears in no answer to a client and in no log."""
+"""The client's key: it must not appear in a response to a client or in a log."""
 
 _DATA = Path(__file__).parent.parent / "data"
 _CHAT = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
@@ -31,7 +31,7 @@ def request(
     chunks: Sequence[int] = (),
     version: bytes = b"1.1",
 ) -> bytes:
-    """Return a request's bytes; with `chunks` its body comes in chunks of those sizes."""
+    """Return the bytes of a request; with `chunks`, its body is in chunks of these sizes."""
     lines = [b"%b %b HTTP/%b" % (method.encode(), path.encode(), version), b"Host: gw.test"]
     lines += [b"Authorization: Bearer " + KEY.encode(), *fields]
     if body is None:
@@ -44,14 +44,14 @@ def request(
 
 
 def chunked(body: bytes, sizes: Sequence[int], *, extension: bytes = b"", trailers: bytes = b"") -> bytes:
-    """Return a body in chunks of these sizes, the last one as often as it takes."""
+    """Return a body in chunks of these sizes; the last size repeats."""
     out = b""
-    place = number = 0
-    while place < len(body):
+    offset = number = 0
+    while offset < len(body):
         size = max(1, sizes[min(number, len(sizes) - 1)])
-        piece = body[place : place + size]
+        piece = body[offset : offset + size]
         out += b"%x%b\r\n%b\r\n" % (len(piece), extension, piece)
-        place += size
+        offset += size
         number += 1
     return out + b"0\r\n" + trailers + b"\r\n"
 
@@ -113,13 +113,13 @@ SOUND_REQUESTS = tuple(
 )
 
 REQUESTS = (*SOUND_REQUESTS * 6, *_rows("hostile_requests.jsonl"), *_rows("gateway_inputs.jsonl"))
-"""The sound ones are there six times: a mutant of a request that is refused anyway finds less."""
+"""The valid ones have a weight of six: a mutant of a request that is refused anyway finds less."""
 
 UPLOADS = tuple(
     (request(path, fields=[b"X-Nonce: upload", _FORM_TYPE, b"Transfer-Encoding: chunked"]), body)
     for path, body in (("/v1/files", _FILE), ("/v1/audio/transcriptions", _FORM))
 )
-"""Heads of uploads in chunks, and the bodies that are to come in them."""
+"""Heads of chunked uploads, and their bodies."""
 
 _COMPLETION = json.dumps(
     {
@@ -157,7 +157,7 @@ _STREAM = (
 _ERROR = b'{"error":{"code":"429","message":"Requests have exceeded the limit. Please retry after 3 seconds."}}'
 
 
-def _answer(
+def _response(
     status: str = "200 OK", kind: str = "application/json", body: bytes = _COMPLETION, *lines: bytes, sized: bool = True
 ) -> bytes:
     length = [b"Content-Length: %d" % len(body)] if sized else []
@@ -166,7 +166,7 @@ def _answer(
 
 
 def _answer_in_chunks(kind: str, body: bytes, sizes: Sequence[int], *lines: bytes, extension: bytes = b"") -> bytes:
-    return _answer(
+    return _response(
         "200 OK", kind, chunked(body, sizes, extension=extension), b"Transfer-Encoding: chunked", *lines, sized=False
     )
 
@@ -174,28 +174,28 @@ def _answer_in_chunks(kind: str, body: bytes, sizes: Sequence[int], *lines: byte
 _SSE = "text/event-stream; charset=utf-8"
 _INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
 
-ANSWERS = (
-    _answer(),
-    _answer(),
-    _answer(sized=False),
+RESPONSES = (
+    _response(),
+    _response(),
+    _response(sized=False),
     _answer_in_chunks("application/json", _COMPLETION, [100]),
     _answer_in_chunks("application/json", _COMPLETION, [1], extension=b";a=b"),
     _answer_in_chunks(_SSE, _STREAM, [len(_STREAM)]),
     _answer_in_chunks(_SSE, _STREAM, [90, 1, 200]),
     _answer_in_chunks(_SSE, _STREAM.replace(b"\n", b"\r\n"), [50]),
-    _answer("200 OK", _SSE, _STREAM),
-    _answer("200 OK", _SSE, _STREAM, sized=False),
-    _answer("200 OK", "application/json", gzip.compress(_COMPLETION, mtime=0), b"Content-Encoding: gzip"),
+    _response("200 OK", _SSE, _STREAM),
+    _response("200 OK", _SSE, _STREAM, sized=False),
+    _response("200 OK", "application/json", gzip.compress(_COMPLETION, mtime=0), b"Content-Encoding: gzip"),
     _answer_in_chunks(_SSE, gzip.compress(_STREAM, mtime=0), [40], b"Content-Encoding: gzip"),
-    _answer("429 Too Many Requests", "application/json", _ERROR, b"Retry-After: 3", b"retry-after-ms: 2500"),
-    _answer("400 Bad Request", "application/json", _ERROR),
-    _answer("404 Not Found", "text/plain", b""),
-    _answer("500 Internal Server Error", "text/html", b"<html>oh</html>"),
-    _answer("302 Found", "text/html", b"", b"Location: http://127.0.0.1:1/steal"),
+    _response("429 Too Many Requests", "application/json", _ERROR, b"Retry-After: 3", b"retry-after-ms: 2500"),
+    _response("400 Bad Request", "application/json", _ERROR),
+    _response("404 Not Found", "text/plain", b""),
+    _response("500 Internal Server Error", "text/html", b"<html>oh</html>"),
+    _response("302 Found", "text/html", b"", b"Location: http://127.0.0.1:1/steal"),
     b"HTTP/1.1 204 No Content\r\n\r\n",
     b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n",
-    _INTERIM + _answer(),
+    _INTERIM + _response(),
     _INTERIM + _answer_in_chunks(_SSE, _STREAM, [300]),
-    _answer("200 OK", "audio/mpeg", bytes(range(256)) * 8),
+    _response("200 OK", "audio/mpeg", bytes(range(256)) * 8),
     *_rows("upstream_answers.jsonl"),
 )

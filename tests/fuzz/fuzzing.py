@@ -1,4 +1,4 @@
-"""Runs mutants: each through both readers, and through a gateway; and says what failed, once of each kind."""
+"""Runs each mutant through both parsers and through a gateway, and reports one failure of each kind."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from tests.fuzz.shrink import shrink
 __all__ = ("Report", "differ", "fuzz")
 
 _LANES = 8
-# So many mutants, then all must be let go of.
+# Mutants of a round; after each round the gateway must hold nothing.
 _ROUND = 2000
-# How many seconds one turn of the loop may take before the process is ended: something in it does not.
+# Seconds that one turn of the event loop may take; the process ends after that, as the loop is stuck.
 _STUCK = 60.0
 _CANARY = b"GET /canary HTTP/1.1\r\nHost: gw.test\r\n\r\n"
 
@@ -41,7 +41,7 @@ Reader = Callable[..., readings.Reading]
 
 @dataclass
 class Found:
-    """A kind of failure: how often, and the first mutant that showed it, made smaller."""
+    """A kind of failure: its count, and the first mutant that caused it, shrunk."""
 
     number: int
     mutant: Mutant
@@ -51,7 +51,7 @@ class Found:
 
 @dataclass
 class Report:
-    """What a run found. `differences` counts where the readers differ and no boundary moves."""
+    """Findings of a run. `differences` counts differences between the parsers that move no boundary."""
 
     failures: dict[str, Found] = field(default_factory=dict)
     differences: Counter[str] = field(default_factory=Counter)
@@ -60,7 +60,7 @@ class Report:
     agreed: int = 0
 
     def note(self, failure: Failure, number: int, mutant: Mutant) -> bool:
-        """Count a failure; whether it is the first of its kind."""
+        """Count a failure; return whether it is the first of its kind."""
         kind = f"{mutant.kind}: {failure.kind}"
         first = kind not in self.failures
         found = self.failures.setdefault(kind, Found(number, mutant, failure.detail))
@@ -79,16 +79,16 @@ class Report:
         self.agreed += other.agreed
 
     def lines(self, seed: int) -> Iterator[str]:
-        """Yield what an operator of `make fuzz` reads."""
-        yield f"{self.mutants} mutants of seed {seed}; both readers agree on {self.agreed}"
-        yield f"answers by status: {', '.join(f'{key} {count}' for key, count in sorted(self.statuses.items()))}"
-        yield "readers that differ, with no boundary moved:"
+        """Yield the lines that `make fuzz` prints."""
+        yield f"{self.mutants} mutants of seed {seed}; both parsers agree on {self.agreed}"
+        yield f"responses by status: {', '.join(f'{key} {count}' for key, count in sorted(self.statuses.items()))}"
+        yield "differences between the parsers that move no boundary:"
         for kind, count in self.differences.most_common():
             yield f"  {count:6}  {kind}"
         for kind, found in self.failures.items():
             mutant = found.mutant
             yield f"FAILED {found.count} times: {kind}"
-            yield f"  first: --seed {seed} --only {found.number}; as small as it was made:"
+            yield f"  first: --seed {seed} --only {found.number}; shrunk to:"
             yield f"  {mutant.data!r}"
             cuts = "at every byte" if len(mutant.cuts) >= len(mutant.data) - 1 > 0 else mutant.cuts
             more = {"cuts": cuts, "ending": mutant.ending, "asked": mutant.asked, "late": mutant.late}
@@ -97,7 +97,7 @@ class Report:
         yield "failed" if self.failures else "passed"
 
 
-# -- the readers ---------------------------------------------------------------------------------------
+# -- the parsers ---------------------------------------------------------------------------------------
 
 
 def differ(
@@ -106,7 +106,7 @@ def differ(
     our_requests: Reader = readings.our_requests,
     our_response: Reader = readings.our_response,
 ) -> readings.Difference | None:
-    """Return how our reader and aiohttp's C parser differ on a mutant; a canary behind a request shows its end."""
+    """Return how our parser and aiohttp's C parser differ on a mutant; a canary after a request marks its end."""
     if mutant.kind == "request":
         pieces = [*mutant.pieces, _CANARY]
         return readings.compare(our_requests(pieces), readings.requests(pieces, loop))
@@ -122,7 +122,7 @@ async def _read(number: int, mutant: Mutant, report: Report, readers: Sequence[R
     elif not difference.moved:
         report.differences[f"{mutant.kind}: {difference.kind}"] += 1
     else:
-        failure = Failure(f"the readers differ: {difference.kind}", "")
+        failure = Failure(f"the parsers differ: {difference.kind}", "")
 
         async def fails(candidate: Mutant) -> bool:
             return differ(candidate, loop, *readers) == difference
@@ -136,7 +136,7 @@ async def _read(number: int, mutant: Mutant, report: Report, readers: Sequence[R
 
 
 class _Errors:
-    """Keeps errors of structlog, asyncio and the interpreter, each with the lane whose task it was."""
+    """Collects errors of structlog, asyncio and the interpreter, by the lane whose task caused them."""
 
     def __init__(self) -> None:
         self.strays: list[str] = []
@@ -186,7 +186,7 @@ def _caught() -> Iterator[_Errors]:
 
 
 class _Watch:
-    """Ends the process, and says which mutants were under way, where the loop does not come round any more."""
+    """Ends the process, and prints the mutants that were running, if the event loop is stuck."""
 
     def __init__(self, seed: int) -> None:
         self.running: set[int] = set()
@@ -236,9 +236,9 @@ async def fuzz(
     tell: Callable[[str], None] = lambda _: None,
     smaller: bool = True,
 ) -> Report:
-    """Run the mutants of these numbers on the running loop.
+    """Run the mutants with these numbers on the running loop.
 
-    Other `readers`, and the source of a `stage`, are for tests of this itself: they are broken.
+    Broken `readers`, and the source of a broken `stage`, are for tests of the fuzzer itself.
     """
     report = Report()
     watch = _Watch(seed)
@@ -246,10 +246,10 @@ async def fuzz(
         async with AsyncExitStack() as stack:
             running = []
             for each in range(min(_LANES, len(numbers))):
-                place = Path(folder, str(each))
-                place.mkdir()
-                running.append(lane := Lane(place, stage))
-                # In a task of its own: what the lane's tasks log is told apart by their context.
+                lane_folder = Path(folder, str(each))
+                lane_folder.mkdir()
+                running.append(lane := Lane(lane_folder, stage))
+                # In its own task: the context of a task assigns its log events to a lane.
                 await asyncio.create_task(lane.start())
                 stack.push_async_callback(lane.stop)
             held = _held()
@@ -265,7 +265,7 @@ async def fuzz(
                 gc.collect()
                 now = _held()
                 if any(now[name] > held[name] for name in held):
-                    grown = Failure("tasks or descriptors are left when all is over", f"{held} before, {now} now")
+                    grown = Failure("tasks or descriptors are left at the end", f"{held} before, {now} now")
                     report.note(grown, last, Mutant("request", b""))
                 tell(f"{min(first + _ROUND, len(numbers))} of {len(numbers)}, {len(report.failures)} kinds of failure")
             for lane in running:
@@ -286,7 +286,7 @@ async def _drive(
     *,
     smaller: bool,
 ) -> None:
-    """Take mutants while there are some."""
+    """Run mutants until none is waiting."""
     while waiting:
         number = waiting.pop()
         mutant = make(seed, number)

@@ -1,6 +1,6 @@
-"""A gateway with an Azure and a client of its own, and what must hold of every mutant that goes through it.
+"""A gateway with its own Azure and client, and the checks for each mutant.
 
-One mutant at a time, on connections that are kept: so the next request on each shows whether one was poisoned.
+One mutant runs at a time, on kept connections, so that the next request on each shows whether it was poisoned.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from gateway.config import load
 from gateway.server import Server
 from gateway.settings import Listen
 from tests.fuzz import readings
-from tests.fuzz.answers import Answer, BadAnswer, read_answers
 from tests.fuzz.azure import Azure
 from tests.fuzz.corpus import KEY, request
 from tests.fuzz.mutants import Mutant
+from tests.fuzz.responses import BadResponse, Response, read_responses
 
 __all__ = ("CONFIGURATION", "Failure", "Lane", "errors")
 
@@ -57,20 +57,20 @@ pipeline:
   - sse_newline
 """,
 }
-"""The default team changes no byte of a body; the team below `/full` has every stage that reads answers."""
+"""The default team changes no byte of a body; the team below `/full` has every stage that reads responses."""
 
-# How many seconds may pass without a byte from or to anybody. It is no measure: only what hangs takes as long.
+# Seconds that may pass without a byte on any connection. Only a hang takes as long.
 _DEADLINE = 15.0
-# How long, in seconds, a client waits for more from a gateway that waits for the rest of a mutant.
+# Seconds that a client waits for more bytes while the gateway waits for the rest of a mutant.
 _QUIET = 0.03
 
-# What was logged as an error by tasks of this lane; those of a server inherit it.
+# Errors logged by tasks of this lane; tasks of its server inherit the variable.
 errors: contextvars.ContextVar[list[str]] = contextvars.ContextVar("errors")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a mutant did that none may do."""
+    """A violation that a mutant caused."""
 
     kind: str
     detail: str
@@ -104,7 +104,7 @@ class _Client(asyncio.Protocol):
         self.came.set()
 
     async def send(self, pieces: list[bytes]) -> None:
-        """Write each piece in a turn of the loop of its own."""
+        """Write each piece in its own turn of the loop."""
         for piece in pieces:
             if self.transport.is_closing():
                 return
@@ -119,21 +119,21 @@ class Lane:
     """One gateway under test. `attempt` returns the failures of a mutant."""
 
     def __init__(self, folder: Path, stage: str = "") -> None:
-        """Keep the configuration in a folder; `stage` is the source of one that the default team has first."""
+        """Keep the configuration in a folder; `stage` is the source of a stage that the default team has first."""
         self._folder = folder
         self._stage = stage
         self.azure = Azure(self._moved)
         self._timeout: asyncio.Timeout | None = None
         self.errors: list[str] = []
         self.statuses: dict[tuple[str, int], int] = {}
-        """How many answers there were of each status, by the kind of mutant."""
+        """The number of responses by kind of mutant and status."""
         self._main: _Client | None = None
         self._beside: _Client | None = None
         self._number = 0
         self._attempts = 0
 
     async def start(self) -> None:
-        """Start the fake Azure, and a gateway in front of it."""
+        """Start the fake Azure and a gateway in front of it."""
         errors.set(self.errors)
         await self.azure.start()
         for name, text in CONFIGURATION.items():
@@ -147,7 +147,7 @@ class Lane:
         await self.server.start()
 
     async def stop(self) -> None:
-        """Stop all of it."""
+        """Stop both."""
         self._hang_up()
         now = asyncio.Event()
         now.set()
@@ -161,7 +161,7 @@ class Lane:
         self._main = self._beside = None
 
     async def settle(self) -> list[Failure]:
-        """Close all connections, and return what the gateway has not let go of."""
+        """Close all connections and return what the gateway has not released."""
         self._hang_up()
         self.azure.hang_up()
         try:
@@ -169,7 +169,7 @@ class Lane:
                 while self._left():
                     await asyncio.sleep(0.01)
         except TimeoutError:
-            return [Failure("something is left when all is over", self._left())]
+            return [Failure("something is left at the end", self._left())]
         return []
 
     def _left(self) -> str:
@@ -184,16 +184,16 @@ class Lane:
     # -- one mutant ------------------------------------------------------------------------------------
 
     async def attempt(self, mutant: Mutant) -> list[Failure]:
-        """Send a mutant, then canaries on every connection that it touched; return what went wrong."""
+        """Send a mutant, then canaries on each connection that it used; return the failures."""
         self._attempts += 1
         failures: list[Failure] = []
         try:
             async with asyncio.timeout(_DEADLINE) as self._timeout:
                 try:
-                    found = self._request(mutant) if mutant.kind == "request" else self._answer(mutant)
+                    found = self._request(mutant) if mutant.kind == "request" else self._response(mutant)
                     failures += await found
-                except BadAnswer as exc:
-                    failures.append(Failure("the gateway wrote what is no HTTP", str(exc)))
+                except BadResponse as exc:
+                    failures.append(Failure("the gateway wrote invalid HTTP", str(exc)))
                 failures += await self._canary_beside()
         except TimeoutError:
             received = self._main.received if self._main is not None else b""
@@ -209,7 +209,7 @@ class Lane:
         return failures
 
     def _moved(self) -> None:
-        """Begin the deadline again: there is progress."""
+        """Restart the deadline, as there is progress."""
         if self._timeout is not None and not self._timeout.expired():
             self._timeout.reschedule(asyncio.get_running_loop().time() + _DEADLINE)
 
@@ -231,22 +231,22 @@ class Lane:
         return request(body=b'{"model":"gpt-4o"}', fields=[b"X-Nonce: " + nonce.encode()])
 
     async def _canary_beside(self) -> list[Failure]:
-        """Send a request on another connection of a client: it is likely to get the connection to Azure just used."""
+        """Send a request on another client connection; it probably uses the same connection to Azure."""
         fresh = self._beside is None or self._beside.ended
         self._beside = client = await self._connected(self._beside)
         nonce = self._nonce()
         await client.send([self._canary(nonce)])
-        answer = await self._next(client, ["POST"], 1)
-        return _wrong_canary("on a new connection" if fresh else "on another connection", nonce, answer)
+        response = await self._next(client, ["POST"], 1)
+        return _wrong_canary("on a new connection" if fresh else "on another connection", nonce, response)
 
-    async def _next(self, client: _Client, methods: list[str], count: int) -> Answer | None:
-        """Wait for so many whole answers and return the last, or None where the connection ends before."""
+    async def _next(self, client: _Client, methods: list[str], count: int) -> Response | None:
+        """Wait for `count` complete responses and return the last, or None if the connection ends before."""
         while True:
-            answers = read_answers(client.received, methods, ended=client.ended and not client.broken)
-            if len(answers) >= count and answers[count - 1].whole:
-                if len(answers) > count:
-                    raise BadAnswer(f"an answer too many: {answers[count]}")
-                return answers[count - 1]
+            responses = read_responses(client.received, methods, ended=client.ended and not client.broken)
+            if len(responses) >= count and responses[count - 1].whole:
+                if len(responses) > count:
+                    raise BadResponse(f"one response too many: {responses[count]}")
+                return responses[count - 1]
             if client.ended:
                 return None
             client.came.clear()
@@ -255,18 +255,18 @@ class Lane:
     # -- requests --------------------------------------------------------------------------------------
 
     async def _request(self, mutant: Mutant) -> list[Failure]:
-        """Send a mutated request, and behind it a canary on the same connection."""
+        """Send a mutated request, then a canary on the same connection."""
         nonce = self._nonce()
         pieces = [*mutant.pieces, self._canary(nonce)]
         judged = readings.requests(pieces, asyncio.get_running_loop())
         methods = [message.start[0] for message in judged.messages]
-        # All is whole, the canary included: then each request is answered, or the connection closed on.
+        # If all requests are complete, the canary included, each gets a response, or the connection closes.
         whole = judged.whole and judged.end == "open" and _header(judged.messages[-1], b"x-nonce") == nonce.encode()
         self._main = client = await self._connected(self._main)
         await client.send(pieces)
         while True:
-            answers = read_answers(client.received, methods, ended=client.ended and not client.broken)
-            if client.ended or (whole and len(answers) == len(methods) and answers[-1].whole):
+            responses = read_responses(client.received, methods, ended=client.ended and not client.broken)
+            if client.ended or (whole and len(responses) == len(methods) and responses[-1].whole):
                 break
             client.came.clear()
             if whole:
@@ -279,37 +279,37 @@ class Lane:
         self._main = client if whole and not client.ended else None
         if self._main is None:
             client.transport.abort()
-        failures = [failure for answer in answers for failure in self._sound(mutant, answer)]
-        failures += _crossed(judged, answers)
-        if whole and len(answers) < len(methods):
-            last = answers[-1] if answers else None
+        failures = [failure for response in responses for failure in self._sound(mutant, response)]
+        failures += _crossed(judged, responses)
+        if whole and len(responses) < len(methods):
+            last = responses[-1] if responses else None
             if last is None or not (last.closes or last.status == 101):
-                failures.append(Failure("a connection was closed without an answer", repr(client.received[-300:])))
-        if judged.end in ("open", "closed") and len(answers) > len(methods) + (not whole):
-            failures.append(Failure("more answers than requests", f"{len(answers)} to {methods}"))
+                failures.append(Failure("a connection was closed without a response", repr(client.received[-300:])))
+        if judged.end in ("open", "closed") and len(responses) > len(methods) + (not whole):
+            failures.append(Failure("more responses than requests", f"{len(responses)} to {methods}"))
         return failures
 
-    def _sound(self, mutant: Mutant, answer: Answer) -> Iterator[Failure]:
-        """Yield what is wrong with an answer by itself."""
-        key = (mutant.kind, answer.status)
+    def _sound(self, mutant: Mutant, response: Response) -> Iterator[Failure]:
+        """Yield the failures of a response by itself."""
+        key = (mutant.kind, response.status)
         self.statuses[key] = self.statuses.get(key, 0) + 1
-        if KEY.encode() in answer.body or KEY.encode() in b"".join(answer.fields.values()):
-            yield Failure("a key in an answer", repr(answer))
-        if b'"the gateway failed' in answer.body:
-            yield Failure("a failure of the gateway's own", repr(answer.body[:300]))
-        if answer.status >= 500 and mutant.kind == "request":
-            yield Failure(f"a {answer.status} for a mutated request", repr(answer.body[:300]))
+        if KEY.encode() in response.body or KEY.encode() in b"".join(response.fields.values()):
+            yield Failure("a key in a response", repr(response))
+        if b'"the gateway failed' in response.body:
+            yield Failure("a failure of the gateway's own", repr(response.body[:300]))
+        if response.status >= 500 and mutant.kind == "request":
+            yield Failure(f"a {response.status} for a mutated request", repr(response.body[:300]))
 
-    # -- answers ---------------------------------------------------------------------------------------
+    # -- responses -------------------------------------------------------------------------------------
 
-    async def _answer(self, mutant: Mutant) -> list[Failure]:
-        """Ask for a mutated answer, then for a sound one on the same connection."""
+    async def _response(self, mutant: Mutant) -> list[Failure]:
+        """Request a mutated response, then a valid one on the same connection."""
         asked, plain = _asked(mutant)
         loop = asyncio.get_running_loop()
         pieces = [*mutant.pieces, mutant.late]
         judged = readings.response(pieces, loop, eof=mutant.ending == "close")
         if mutant.ending == "keep" and not (judged.whole and readings.our_response(pieces, eof=False).whole):
-            # A reader waits here, for what never comes.
+            # A parser waits here for bytes that never arrive.
             mutant = replace(mutant, ending="close")
             judged = readings.response(pieces, loop, eof=True)
         name = f"m{self._attempts}"
@@ -318,17 +318,17 @@ class Lane:
         self._main = client = await self._connected(self._main)
         old = b" HTTP/1.0\r\n" in asked
         await client.send([asked.replace(b"\r\n", b"\r\nX-Mutant: %b\r\n" % name.encode(), 1)])
-        answer = await self._next(client, ["GET"], 1)
-        if answer is None:
-            answers = read_answers(client.received, ["GET"], ended=False)
-            answer = answers[0] if answers else None
+        response = await self._next(client, ["GET"], 1)
+        if response is None:
+            responses = read_responses(client.received, ["GET"], ended=False)
+            response = responses[0] if responses else None
         if mutant.late:
-            # Bytes that come while the next request is under way cannot be told from its answer: they come before it.
+            # Late bytes must arrive before the next request, or they look like its response.
             await self.azure.played.wait()
-        failures = self._compared(judged, answer, plain=plain) if answer is not None else []
-        if answer is None and not old:
-            failures.append(Failure("a connection was closed without an answer", "to a sound request"))
-        if answer is not None and answer.whole and not client.ended and not answer.closes and not old:
+        failures = self._compared(judged, response, plain=plain) if response is not None else []
+        if response is None and not old:
+            failures.append(Failure("a connection was closed without a response", "to a valid request"))
+        if response is not None and response.whole and not client.ended and not response.closes and not old:
             nonce = self._nonce()
             client.received = b""
             await client.send([self._canary(nonce)])
@@ -338,29 +338,36 @@ class Lane:
             client.transport.abort()
         return failures
 
-    def _compared(self, judged: readings.Reading, answer: Answer, *, plain: bool) -> list[Failure]:
-        mutant = Mutant("answer", b"")
-        failures = list(self._sound(mutant, answer))
-        if answer.status in (502, 503, 504) and _code(answer):
-            return failures  # the gateway's own: it refused what Azure sent
+    def _compared(self, judged: readings.Reading, response: Response, *, plain: bool) -> list[Failure]:
+        mutant = Mutant("response", b"")
+        failures = list(self._sound(mutant, response))
+        if response.status in (502, 503, 504) and _code(response):
+            return failures  # the gateway refused Azure's response
         message = judged.messages[0] if judged.messages else None
-        if message is None or message.start != (str(answer.status),):
+        if message is None or message.start != (str(response.status),):
             if judged.end != "refused":
-                failures.append(Failure("another status than Azure's", f"{answer.status} for {message}"))
+                failures.append(Failure("another status than Azure's", f"{response.status} for {message}"))
             return failures
-        if 300 <= answer.status < 400 and answer.status != 304:
-            failures.append(Failure("a redirect of Azure's reached a client", str(answer.status)))
-        if answer.status == 205 and not answer.body:
-            return failures  # it has no content (RFC 9110, 15.3.6), whatever Azure sends with it
-        if answer.whole and message.end is None and judged.end != "refused" and b'"error"' not in answer.body[-2000:]:
-            failures.append(Failure("an answer that broke off was handed on as whole", repr(answer.body[-200:])))
-        if plain and answer.whole and message.end is not None and not _same(answer, message):
-            failures.append(Failure("another body than Azure's", f"{answer.body[-200:]!r} for {message.body[-200:]!r}"))
+        if 300 <= response.status < 400 and response.status != 304:
+            failures.append(Failure("a redirect of Azure's reached a client", str(response.status)))
+        if response.status == 205 and not response.body:
+            return failures  # a 205 has no content (RFC 9110, 15.3.6), whatever Azure sends
+        if (
+            response.whole
+            and message.end is None
+            and judged.end != "refused"
+            and b'"error"' not in response.body[-2000:]
+        ):
+            failures.append(Failure("a response that broke off was passed on as complete", repr(response.body[-200:])))
+        if plain and response.whole and message.end is not None and not _same(response, message):
+            failures.append(
+                Failure("another body than Azure's", f"{response.body[-200:]!r} for {message.body[-200:]!r}")
+            )
         return failures
 
 
 def _asked(mutant: Mutant) -> tuple[bytes, bool]:
-    """Return the sound request that gets a mutated answer, and whether its team changes no byte of it."""
+    """Return a valid request for a mutated response, and whether its team leaves the body unchanged."""
     chosen = mutant.asked % 8
     plain = chosen % 2 == 0
     prefix = "" if plain else "/full"
@@ -373,15 +380,15 @@ def _asked(mutant: Mutant) -> tuple[bytes, bool]:
     return request(prefix + "/v1/chat/completions", body, version=version), plain
 
 
-def _same(answer: Answer, message: readings.Message) -> bool:
-    """Whether an answer has the body of Azure's; the gateway may undo its compression."""
-    if answer.body == message.body:
+def _same(response: Response, message: readings.Message) -> bool:
+    """Whether a response has Azure's body; the gateway may decompress it."""
+    if response.body == message.body:
         return True
     coding = _header(message, b"content-encoding").lower()
-    if coding not in (b"gzip", b"x-gzip", b"deflate") or b"content-encoding" in answer.fields:
+    if coding not in (b"gzip", b"x-gzip", b"deflate") or b"content-encoding" in response.fields:
         return False
     with contextlib.suppress(zlib.error):
-        return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(message.body) == answer.body
+        return zlib.decompressobj(32 + zlib.MAX_WBITS).decompress(message.body) == response.body
     return False
 
 
@@ -389,35 +396,35 @@ def _header(message: readings.Message, name: bytes) -> bytes:
     return next((value for each, value in reversed(message.fields) if each == name), b"")
 
 
-def _code(answer: Answer) -> str:
+def _code(response: Response) -> str:
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-        error: Any = json.loads(answer.body)["error"]
+        error: Any = json.loads(response.body)["error"]
         return str(error.get("code") or error.get("type") or "")
     return ""
 
 
 _NONCE = re.compile(rb'"nonce": ?"([^"\\]*)"')
 _READ = re.compile(rb'"read": ?\["([A-Z]+)", ?"([a-z]*)", ?([0-9]+), ?([0-9]+)\]')
-# Operations whose body goes to Azure as it came; of the last one where its model is a deployment's name already.
+# Operations whose body goes to Azure unchanged; the last one only if its model is a deployment's name.
 _UNCHANGED = ("/v1/chat/completions", "/v1/embeddings", "/v1/files", "/v1/audio/transcriptions")
 _FORM = "/v1/audio/transcriptions"
 
 
-def _crossed(judged: readings.Reading, answers: list[Answer]) -> Iterator[Failure]:
-    """Yield each answer that is another request's, or tells of a body that was not sent."""
-    for message, answer in zip(judged.messages, answers, strict=False):
-        nonce, read = _NONCE.search(answer.body), _READ.search(answer.body)
+def _crossed(judged: readings.Reading, responses: list[Response]) -> Iterator[Failure]:
+    """Yield a failure for each response to another request, or to a body that was not sent."""
+    for message, response in zip(judged.messages, responses, strict=False):
+        nonce, read = _NONCE.search(response.body), _READ.search(response.body)
         given = [value for name, value in message.fields if name == b"x-nonce"]
         if nonce is not None and nonce.group(1) and nonce.group(1) not in given:
-            yield Failure("an answer of another request", f"{nonce.group(1)!r} to {message.start}")
-        elif read is not None and answer.whole and _unchanged(message):
+            yield Failure("a response to another request", f"{nonce.group(1)!r} to {message.start}")
+        elif read is not None and response.whole and _unchanged(message):
             size, check = int(read.group(3)), int(read.group(4))
             if message.end is None and judged.end == "refused":
-                continue  # ours took a body that the judge refuses
+                continue  # our parser accepted a body that the judge refuses
             if message.end is None:
-                yield Failure("an unfinished request was answered", f"{size} bytes of {message.start}")
+                yield Failure("an unfinished request got a response", f"{size} bytes of {message.start}")
             elif (size, check) != (len(message.body), zlib.crc32(message.body)):
-                yield Failure("Azure got another body than was sent", f"{size} of {len(message.body)} bytes")
+                yield Failure("Azure got another body than the client sent", f"{size} of {len(message.body)} bytes")
 
 
 def _unchanged(message: readings.Message) -> bool:
@@ -425,11 +432,11 @@ def _unchanged(message: readings.Message) -> bool:
     return path in _UNCHANGED and (path != _FORM or message.body.count(b'name="model"\r\n\r\nwhisper\r\n') == 1)
 
 
-def _wrong_canary(where: str, nonce: str, answer: Answer | None) -> list[Failure]:
-    kind = f"a canary {where} got no answer of its own"
-    if answer is None:
+def _wrong_canary(where: str, nonce: str, response: Response | None) -> list[Failure]:
+    kind = f"a canary {where} got no response of its own"
+    if response is None:
         return [Failure(kind, "the connection was closed")]
-    found = _NONCE.search(answer.body)
-    if answer.status != 200 or found is None or found.group(1).decode() != nonce:
-        return [Failure(kind, f"{answer.status} {answer.body[:300]!r}")]
+    found = _NONCE.search(response.body)
+    if response.status != 200 or found is None or found.group(1).decode() != nonce:
+        return [Failure(kind, f"{response.status} {response.body[:300]!r}")]
     return []

@@ -1,6 +1,6 @@
-"""Mutants: sound messages, changed by what has broken HTTP implementations before.
+"""Mutants: valid messages, changed in ways that have broken HTTP implementations before.
 
-`make(seed, number)` is the same for ever: a mutant is found again by these two numbers.
+`make(seed, number)` always returns the same mutant, so these two numbers reproduce it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tests.fuzz.corpus import ANSWERS, REQUESTS, UPLOADS, chunked
+from tests.fuzz.corpus import REQUESTS, RESPONSES, UPLOADS, chunked
 
 __all__ = ("Mutant", "make", "without")
 
-# Longer ones tell nothing new, and the judge reads byte by byte.
+# Longer ones find nothing new, and the judge reads byte by byte.
 _MOST = 8 * 1024
 _LONG = (1000, 4097, 8191)
 
-Kind = Literal["request", "answer"]
+Kind = Literal["request", "response"]
 Ending = Literal["keep", "close", "reset"]
 
 
@@ -31,8 +31,8 @@ _ENDINGS: tuple[Ending, ...] = ("keep", "keep", "keep", "close", "reset")
 class Mutant:
     """Bytes that a client or Azure sends, cut into writes at `cuts`.
 
-    Of an answer: how Azure's connection ends, which request it answers, and what it sends `late`, when its answer is
-    over.
+    For a response: `ending` says how Azure's connection ends, `asked` chooses the request, and `late` are bytes after
+    the response.
     """
 
     kind: Kind
@@ -45,12 +45,12 @@ class Mutant:
     @property
     def pieces(self) -> list[bytes]:
         """The writes."""
-        places = sorted({0, len(self.data), *(cut for cut in self.cuts if cut < len(self.data))})
-        return [self.data[a:b] for a, b in itertools.pairwise(places)]
+        offsets = sorted({0, len(self.data), *(cut for cut in self.cuts if cut < len(self.data))})
+        return [self.data[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def make(seed: int, number: int) -> Mutant:
-    """Return a mutant: of a request where `number` is even, else of an answer."""
+    """Return a mutant: of a request if `number` is even, else of a response."""
     rng = random.Random(f"{seed}:{number}")
     if number % 2 == 0 and rng.random() < 0.04:
         return _upload(rng)
@@ -60,19 +60,19 @@ def make(seed: int, number: int) -> Mutant:
             for _ in range(rng.choice((1, 1, 1, 2, 3)))
         )
         return Mutant("request", data, _cuts(rng, data))
-    data = _changed(rng, rng.choice(ANSWERS), ANSWERS, _ANSWER_LINES, _status_line)
+    data = _changed(rng, rng.choice(RESPONSES), RESPONSES, _RESPONSE_LINES, _status_line)
     late = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison" if rng.random() < 0.1 else b""
     ending = rng.choice(_ENDINGS)
-    return Mutant("answer", data, _cuts(rng, data), ending, rng.randrange(1 << 16), late)
+    return Mutant("response", data, _cuts(rng, data), ending, rng.randrange(1 << 16), late)
 
 
 def _upload(rng: random.Random) -> Mutant:
-    """Return a sound upload in chunks that is read in pieces which often hold framing and nothing else."""
+    """Return a valid chunked upload, cut so that many reads have only framing."""
     head, body = rng.choice(UPLOADS)
     data = head + chunked(body, [rng.choice((1, 2, 5, 40, 200, 400)) for _ in range(6)])
     lines = [found.end() for found in re.finditer(rb"[0-9a-f]+\r\n|\r\n", data)]
-    cuts = {place for place in lines if place > len(head) and rng.random() < 0.5}
-    cuts |= {place - 2 for place in lines if place > len(head) and rng.random() < 0.3}
+    cuts = {offset for offset in lines if offset > len(head) and rng.random() < 0.5}
+    cuts |= {offset - 2 for offset in lines if offset > len(head) and rng.random() < 0.3}
     return Mutant("request", data, tuple(sorted(cuts)))
 
 
@@ -82,12 +82,12 @@ def _cuts(rng: random.Random, data: bytes) -> tuple[int, ...]:
         return ()
     if rng.random() < 0.15 and size <= 600:
         return tuple(range(1, size))
-    places = [rng.randrange(1, size) for _ in range(rng.randrange(1, 6))]
-    # Reads that end within a line's end, or behind the framing of a chunk, are where readers go wrong.
+    offsets = [rng.randrange(1, size) for _ in range(rng.randrange(1, 6))]
+    # Parsers fail at reads that end within a line break, or after the framing of a chunk.
     marks = [found.start() for found in re.finditer(rb"\r\n", data)]
     if marks:
-        places += [rng.choice(marks) + rng.choice((0, 1, 2)) for _ in range(rng.randrange(4))]
-    return tuple(sorted({place for place in places if 0 < place < size}))
+        offsets += [rng.choice(marks) + rng.choice((0, 1, 2)) for _ in range(rng.randrange(4))]
+    return tuple(sorted({offset for offset in offsets if 0 < offset < size}))
 
 
 def _changed(
@@ -122,22 +122,22 @@ _ODD = (
 
 
 def _bytes_changed(rng: random.Random, data: bytes) -> bytes:
-    place = rng.randrange(len(data) + 1)
-    end = min(len(data), place + rng.choice((1, 1, 2, 5, 40)))
+    offset = rng.randrange(len(data) + 1)
+    end = min(len(data), offset + rng.choice((1, 1, 2, 5, 40)))
     way = rng.randrange(7)
     if way == 0:
-        return data[:place] + rng.choice(_ODD) + data[place:]
+        return data[:offset] + rng.choice(_ODD) + data[offset:]
     if way == 1:
-        return data[:place] + rng.choice(_ODD) + data[end:]
+        return data[:offset] + rng.choice(_ODD) + data[end:]
     if way == 2:
-        return data[:place] + data[end:]
+        return data[:offset] + data[end:]
     if way == 3:
-        return data[:end] + data[place:end] + data[end:]
+        return data[:end] + data[offset:end] + data[end:]
     if way == 4:
-        return data[:place]
+        return data[:offset]
     if way == 5:
         return data + rng.choice((*_ODD, b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison", b"GET / HTTP/1.1\r\n"))
-    return data[:place] + bytes([rng.randrange(256)]) + data[end:]
+    return data[:offset] + bytes([rng.randrange(256)]) + data[end:]
 
 
 # -- the head ------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def _in_head(rng: random.Random, data: bytes, change: Callable[[list[bytes]], li
 
 
 def _line_changed(rng: random.Random, head: list[bytes], lines: tuple[bytes, ...]) -> list[bytes]:
-    place = rng.randrange(1, len(head)) if len(head) > 1 else 0
-    line = head[place]
+    index = rng.randrange(1, len(head)) if len(head) > 1 else 0
+    line = head[index]
     name, colon, value = line.partition(b":")
     way = rng.randrange(16)
     if way < 6:
@@ -159,7 +159,7 @@ def _line_changed(rng: random.Random, head: list[bytes], lines: tuple[bytes, ...
             new = new[:-5] + b"a" * rng.choice(_LONG)
         at = rng.randrange(1, len(head) + 1)
         return [*head[:at], new, *head[at:]]
-    if place == 0:
+    if index == 0:
         return head
     changed: list[bytes]
     if way == 6:
@@ -183,9 +183,9 @@ def _line_changed(rng: random.Random, head: list[bytes], lines: tuple[bytes, ...
     else:
         other = rng.randrange(1, len(head))
         head = head.copy()
-        head[place], head[other] = head[other], head[place]
+        head[index], head[other] = head[other], head[index]
         return head
-    return [*head[:place], *changed, *head[place + 1 :]]
+    return [*head[:index], *changed, *head[index + 1 :]]
 
 
 _FRAMING = (
@@ -220,7 +220,7 @@ _REQUEST_LINES = (
     b"Cookie: %LONG", b"Range: bytes=0-1", b"Accept-Encoding: gzip", b"Proxy-Connection: keep-alive",
     b"X-Forwarded-For: 1.2.3.4, \xff", b"Forwarded: for=_hidden", b"Origin: null", b"x-stainless-retry-count: -1",
 )  # fmt: skip
-_ANSWER_LINES = (
+_RESPONSE_LINES = (
     *_FRAMING,
     b"Location: http://127.0.0.1:1/steal", b"Set-Cookie: a=b", b"Retry-After: -1", b"Retry-After: \xff",
     b"Retry-After: 9e9",
@@ -307,10 +307,10 @@ _TRAILERS = (
 def _body_changed(rng: random.Random, data: bytes) -> bytes:
     head, end, body = data.partition(b"\r\n\r\n")
     way = rng.randrange(8)
-    if way == 0:  # the length says something else
+    if way == 0:  # a wrong length
         body_length = len(body) + rng.choice((-2, -1, 1, 2, 7))
         head = re.sub(rb"(?i)(content-length: *)\d+", lambda found: found.group(1) + b"%d" % max(0, body_length), head)
-    elif way in (1, 2):  # in chunks, of many sizes
+    elif way in (1, 2):  # chunks of many sizes
         lines = [
             line for line in head.split(b"\r\n") if not line.lower().startswith((b"content-length", b"transfer-enc"))
         ]
@@ -319,12 +319,12 @@ def _body_changed(rng: random.Random, data: bytes) -> bytes:
         extension = rng.choice((b"", b"", b"", b";a=b", b" ;x", b";" + b"y" * 100))
         trailers = rng.choice((b"", b"", *_TRAILERS))
         body = chunked(body[:600], sizes, extension=extension, trailers=trailers)
-    elif way == 3:  # one chunk's size line is odd
+    elif way == 3:  # an odd size line
         found = list(re.finditer(rb"(?:^|\r\n)([0-9a-fA-F]+)(?=\r\n|;)", body))
         if found:
             chosen = rng.choice(found)
             body = body[: chosen.start(1)] + rng.choice(_SIZES) + body[chosen.end(1) :]
-    elif way == 4:  # one end of a line is odd
+    elif way == 4:  # an odd line break
         found = list(re.finditer(rb"\r\n", body))
         if found:
             chosen = rng.choice(found)
@@ -337,13 +337,13 @@ def _body_changed(rng: random.Random, data: bytes) -> bytes:
         body += rng.choice((b"x", b"\r\n", b"0\r\n\r\n", b"GET /smuggled HTTP/1.1\r\nHost: gw.test\r\n\r\n", body))
     elif way == 6:
         body = body[: rng.randrange(len(body) + 1)]
-    else:  # both kinds of framing
+    else:  # a length and chunks
         head += rng.choice((b"\r\nTransfer-Encoding: chunked", b"\r\nContent-Length: %d" % len(body)))
     return head + end + body
 
 
 def without(mutant: Mutant, start: int, end: int) -> Mutant:
-    """Return a mutant without some of its bytes; its cuts stay at the same bytes."""
+    """Return a mutant without some of its bytes; its cuts stay between the same bytes."""
     data = mutant.data[:start] + mutant.data[end:]
     cuts = {cut if cut <= start else max(start, cut - (end - start)) for cut in mutant.cuts}
     return replace(mutant, data=data, cuts=tuple(sorted(cut for cut in cuts if 0 < cut < len(data))))

@@ -24,7 +24,7 @@ from gateway.protocol.http1_response import parse_response
 
 __all__ = ("Difference", "Message", "Reading", "compare", "our_requests", "our_response", "requests", "response")
 
-# Larger than any mutant: that one reader has lower limits than the other moves no boundary.
+# Larger than any mutant, so that different limits of the parsers move no boundary.
 _LIMIT = 1 << 20
 _BODY = 100 * 1024 * 1024
 
@@ -33,7 +33,7 @@ End = Literal["open", "refused", "closed", "switched"]
 
 @dataclass
 class Message:
-    """A message as one reader sees it: `head_end` and `end` are offsets; `end` is None while the body is unfinished."""
+    """A message as one parser sees it: `head_end` and `end` are offsets; `end` is None while the body is unfinished."""
 
     start: tuple[str, ...]
     fields: list[tuple[bytes, bytes]]
@@ -44,7 +44,7 @@ class Message:
 
 @dataclass
 class Reading:
-    """The messages of a connection, and what the reader does after them: it waits, refuses, closes, or switches."""
+    """The messages of a connection, and what the parser does after them: wait, refuse, close, or switch protocols."""
 
     messages: list[Message] = field(default_factory=list)
     end: End = "open"
@@ -52,13 +52,13 @@ class Reading:
 
     @property
     def whole(self) -> bool:
-        """Whether every byte belongs to a whole message, as far as the reader goes."""
+        """Whether every byte belongs to a complete message, as far as the parser reads."""
         return self.end != "refused" and bool(self.messages) and self.messages[-1].end is not None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two readings differ. `moved` says that both accept, and see a boundary or a field elsewhere."""
+    """A difference between two readings. `moved`: both accept, but see another boundary or other fields."""
 
     kind: str
     moved: bool
@@ -68,11 +68,11 @@ class Difference:
 
 
 def our_requests(pieces: Sequence[bytes]) -> Reading:
-    """Read requests as a client's connection does, with the reads cut at the pieces."""
+    """Read requests as a client connection does; each piece is one read."""
     reading = Reading()
     heads = HeadReader()
     check: HeadCheck | None = None
-    data, offset, came = b"", 0, 0  # not read yet, where it begins, and where it ends
+    data, offset, came = b"", 0, 0  # unread bytes, the offset of their first, and the offset of their end
     body: ChunkedDecoder | int | None = None
     for piece in pieces:
         data += piece
@@ -127,7 +127,7 @@ def our_requests(pieces: Sequence[bytes]) -> Reading:
 
 
 def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
-    """Read the response to a GET or a POST as a connection to Azure does: interim ones are skipped, and one is read."""
+    """Read one response to a GET or a POST as an upstream connection does, after interim responses."""
     reading = Reading()
     data, offset, came = b"", 0, 0
     body: ChunkedDecoder | int | None = None
@@ -177,13 +177,13 @@ def our_response(pieces: Sequence[bytes], *, eof: bool) -> Reading:
     if eof and until_close:
         reading.messages[0].end = came
     if not reading.messages and re.search(rb"(?<!\r)\n", data):
-        # Nothing can make this head a valid one, but it is refused only when it ends, or time is up.
+        # This head can never become valid, but it is refused only at its end or at the timeout.
         return _refused(reading, "a bare LF in a head that has not ended")
     return reading
 
 
 def _take(body: ChunkedDecoder | int, data: bytes) -> tuple[bytes, bytes, bool]:
-    """Return the bytes of a body, what follows its end, and whether it has ended. Raises Malformed."""
+    """Return bytes of the body, the bytes after its end, and whether it has ended. Raises MalformedMessage."""
     if isinstance(body, int):
         return data[:body], data[body:], len(data) >= body
     taken = body.feed(data)
@@ -205,12 +205,12 @@ def _refused(reading: Reading, why: str) -> Reading:
 
 
 def requests(pieces: Sequence[bytes], loop: asyncio.AbstractEventLoop) -> Reading:
-    """Read requests as aiohttp's C parser does. It is fed byte by byte: so it tells where each part ends."""
+    """Read requests with aiohttp's C parser, byte by byte, so that it shows where each part ends."""
     return _judged(pieces, loop, HttpRequestParser, lambda message: (message.method, message.path))
 
 
 def response(pieces: Sequence[bytes], loop: asyncio.AbstractEventLoop, *, eof: bool) -> Reading:
-    """Read a response as aiohttp's C parser does, its interim ones left out."""
+    """Read a response with aiohttp's C parser, after interim responses."""
     return _judged(pieces, loop, HttpResponseParser, lambda message: (str(message.code),), eof=eof)
 
 
@@ -223,8 +223,8 @@ def _judged(
     eof: bool = False,
 ) -> Reading:
     reading = Reading()
-    answers = parser_class is HttpResponseParser
-    more = {"read_until_eof": True} if answers else {}
+    responses = parser_class is HttpResponseParser
+    more = {"read_until_eof": True} if responses else {}
     parser = parser_class(
         BaseProtocol(loop),
         loop,
@@ -239,28 +239,28 @@ def _judged(
     current: Message | None = None
     closing = False
     data = b"".join(pieces)
-    for place in range(len(data)):
+    for offset in range(len(data)):
         try:
-            messages, switched, _ = parser.feed_data(data[place : place + 1])
+            messages, switched, _ = parser.feed_data(data[offset : offset + 1])
         except Exception as exc:
             if closing and current is None:
                 reading.end = "closed"
                 return reading
             return _refused(reading, f"{type(exc).__name__}: {str(exc).partition(chr(10))[0]}")
         for message, content in messages:
-            if answers and message.code < 200 and message.code != 101:
+            if responses and message.code < 200 and message.code != 101:
                 continue
             fields = [(name.lower(), value.strip(b" \t")) for name, value in message.raw_headers]
-            current, payload = Message(start(message), fields, place + 1), content
+            current, payload = Message(start(message), fields, offset + 1), content
             closing = message.should_close
             reading.messages.append(current)
         if current is not None and payload is not None:
             if payload.exception() is not None:
                 return _refused(reading, str(payload.exception()))
             if payload.is_eof():
-                current.body, current.end = _content(payload), place + 1
+                current.body, current.end = _content(payload), offset + 1
                 current = payload = None
-                if answers:
+                if responses:
                     return reading
         if switched:
             reading.end = "switched"
@@ -290,10 +290,10 @@ def _content(payload: Any) -> bytes:
 def compare(ours: Reading, theirs: Reading) -> Difference | None:
     """Return how two readings of the same bytes differ, or None.
 
-    Stricter is fine: where ours refuses, what the judge goes on to read does not count.
+    Our parser may be stricter: after it refuses, the judge's further messages do not count.
     """
-    for place, (mine, judged) in enumerate(zip(ours.messages, theirs.messages, strict=False)):
-        last = place + 1 == min(len(ours.messages), len(theirs.messages))
+    for index, (mine, judged) in enumerate(zip(ours.messages, theirs.messages, strict=False)):
+        last = index + 1 == min(len(ours.messages), len(theirs.messages))
         if mine.start != judged.start:
             return Difference("the start lines differ", moved=True)
         if mine.head_end != judged.head_end:
@@ -307,7 +307,7 @@ def compare(ours: Reading, theirs: Reading) -> Difference | None:
         if mine.body != judged.body and mine.end is not None:
             return Difference("the bodies differ", moved=True)
         fields = _but_hops(judged.fields)
-        if place:  # the judge shows the trailers of a body among the fields of the next message
+        if index:  # the judge puts the trailers of a body among the fields of the next message
             fields = fields[len(fields) - len(mine.fields) :]
         if mine.fields != fields:
             return Difference("the header fields differ", moved=True)
@@ -324,15 +324,15 @@ def compare(ours: Reading, theirs: Reading) -> Difference | None:
             return Difference(f"ours refuses: {ours.why}", moved=False)
         if ours.end != "open":
             return Difference(f"ours is {ours.end}, the judge goes on", moved=False)
-        return Difference("ours still waits where the judge has a message more", moved=True)
+        return Difference("ours still waits, the judge has one message more", moved=True)
     if theirs.end == "refused":
         return Difference(f"only the judge refuses: {theirs.why}", moved=False)
     if theirs.end != "open":
         return Difference(f"the judge is {theirs.end}, ours goes on", moved=theirs.end == "closed")
-    return Difference("ours has a message more where the judge still waits", moved=True)
+    return Difference("ours has one message more, the judge still waits", moved=True)
 
 
 def _but_hops(fields: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return the fields without those that `Connection` names: ours leaves them out."""
+    """Return the fields without the hop-by-hop fields that `Connection` names; ours removes them."""
     names = {token.strip() for name, value in fields if name == b"connection" for token in value.lower().split(b",")}
     return [each for each in fields if each[0] not in names]

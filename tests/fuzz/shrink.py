@@ -1,4 +1,4 @@
-"""Makes a failing mutant smaller, as long as it fails in the same way."""
+"""Shrinks a failing mutant while it fails in the same way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ("shrink",)
 
 
 async def shrink(mutant: Mutant, fails: Callable[[Mutant], Awaitable[bool]], tries: int = 300) -> Mutant:
-    """Return a smaller mutant that `fails`, after so many tries at most: fewer cuts, lines, then bytes."""
+    """Return a smaller mutant that `fails`, after at most `tries`: with fewer cuts, then lines, then bytes."""
     left = tries
 
     async def still(candidate: Mutant) -> bool:
@@ -31,21 +31,21 @@ async def shrink(mutant: Mutant, fails: Callable[[Mutant], Awaitable[bool]], tri
     ):
         if simpler != mutant and await still(simpler):
             mutant = simpler
-    place = 0
+    offset = 0
     lines = [found.end() for found in re.finditer(rb"\r\n|\Z", mutant.data)]
-    for end in reversed(lines):  # from the end, so that the places before stay right
-        place = max((each for each in lines if each < end), default=0)
-        smaller = without(mutant, place, end)
+    for end in reversed(lines):  # from the end, so that earlier offsets stay valid
+        offset = max((each for each in lines if each < end), default=0)
+        smaller = without(mutant, offset, end)
         if smaller.data and await still(smaller):
             mutant = smaller
     size = len(mutant.data) // 2
     while size and left > 0:
-        place = 0
-        while place < len(mutant.data):
-            smaller = without(mutant, place, min(len(mutant.data), place + size))
+        offset = 0
+        while offset < len(mutant.data):
+            smaller = without(mutant, offset, min(len(mutant.data), offset + size))
             if smaller.data and await still(smaller):
                 mutant = smaller
             else:
-                place += size
+                offset += size
         size //= 2
     return mutant

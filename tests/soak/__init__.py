@@ -1,1 +1,1 @@
-"""An hour of mixed traffic through one gateway, which must then hold no more than in the beginning: `make soak`."""
+"""An hour of mixed traffic through one gateway, which must hold no more at the end than at the start: `make soak`."""

@@ -1,9 +1,9 @@
-"""`python -m tests.soak`: mixed traffic for `$SOAK_SECONDS` (an hour); exits with 1 where something is wrong or left.
+"""`python -m tests.soak`: mixed traffic for `$SOAK_SECONDS` (an hour); exits with 1 if something is wrong or left.
 
-In each of twelve rounds there is traffic, then silence: all connections are closed, and the gateway's process is
-looked at. Tasks, threads and descriptors must be as many as after the first round (two descriptors more are let pass:
-a file that is just read). Of memory, the least of the second half's rounds may be at most 10 % or 8 MB above the
-least of the first half's, without the first sixth: what is kept for reuse has filled by then.
+Each of twelve rounds has traffic, then silence: all connections are closed, and the gateway's process is inspected.
+Tasks, threads and descriptors must be as many as after the first round; two more descriptors are accepted, for a file
+that is being read. The minimum memory of the second half may be at most 10 % or 8 MB above that of the first half,
+without the first sixth, in which caches fill.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ("Census", "Run", "judge", "soak", "started")
 _MOST_SECONDS = 24 * 3600
 _ROUNDS = 12
 _CLIENTS = 16
-# The mean pause, in seconds, of a client between two requests: moderate, so that it can share a core.
+# Mean pause of a client between two requests, in seconds; the run can share a core.
 _PAUSE = 0.15
 _MB = 1024 * 1024
 
@@ -56,7 +56,7 @@ pipeline:
 
 @dataclass(frozen=True)
 class Census:
-    """What the gateway's process holds while nothing goes on; memory in bytes."""
+    """Resources of the idle gateway process; memory in bytes."""
 
     memory: int
     descriptors: int
@@ -69,7 +69,7 @@ class Census:
 
 
 def judge(rounds: list[Census]) -> list[str]:
-    """Return what grew from round to round, in words; nothing where all is as in the beginning."""
+    """Return a description of each resource that grew; an empty list if none did."""
     grown = []
     first, last = rounds[0], rounds[-1]
     for name, slack in (("tasks", 0), ("threads", 0), ("descriptors", 2)):
@@ -85,7 +85,7 @@ def judge(rounds: list[Census]) -> list[str]:
 
 
 class _Gateway:
-    """A gateway's process, and what it logs."""
+    """A gateway's process and its log."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -102,7 +102,7 @@ class _Gateway:
             try:
                 event: dict[str, Any] = json.loads(text)
             except ValueError:
-                event = {"level": "error"}  # only what is no event of ours is no JSON: a traceback, a warning
+                event = {"level": "error"}  # log events are JSON; this is a traceback or a warning
             if KEY in text:
                 self.wrong.append("a key in the log")
             if event.get("level") in ("error", "critical"):
@@ -116,7 +116,7 @@ class _Gateway:
 
 @contextlib.asynccontextmanager
 async def started(folder: Path) -> AsyncIterator[tuple[_Gateway, asyncio.subprocess.Process]]:
-    """Start a fake Azure and a gateway in front of it."""
+    """Start a fake Azure, and a gateway in front of it."""
     azure = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "tests.soak.azure", stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -166,7 +166,7 @@ class Run:
         self._rng = random.Random(seed)
 
     async def traffic(self, seconds: float, reload_after: float) -> None:
-        """Send mixed traffic for so long, with a reload now and then."""
+        """Send mixed traffic for `seconds`, with a reload every `reload_after` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + seconds
         clients = [Clients(self.gateway.port, random.Random(self._rng.random())) for _ in range(_CLIENTS)]
@@ -204,10 +204,10 @@ class Run:
         self.gateway.process.send_signal(signal.SIGHUP)
 
     async def settle(self) -> Census:
-        """Close everything, wait until the gateway has let go, and look at it."""
+        """Close all connections, wait until the gateway has released everything, and take a census."""
         await asyncio.sleep(1)
         self.azure.send_signal(signal.SIGUSR1)
-        await asyncio.sleep(2.5)  # sets of stages that are stopped are collected a second after
+        await asyncio.sleep(2.5)  # old stages are garbage-collected one second after they stop
         best: Census | None = None
         for _ in range(20):
             census = await self._census()
@@ -227,11 +227,11 @@ class Run:
         finally:
             writer.close()
         told = json.loads(body)
-        place = Path("/proc", str(self.gateway.process.pid))
-        pages = int((place / "statm").read_text().split()[1])
+        proc = Path("/proc", str(self.gateway.process.pid))
+        pages = int((proc / "statm").read_text().split()[1])
         return Census(
             pages * os.sysconf("SC_PAGE_SIZE"),
-            len(os.listdir(place / "fd")),
+            len(os.listdir(proc / "fd")),
             told["tasks"],
             told["threads"],
             str(told["by_coroutine"]),
@@ -239,7 +239,7 @@ class Run:
 
 
 async def soak(seconds: float, seed: int) -> list[str]:
-    """Run for so long; returns what is wrong, in words."""
+    """Run for `seconds`; return a description of everything that is wrong."""
     rounds: list[Census] = []
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -258,8 +258,8 @@ async def soak(seconds: float, seed: int) -> list[str]:
     wrong += [f"{count} times {what}" for what, count in run.failures.most_common(20)]
     wrong += [f"logged: {text[:600]}" for text in gateway.wrong[:20]]
     if asked and not reloads:
-        wrong.append(f"{asked} reloads were asked for, and none was logged")
-    _say(f"{reloads} reloads, {asked} asked for")
+        wrong.append(f"{asked} reloads were requested, and none was logged")
+    _say(f"{reloads} reloads, {asked} requested")
     return wrong
 
 
@@ -276,7 +276,7 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """Run it; the exit status is 1 if something is wrong."""
+    """Run the soak; return 1 if something is wrong."""
     argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__).parse_args()
     seconds = float(os.environ.get("SOAK_SECONDS") or 3600)
     if not 12 <= seconds <= _MOST_SECONDS:
@@ -285,7 +285,7 @@ def main() -> int:
     wrong = asyncio.run(soak(seconds, seed=14))
     for each in wrong:
         _say(f"FAILED {each}")
-    _say("failed" if wrong else "passed: memory, tasks, threads and descriptors are as in the beginning")
+    _say("failed" if wrong else "passed: memory, tasks, threads and descriptors are as at the start")
     return 1 if wrong else 0
 
 

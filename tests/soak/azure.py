@@ -1,6 +1,6 @@
-"""The fake Azure of `make soak`, in a process of its own: `python -m tests.soak.azure`. Prints its port.
+"""The fake Azure of `make soak`, in its own process: `python -m tests.soak.azure`. Prints its port.
 
-A request says in `x-do` what it wants, and in `x-nonce` what every answer and event must tell.
+A request chooses its response in `x-do`; every response and event repeats its `x-nonce`.
 SIGUSR1 closes every connection.
 """
 
@@ -17,7 +17,7 @@ from aiohttp import web
 __all__ = ("LARGE", "event")
 
 LARGE = 400
-"""Events of a large stream, of some 4 KB each."""
+"""Number of events in a large stream, of some 4 KB each."""
 
 _JSON = {"content-type": "application/json"}
 _SSE = {"content-type": "text/event-stream"}
@@ -41,7 +41,7 @@ async def _answer(request: web.BaseRequest) -> web.StreamResponse:
     if request.headers.get("upgrade", "").lower() == "websocket":
         return await _speak(request)
     transport = request.transport
-    if wish == "early":  # before the body has come
+    if wish == "early":  # before the body has arrived
         return web.Response(status=413, headers=_JSON, text=json.dumps({"error": {"message": nonce, "code": "413"}}))
     digest, size = hashlib.sha256(), 0
     async for piece in request.content.iter_chunked(65536):
@@ -81,7 +81,7 @@ async def _answer(request: web.BaseRequest) -> web.StreamResponse:
 
 
 async def _stream(request: web.BaseRequest, nonce: str, wish: str) -> web.StreamResponse:
-    """Stream as `stream COUNT SECONDS ENDING` says."""
+    """Stream as `stream COUNT SECONDS ENDING` requests."""
     _, count, seconds, ending = wish.split()
     filling = "x" * 4000 if int(count) >= LARGE else ""
     response = web.StreamResponse(headers=_SSE)
@@ -98,7 +98,7 @@ async def _stream(request: web.BaseRequest, nonce: str, wish: str) -> web.Stream
 
 
 async def _speak(request: web.BaseRequest) -> web.StreamResponse:
-    """Say on a WebSocket what comes, once more."""
+    """Echo the messages of a WebSocket."""
     socket = web.WebSocketResponse(max_msg_size=0)
     await socket.prepare(request)
     async for message in socket:

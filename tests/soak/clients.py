@@ -1,4 +1,4 @@
-"""The clients of `make soak`: each kind does one thing through the gateway, and checks every byte it gets back."""
+"""The clients of `make soak`: each kind does one thing through the gateway and checks every byte of the response."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ("KEY", "KINDS", "Clients", "Wrong")
 KEY = "soak-client-key-4711"
 _AUTH = {"authorization": f"Bearer {KEY}"}
 _numbers = count()
-# How long, in seconds, one request may take: only what hangs takes as long.
+# Seconds that one request may take; only a hang takes as long.
 _DEADLINE = 60.0
 
 
 class Wrong(Exception):
-    """An answer that is none to this request, or not whole."""
+    """A response that belongs to another request or is incomplete."""
 
 
 def _check(condition: object, what: str, shown: object = "") -> None:
@@ -34,7 +34,7 @@ def _check(condition: object, what: str, shown: object = "") -> None:
 
 
 async def _sized_answer(reader: asyncio.StreamReader) -> bytes:
-    """Read an answer that tells its length, and return its body."""
+    """Read a response with a length and return its body."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     return await reader.readexactly(int(head.partition(b"content-length:")[2].partition(b"\r\n")[0]))
 
@@ -61,7 +61,7 @@ class Clients:
         body = {"model": "gpt-4o", "stream": stream, "messages": [{"role": "user", "content": text}]}
         return self.session.post(self.url + "/v1/chat/completions", json=body, headers=self._headers(nonce, wish))
 
-    # -- plain answers ---------------------------------------------------------------------------------
+    # -- plain responses -------------------------------------------------------------------------------
 
     async def json(self) -> None:
         """A chat completion."""
@@ -71,7 +71,7 @@ class Clients:
         _check(response.status == 200 and answer["nonce"] == nonce, "another's answer", answer)
 
     async def refused(self) -> None:
-        """What the gateway itself refuses."""
+        """A request that the gateway refuses."""
         path, headers, status = self.rng.choice(
             [
                 ("/v1/nothing", _AUTH, 404),
@@ -84,7 +84,7 @@ class Clients:
             _check(response.status == status and "error" in await response.json(), f"{path} was a {response.status}")
 
     async def upstream_error(self) -> None:
-        """An error of Azure's, and an answer that is none."""
+        """An error of Azure, or an invalid response."""
         nonce = self._nonce()
         wish = self.rng.choice(["status 400", "status 429", "status 500", "status 503", "garbage", "half", "close"])
         async with self._chat(nonce, wish) as response:
@@ -94,27 +94,27 @@ class Clients:
         _check("error" in answer and (wanted == 502 or nonce in str(answer)), wish, answer)
 
     async def late(self) -> None:
-        """Bytes after the end of Azure's answer; they belong to nobody."""
+        """Bytes after the end of Azure's response, which no client may get."""
         async with self._chat(self._nonce(), "late") as response:
-            _check(b"poison" not in await response.read(), "bytes after an answer were handed on")
+            _check(b"poison" not in await response.read(), "bytes after a response were passed on")
 
     # -- streams ---------------------------------------------------------------------------------------
 
     async def stream(self) -> None:
-        """A stream, all of it."""
+        """A complete stream."""
         nonce, events = self._nonce(), self.rng.randrange(1, 60)
         async with self._chat(nonce, f"stream {events} 0.01 done", stream=True) as response:
             got = await response.read()
         _check(got == b"".join(event(nonce, each) for each in range(events)) + b"data: [DONE]\n\n", "a stream", got)
 
     async def broken_stream(self) -> None:
-        """A stream that Azure breaks off: it ends with an error, and not as if it were whole."""
+        """A stream that Azure breaks off: it ends with an error, not as a complete one."""
         nonce, got = self._nonce(), b""
         with contextlib.suppress(aiohttp.ClientPayloadError):
             async with self._chat(nonce, "stream 5 0.005 break", stream=True) as response:
                 async for piece in response.content.iter_any():
                     got += piece
-            raise Wrong("a stream that broke off ended as if it were whole")
+            raise Wrong("a stream that broke off ended as a complete one")
         _check(b'"error"' in got and b"[DONE]" not in got, "a stream that broke off", got)
 
     async def hang_up(self) -> None:
@@ -125,7 +125,7 @@ class Clients:
         response.close()
 
     async def slow_reader(self) -> None:
-        """A client with a small buffer that reads a large stream slowly, and then leaves, or asks again."""
+        """A client with a small buffer that reads a large stream slowly, then leaves or sends another request."""
         nonce = self._nonce()
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -156,7 +156,7 @@ class Clients:
             again = self._nonce()
             writer.write(self._raw(again, "json", b'{"model":"gpt-4o"}'))
             got = await _sized_answer(reader)
-            _check(again.encode() in got, "the answer after a slow stream", got)
+            _check(again.encode() in got, "the response after a slow stream", got)
         finally:
             writer.close()
 
@@ -178,16 +178,16 @@ class Clients:
         return form, "multipart/form-data; boundary=cut"
 
     async def upload(self) -> None:
-        """A file, with its length or in chunks of any size, that must arrive whole."""
+        """A file with a length, or in chunks of any size, that must arrive complete."""
         nonce, wish = self._nonce(), self.rng.choice(("json", "json", "json", "early"))
         form, kind = self._form()
 
         async def pieces() -> AsyncIterator[bytes]:
-            place = 0
-            while place < len(form):
+            offset = 0
+            while offset < len(form):
                 size = self.rng.choice((1, 3, 100, 4000, 65_536, 500_000))
-                yield form[place : place + size]
-                place += size
+                yield form[offset : offset + size]
+                offset += size
 
         data = form if self.rng.random() < 0.3 else pieces()
         headers = {**self._headers(nonce, wish), "content-type": kind}
@@ -197,7 +197,7 @@ class Clients:
         except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
             if wish != "early":
                 raise
-            return  # the answer came before the upload was over, and aiohttp was still writing
+            return  # the response arrived while aiohttp was still uploading
         if wish == "early":
             _check(response.status == 413, f"an early 413 was a {response.status}", answer)
             return
@@ -205,7 +205,7 @@ class Clients:
         _check(answer["sha256"] == hashlib.sha256(form).hexdigest(), f"{answer['size']} of {len(form)} bytes arrived")
 
     async def upload_in_pieces(self) -> None:
-        """A file in chunks whose sizes and bytes leave in writes of their own, as with Python's `requests`."""
+        """A file in chunks, with separate writes for sizes and bytes, as Python's `requests` sends it."""
         nonce, (form, kind) = self._nonce(), self._form(100, 5000)
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
@@ -213,10 +213,10 @@ class Clients:
                 f"POST /v1/files HTTP/1.1\r\nHost: gw.test\r\nAuthorization: Bearer {KEY}\r\nX-Nonce: {nonce}\r\n"
                 f"X-Do: json\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
             )
-            place = 0
-            while place < len(form):
-                piece = form[place : place + self.rng.choice((10, 1000, 5000))]
-                place += len(piece)
+            offset = 0
+            while offset < len(form):
+                piece = form[offset : offset + self.rng.choice((10, 1000, 5000))]
+                offset += len(piece)
                 for part in (b"%x\r\n" % len(piece), piece, b"\r\n"):
                     writer.write(part)
                     await writer.drain()
@@ -248,7 +248,7 @@ class Clients:
     # -- WebSockets ------------------------------------------------------------------------------------
 
     async def websocket(self) -> None:
-        """Messages on a WebSocket, each said back; then it is closed, or left."""
+        """Messages on a WebSocket that Azure echoes; then a close, or a lost connection."""
         url = self.url + "/v1/realtime?model=gpt-4o"
         async with self.session.ws_connect(url, headers=_AUTH, max_msg_size=0) as opened:
             for _ in range(self.rng.randrange(1, 8)):
@@ -275,4 +275,4 @@ KINDS: dict[str, tuple[int, Callable[[Clients], Awaitable[None]]]] = {
     "broken_upload": (4, Clients.broken_upload),
     "websocket": (6, Clients.websocket),
 }
-"""By name: how often in comparison, and what is done."""
+"""By name: the weight, and the action."""

@@ -1,4 +1,4 @@
-"""`census`: answers `GET /v1/census` with what the gateway's process holds, as only the process itself can tell."""
+"""`census`: answers `GET /v1/census` with tasks and threads, which only the process itself can count."""
 
 import asyncio
 import gc
@@ -9,7 +9,7 @@ from gateway import Next, Request, Response, Stage
 
 
 class Census(Stage):
-    """Answer one path with the number of tasks, by their coroutines, and of threads."""
+    """Answer one path with the number of tasks, by coroutine, and of threads."""
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         if request.path != "/census":

@@ -6,19 +6,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ("Answer", "BadAnswer", "read_answers")
+__all__ = ("BadResponse", "Response", "read_responses")
 
 _HEAD = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+): ?([\t -~\x80-\xff]*)")
 
 
-class BadAnswer(Exception):
-    """The gateway wrote what is no HTTP."""
+class BadResponse(Exception):
+    """The gateway wrote invalid HTTP."""
 
 
 @dataclass
-class Answer:
-    """One response; interim ones are left out."""
+class Response:
+    """One final response."""
 
     status: int
     fields: dict[bytes, bytes]
@@ -27,60 +27,60 @@ class Answer:
 
     @property
     def closes(self) -> bool:
-        """Whether it says that the connection ends with it."""
+        """Whether the response has `Connection: close`."""
         return self.fields.get(b"connection", b"").lower() == b"close"
 
 
-def read_answers(data: bytes, methods: Sequence[str], *, ended: bool) -> list[Answer]:
-    """Return the responses in `data` to requests of these methods; `ended` says that the connection ended cleanly.
+def read_responses(data: bytes, methods: Sequence[str], *, ended: bool) -> list[Response]:
+    """Return the responses in `data` to requests with these methods; `ended` means that the connection ended cleanly.
 
-    Raises BadAnswer.
+    Raises BadResponse.
     """
-    answers: list[Answer] = []
+    responses: list[Response] = []
     while data:
         head, end, rest = data.partition(b"\r\n\r\n")
         if not end:
             if not data.startswith(b"HTTP/1.1 "[: len(data)]):
-                raise BadAnswer(f"bytes after a response: {data[:80]!r}")
+                raise BadResponse(f"bytes after a response: {data[:80]!r}")
             break
         first, *lines = head.split(b"\r\n")
         found = _HEAD.fullmatch(first)
         if found is None:
-            raise BadAnswer(f"a status line: {first[:80]!r}")
+            raise BadResponse(f"a status line: {first[:80]!r}")
         status = int(found.group(1))
         fields: dict[bytes, bytes] = {}
         for line in lines:
             named = _FIELD.fullmatch(line)
             if named is None:
-                raise BadAnswer(f"a line of a head: {line[:80]!r}")
+                raise BadResponse(f"a line of a head: {line[:80]!r}")
             name = named.group(1).lower()
             if name in fields and name in (b"content-length", b"transfer-encoding", b"connection", b"x-request-id"):
-                raise BadAnswer(f"a field twice: {name!r}")
+                raise BadResponse(f"a field twice: {name!r}")
             fields[name] = named.group(2).strip()
         framed = [name for name in (b"content-length", b"transfer-encoding") if name in fields]
         if len(framed) == 2 or (framed and (status < 200 or status == 204)):
-            raise BadAnswer(f"a {status} with {framed}")
+            raise BadResponse(f"a {status} with {framed}")
         data = rest
         if status < 200 and status != 101:
             continue
-        answer = Answer(status, fields, b"", whole=True)
-        answers.append(answer)
-        method = methods[len(answers) - 1] if len(answers) <= len(methods) else "GET"
+        response = Response(status, fields, b"", whole=True)
+        responses.append(response)
+        method = methods[len(responses) - 1] if len(responses) <= len(methods) else "GET"
         if status == 101:
             break
-        if status in (204, 304) or (method == "HEAD" and not (answer.closes and data)):
+        if status in (204, 304) or (method == "HEAD" and not (response.closes and data)):
             continue
         if b"transfer-encoding" in fields:
-            answer.body, data, answer.whole = _in_chunks(data)
+            response.body, data, response.whole = _in_chunks(data)
         elif b"content-length" in fields:
             length = int(fields[b"content-length"])
-            answer.body, data = data[:length], data[length:]
-            answer.whole = len(answer.body) == length
+            response.body, data = data[:length], data[length:]
+            response.whole = len(response.body) == length
         else:
-            answer.body, data, answer.whole = data, b"", ended
-        if not answer.whole:
+            response.body, data, response.whole = data, b"", ended
+        if not response.whole:
             break
-    return answers
+    return responses
 
 
 def _in_chunks(data: bytes) -> tuple[bytes, bytes, bool]:
@@ -90,15 +90,15 @@ def _in_chunks(data: bytes) -> tuple[bytes, bytes, bool]:
         if not end:
             return body, b"", False
         if not re.fullmatch(rb"[0-9a-f]+", line):
-            raise BadAnswer(f"a chunk's size: {line[:80]!r}")
+            raise BadResponse(f"a chunk's size: {line[:80]!r}")
         size = int(line, 16)
         if size == 0:
             if rest[:2] not in (b"\r\n", b"\r", b""):
-                raise BadAnswer(f"a trailer: {rest[:80]!r}")
+                raise BadResponse(f"a trailer: {rest[:80]!r}")
             return body, rest[2:], len(rest) >= 2
         body += rest[:size]
         if len(rest) < size + 2:
             return body, b"", False
         if rest[size : size + 2] != b"\r\n":
-            raise BadAnswer(f"a chunk's end: {rest[size : size + 80]!r}")
+            raise BadResponse(f"a chunk's end: {rest[size : size + 80]!r}")
         data = rest[size + 2 :]
