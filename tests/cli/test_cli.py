@@ -180,7 +180,7 @@ async def test_the_go_proxy_s_flags_and_file_start_the_gateway(flags: str, azure
         events = await until_it_listens(process)
         assert process.stderr is not None
         if "workers" in flags:
-            while events[-1]["event"] != "workers ready":
+            while events[-1]["event"] != "workers_ready":
                 events.append(json.loads(await process.stderr.readline()))
         port = int(events[-1]["address"].rpartition(":")[2])
         assert events[-1]["address"].startswith("0.0.0.0:")

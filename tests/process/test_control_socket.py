@@ -75,7 +75,7 @@ def path(tmp_path: Path) -> Path:
         (0, STRANGER, 0, None, str(STRANGER), None),
         (0, STRANGER, 0, None, None, rf"any local user can pose as a gateway.*gateway reload --user {STRANGER}"),
         (0, STRANGER, 0, 7, None, "any local user can pose"),
-        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} answers .*, and not 7"),
+        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} serves .*, not one of 7"),
         (0, STRANGER, 0, None, "no-such-user", "there is no user 'no-such-user' here"),
         (7, 7, 0, None, None, None),
         (7, STRANGER, 0, None, None, "as another user"),
@@ -101,10 +101,10 @@ def test_who_is_believed(
     monkeypatch.setattr(pwd, "getpwnam", getpwnam)
     with squatter(path, b'{"changes": ["yes"]}'):
         if refused is None:
-            assert control.ask(path, user).changes == ["yes"]
+            assert control.request_reload(path, user).changes == ["yes"]
         else:
             with pytest.raises(GatewayNotRunning, match=f"(?i){refused}"):
-                control.ask(path, user)
+                control.request_reload(path, user)
 
 
 def test_root_is_told_how_to_ask_a_gateway_of_another_user(
@@ -113,7 +113,7 @@ def test_root_is_told_how_to_ask_a_gateway_of_another_user(
     """`gateway reload` prints it, has status 1, and has sent nothing; with `--user` it asks."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(control, "_user", lambda sock: STRANGER)
-    monkeypatch.setattr(control, "_believed", lambda config: {0})
+    monkeypatch.setattr(control, "_trusted_users", lambda config: {0})
     with squatter(path, b'{"changes": ["one \\u001b[2J"]}'):
         assert main(["reload", "--config", str(path)]) == 1
         printed = capsys.readouterr()
@@ -125,11 +125,11 @@ def test_root_is_told_how_to_ask_a_gateway_of_another_user(
 
 def test_an_answer_has_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And an answer that is no report is no reload."""
-    monkeypatch.setattr(control, "_LARGEST", 100_000)
+    monkeypatch.setattr(control, "_MAX_REPORT", 100_000)
     with squatter(path, b" " * 200_000), pytest.raises(GatewayNotRunning, match="too large"):
-        control.ask(path)
-    with squatter(path, b"hello"), pytest.raises(GatewayNotRunning, match="ended before it had reloaded"):
-        control.ask(path)
+        control.request_reload(path)
+    with squatter(path, b"hello"), pytest.raises(GatewayNotRunning, match="ended before the reload was complete"):
+        control.request_reload(path)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ async def test_a_name_that_is_taken_is_told_and_tried_again(
 ) -> None:
     """The log says by which process of which user, once; when the name is free again, the gateway has it."""
     logs.configure("info", "json", sys.stderr)
-    monkeypatch.setattr(control, "_TRY_AGAIN", 0.02)
+    monkeypatch.setattr(control, "_RETRY_INTERVAL", 0.02)
     monkeypatch.setattr(control, "_peer", lambda sock: (4711, user))
     events: list[dict[str, str]] = []
 
@@ -150,9 +150,9 @@ async def test_a_name_that_is_taken_is_told_and_tried_again(
 
     with squatter(path):
         async with listening(path):
-            await until(lambda: told("cannot reach"))
+            await until(lambda: told("reload_socket_unavailable"))
             await asyncio.sleep(0.1)
-    events_before = [each for each in events if "cannot reach" in each["event"]]
+    events_before = [each for each in events if each["event"] == "reload_socket_unavailable"]
     assert len(events_before) == 1
     assert "process 4711" in events_before[0]["reason"]
     assert said in events_before[0]["reason"]
@@ -161,10 +161,10 @@ async def test_a_name_that_is_taken_is_told_and_tried_again(
     with contextlib.ExitStack() as taken:
         taken.enter_context(squatter(path))
         async with listening(path):
-            await until(lambda: told("cannot reach"))
+            await until(lambda: told("reload_socket_unavailable"))
             taken.close()
-            await until(lambda: told("can reach this gateway again"))
-            assert (await asyncio.to_thread(control.ask, path)).changes == ["mine"]
+            await until(lambda: told("reload_socket_available"))
+            assert (await asyncio.to_thread(control.request_reload, path)).changes == ["mine"]
 
 
 async def test_a_lack_of_descriptors_passes(
@@ -172,7 +172,7 @@ async def test_a_lack_of_descriptors_passes(
 ) -> None:
     """No socket can be had at first: it is tried again."""
     logs.configure("info", "json", sys.stderr)
-    monkeypatch.setattr(control, "_TRY_AGAIN", 0.02)
+    monkeypatch.setattr(control, "_RETRY_INTERVAL", 0.02)
     original, left = control._listening, 3
 
     def listening_late(config: Path) -> socket.socket:
@@ -185,5 +185,5 @@ async def test_a_lack_of_descriptors_passes(
     monkeypatch.setattr(control, "_listening", listening_late)
     async with listening(path):
         await until(lambda: left < 0)
-        assert (await asyncio.to_thread(control.ask, path)).changes == ["mine"]
+        assert (await asyncio.to_thread(control.request_reload, path)).changes == ["mine"]
     assert capfd.readouterr().err.count("Too many open files") == 1

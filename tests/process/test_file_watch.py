@@ -34,7 +34,7 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_EVERY", 0.02)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.02)
 
 
 def sources_of(path: Path) -> Sources:

@@ -204,7 +204,7 @@ async def test_any_error_keeps_the_old_set(
     """It serves as before, and what of the new one had started is stopped; a mended file is taken."""
     running = await start()
     if "never" in new:
-        monkeypatch.setattr(renewal, "_PATIENCE", 0.2)
+        monkeypatch.setattr(renewal, "_PREPARE_TIMEOUT", 0.2)
     report = await running.reload((old, new))
     monkeypatch.undo()
     (told,) = report.mistakes
@@ -228,7 +228,7 @@ async def test_a_bug_keeps_the_old_set_and_tells_no_secret(start: Start, monkeyp
 
     monkeypatch.setattr(renewal, "diff", fails)
     report = await running.reload(("mark: first", "mark: second"))
-    assert report.mistakes == ["ValueError; the log has more"]
+    assert report.mistakes == ["ValueError; see the log"]
     assert "sesame" not in str(running.gateway.events)
     assert await running.name() == "first"
 
@@ -431,7 +431,7 @@ async def test_files_that_failed_are_tried_again_when_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not before: the log would fill."""
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     (tmp_path / "file").write_text("0")
     tried: list[str] = []
 
@@ -463,24 +463,24 @@ async def test_only_root_and_the_gateway_s_user_may_ask(tmp_path: Path, monkeypa
 
     path = tmp_path / "gateway.yaml"
     async with going(reloads(tmp_path, reload)):
-        assert (await asyncio.to_thread(control.ask, path)).same
+        assert (await asyncio.to_thread(control.request_reload, path)).same
         monkeypatch.setattr(control, "_user", lambda sock: 12345)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         with pytest.raises(GatewayNotRunning):
-            await asyncio.to_thread(control.ask, path)
+            await asyncio.to_thread(control.request_reload, path)
         assert asked == 1
         monkeypatch.setattr(os, "geteuid", lambda: 99)
         with pytest.raises(GatewayNotRunning, match="as another user"):
-            await asyncio.to_thread(control.ask, path)
+            await asyncio.to_thread(control.request_reload, path)
         monkeypatch.undo()
-        monkeypatch.setattr(control, "_ORDER", b"stop!!\n")
-        answered = asyncio.create_task(asyncio.to_thread(control.ask, path))
+        monkeypatch.setattr(control, "_COMMAND", b"stop!!\n")
+        answered = asyncio.create_task(asyncio.to_thread(control.request_reload, path))
         await asyncio.sleep(0)
         monkeypatch.undo()
         with contextlib.suppress(GatewayNotRunning):
             await answered
     with pytest.raises(GatewayNotRunning, match=r"no gateway with the configuration .*gateway\.yaml runs here"):
-        control.ask(path)
+        control.request_reload(path)
 
 
 async def test_a_second_gateway_on_one_file_goes_on_without_a_socket(
@@ -493,9 +493,9 @@ async def test_a_second_gateway_on_one_file_goes_on_without_a_socket(
         return Prepared(ReloadReport(changes=[str(which)]), WatchedState())
 
     async with going(reloads(tmp_path, lambda: reload(1))), going(second := reloads(tmp_path, lambda: reload(2))):
-        assert (await asyncio.to_thread(control.ask, tmp_path / "gateway.yaml")).changes == ["1"]
+        assert (await asyncio.to_thread(control.request_reload, tmp_path / "gateway.yaml")).changes == ["1"]
         assert (await second.ask()).changes == ["2"]
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if "cannot reach" in line)
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "reload_socket_unavailable" in line)
     assert json.loads(line)["level"] == "warning"
 
 
@@ -609,7 +609,7 @@ async def served(azure: FakeAzure, folder: Path, *flags: str, yaml: str = YAML, 
     )  # fmt: skip
     running = Served(process, folder)
     try:
-        await running.until("workers ready" if "--workers" in flags else "listening")
+        await running.until("workers_ready" if "--workers" in flags else "listening")
         yield running
         if process.returncode is None:
             process.terminate()
@@ -636,16 +636,16 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
             0, "resource azure: api_key: *** -> *** (changed)\nteam default: mark.name: first -> second\n", ""
         )  # fmt: skip
         assert await running.names() == {"second"}
-        told = await running.until("configuration reloaded")
+        told = await running.until("reloaded")
         assert told["changes"][1] == "team default: mark.name: first -> second"
         broken = await running.reload(("mark: first", "mork: first"), ("sion: 2024", "sion: x2024"), yaml=UNWATCHED)
         assert broken[:2] == (1, "")
         assert broken[2].splitlines() == [
             "gateway.yaml:6:5: there is no stage 'mork'; did you mean 'mark'?",
             VERSION,
-            "gateway: not reloaded; the configuration at hand stays",
+            "gateway: not reloaded; the current configuration stays",
         ]
-        failed = await running.until("reload failed; the configuration at hand stays")
+        failed = await running.until("reload_failed")
         assert (failed["level"], failed["mistakes"]) == ("error", broken[2].splitlines()[:2])
         assert await running.names() == {"second"}
         assert running.text.count("there is no stage 'mork'") == 1
@@ -659,7 +659,7 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
         assert await running.reload(yaml=UNWATCHED + "log: {level: warning}\n") == (
             0, "log.level: info -> warning\nteam default: mark.name: third -> first\n", ""
         )  # fmt: skip
-        await running.until("configuration reloaded", 2)
+        await running.until("reloaded", 2)
     done = await asyncio.to_thread(run, "reload", "--config", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"gateway: no gateway with the configuration {tmp_path}/gateway.yaml runs here\n"
@@ -677,10 +677,10 @@ async def test_sighup_reloads(flags: list[str], azure: FakeAzure, tmp_path: Path
             os.killpg(running.process.pid, signal.SIGHUP)
             assert (await manager.hear()).startswith("RELOADING=1\n")
             assert await manager.hear() == "READY=1"
-            await running.until("configuration reloaded", number)
+            await running.until("reloaded", number)
             assert await running.names() == {f"no-{number}"}
         os.killpg(running.process.pid, signal.SIGHUP)
-        await running.until("nothing changed")
+        await running.until("reload_unchanged")
     manager.close()
 
 
@@ -707,17 +707,15 @@ async def test_a_changed_file_is_taken_over(flags: list[str], azure: FakeAzure, 
 
     async with served(azure, tmp_path, *flags) as running:
         swap(1)
-        assert (await running.until("configuration reloaded"))["changes"] == [
-            "team default: mark.name: first -> second"
-        ]
+        assert (await running.until("reloaded"))["changes"] == ["team default: mark.name: first -> second"]
         assert await running.names() == {"second"}
         swap(2)
-        failed = await running.until("reload failed; the configuration at hand stays")
+        failed = await running.until("reload_failed")
         assert "6:5: there is no stage 'mork'" in failed["mistakes"][0]
         await asyncio.sleep(3.5)
-        assert len(running.named("reload failed; the configuration at hand stays")) == 1
+        assert len(running.named("reload_failed")) == 1
         swap(3)
-        await running.until("configuration reloaded", 2)
+        await running.until("reloaded", 2)
         swap(4)
         await asyncio.sleep(3.5)
         assert await running.names() == {"third"}
@@ -747,13 +745,13 @@ async def test_20_reloads_of_two_workers_under_load_fail_no_request(azure: FakeA
         clients = [asyncio.create_task(ask(stream, kept)) for kept in (True, False) for stream in (True, False)]
         for number in range(20):
             running.path.write_text(UNWATCHED.replace("first", f"no-{number}"))
-            report = await asyncio.to_thread(control.ask, running.path)
+            report = await asyncio.to_thread(control.request_reload, running.path)
             assert len(report.changes) == 1, report
             assert await running.names() == {f"no-{number}"}
         enough.set()
         await asyncio.gather(*clients)
         assert failed == []
-        assert not running.named("worker died")
+        assert not running.named("worker_died")
 
 
 @pytest.mark.slow
@@ -773,9 +771,9 @@ async def test_a_worker_that_replaced_another_is_followed(azure: FakeAzure, tmp_
     """It reads the files as they are; where these are others by then, all are reloaded, though nobody asked."""
     async with served(azure, tmp_path, "--workers", "2", yaml=UNWATCHED) as running:
         running.path.write_text(UNWATCHED.replace("first", "second"))
-        os.kill(running.named("workers ready")[0]["pids"][0], signal.SIGKILL)
-        await running.until("worker ready", 3)
-        await running.until("configuration reloaded")
+        os.kill(running.named("workers_ready")[0]["pids"][0], signal.SIGKILL)
+        await running.until("worker_ready", 3)
+        await running.until("reloaded")
         answers: set[tuple[str, str]] = set()
         async with asyncio.timeout(30):
             while len(answers) < 2:  # which worker takes a connection is the system's to say
@@ -791,15 +789,15 @@ async def test_a_rolling_restart_and_reloads_are_one_after_another(azure: FakeAz
         running.path.write_text(UNWATCHED.replace("first", "second"))
         os.kill(running.process.pid, signal.SIGUSR2)
         os.kill(running.process.pid, signal.SIGHUP)
-        await running.until("workers ready", 2)
-        await running.until("nothing changed")  # the new workers have read it already
+        await running.until("workers_ready", 2)
+        await running.until("reload_unchanged")  # the new workers have read it already
         assert await running.names() == {"second"}
         running.path.write_text(UNWATCHED.replace("first", "third"))
         os.kill(running.process.pid, signal.SIGHUP)
         await asyncio.sleep(0.05)
         os.kill(running.process.pid, signal.SIGUSR2)
-        await running.until("configuration reloaded")
-        await running.until("workers ready", 3)
+        await running.until("reloaded")
+        await running.until("workers_ready", 3)
         assert await running.names() == {"third"}
 
 
@@ -816,14 +814,16 @@ async def test_a_reload_that_hangs_does_not_keep_the_gateway_from_stopping(
         assert await running.ended() == 0
         status, _, error = await asked
         assert status == 1
-        assert "the gateway is stopping" in error or "ended before it had reloaded" in error
+        assert "the gateway is stopping" in error or "ended before the reload was complete" in error
 
 
 def test_what_another_process_says_does_not_steer_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Any user of the machine may have taken the name before the gateway did."""
-    monkeypatch.setattr(control, "ask", lambda path, user: ReloadReport(changes=["\x1b[2J"], notes=["listen: \r"]))
+    monkeypatch.setattr(
+        control, "request_reload", lambda path, user: ReloadReport(changes=["\x1b[2J"], notes=["listen: \r"])
+    )
     assert main(["reload", "--config", str(tmp_path / "gateway.yaml")]) == 0
     printed = capsys.readouterr()
     assert printed.out == "'\\x1b[2J'\n"
@@ -1018,7 +1018,7 @@ async def test_the_watch_outlives_a_reload_that_read_nothing(
     prepared = await running.renewal.prepare()
     assert prepared.report.mistakes == ["RuntimeError; the log has more"]
     assert prepared.state.sources.files.keys() == before.files.keys()
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     async with asyncio.timeout(20):
         await watch.wait_for_change(prepared.state.sources)
 
@@ -1028,7 +1028,7 @@ async def test_a_watch_without_threads_goes_on(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "f").write_text("1")
     sources = Sources()
     sources.read(tmp_path / "f")
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     to_thread, left = asyncio.to_thread, 3
 
     async def without(work: Callable[..., Any], *args: Any) -> Any:
