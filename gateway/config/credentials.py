@@ -1,4 +1,4 @@
-"""The Entra identities of a configuration's resources; what Azure itself says to a machine or a pod is the default."""
+"""The Entra identity of a resource's `credential:`; the environment of an Azure machine or pod has the defaults."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gateway.config.nodes import Node, Reader, value_of
 
 __all__ = ("read_identity",)
 
-# What becomes part of a URL.
+# It becomes part of a URL.
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _AUTHORITY = "https://login.microsoftonline.com"
-# What each kind must have, and where it may be taken from, as AKS's webhook for workload identities sets it.
+# Required settings of each kind, with their default variables, which AKS's webhook for workload identities sets.
 _NEEDS = {
     "client_secret": {"tenant": "AZURE_TENANT_ID", "client_id": "AZURE_CLIENT_ID", "client_secret": ""},
     "workload_identity": {
@@ -24,7 +24,7 @@ _NEEDS = {
     },
     "managed_identity": {},
 }
-# What only some kinds have.
+# Settings of some kinds only.
 _ONLY = {
     "client_secret": ("client_secret",),
     "token_file": ("workload_identity",),
@@ -34,14 +34,14 @@ _ONLY = {
 
 
 def read_identity(reader: Reader, made: CredentialFile, node: Node, what: str) -> EntraIdentity | None:
-    """Return the identity of a resource's `credential:`; what is wrong with it is noted."""
+    """Return the identity of a resource's `credential:`; mistakes are noted."""
     before = len(reader.mistakes)
     values: dict[str, str | None] = {}
     for name in ("tenant", "client_id", "client_secret", "token_file", "authority"):
         given: str | None = getattr(made, name)
         variable = _NEEDS[made.kind].get(name)
         if given is not None and made.kind not in _ONLY.get(name, (made.kind,)):
-            reader.mistake(value_of(node, name), f"{what}: credential: {made.kind} has no `{name}`")
+            reader.mistake(value_of(node, name), f"{what}: credential: {made.kind} takes no `{name}`; remove it")
         if given is None and variable:
             given = reader.env.get(variable) or None
         if given is None and variable is not None:
@@ -57,7 +57,9 @@ def read_identity(reader: Reader, made: CredentialFile, node: Node, what: str) -
                 f"{what}: credential: authority must be a URL that begins with https://, such as {_AUTHORITY}",
             )
         if tenant is not None and not _TENANT.fullmatch(tenant):
-            reader.mistake(value_of(node, "tenant"), f"{what}: credential: tenant must be a tenant's id or domain")
+            reader.mistake(
+                value_of(node, "tenant"), f"{what}: credential: tenant must be the id or a domain of a tenant"
+            )
     if len(reader.mistakes) > before:
         return None
     managed = made.kind == "managed_identity"
@@ -72,7 +74,7 @@ def read_identity(reader: Reader, made: CredentialFile, node: Node, what: str) -
         token_file=reader.folder(node) / token_file if token_file is not None else None,
         scope=made.scope,
         authority=authority or _AUTHORITY,
-        # (App Service sets both; other hosts have an endpoint of that name that is another's.)
+        # (App Service sets both; on other hosts, the endpoint's variable may belong to another program.)
         endpoint=endpoint if header else None,
         endpoint_header=header if endpoint else None,
     )

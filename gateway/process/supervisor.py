@@ -21,7 +21,7 @@ from gateway.process.systemd import Notifier
 from gateway.process.two_phase_reload import TwoPhaseReload
 from gateway.process.worker_health import WorkerHealth
 from gateway.process.worker_process import WorkerProcess
-from gateway.process.worker_restarts import WorkerSlot, pids_of
+from gateway.process.worker_restarts import SupervisedWorker, pids_of
 from gateway.settings import Listen
 from gateway.transport.connection_count import Places
 from gateway.transport.listener import Listener
@@ -55,8 +55,8 @@ class Supervisor:
         self._timeout = timeout
         self._table = make_table()  # the limits' counters, for all present and future workers
         self._counts = Places()  # of clients' connections
-        self._current: list[WorkerSlot] = []
-        self._tasks: dict[asyncio.Task[None], WorkerSlot] = {}
+        self._current: list[SupervisedWorker] = []
+        self._tasks: dict[asyncio.Task[None], SupervisedWorker] = {}
         self._stopping = False
         self._wake = asyncio.Event()
         """Set by a signal: start a rolling restart, or stop if `_stopping`."""
@@ -103,34 +103,34 @@ class Supervisor:
 
     # -- starting and restarting -----------------------------------------------------------------------
 
-    async def _start(self) -> list[WorkerSlot]:
+    async def _start(self) -> list[SupervisedWorker]:
         """Start a set of workers and wait until all serve. Raises StartError if one does not; the others end then.
 
         The first starts alone, so that a mistake that all of them share is found and reported once.
         """
-        slots = [self._open()]
+        workers = [self._open()]
         try:
-            await self._settled(slots[0])
-            slots += [self._open() for _ in range(self._count - 1)]
-            for slot in slots:
-                await self._settled(slot)
+            await self._settled(workers[0])
+            workers += [self._open() for _ in range(self._count - 1)]
+            for worker in workers:
+                await self._settled(worker)
         except StartError:
-            for slot in slots:
-                slot.retire()
+            for worker in workers:
+                worker.retire()
             raise
-        return slots
+        return workers
 
-    def _open(self) -> WorkerSlot:
-        slot = WorkerSlot(self._on_ready, self._counts)
-        task = self._group.create_task(slot.keep(self._command, self._listener, self._table, self._timeout))
-        self._tasks[task] = slot
+    def _open(self) -> SupervisedWorker:
+        worker = SupervisedWorker(self._on_ready, self._counts)
+        task = self._group.create_task(worker.keep(self._command, self._listener, self._table, self._timeout))
+        self._tasks[task] = worker
         task.add_done_callback(self._tasks.pop)
-        return slot
+        return worker
 
-    async def _settled(self, slot: WorkerSlot) -> None:
-        await slot.settled.wait()
-        if slot.failure is not None or self._stopping:
-            raise StartError(slot.failure or "the gateway is stopping")
+    async def _settled(self, worker: SupervisedWorker) -> None:
+        await worker.settled.wait()
+        if worker.failure is not None or self._stopping:
+            raise StartError(worker.failure or "the gateway is stopping")
 
     async def _restart(self) -> None:
         """Start new workers, and retire the old ones when the new ones serve."""
@@ -144,8 +144,8 @@ class Supervisor:
                 return
             get_logger().error("rolling_restart_failed", reason=str(exc), pids=pids_of(old))
         else:
-            for slot in old:
-                slot.retire()
+            for worker in old:
+                worker.retire()
             self._watch()
         self._announce_ready()
 
@@ -160,7 +160,7 @@ class Supervisor:
     # -- reloading -------------------------------------------------------------------------------------
 
     def _serving(self) -> list[WorkerProcess]:
-        return [slot.worker for slot in self._current if slot.worker is not None and slot.worker.serves]
+        return [each.worker for each in self._current if each.worker is not None and each.worker.serves]
 
     def _watch(self) -> None:
         """Watch the files that the current workers have read."""
@@ -181,10 +181,10 @@ class Supervisor:
     # -- stopping --------------------------------------------------------------------------------------
 
     def _stop(self) -> None:
-        slots = list(self._tasks.values())
+        workers = list(self._tasks.values())
         if self._stopping:
-            for slot in slots:
-                slot.end_now()
+            for worker in workers:
+                worker.end_now()
             return
         self._stopping = True
         if self._reloading is not None:
@@ -192,6 +192,6 @@ class Supervisor:
         get_logger().info("stopping", pid=os.getpid())
         self._notify.stopping()
         self._listener.close()  # else new connections would wait in a queue that no process accepts from
-        for slot in slots:
-            slot.retire()
+        for worker in workers:
+            worker.retire()
         self._wake.set()

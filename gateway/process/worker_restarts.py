@@ -13,14 +13,14 @@ from gateway.process.worker_process import STOP_TIMEOUT, WorkerProcess
 from gateway.transport.connection_count import Places
 from gateway.transport.listener import Listener
 
-__all__ = ("WorkerSlot", "pids_of")
+__all__ = ("SupervisedWorker", "pids_of")
 
 # Restart backoff, in seconds: initial, maximum, and the uptime after which it resets. It doubles with each restart.
 _FIRST_DELAY, _MAX_DELAY, _RESET_AFTER = 0.5, 30.0, 60.0
 
 
-class WorkerSlot:
-    """A worker, and after its death the one that replaces it, until the slot is retired.
+class SupervisedWorker:
+    """A worker process, and after its death the one that replaces it, until it is retired.
 
     `on_ready` is called whenever a worker becomes ready.
     """
@@ -35,7 +35,7 @@ class WorkerSlot:
         self.worker: WorkerProcess | None = None
 
     async def keep(self, command: Sequence[str], listener: Listener, table: int, ready_timeout: float) -> None:
-        """Keep a worker running. Return when the slot is retired and its worker gone, or if the first never serves."""
+        """Keep a worker running. Return when it is retired and the process gone, or if the first never serves."""
         loop = asyncio.get_running_loop()
         delay = 0.0
         while not self.retired.is_set():
@@ -103,6 +103,6 @@ class WorkerSlot:
             asyncio.get_running_loop().call_later(STOP_TIMEOUT, self.worker.kill)
 
 
-def pids_of(slots: Sequence[WorkerSlot]) -> list[int]:
+def pids_of(workers: Sequence[SupervisedWorker]) -> list[int]:
     """Return the process ids of the workers."""
-    return [slot.worker.process.pid for slot in slots if slot.worker is not None]
+    return [each.worker.process.pid for each in workers if each.worker is not None]
