@@ -16,9 +16,12 @@ def add_parser(commands: Commands) -> None:
     check = commands.add_parser(
         "check",
         help="check a configuration",
-        description="Check a configuration: print every mistake with its place (status 1), or each team's pipeline.",
+        description="Check a configuration: print every mistake with its file, line and column (status 1), or, if "
+        "there is none, each team's pipeline.",
     )
-    check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_HELP + "; or the folder it is in")
+    check.add_argument(
+        "path", metavar="PATH", type=Path, nargs="?", help=CONFIG_HELP + ". A folder is the gateway.yaml in it"
+    )
     check.set_defaults(run=_check)
 
 

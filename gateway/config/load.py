@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from gateway.auth.oidc import Issuer, Issuers
 from gateway.azure.resources import Pool, Resource
@@ -188,7 +189,7 @@ def _read_main_pipeline(
     if main.pipeline is None:
         reader.mistake(root, "there is no `pipeline:`; list the stages that requests pass through")
         return []
-    pipeline = main.pipeline
+    pipeline: Any = main.pipeline  # a node
     return read_pipeline(reader, with_cors(pipeline) if cors else pipeline, registry, None)
 
 

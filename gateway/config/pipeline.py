@@ -217,7 +217,7 @@ def names_of(reader: Reader, entry: Entry, stage: Stage, which: str) -> tuple[st
         names = getattr(stage, which)
         return (names,) if isinstance(names, str) else tuple(names)
     except Exception as exc:
-        reader.mistake(entry.node, f"stage {entry.id!r} raised an exception in `{which}`: {type(exc).__name__}: {exc}")
+        reader.mistake(entry.node, f"stage {entry.id!r} has an invalid `{which}`: {type(exc).__name__}: {exc}")
         return ()
 
 
@@ -230,7 +230,7 @@ def targets_of(reader: Reader, entry: Entry, stage: Stage) -> tuple[Target, ...]
                 raise TypeError(f"{type(each).__name__} is not a Target")
         return targets
     except Exception as exc:
-        reader.mistake(entry.node, f"stage {entry.id!r} raised an exception in `targets`: {type(exc).__name__}: {exc}")
+        reader.mistake(entry.node, f"stage {entry.id!r} has invalid `targets`: {type(exc).__name__}: {exc}")
         return ()
 
 

@@ -100,7 +100,12 @@ async def test_all_is_well(tmp_path: Path) -> None:
     [
         ("api_key", "another", YAML % "", "wrong key"),
         ("deployments", ("text-embedding-3-small",), YAML % "", "unknown deployment"),
-        ("respond", with_models, YAML % ", region: eastus2", "wrong region: it is in Sweden Central, not in eastus2"),
+        (
+            "respond",
+            with_models,
+            YAML % ", region: eastus2",
+            "wrong region: the resource is in Sweden Central, not in eastus2",
+        ),
         ("respond", with_models, (YAML % "").replace("2024-10-21", "2022-12-01"), "api-version too old"),
     ],
 )
@@ -118,11 +123,17 @@ async def test_what_is_wrong(field: str, value: Any, yaml: str, verdict: str, tm
     ("answer", "verdict"),
     [
         (problem(401, "401", "Access denied due to invalid subscription key"), "wrong key"),
-        (problem(403, "403", "Public access is disabled. Please configure private endpoint."), "its network rules"),
-        (problem(403, "PermissionDenied", "The principal lacks the required data action"), "the identity may not"),
-        (problem(404, "404", "Resource not found"), "api-version 2024-10-21 too old, or unknown"),
+        (
+            problem(403, "403", "Public access is disabled. Please configure private endpoint."),
+            "network rules of the resource",
+        ),
+        (
+            problem(403, "PermissionDenied", "The principal lacks the required data action"),
+            "permission denied: the identity",
+        ),
+        (problem(404, "404", "Resource not found"), "api-version 2024-10-21 too old or unknown"),
         (problem(404, "DeploymentNotFound", "The API deployment does not exist"), "unknown deployment"),
-        (problem(400, "BadRequest", "Unsupported api version"), "api-version too old, or unknown"),
+        (problem(400, "BadRequest", "Unsupported api version"), "api-version too old or unknown"),
         (problem(500, "500", "The server had\nan error"), "status 500: The server had an error"),
     ],
     ids=lambda value: value.status if isinstance(value, web.Response) else "",
@@ -159,8 +170,8 @@ async def test_models_that_think_and_quotas_that_are_used_up_are_there(tmp_path:
         assert all(each.ok for each in findings)
         verdicts = [each.verdict for each in findings if each.deployment == "gpt-4o"]
         assert verdicts == [
-            "it thinks, and had no token left to answer with",
-            "it is there, and its quota is used up for 9 s",
+            "it reasons, and had no token left for output",
+            "it exists, but its quota is used up for 9 s",
         ]
 
 
@@ -174,7 +185,7 @@ async def test_one_that_is_for_neither_is_there(tmp_path: Path) -> None:
 
     async with FakeAzure(respond=respond) as azure:
         findings = await examined(tmp_path, azure)
-        assert "takes neither chats nor embeddings" in findings[1].verdict
+        assert "supports neither chats nor embeddings" in findings[1].verdict
         assert all(each.ok for each in findings)
 
 
@@ -192,8 +203,8 @@ async def test_what_cannot_be_reached(tmp_path: Path) -> None:
     """Each in its own words; its deployments are not asked."""
     async with slow_tls(30) as port:
         for endpoint, words in (
-            (f"http://127.0.0.1:{closed_port()}", "it takes no connection"),
-            ("http://nowhere.invalid", "its host name is not found"),
+            (f"http://127.0.0.1:{closed_port()}", "connection failed"),
+            ("http://nowhere.invalid", "host name not found"),
             (f"https://127.0.0.1:{port}", "in time"),
         ):
             findings = await examined(tmp_path, endpoint, seconds=0.5)
@@ -212,7 +223,7 @@ async def test_a_deployment_that_does_not_answer(tmp_path: Path) -> None:
         return await with_models(seen, request)
 
     async with FakeAzure(respond=respond) as azure:
-        assert "did not answer in time" in wrong(await examined(tmp_path, azure, seconds=0.3))
+        assert "no response in time" in wrong(await examined(tmp_path, azure, seconds=0.3))
 
 
 async def test_a_resource_without_a_credential_is_shown_the_operator_s(tmp_path: Path) -> None:
@@ -254,15 +265,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["doctor", str(path)]) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == (
-        "gateway: asking 1 resource for models, and 2 deployments for a chat and a stream, or an embedding: "
-        "at most one token each, so 4 at most, and prompts of a word"
+        "gateway: probing 1 resource for models, and 2 deployments for a chat and a stream, or an embedding; "
+        "at most one output token per request (4 in all), and prompts of one word"
     )
-    assert err.splitlines()[-1] == "gateway: 1 of 1 probes found something wrong"
-    words = "east models WRONG it takes no connection: a firewall on the way, or the wrong port"
+    assert err.splitlines()[-1] == "gateway: 1 of 1 probes found a problem"
+    words = "east models WRONG connection failed: a firewall on the way, or the wrong port"
     assert out.split() == words.split()
     assert main(["doctor", "--json", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["verdict"].startswith("it takes no connection")
+    assert json.loads(line)["verdict"].startswith("connection failed")
     assert main(["doctor", "--dry-run", str(path)]) == 0
     assert capsys.readouterr().out.split() == ["east/gpt-4o", "east/text-embedding-3-small"]
 

@@ -92,7 +92,7 @@ def test_stages_and_schema(tmp_path: Path) -> None:
     assert "rate_limit" in run("stages").stdout
     assert "requests_per_minute: whole number" in run("stages", "rate_limit").stdout
     assert run("stages", "rate_limits").returncode == 1
-    assert "It has no settings" in run("stages", "sse_newline").stdout
+    assert "It takes no settings" in run("stages", "sse_newline").stdout
     assert "pipeline" in json.loads(run("schema").stdout)["properties"]
     assert "match" in json.loads(run("schema", "--team").stdout)["properties"]
     mine = "from gateway import Stage\nclass Mine(Stage):\n    'Mine.'\n"

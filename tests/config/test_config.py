@@ -186,15 +186,15 @@ def test_no_yaml_ends_in_a_traceback(yaml: str, tmp_path: Path) -> None:
         ("@dataclass\nclass S(Stage):\n    a: tuple[int, str] = (1, 'a')", "a type that YAML cannot give"),
         ("@dataclass\nclass S(Stage):\n    id: str = 'x'", "would hide"),
         ("class S(Stage):\n    def __init__(self, x): pass", "TypeError"),
-        ("class S(Stage):\n    def check(self, services): raise KeyError('x')", "failed to check itself"),
-        ("class S(Stage):\n    def check(self, services): return None", "failed to check itself"),
-        ("class S(Stage):\n    def check(self, services): yield 1", "failed to check itself"),
-        ("class S(Stage):\n    needs = None", "cannot tell what it needs"),
+        ("class S(Stage):\n    def check(self, services): raise KeyError('x')", "raised an exception in `check`"),
+        ("class S(Stage):\n    def check(self, services): return None", "raised an exception in `check`"),
+        ("class S(Stage):\n    def check(self, services): yield 1", "raised an exception in `check`"),
+        ("class S(Stage):\n    needs = None", "has an invalid `needs`"),
         ("class S(Stage):\n    needs = 'caller'", "needs 'caller'"),
-        ("class S(Stage):\n    provides = None", "cannot tell what it provides"),
-        ("class S(Stage):\n    above = None", "cannot tell what it must stand above"),
-        ("class S(Stage):\n    targets = None", "cannot tell where it sends requests"),
-        ("class S(Stage):\n    targets = ('east',)", "it names a str, not a Target"),
+        ("class S(Stage):\n    provides = None", "has an invalid `provides`"),
+        ("class S(Stage):\n    above = None", "has an invalid `above`"),
+        ("class S(Stage):\n    targets = None", "has invalid `targets`"),
+        ("class S(Stage):\n    targets = ('east',)", "TypeError: str is not a Target"),
     ],
 )
 def test_a_stranger_s_stage_cannot_break_the_check(stage: str, words: str, tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ class Odd(Stage):
     assert "three must be one of 1, 2, auto, not '3'" in text
     short = settings.replace("three: 2", "nine: TO")
     text = outcome({"gateway.yaml": yaml.replace(settings, short), "p/odd.py": stage}, {}, tmp_path)
-    assert "nine must be at least 3 long, not ***" in text
+    assert "nine must be at least 3 characters long, not ***" in text
     assert "TOPSECRET" not in text
 
 
@@ -251,7 +251,7 @@ def test_a_stored_key_must_be_able_to_be_one(key: str, tmp_path: Path) -> None:
     """It becomes a header: a line break in it would become another."""
     yaml = f'resources: {{a: {{endpoint: "https://x.openai.azure.com", api_key: "{key}"}}}}\nauth: none\n'
     text = outcome({"gateway.yaml": yaml + "pipeline: [model_map, api_version]\n"}, {}, tmp_path)
-    assert "api_key is empty or cannot be a key" in text
+    assert "api_key is empty, or has characters that no key has" in text
     assert "Evil" not in text
 
 

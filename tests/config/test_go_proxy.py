@@ -139,7 +139,7 @@ def test_what_importing_prints(tmp_path: Path) -> None:
     assert (
         text
         == """\
-# Every interface, as the Go proxy. Behind nginx: 127.0.0.1:8080
+# Every interface, as with the Go proxy. If nginx is in front: 127.0.0.1:8080
 listen: ${GATEWAY_LISTEN:-:8080}
 
 resources:
@@ -152,11 +152,11 @@ resources:
     api_key: ${AZURE_OPENAI_KEY_YYY}
     proxy: ${AZURE_OPENAI_SOCKS_PROXY:-${AZURE_OPENAI_HTTP_PROXY:-}}
 
-# Where requests go that name no model: files, threads, lists.
+# For requests that name no model: files, threads, lists.
 resource: xxx-east-us
 
-# WHOEVER REACHES THIS GATEWAY SPENDS THE KEYS ABOVE, with any key or none: nothing here authenticates
-# clients, as nothing did in the Go proxy. Let nobody reach it who must not, or list a stage that does.
+# ANYONE WHO REACHES THIS GATEWAY CAN SPEND THE KEYS ABOVE, with any key or none: nothing
+# authenticates clients, as with the Go proxy. Restrict access to it, or add a stage that authenticates.
 auth: none
 
 pipeline:
@@ -166,7 +166,7 @@ pipeline:
         gpt-3.5-turbo: xxx-east-us/xxx
         gpt-4o: yyy/yyy
         text-embedding-ada-002: yyy/zzz
-      # The Go proxy refused what is not in its list, too. Others: gateway stages model_map
+      # Models that are not listed are refused, as with the Go proxy. Other values: gateway stages model_map
       unmapped: refuse
   - api_version:
       version: 2024-02-01
@@ -217,25 +217,25 @@ def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
     """Everything that is left out, or means something else; never a key."""
     text, notes, keys = imported(ODD, tmp_path)
     assert notes.splitlines() == [
-        "config.yaml:4:1: 'colour' means nothing in such a file; it is left out",
+        "config.yaml:4:1: 'colour' is not a setting of the Go proxy; it is left out",
         (
-            "config.yaml:6:5: the model 'm' stands here again further down, and the last one counts, as in the Go "
+            "config.yaml:6:5: the model 'm' appears again further down, and the last entry counts, as with the Go "
             "proxy; this one is left out"
         ),
         (
-            "config.yaml:7:5: the model 'm' has no api_version, and the Go proxy then sent an empty one, which Azure "
+            "config.yaml:7:5: the model 'm' has no api_version, for which the Go proxy sent an empty one, which Azure "
             "refuses; it is 2024-10-21 now"
         ),
         (
-            "config.yaml:7:88: this file has keys and nothing that authenticates clients: whoever reaches the gateway "
-            "spends them (`auth: none`), as it was with the Go proxy; let nobody reach it who must not"
+            "config.yaml:7:88: this file has keys and nothing authenticates clients: anyone who reaches the gateway "
+            "can spend them (`auth: none`), as with the Go proxy; restrict access to the gateway"
         ),
         (
-            "config.yaml:9:5: the model 'theirs' has no api_key, and others have one: that some use the client's key "
-            "and some a stored one cannot be carried over; it is left out"
+            "config.yaml:9:5: the model 'theirs' has no api_key, but others have one: the gateway cannot use the "
+            "client's key for some models and a stored one for others; it is left out"
         ),
-        "config.yaml:9:101: 'region' means nothing in deployment_config; it is left out",
-        "config.yaml:10:5: this entry has no model_name and no endpoint, so it cannot have worked; it is left out",
+        "config.yaml:9:101: 'region' is not a setting of deployment_config; it is left out",
+        "config.yaml:10:5: this entry has no model_name and no endpoint, so it cannot work; it is left out",
     ]
     assert "listen: 127.0.0.1:9000" in text
     assert "auth: none" in text
@@ -243,7 +243,7 @@ def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
     assert keys == {"AZURE_OPENAI_KEY_E": "sesame", "AZURE_OPENAI_KEY_E_2": "other"}
     left_out = ODD.replace("deployment_name: a, model_name: m", "deployment_name: a, model_name: n")
     _, notes, _ = imported(left_out, tmp_path)
-    assert "config.yaml:6:51: the path behind the endpoint's host is left out: the Go proxy did not use it" in notes
+    assert "config.yaml:6:51: the path after the endpoint's host is left out; the Go proxy did not use it" in notes
 
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
@@ -260,7 +260,7 @@ async def test_cors_lets_every_page_in(way: str, start_gateway: StartGateway, tm
 pipeline:
   - access_log
   - cors:
-      # Any page may use this gateway from a browser, as with the Go proxy's `cors`. Better list the
+      # Browsers may call this gateway from any page, as with the Go proxy's `cors`. Better list the
       # origins of your own pages: gateway stages cors
       origins:
         - "*"
@@ -303,7 +303,7 @@ def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
     """A pipeline that is no list, or has what is no stage, is told as ever."""
     for pipeline, words in (
         ("access_log", "pipeline must be a list"),
-        ("[{}, [a]]", "one entry of the pipeline is one stage"),
+        ("[{}, [a]]", "each entry of the pipeline must be one stage"),
         ("", "there is no `pipeline:`"),
     ):
         path = write_files(tmp_path, {"gateway.yaml": f"pipeline: {pipeline}\n"})
@@ -316,17 +316,25 @@ def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
     ("old", "new", "expected"),
     [
         ("https://yyy", "yyy", "config.yaml:15:15: resource 'azure': endpoint must be a URL"),
-        ("https://yyy", "https://u:sesame@yyy", "config.yaml:15:15: resource 'u': endpoint must not hold a user"),
+        ("https://yyy", "https://u:sesame@yyy", "config.yaml:15:15: resource 'u': endpoint must not contain a user"),
         ('"2024-02-01"', '"2024/02/01"', "config.yaml:17:18: stage 'api_version': version must be text like"),
         ('"xxx"', '"x y"', "config.yaml:8:22: stage 'model_map': 'x y' cannot be a deployment's name"),
-        ('"sesame-west"', '"sesame west"', "config.yaml:16:14: resource 'yyy': api_key is empty or cannot be a key"),
+        (
+            '"sesame-west"',
+            '"sesame west"',
+            "config.yaml:16:14: resource 'yyy': api_key is empty, or has characters that no key has",
+        ),
         ('"sesame-west"', "[sesame]", "config.yaml:16:14: api_key must be text"),
-        ('"sesame-west"', '"${HOME}"', "config.yaml:16:14: resource 'yyy': api_key is empty or cannot be a key"),
-        ("model_name", "endpoint", "config.yaml:5:5: 'endpoint' stands here twice; the first is on line 4"),
+        (
+            '"sesame-west"',
+            '"${HOME}"',
+            "config.yaml:16:14: resource 'yyy': api_key is empty, or has characters that no key has",
+        ),
+        ("model_name", "endpoint", "config.yaml:5:5: 'endpoint' appears twice; the first is on line 4"),
         (REAL, "deployment_config: sesame", "config.yaml:1:20: deployment_config must be a list"),
-        (REAL, "deployment_config: [sesame]", "config.yaml:1:21: an entry of deployment_config is a mapping"),
-        (REAL, "deployment_config: []", "config.yaml:1:20: deployment_config lists nothing that can work"),
-        (REAL, "deployment_config: [{api_key: sesame}]", "config.yaml:1:20: deployment_config lists nothing that"),
+        (REAL, "deployment_config: [sesame]", "config.yaml:1:21: an entry of deployment_config must be a mapping"),
+        (REAL, "deployment_config: []", "config.yaml:1:20: deployment_config has no usable entry"),
+        (REAL, "deployment_config: [{api_key: sesame}]", "config.yaml:1:20: deployment_config has no usable"),
         (REAL, "deployment_config:", "config.yaml:1:19: deployment_config must be a list"),
         (REAL, "deployment_config: [", "config.yaml:2:1: not valid YAML"),
         ("api_base:", "listen: here\napi_base:", "config.yaml:1:9: listen: 'here' is not HOST:PORT"),
@@ -353,7 +361,9 @@ def test_another_base_than_v1(tmp_path: Path) -> None:
 
 def test_our_own_files_are_not_imported(tmp_path: Path) -> None:
     """It says what is missing, and a file that is not there is a mistake as ever."""
-    assert "1:1: this is no configuration of azure-openai-proxy" in mistakes("listen: :1\n", tmp_path, importing=True)
+    assert "1:1: this is not a configuration of azure-openai-proxy" in mistakes(
+        "listen: :1\n", tmp_path, importing=True
+    )
     with pytest.raises(ConfigError, match="cannot read this file"):
         import_go_proxy(tmp_path / "nothing.yaml")
 

@@ -302,7 +302,7 @@ pipeline: [model_map, balance, api_version]
         "resource azure: credential: client_secret -> client_secret (changed)",
         "resource azure: region: a -> b",
         "resource azure: timeouts.idle: 9.0 added",
-        "resource azure: tls: its own added",
+        "resource azure: tls: custom added",
         "pool chat: azure/x: priority 1, weight 1 -> priority 1, weight 2",
         "pool chat: azure/y: priority 1, weight 1 added",
     ]

@@ -100,7 +100,7 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
     assert dataclasses.astuple(loaded.store) == (
         "redis.example", 6379, None, 0, "u", "sesame", True, tmp_path / "ca.pem", True, 0.5, "house",
     )  # fmt: skip
-    assert "limits are counted in a Redis cluster over TLS at redis.example:6379\n" in show(loaded)
+    assert "limits counted in a Redis cluster over TLS at redis.example:6379\n" in show(loaded)
     assert "sesame" not in show(loaded)
     assert "u:" not in show(loaded)
     loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("STORE", "redis://redis")}))
