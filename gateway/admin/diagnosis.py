@@ -11,13 +11,13 @@ from gateway.errors import ApiError, UpstreamError
 
 __all__ = (
     "TOO_OLD",
+    "diagnose_error",
+    "diagnose_region",
+    "diagnose_status",
+    "expects_other_limit_name",
     "is_cut_off",
     "lacks_operation",
     "message_of",
-    "of_error",
-    "of_region",
-    "of_status",
-    "wants_other_limit",
 )
 
 _UNSUPPORTED = re.compile(r"operation does not work|OperationNotSupported|does not support", re.IGNORECASE)
@@ -38,7 +38,7 @@ _REASONS = {
 }
 
 
-def of_error(error: ApiError) -> str:
+def diagnose_error(error: ApiError) -> str:
     """Return the message for an error that the gateway raised."""
     if isinstance(error, UpstreamError):
         return _REASONS.get(error.fault, error.message)
@@ -47,7 +47,7 @@ def of_error(error: ApiError) -> str:
     return error.message
 
 
-def of_status(resource: Resource, status: int, body: str, version: str | None, *, by_token: bool) -> str:
+def diagnose_status(resource: Resource, status: int, body: str, version: str | None, *, by_token: bool) -> str:
     """Return the message for an error response; `version` is None if the request was for the resource's models."""
     message = message_of(body)
     if status == 404 and "DeploymentNotFound" in body:
@@ -71,7 +71,7 @@ def of_status(resource: Resource, status: int, body: str, version: str | None, *
     return f"status {status}: {message}"
 
 
-def of_region(resource: Resource, region: str | None) -> str | None:
+def diagnose_region(resource: Resource, region: str | None) -> str | None:
     """Return the message for a region that differs from the configured one, or None."""
     if region is None or resource.region is None or _normalized(region) == _normalized(resource.region):
         return None
@@ -83,7 +83,7 @@ def is_cut_off(body: str) -> bool:
     return _CUT_OFF.search(body) is not None
 
 
-def wants_other_limit(body: str) -> bool:
+def expects_other_limit_name(body: str) -> bool:
     """Whether a model expects the output limit under another name."""
     return "max_tokens" in body or "max_completion_tokens" in body
 

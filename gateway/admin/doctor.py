@@ -17,13 +17,13 @@ import msgspec
 
 from gateway.admin.diagnosis import (
     TOO_OLD,
+    diagnose_error,
+    diagnose_region,
+    diagnose_status,
+    expects_other_limit_name,
     is_cut_off,
     lacks_operation,
     message_of,
-    of_error,
-    of_region,
-    of_status,
-    wants_other_limit,
 )
 from gateway.auth.credentials import Credential
 from gateway.auth.entra_tokens import TokenUnavailable
@@ -151,7 +151,7 @@ class _Doctor:
         try:
             response = await self._upstream.models(resource, self._seconds, self._credential)
         except ApiError as exc:
-            return self._finding(None, "models", of_error(exc))
+            return self._finding(None, "models", diagnose_error(exc))
         took = _ms(started)
         # (A resource without this path may still have the deployments.)
         self.reached = response.status < 400 or response.status in (404, 429)
@@ -160,7 +160,7 @@ class _Doctor:
             return self._finding(None, "models", self._message(response.status, body), took)
         region = response.headers.get("x-ms-region")
         self._region_known = region is not None
-        if (wrong := of_region(resource, region)) is not None:
+        if (wrong := diagnose_region(resource, region)) is not None:
             return self._finding(None, "models", wrong, took)
         verdict = f"in {region}" if region else "" if resource.region is None else "the response names no region"
         return self._finding(None, "models", verdict, took, ok=True)
@@ -194,7 +194,7 @@ class _Doctor:
                     return finding
             return finding
         except ApiError as exc:
-            return self._finding(planned.deployment, probe, of_error(exc))
+            return self._finding(planned.deployment, probe, diagnose_error(exc))
 
     async def _send(
         self, planned: _PlannedProbe, probe: Probe, operation: str, body: dict[str, Any], version: str
@@ -210,7 +210,7 @@ class _Doctor:
                 response = await self._upstream(request)
                 first = _ms(started)
                 region = None if self._region_known else response.headers.get("x-ms-region")
-                if (wrong := of_region(planned.resource, region)) is not None:
+                if (wrong := diagnose_region(planned.resource, region)) is not None:
                     return self._finding(planned.deployment, probe, wrong, first), False
                 if response.status >= 400:
                     return await self._of_status(planned, probe, response, version, first)
@@ -221,7 +221,7 @@ class _Doctor:
         except StreamBroken as exc:
             return self._finding(planned.deployment, probe, str(exc)), False
         except TimeoutError:
-            return self._finding(planned.deployment, probe, of_error(UpstreamTimeout(""))), False
+            return self._finding(planned.deployment, probe, diagnose_error(UpstreamTimeout(""))), False
         finally:
             exchange.finish()
         words = f"content filter {'asynchronous' if asynchronous else 'synchronous'}"
@@ -241,13 +241,13 @@ class _Doctor:
             words = "it exists, but its quota is used up" + (f" for {wait:g} s" if wait is not None else "")
             return self._finding(planned.deployment, probe, words, took, ok=True), False
         return self._finding(planned.deployment, probe, self._message(status, body, version), took), (
-            status == 400 and wants_other_limit(body)
+            status == 400 and expects_other_limit_name(body)
         )
 
     def _message(self, status: int, body: str, version: str | None = None) -> str:
         credential = self._credential
         by_token = self._resource.tokens is not None or (credential is not None and credential.bearer)
-        return of_status(self._resource, status, body, version, by_token=by_token)
+        return diagnose_status(self._resource, status, body, version, by_token=by_token)
 
     def _finding(
         self, deployment: str | None, probe: Probe, verdict: str, ms: float | None = None, *, ok: bool = False

@@ -13,7 +13,7 @@ from gateway.errors import ApiError, StartError
 from gateway.settings import Listen
 from gateway.transport.listener import Listener
 
-__all__ = ("Admin", "grouped", "merged")
+__all__ = ("Admin", "group_by_resource", "merge_reports")
 
 # Keep-alive timeout, in seconds.
 _KEEP_ALIVE = 15.0
@@ -63,14 +63,14 @@ class Admin:
                 raise ApiError(
                     405, "the admin listener is read-only; use GET", code="method_not_allowed", headers={"allow": "GET"}
                 )
-            body = msgspec.json.format(msgspec.json.encode(grouped(await self._report())), indent=2)
+            body = msgspec.json.format(msgspec.json.encode(group_by_resource(await self._report())), indent=2)
             status, headers = 200, {}
         except ApiError as exc:
             status, body, headers = exc.status, exc.body(), exc.headers
         return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
 
-def grouped(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def group_by_resource(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Group rows of deployments by resource."""
     resources: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -80,7 +80,7 @@ def grouped(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"resources": list(resources.values())}
 
 
-def merged(reports: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def merge_reports(reports: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Merge the reports of several processes to one row per deployment.
 
     Counts are summed; for the rest, the worst report counts.

@@ -161,7 +161,7 @@ def _serve_as_worker(options: argparse.Namespace) -> int:
                 lambda: channel.ready(generations.state),
                 listener=listener,
                 obey=channel.obey,
-                beside=lambda: log_exceptions(channel.follow(generations)),
+                beside=lambda: log_exceptions(channel.handle_reloads(generations)),
             )
         )
     except (ConfigError, StartError) as exc:

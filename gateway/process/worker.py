@@ -132,7 +132,7 @@ class SupervisorChannel:
             loop.add_signal_handler(each, stop.set)
         loop.add_signal_handler(signal.SIGUSR2, lambda: None)  # for the supervisor, as is SIGHUP
 
-    async def follow(self, generations: GenerationSwitch) -> None:
+    async def handle_reloads(self, generations: GenerationSwitch) -> None:
         """Reload as the supervisor orders, until cancelled; then stop what is prepared."""
         preparing: asyncio.Task[None] | None = None
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.admin.listener import merged
+from gateway.admin.listener import merge_reports
 from gateway.balancing.circuit_breaker import HealthEvent
 from gateway.errors import ApiError
 from gateway.process.worker_messages import HEALTH_REPORT, REPORT_HEALTH, TAKE_HEALTH_EVENT
@@ -55,7 +55,7 @@ class WorkerHealth:
         if not reports:
             reason = "the workers do not reply" if workers else "no worker is ready"
             raise ApiError(503, f"{reason}; try again", code="no_report", headers={"retry-after": "1"})
-        return merged(reports)
+        return merge_reports(reports)
 
     async def _update(self, worker: WorkerProcess, number: int) -> None:
         """Have a worker report; if it does not reply in time, its last report counts."""

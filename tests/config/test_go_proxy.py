@@ -1,4 +1,4 @@
-"""Configurations of the Go proxy: read as they are, and imported as the gateway's own."""
+"""Configurations of the Go proxy: loaded directly, and converted to the gateway's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REAL = EXAMPLE.format(east="https://xxx-east-us.openai.azure.com", west="https:/
 
 
 def imported(text: str, folder: Path) -> tuple[str, str, dict[str, str]]:
-    """Return what importing prints, what it notes, and the keys."""
+    """Return the imported YAML, the notes and the keys."""
     path = folder / "config.yaml"
     path.write_text(text)
     made = import_go_proxy(path)
@@ -72,7 +72,7 @@ async def ask(gateway: Gateway, model: str, path: str = "chat/completions", **mo
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
 async def test_requests_go_where_they_went(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Each model to its endpoint, deployment and api-version with its key, whatever key the client shows, or none."""
+    """Each model to its endpoint, deployment and api-version with its key, with any key of the client, or none."""
     async with (
         FakeAzure(api_key="sesame-east", deployments=["xxx"]) as east,
         FakeAzure(api_key="sesame-west", deployments=["yyy", "zzz"]) as west,
@@ -105,7 +105,7 @@ async def test_requests_go_where_they_went(way: str, start_gateway: StartGateway
 async def test_without_stored_keys_the_client_s_own_key_is_used(
     way: str, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
-    """It is passed on, and there is no way around it."""
+    """It is passed on, and required."""
     async with FakeAzure(api_key="the-client's".replace("'", ""), deployments=["xxx"]) as azure:
         yaml = f"deployment_config: [{{deployment_name: xxx, model_name: m$1, endpoint: '{azure.endpoint}', "
         yaml += "api_key: , api_version: 2024-02-01}]\n"
@@ -122,7 +122,7 @@ async def test_without_stored_keys_the_client_s_own_key_is_used(
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
 async def test_the_proxy_s_variables_count(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
-    """AZURE_OPENAI_HTTP_PROXY and AZURE_OPENAI_SOCKS_PROXY are the way to every endpoint, as before."""
+    """AZURE_OPENAI_HTTP_PROXY and AZURE_OPENAI_SOCKS_PROXY apply to every endpoint, as before."""
     async with FakeAzure(api_key="sesame-west", deployments=["yyy"]) as azure, ConnectProxy() as proxy:
         yaml = EXAMPLE.format(east=azure.endpoint, west=azure.endpoint)
         keys: dict[str, str] = {}
@@ -134,7 +134,7 @@ async def test_the_proxy_s_variables_count(way: str, start_gateway: StartGateway
 
 
 def test_what_importing_prints(tmp_path: Path) -> None:
-    """YAML for people: names from the hosts, variables for the keys, and above `auth: none` what that means."""
+    """Readable YAML: names from the hosts, variables for the keys, and a comment that explains `auth: none`."""
     text, _, keys = imported(REAL, tmp_path)
     assert (
         text
@@ -188,7 +188,7 @@ pipeline:
 
 
 def test_both_ways_come_to_the_same(tmp_path: Path) -> None:
-    """What importing prints loads to what the file itself loads to, all interfaces included."""
+    """The imported YAML loads to the same configuration as the file, including the address."""
     text, _, keys = imported(REAL, tmp_path)
     direct = load(write_files(tmp_path, {"gateway.yaml": REAL}), {})
     own = load(write_files(tmp_path, {"gateway.yaml": text}), keys)
@@ -214,7 +214,7 @@ Deployment_Config:
 
 
 def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
-    """Everything that is left out, or means something else; never a key."""
+    """Every setting that is left out, or differs; never a key."""
     text, notes, keys = imported(ODD, tmp_path)
     assert notes.splitlines() == [
         "config.yaml:4:1: 'colour' is not a setting of the Go proxy; it is left out",
@@ -248,7 +248,7 @@ def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
 async def test_cors_lets_every_page_in(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Its `cors: true` is the stage `cors`, which answers preflights before anything asks them for a key."""
+    """Its `cors: true` becomes the stage `cors`, which responds to preflights before a stage asks for a key."""
     async with FakeAzure(api_key="sesame", deployments=["xxx"]) as azure:
         yaml = "cors: true\ndeployment_config: [{deployment_name: xxx, model_name: gpt-4o, "
         yaml += f"endpoint: '{azure.endpoint}', api_version: 2024-02-01}}]\n"
@@ -289,7 +289,7 @@ pipeline:
     ],
 )
 def test_the_flag_adds_the_stage_where_there_is_none(pipeline: str, expected: list[str], tmp_path: Path) -> None:
-    """To any configuration: behind `access_log`, above what asks for a key; teams that inherit have it too."""
+    """In any configuration: after `access_log`, above stages that ask for a key; teams that inherit have it, too."""
     yaml = "resources: {azure: {endpoint: https://x.openai.azure.com}}\nteams: team.yaml\npipeline: "
     yaml += pipeline.replace("MORE", "model_map, api_version")
     files = {"gateway.yaml": yaml, "team.yaml": "match: {path_prefix: /team}\npipeline: [inherit, sse_newline]"}
@@ -300,7 +300,7 @@ def test_the_flag_adds_the_stage_where_there_is_none(pipeline: str, expected: li
 
 
 def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
-    """A pipeline that is no list, or has what is no stage, is told as ever."""
+    """A pipeline that is not a list, or has an invalid stage, is still reported."""
     for pipeline, words in (
         ("access_log", "pipeline must be a list"),
         ("[{}, [a]]", "each entry of the pipeline must be one stage"),
@@ -343,14 +343,14 @@ def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
 def test_mistakes_are_reported_where_they_stand(
     old: str, new: str, expected: str, importing: bool, tmp_path: Path
 ) -> None:
-    """In their file, though it is ours that is loaded; no key is shown."""
+    """In the original file, although the converted one is loaded; no key is shown."""
     text = mistakes(REAL.replace(old, new), tmp_path, importing=importing)
     assert expected in text
     assert "sesame" not in text.replace("'${HOME}'", "")
 
 
 def test_another_base_than_v1(tmp_path: Path) -> None:
-    """Served as it is, each request would be a 404: a mistake; imported, a note of what to do."""
+    """Loaded directly, each request would get a 404: a mistake; imported, a note with advice."""
     for base in ("/openai", "api/v1", "[x]"):
         odd = REAL.replace('"/v1"', base)
         assert mistakes(odd, tmp_path, importing=False).startswith("config.yaml:1:11: api_base must be /v1")
@@ -360,7 +360,7 @@ def test_another_base_than_v1(tmp_path: Path) -> None:
 
 
 def test_our_own_files_are_not_imported(tmp_path: Path) -> None:
-    """It says what is missing, and a file that is not there is a mistake as ever."""
+    """The message says what is missing; a missing file is a mistake."""
     assert "1:1: this is not a configuration of azure-openai-proxy" in mistakes(
         "listen: :1\n", tmp_path, importing=True
     )
@@ -369,7 +369,7 @@ def test_our_own_files_are_not_imported(tmp_path: Path) -> None:
 
 
 def node(content: Any) -> Node:
-    """Return plain data as nodes, without marks: writing needs none."""
+    """Return plain data as nodes, without marks, which writing does not need."""
     if isinstance(content, dict):
         return MappingNode("", [(node(key), node(value)) for key, value in content.items()])
     if isinstance(content, list):
@@ -402,19 +402,19 @@ CONTENT = st.recursive(
 
 @given(st.dictionaries(TEXT, CONTENT, min_size=1, max_size=4))
 def test_written_yaml_says_what_it_was_made_of(content: dict[str, Any]) -> None:
-    """Whatever the texts are; and a word that YAML takes for something else is in quotes."""
+    """For any text; and a word with another meaning in YAML is quoted."""
     text = write(node(content), {(next(iter(content)),): "why\nso"})  # type: ignore[arg-type] # it is a mapping
     assert pyyaml.load(text, pyyaml.BaseLoader) == content  # noqa: S506 -- it makes nothing but text
 
 
 def test_words_that_yaml_takes_for_something_else_are_in_quotes() -> None:
-    """For the gateway's reader only `null` is none; for an editor, all of them are."""
+    """For the gateway's reader only `null` is special; for an editor, all of them are."""
     for word in ("null", "true", "False", "off", "No", "yes", "ON", "~", ""):
         assert pyyaml.safe_load(write(node({"a": word}), {})) == {"a": word}  # type: ignore[arg-type] # a mapping
 
 
 def test_a_key_that_is_a_word_of_yaml_is_a_key(tmp_path: Path) -> None:
-    """Where it is `null`, the configuration is the same as with any other."""
+    """With `null`, the configuration is the same as with any other key."""
     entry = "{deployment_name: a, model_name: m, endpoint: https://a.test, api_key: '%s'}"
     shown = [
         show(load(write_files(tmp_path, {"gateway.yaml": f"deployment_config: [{entry % key}]\n"}), {}))
@@ -453,7 +453,7 @@ ENTRIES = st.lists(SOUND, min_size=1, max_size=5) | st.lists(
 
 @given(st.fixed_dictionaries({"deployment_config": ENTRIES | CONTENT}, optional={"cors": VALUE, "listen": VALUE}))
 def test_any_file_loads_to_what_its_import_loads_to_or_has_mistakes(content: dict[str, Any]) -> None:
-    """No file ends in a traceback, and what is served is what is printed."""
+    """No file causes a traceback, and the served configuration is the printed one."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder), {"gateway.yaml": write(node(content), {})})  # type: ignore[arg-type]
         try:

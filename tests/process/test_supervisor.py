@@ -1,4 +1,4 @@
-"""One supervisor and several workers behind one address: what clients and operators see of it."""
+"""One supervisor and several workers on one address, as seen by clients and operators."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ pipeline: [who, auth_passthrough, {model_map: {unmapped: own_name_without_dots}}
 
 
 class Fleet:
-    """A supervisor that runs as a process of its own; `events` are its log's and its workers'."""
+    """A supervisor in a separate process; `events` are from its log and its workers'."""
 
     def __init__(self, process: asyncio.subprocess.Process, config: Path) -> None:
         self.process = process
@@ -97,7 +97,7 @@ class Fleet:
 
     @property
     def pids(self) -> set[int]:
-        """The workers that the supervisor counts on, as it said last."""
+        """The current workers, from the last event."""
         return set(self.named("workers_ready")[-1]["pids"])
 
 
@@ -125,7 +125,7 @@ async def fleet(
 
 
 async def ask(url: str, **more: Any) -> str:
-    """Ask on a new connection, and return the pid of the worker that answered."""
+    """Send a request on a new connection, and return the pid of the worker that responded."""
     async with (
         aiohttp.ClientSession(**more) as session,
         session.post(url, json=CHAT, headers={"api-key": KEY}) as answer,
@@ -135,7 +135,7 @@ async def ask(url: str, **more: Any) -> str:
 
 
 async def answering(url: str, pids: set[int]) -> None:
-    """Ask until every worker of a set has answered, and nobody else has since."""
+    """Send requests until every worker of a set has responded, and no other one."""
     async with asyncio.timeout(30):
         seen: set[int] = set()
         while seen != pids:
@@ -145,7 +145,7 @@ async def answering(url: str, pids: set[int]) -> None:
 
 @pytest.mark.slow
 async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAzure, tmp_path: Path) -> None:
-    """Both answer; the log names the one that died, of what, and when it is replaced; then both answer again."""
+    """Both respond; the log has the dead worker, its exit and the restart delay; then both respond again."""
     async with fleet(azure, tmp_path) as running:
         first = running.pids
         assert len(first) == 2
@@ -164,7 +164,7 @@ async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAz
 
 @pytest.mark.slow
 async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> None:
-    """Three of them: kept connections, new ones and a stream that outlives the first; every worker is another then."""
+    """Three restarts, with kept and new connections, and a stream that outlives the first; all workers are replaced."""
     async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
         done, whole, failed, enough = 0, 0, [], asyncio.Event()
         body = {**CHAT, "user": "load"}
@@ -221,7 +221,7 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
 
 @pytest.mark.slow
 async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tmp_path: Path) -> None:
-    """The log says why, once; a mended one is taken over by the next restart, and new code of a stage with it."""
+    """The log has the reason, once; the next restart takes a corrected one, and new code of a stage."""
     unwatched = YAML + "watch: false\n"
     async with fleet(azure, tmp_path, yaml=unwatched) as running:
         old = running.pids
@@ -249,7 +249,7 @@ async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True])
 async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) -> None:
-    """Streams end whole, newcomers are refused, the status is 0; also where the workers get the signal as well."""
+    """Streams complete, new connections are refused, the status is 0; even if the workers get the signal, too."""
     async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
         url = running.url
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
@@ -293,7 +293,7 @@ async def test_a_second_signal_ends_every_worker_at_once(tmp_path: Path) -> None
 
 @pytest.mark.slow
 async def test_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
-    """Where it is killed they drain, and are gone."""
+    """If it is killed, they drain and exit."""
     async with (
         FakeAzure(words=["x"] * 20, delay=0.1) as azure,
         fleet(azure, tmp_path) as running,
@@ -326,7 +326,7 @@ async def test_the_unix_socket_is_the_supervisors(azure: FakeAzure, tmp_path: Pa
 
 @pytest.mark.slow
 async def test_restarts_asked_for_meanwhile_are_one_more_and_a_stop_wins(azure: FakeAzure, tmp_path: Path) -> None:
-    """Several signals while a restart runs are one; SIGTERM does not wait for it."""
+    """Several signals during a restart count as one; SIGTERM does not wait for it."""
     async with fleet(azure, tmp_path) as running:
         running.process.send_signal(signal.SIGUSR2)
         await running.until("rolling_restart")
@@ -367,7 +367,7 @@ async def test_what_keeps_every_worker_from_starting_is_said_once(azure: FakeAzu
 async def test_workers_that_hang_while_they_start_can_be_stopped(
     how: str, signals: int, azure: FakeAzure, tmp_path: Path
 ) -> None:
-    """SIGTERM ends a gateway that is not up yet; one that hears nothing is killed after a second one."""
+    """SIGTERM ends a gateway that is starting; a worker that does not react is killed after a second signal."""
     write_files(tmp_path, {"mine/starts.py": STARTS.format(what=f"get_logger().info('hanging'); {how}")})
     path = tmp_path / "mine" / "starts.py"
     path.write_text("import time\nfrom gateway.logs import get_logger\n" + path.read_text())
@@ -384,7 +384,7 @@ async def test_workers_that_hang_while_they_start_can_be_stopped(
 
 @pytest.mark.parametrize("given", ["0", "-1", "x", "1.5", ""])
 def test_a_wrong_number_of_workers_is_a_clear_error(given: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2, and what would be right."""
+    """Status 2, and the valid values."""
     with pytest.raises(SystemExit) as caught:
         main(["serve", f"--workers={given}"])
     assert caught.value.code == 2
@@ -394,7 +394,7 @@ def test_a_wrong_number_of_workers_is_a_clear_error(given: str, capsys: pytest.C
 @pytest.mark.slow
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure: FakeAzure, tmp_path: Path) -> None:
-    """Not for each that the machine has; for one CPU no supervisor is needed."""
+    """Not one for each CPU of the machine; with one CPU there is no supervisor."""
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < cpus:
         pytest.skip("this machine has too few CPUs")
@@ -420,7 +420,7 @@ async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure
 
 
 def test_workers_import_from_where_the_supervisor_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory may hold any gateway.py: it counts where `python -m gateway` looked there already."""
+    """The working directory may have another gateway.py: it counts only if `python -m gateway` looked there, too."""
     monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
     assert worker_command(None, cors=True)[-2:] == ["serve", "--cors"]
     assert worker_command(None) == [sys.executable, "-m", "gateway", "serve"]
@@ -438,7 +438,7 @@ SILENT = "import time; time.sleep(3600)"
 
 
 def supervisor(code: str, count: int = 1, **more: Any) -> Supervisor:
-    """A supervisor of stubs, which runs in this process."""
+    """A supervisor in this process, with stubs as workers."""
     command = [sys.executable, "-S", "-c", code]
     listener = Listener.open(Listen("127.0.0.1", 0))
     return Supervisor(listener, command, count, Notifier({}), config=Path("none.yaml"), **more)
@@ -450,7 +450,7 @@ def supervisor(code: str, count: int = 1, **more: Any) -> Supervisor:
 async def test_the_delay_grows_while_workers_die_young(
     reset_after: float, delays: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Doubled up to a bound; one that has lived for long is replaced as soon as the first."""
+    """The delay doubles up to a maximum; after a long uptime it starts again at the initial delay."""
     monkeypatch.setattr(worker_restarts, "_FIRST_DELAY", 0.01)
     monkeypatch.setattr(worker_restarts, "_MAX_DELAY", 0.05)
     monkeypatch.setattr(worker_restarts, "_RESET_AFTER", reset_after)
@@ -475,7 +475,7 @@ async def test_the_delay_grows_while_workers_die_young(
 
 
 async def test_workers_that_never_become_ready_are_killed() -> None:
-    """The supervisor does not wait for ever."""
+    """The supervisor has a timeout."""
     running = supervisor(SILENT, 2, timeout=0.3)
     async with asyncio.timeout(30):
         with pytest.raises(StartError, match=r"not ready after 0\.3 s"):
@@ -483,7 +483,7 @@ async def test_workers_that_never_become_ready_are_killed() -> None:
 
 
 async def test_a_system_without_processes_is_a_clear_error() -> None:
-    """As any other reason why the first worker cannot start."""
+    """Like any reason why the first worker cannot start."""
     running = Supervisor(Listener.open(Listen("127.0.0.1", 0)), ["no-such-program"], 2, Notifier({}),
                          config=Path("none.yaml"))  # fmt: skip
     async with asyncio.timeout(30):
@@ -492,7 +492,7 @@ async def test_a_system_without_processes_is_a_clear_error() -> None:
 
 
 async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread waits for each worker; where none can be had, there is no worker, and the supervisor says so."""
+    """A thread waits for each worker; without a thread there is no worker, and the supervisor reports it."""
 
     async def without(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -505,7 +505,7 @@ async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.Mon
 
 
 async def test_a_worker_that_dies_without_a_word_is_told_of_by_its_status() -> None:
-    """A traceback, which it has printed itself, is no reason to repeat."""
+    """Its traceback, which it has printed, is not repeated."""
     running = supervisor("raise SystemExit(7)", 2)
     async with asyncio.timeout(30):
         with pytest.raises(StartError, match="exited before it was ready: status 7"):
@@ -557,7 +557,7 @@ for order in line.makefile("r"):
 async def test_all_workers_take_the_same_files_over_or_none(
     other: str, said: ReloadReport, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that takes too long, ends meanwhile, or has read other files, keeps the others from it."""
+    """A worker that is late, exits meanwhile, or has read different files, prevents the commit."""
     monkeypatch.setattr(worker_restarts, "_FIRST_DELAY", 30.0)
     code = PREPARES.replace("FOLDER", str(tmp_path)).replace("OTHER", other)
     running = supervisor(code, 2, timeout=2)
@@ -612,7 +612,7 @@ for order in line.makefile("r"):
 async def test_the_operator_is_never_told_of_nothing(
     ready: bool, times: str, expected: list[tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While workers start, do not answer, or have died, it is what is known, or 503 with Retry-After."""
+    """While workers start, do not reply, or have died: the last known state, or a 503 with Retry-After."""
     monkeypatch.setattr(worker_health, "_REPORT_TIMEOUT", 0.3)
     monkeypatch.setattr(worker_restarts, "_FIRST_DELAY", 30.0)
     code = REPORTS.replace("TIMES", times).replace("READY", str(ready))
@@ -638,7 +638,7 @@ async def test_the_operator_is_never_told_of_nothing(
 
 
 async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others have, so there is no way back; it does when it can."""
+    """The others have committed, so there is no way back; the late worker commits when it can."""
     monkeypatch.setattr(two_phase_reload, "STOP_TIMEOUT", 0.2)
     warned: list[str] = []
 
@@ -678,7 +678,7 @@ pipeline:
 
 @pytest.mark.slow
 async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None:
-    """Exactly, whoever of them is asked; over a reload that changes it, a rolling restart, and the death of one."""
+    """Exactly, on all workers; across a reload that changes it, a rolling restart, and the death of a worker."""
 
     async def statuses(count: int) -> list[int]:
         async def one() -> int:
@@ -709,7 +709,7 @@ async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None
 
 @pytest.mark.slow
 async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) -> None:
-    """Three at once may run, whoever runs them; when a worker is replaced, its own count no more."""
+    """Three may run at once on all workers together; those of a replaced worker no longer count."""
     async with FakeAzure(words=["x"] * 100, delay=0.1) as azure, fleet(azure, tmp_path, yaml=LIMITED) as running:
         async with contextlib.AsyncExitStack() as stack:
             answers = []
@@ -734,7 +734,7 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
 
 
 async def test_workers_share_what_they_know_of_deployments(tmp_path: Path) -> None:
-    """What one has met, the others need not; also one that replaces another, and the operator sees the sum."""
+    """What one worker learns, all know, including a replacement; the operator sees the sum."""
     async with cluster("east", "west") as regions:
         east = regions["east"]
         east.fault, east.rest = "limited", 600
