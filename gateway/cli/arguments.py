@@ -11,6 +11,7 @@ from gateway.errors import StartError
 
 __all__ = (
     "CONFIG_HELP",
+    "CONFIG_OR_FOLDER_HELP",
     "DEFAULT",
     "GO_PROXY_FILE",
     "NothingConfiguredError",
@@ -22,7 +23,9 @@ __all__ = (
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-CONFIG_HELP = "path of gateway.yaml; default: $GATEWAY_CONFIG, else the shipped one if $AZURE_OPENAI_ENDPOINT is set"
+_DEFAULT_CONFIG = "default: $GATEWAY_CONFIG, else the shipped one if $AZURE_OPENAI_ENDPOINT is set"
+CONFIG_HELP = f"path of gateway.yaml; {_DEFAULT_CONFIG}"
+CONFIG_OR_FOLDER_HELP = f"path of gateway.yaml, or of its folder; {_DEFAULT_CONFIG}"
 # In a checkout this is a link to config/gateway.yaml.
 DEFAULT = (Path(__file__).parents[1] / "gateway.yaml").resolve()
 # The configuration's path in the Go proxy's image, to which its users' compose files mount theirs.

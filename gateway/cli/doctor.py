@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.cli.arguments import CONFIG_HELP, Commands, config_path
+from gateway.cli.arguments import CONFIG_OR_FOLDER_HELP, Commands, config_path
 from gateway.errors import StartError
 
 __all__ = ("add_parser",)
@@ -26,9 +26,7 @@ def add_parser(commands: Commands) -> None:
         "token from each deployment. Print each problem, such as a wrong key, region, deployment or api-version; with "
         "any, the status is 1. Resources without a stored credential get $AZURE_OPENAI_API_KEY.",
     )
-    doctor.add_argument(
-        "path", metavar="PATH", type=Path, nargs="?", help=CONFIG_HELP + ". A folder is the gateway.yaml in it"
-    )
+    doctor.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_OR_FOLDER_HELP)
     doctor.add_argument(
         "-n", "--dry-run", action="store_true", help="print the deployments that would be tested, without any request"
     )

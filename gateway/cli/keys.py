@@ -47,7 +47,7 @@ def _new_key(options: argparse.Namespace) -> int:
     from gateway.config.nodes import NAME  # noqa: PLC0415
 
     if not NAME.fullmatch(options.team):
-        raise StartError(f"--team: {options.team!r} cannot be a team's name; use letters, digits and _ . -")
+        raise StartError(f"--team: {options.team!r} is not a valid team name: use letters, digits, . _ and -")
     if options.label == "":
         raise StartError("--label is empty; leave it out to identify the key by its digest")
     today = datetime.datetime.now(datetime.UTC).date()

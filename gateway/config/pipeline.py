@@ -127,7 +127,7 @@ def _read_entry(reader: Reader, item: Node, registry: Registry) -> Entry | None:
         return None
     stage_id = given_id or (name.rpartition(":")[2] if ":" in name else name)
     if not _ID.fullmatch(stage_id) or stage_id in (INHERIT, OFF):
-        reader.mistake(key, f"{stage_id!r} cannot be the id of a stage; use letters, digits and _ . : -")
+        reader.mistake(key, f"{stage_id!r} is not a valid stage id: use letters, digits, . _ : and -")
         return None
     before = len(reader.mistakes)
     settings = {} if value is None else _settings(reader, value, cls, stage_id)

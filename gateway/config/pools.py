@@ -25,7 +25,7 @@ def read_pools(reader: Reader, node: Any, resources: Mapping[str, Resource]) -> 
         return pools
     for name, key, value in reader.pairs(node):
         if not NAME.fullmatch(name):
-            reader.mistake(key, f"{name!r} cannot be a pool's name; use letters, digits and _ . -")
+            reader.mistake(key, f"{name!r} is not a valid pool name: use letters, digits, . _ and -")
             continue
         found: list[Deployment] = []
         if not isinstance(value, SequenceNode) or not value.value:
@@ -46,8 +46,8 @@ def read_pools(reader: Reader, node: Any, resources: Mapping[str, Resource]) -> 
             if not DEPLOYMENT.fullmatch(deployment):
                 reader.mistake(
                     deployment_node,
-                    f"pool {name!r}: {deployment!r} cannot be a deployment's name; use at most 64 "
-                    "letters, digits and . _ -",
+                    f"pool {name!r}: {deployment!r} is not a valid deployment name: use at most 64 "
+                    "letters, digits, . _ and -",
                 )
             if any(str(known) == f"{resource_name}/{deployment}" for known in found):
                 reader.mistake(deployment_node, f"pool {name!r} has {made.deployment.strip()} twice")

@@ -42,7 +42,7 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
     for name, key, value in reader.pairs(node):
         what = f"resource {name!r}"
         if not NAME.fullmatch(name):
-            reader.mistake(key, f"{name!r} cannot be a resource's name; use letters, digits and _ . -")
+            reader.mistake(key, f"{name!r} is not a valid resource name: use letters, digits, . _ and -")
             continue
         made = fill(reader, value, ResourceFile, what)
         if made is FAILED:

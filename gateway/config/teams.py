@@ -69,7 +69,7 @@ class TeamBuilder:
             return None
         name = file.stem
         if not NAME.fullmatch(name) or name == "default":
-            reader.mistake(root, f"{name!r} cannot be a team's name; rename the file")
+            reader.mistake(root, f"{name!r} is not a valid team name; rename the file")
         team = fill(reader, root, TeamFile, "", lenient=True)
         entries = list(self._inherited)
         before = len(reader.mistakes)

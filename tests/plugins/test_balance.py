@@ -1027,9 +1027,9 @@ async def test_what_is_no_pools_goes_its_own_way(start_gateway: StartGateway, re
         (
             "  - balance: {}\n  - api_version: 2024-10-21\n",
             "  - api_version: 2024-10-21\n  - balance\n",
-            "must stand above",
+            "must be above",
         ),
-        ("  - balance: {}\n", "  - balance: {}\n  - resource_ids\n", "'resource_ids' must stand above 'balance'"),
+        ("  - balance: {}\n", "  - balance: {}\n  - resource_ids\n", "'resource_ids' must be above 'balance'"),
     ],
 )
 async def test_a_wrong_order_is_found_when_it_is_loaded(

@@ -25,7 +25,7 @@ from gateway.config import Loaded, load
 from gateway.config.sources import Sources
 from gateway.process import control_socket as control
 from gateway.process import file_watch as watch
-from gateway.process import generations as generations
+from gateway.process import generations
 from gateway.process.control_socket import GatewayNotRunning, ReloadReport
 from gateway.process.generations import GenerationSwitch
 from gateway.process.reload import Prepared, ReloadLoop, WatchedState
@@ -1000,7 +1000,7 @@ async def test_a_reload_that_fails_by_a_bug_is_not_the_last(tmp_path: Path, monk
         return Prepared(ReloadReport(changes=["x"]), WatchedState())
 
     async with going(running := reloads(tmp_path, reload)):
-        assert (await running.ask()).mistakes == ["RuntimeError; the log has more"]
+        assert (await running.ask()).mistakes == ["RuntimeError; see the log"]
         assert (await running.ask()).changes == ["x"]
 
 
@@ -1016,7 +1016,7 @@ async def test_the_watch_outlives_a_reload_that_read_nothing(
 
     monkeypatch.setattr(running.generations, "_load", fails)
     prepared = await running.generations.prepare()
-    assert prepared.report.mistakes == ["RuntimeError; the log has more"]
+    assert prepared.report.mistakes == ["RuntimeError; see the log"]
     assert prepared.state.sources.files.keys() == before.files.keys()
     monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     async with asyncio.timeout(20):
