@@ -173,7 +173,7 @@ class _Doctor:
             if embedding is not None and (chat is None or embedding.ok):
                 return [embedding]
         if chat is None:
-            words = "it exists; it supports neither chats nor embeddings, so no other probe was sent"
+            words = "the deployment exists, but supports neither chats nor embeddings, so no other probe was sent"
             return [self._finding(planned.deployment, "chat", words, ok=True)]
         if not chat.ok:
             return [chat]
@@ -232,13 +232,13 @@ class _Doctor:
     ) -> tuple[Finding | None, bool]:
         status, body = response.status, (await response.read(_MAX_ERROR_BODY)).decode("utf-8", "replace")
         if status == 400 and is_cut_off(body):
-            words = "it reasons, and had no token left for output"
+            words = "a reasoning model; no token was left for output"
             return self._finding(planned.deployment, probe, words, took, ok=True), False
         if status in (400, 404) and lacks_operation(body) and "max_" not in body:
             return None, False
         if status == 429:
             wait = response.retry_after(message_of(body))
-            words = "it exists, but its quota is used up" + (f" for {wait:g} s" if wait is not None else "")
+            words = "the deployment exists, but its quota is used up" + (f" for {wait:g} s" if wait is not None else "")
             return self._finding(planned.deployment, probe, words, took, ok=True), False
         return self._finding(planned.deployment, probe, self._message(status, body, version), took), (
             status == 400 and expects_other_limit_name(body)
@@ -316,5 +316,5 @@ def _ms(started: float) -> float:
     return round((time.monotonic() - started) * 1000, 1)
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -53,16 +53,16 @@ def _changes(old: _Flat, new: _Flat) -> list[str]:
     return lines
 
 
-def _named(what: str, old: Mapping[str, _Flat], new: Mapping[str, _Flat]) -> list[str]:
+def _named(kind: str, old: Mapping[str, _Flat], new: Mapping[str, _Flat]) -> list[str]:
     """Return the changes of named things: added, removed, and changed ones."""
     lines = []
     for name in {**old, **new}:
         if name not in old:
-            lines.append(f"{what} {name}: added")
+            lines.append(f"{kind} {name}: added")
         elif name not in new:
-            lines.append(f"{what} {name}: removed")
+            lines.append(f"{kind} {name}: removed")
         else:
-            lines += [f"{what} {name}: {line}" for line in _changes(old[name], new[name])]
+            lines += [f"{kind} {name}: {line}" for line in _changes(old[name], new[name])]
     return lines
 
 

@@ -40,49 +40,49 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
         resources["unknown"] = UNKNOWN
         return resources
     for name, key, value in reader.pairs(node):
-        what = f"resource {name!r}"
+        label = f"resource {name!r}"
         if not NAME.fullmatch(name):
             reader.mistake(key, f"{name!r} is not a valid resource name: use letters, digits, . _ and -")
             continue
-        made = fill(reader, value, ResourceFile, what)
-        if made is FAILED:
+        settings = fill(reader, value, ResourceFile, label)
+        if settings is FAILED:
             resources[name] = UNKNOWN
             continue
-        endpoint = made.endpoint.strip()
+        endpoint = settings.endpoint.strip()
         problem = _endpoint_problem(endpoint)
         if problem:
-            reader.mistake(value_of(value, "endpoint"), f"{what}: {problem}")
-        if made.api_key is not None and not is_key(made.api_key):
-            reader.mistake(value_of(value, "api_key"), f"{what}: api_key is empty, or has characters that no key has")
-        credential = Credential(made.api_key) if made.api_key else None
+            reader.mistake(value_of(value, "endpoint"), f"{label}: {problem}")
+        if settings.api_key is not None and not is_key(settings.api_key):
+            reader.mistake(value_of(value, "api_key"), f"{label}: api_key is empty, or has characters that no key has")
+        credential = Credential(settings.api_key) if settings.api_key else None
         identity = None
-        if made.credential is not None:
-            identity = read_identity(reader, made.credential, value_of(value, "credential"), what)
-            if made.api_key is not None:
+        if settings.credential is not None:
+            identity = read_identity(reader, settings.credential, value_of(value, "credential"), label)
+            if settings.api_key is not None:
                 reader.mistake(
-                    value_of(value, "credential"), f"{what}: it has both an api_key and a credential; remove one"
+                    value_of(value, "credential"), f"{label}: it has both an api_key and a credential; remove one"
                 )
             if identity is None:
                 credential = Credential("unknown")  # so that a missing credential is not reported, too
         if identity is not None and identity not in tokens:
             tokens[identity] = EntraTokens(identity, shared.session, kept=shared.space("", "entra"))
         proxy = None
-        if made.proxy and made.proxy.strip():
+        if settings.proxy and settings.proxy.strip():
             try:
-                proxy = Proxy.parse(made.proxy.strip())
+                proxy = Proxy.parse(settings.proxy.strip())
             except ValueError as exc:
-                reader.mistake(value_of(value, "proxy"), f"{what}: {exc}")
+                reader.mistake(value_of(value, "proxy"), f"{label}: {exc}")
         tls = None
-        if made.tls is not None:
-            tls = _tls(reader, made.tls, value_of(value, "tls"), what, https=endpoint.lower().startswith("https:"))
+        if settings.tls is not None:
+            tls = _tls(reader, settings.tls, value_of(value, "tls"), label, https=endpoint.lower().startswith("https:"))
         resources[name] = Resource(
             name,
             endpoint.rstrip("/"),
             credential,
             proxy,
-            region=made.region,
-            api_version=made.api_version,
-            timeouts=made.timeouts,
+            region=settings.region,
+            api_version=settings.api_version,
+            timeouts=settings.timeouts,
             tls=tls,
             tokens=tokens[identity] if identity is not None else None,
         )
@@ -101,14 +101,14 @@ def _display_name(given: str) -> str:
     return given if given.isprintable() and len(given) < 200 and "PRIVATE" not in given else "this file"
 
 
-def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -> Tls | None:
+def _tls(reader: Reader, settings: TlsFile, node: Node, label: str, *, https: bool) -> Tls | None:
     """Return the TLS settings of a resource; mistakes in its files are noted."""
     folder = reader.folder(node)
     digest = hashlib.sha256()
     before = len(reader.mistakes)
     paths: dict[str, Path] = {}
     for name in ("ca", "certificate", "key"):
-        given = getattr(made, name)
+        given = getattr(settings, name)
         if given is None:
             continue
         paths[name] = folder / given
@@ -116,11 +116,11 @@ def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -
             digest.update(reader.sources.read(paths[name]))
         except (OSError, ValueError) as exc:
             reason = getattr(exc, "strerror", None) or "the name is not valid"
-            reader.mistake(value_of(node, name), f"{what}: tls: cannot read {_display_name(given)}: {reason}")
+            reader.mistake(value_of(node, name), f"{label}: tls: cannot read {_display_name(given)}: {reason}")
     if not https:
-        reader.mistake(node, f"{what}: tls needs an endpoint that begins with https://")
+        reader.mistake(node, f"{label}: tls needs an endpoint that begins with https://")
     if "key" in paths and "certificate" not in paths:
-        reader.mistake(value_of(node, "key"), f"{what}: tls: `key` needs `certificate`, too")
+        reader.mistake(value_of(node, "key"), f"{label}: tls: `key` needs `certificate`, too")
     if len(reader.mistakes) > before:
         return None
     tls = Tls(**paths, digest=digest.hexdigest())
@@ -134,13 +134,13 @@ def _tls(reader: Reader, made: TlsFile, node: Node, what: str, *, https: bool) -
                 if not str(getattr(exc, "reason", "")).startswith("KEY_VALUES")
                 else "they do not belong together"
             )
-            reader.mistake(value_of(node, wrong), f"{what}: tls: the {wrong} is not usable: {why}")
+            reader.mistake(value_of(node, wrong), f"{label}: tls: the {wrong} is not usable: {why}")
             return None
     return tls
 
 
 def _endpoint_problem(endpoint: str) -> str | None:
-    """Return what is wrong with an endpoint's URL, or None."""
+    """Return the problem of an endpoint's URL, or None."""
     try:
         url = URL(endpoint)
         host, port = url.host, url.port

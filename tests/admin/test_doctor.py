@@ -67,7 +67,7 @@ async def examined(
         await upstream.close()
 
 
-def told(findings: list[Finding]) -> list[tuple[str | None, str, bool]]:
+def outcomes(findings: list[Finding]) -> list[tuple[str | None, str, bool]]:
     return [(each.deployment, each.probe, each.ok) for each in findings]
 
 
@@ -81,7 +81,7 @@ async def test_all_is_well(tmp_path: Path) -> None:
     """Each resource's models; for each deployment a chat and a stream, or an embedding, of at most one token."""
     async with FakeAzure(respond=with_models) as azure:
         findings = await examined(tmp_path, azure, YAML % ", region: swedencentral")
-        assert told(findings) == [
+        assert outcomes(findings) == [
             (None, "models", True), ("gpt-4o", "chat", True), ("gpt-4o", "stream", True),
             ("text-embedding-3-small", "embeddings", True),
         ]  # fmt: skip
@@ -170,8 +170,8 @@ async def test_models_that_think_and_quotas_that_are_used_up_are_there(tmp_path:
         assert all(each.ok for each in findings)
         verdicts = [each.verdict for each in findings if each.deployment == "gpt-4o"]
         assert verdicts == [
-            "it reasons, and had no token left for output",
-            "it exists, but its quota is used up for 9 s",
+            "a reasoning model; no token was left for output",
+            "the deployment exists, but its quota is used up for 9 s",
         ]
 
 
@@ -189,7 +189,7 @@ async def test_one_that_is_for_neither_is_there(tmp_path: Path) -> None:
         assert all(each.ok for each in findings)
 
 
-async def test_the_asynchronous_filter_is_told(tmp_path: Path) -> None:
+async def test_the_asynchronous_filter_is_reported(tmp_path: Path) -> None:
     """By filter results with an offset; the time is the one to the first byte."""
     async with FakeAzure(respond=with_models, asynchronous_filter=True, delay=0.05, words=("a", "b", "c")) as azure:
         findings = await examined(tmp_path, azure)
@@ -208,7 +208,7 @@ async def test_what_cannot_be_reached(tmp_path: Path) -> None:
             (f"https://127.0.0.1:{port}", "in time"),
         ):
             findings = await examined(tmp_path, endpoint, seconds=0.5)
-            assert told(findings) == [(None, "models", False)]
+            assert outcomes(findings) == [(None, "models", False)]
             assert words in findings[0].verdict
 
 

@@ -154,7 +154,7 @@ def test_another_store_is_a_change(tmp_path: Path) -> None:
     assert diff(made[1], made[2]) == ["store: Redis at one:6379 -> Redis over TLS at two:6379"]
 
 
-def test_prices_and_issuers_are_told_of(tmp_path: Path) -> None:
+def test_prices_and_issuers_are_compared(tmp_path: Path) -> None:
     """Each of them."""
     yaml = YAML + "prices: {gpt-4o: {input: 2.5, output: 10}}\nidentity: {issuer: https://login.test/t, audience: a}\n"
     other = yaml.replace("2.5", "2").replace("audience: a", "audience: [a, b]")

@@ -168,7 +168,7 @@ async def test_a_request_waits_only_where_there_is_no_token_yet(start_gateway: S
         assert len(entra.forms) == 1
 
 
-async def test_without_a_token_the_client_is_told_when_to_come_back(
+async def test_without_a_token_the_client_gets_a_503_with_retry_after(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
     """A 503 without details of the identity; the log has Entra's reason. It recovers automatically."""

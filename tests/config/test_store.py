@@ -40,11 +40,11 @@ pipeline: [auth_passthrough, model_map, api_version]
 )
 def test_urls_that_name_a_redis(text: str, expected: dict[str, object]) -> None:
     """Each kind, with percent escapes in the password; neither is shown."""
-    place = RedisUrl.parse(text)
-    assert place == RedisUrl(**expected)  # type: ignore[arg-type] # of several types
-    assert str(place).startswith("Redis over TLS at " if place.tls else "Redis at ")
-    assert not {place.user, place.password} & set(re.split("[ @:]", str(place)))
-    assert not place.password or place.password not in repr(place)
+    url = RedisUrl.parse(text)
+    assert url == RedisUrl(**expected)  # type: ignore[arg-type] # of several types
+    assert str(url).startswith("Redis over TLS at " if url.tls else "Redis at ")
+    assert not {url.user, url.password} & set(re.split("[ @:]", str(url)))
+    assert not url.password or url.password not in repr(url)
 
 
 @pytest.mark.parametrize(

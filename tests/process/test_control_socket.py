@@ -82,7 +82,7 @@ def path(tmp_path: Path) -> Path:
         (7, 0, 0, None, None, "as another user"),
     ],
 )
-def test_who_is_believed(
+def test_trusted_users(
     me: int, answering: int, owner: int, account: int | None, user: str | None, refused: str | None, path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -107,7 +107,7 @@ def test_who_is_believed(
                 control.request_reload(path, user)
 
 
-def test_root_is_told_how_to_ask_a_gateway_of_another_user(
+def test_root_must_name_another_user(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`gateway reload` prints the command, exits with status 1 and sends nothing; with `--user` it asks."""
@@ -123,7 +123,7 @@ def test_root_is_told_how_to_ask_a_gateway_of_another_user(
         assert capsys.readouterr().out == "'one \\x1b[2J'\n"
 
 
-def test_an_answer_has_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_has_a_maximum_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And an invalid report is an error."""
     monkeypatch.setattr(control, "_MAX_REPORT", 100_000)
     with squatter(path, b" " * 200_000), pytest.raises(GatewayNotRunning, match="too large"):
@@ -135,7 +135,7 @@ def test_an_answer_has_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("user", "said"), [(os.geteuid(), "another gateway with the same configuration"), (STRANGER, "can pose as this")]
 )
-async def test_a_name_that_is_taken_is_told_and_tried_again(
+async def test_a_taken_name_is_logged_and_tried_again(
     user: int, said: str, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The log names the process and its user, once; when the name is free again, the gateway takes it."""

@@ -73,7 +73,7 @@ def renamed_over(folder: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "written anew": lambda folder: (folder / "gateway.yaml").write_text(YAML + "# more\n"),
+    "rewritten": lambda folder: (folder / "gateway.yaml").write_text(YAML + "# more\n"),
     "an editor's rename": renamed_over,
     "a team's file": lambda folder: (folder / "teams/x.yaml").write_text("match: {path_prefix: /y}\n"),
     "a team more": lambda folder: (folder / "teams/y.yaml").write_text("match: {path_prefix: /y}\n"),

@@ -207,8 +207,8 @@ async def test_any_error_keeps_the_old_set(
         monkeypatch.setattr(generations, "_PREPARE_TIMEOUT", 0.2)
     report = await running.reload((old, new))
     monkeypatch.undo()
-    (told,) = report.mistakes
-    assert mistake in told
+    (event,) = report.mistakes
+    assert mistake in event
     assert not report.changes
     assert await running.name() == "first"
     started = running.marks("started")
@@ -219,7 +219,7 @@ async def test_any_error_keeps_the_old_set(
     assert await running.name() == "second"
 
 
-async def test_a_bug_keeps_the_old_set_and_tells_no_secret(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_keeps_the_old_set_and_shows_no_secret(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text of an unexpected exception may contain a secret."""
     running = await start()
 
@@ -242,7 +242,7 @@ async def test_the_same_content_starts_nothing(start: Start) -> None:
     await until(lambda: running.marks("stopped") == ["first"])
 
 
-async def test_secrets_are_not_told(start: Start, tmp_path: Path) -> None:
+async def test_secrets_are_not_shown(start: Start, tmp_path: Path) -> None:
     """Neither the old one nor the new one, from any source."""
     running = await start()
     (tmp_path / "key").write_text("simsim")
@@ -627,7 +627,7 @@ WORKERS = pytest.mark.parametrize("flags", [[], ["--workers", "2"]], ids=["alone
 
 @pytest.mark.slow
 @WORKERS
-async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: FakeAzure, tmp_path: Path) -> None:
+async def test_gateway_reload_reports_the_result(flags: list[str], azure: FakeAzure, tmp_path: Path) -> None:
     """Changes and status 0, or every mistake and status 1; afterwards, every process serves the new set."""
     async with served(azure, tmp_path, *flags, yaml=UNWATCHED) as running:
         assert await running.reload(yaml=UNWATCHED) == (0, "nothing changed\n", "")
@@ -636,8 +636,8 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
             0, "resource azure: api_key: *** -> *** (changed)\nteam default: mark.name: first -> second\n", ""
         )  # fmt: skip
         assert await running.names() == {"second"}
-        told = await running.until("reloaded")
-        assert told["changes"][1] == "team default: mark.name: first -> second"
+        event = await running.until("reloaded")
+        assert event["changes"][1] == "team default: mark.name: first -> second"
         broken = await running.reload(("mark: first", "mork: first"), ("sion: 2024", "sion: x2024"), yaml=UNWATCHED)
         assert broken[:2] == (1, "")
         assert broken[2].splitlines() == [
@@ -931,7 +931,7 @@ async def test_a_pipe_that_says_nothing_does_not_keep_the_gateway(start: Start, 
     (tmp_path / "pipe").write_text("x")  # lets the thread end
 
 
-async def test_a_worker_says_what_is_long(tmp_path: Path) -> None:
+async def test_a_worker_sends_long_messages(tmp_path: Path) -> None:
     """A message larger than the socket's buffer, on a non-blocking descriptor, as event loops leave it."""
     ours, theirs = socket.socketpair()
     line = SupervisorChannel(theirs.detach())
@@ -958,7 +958,7 @@ async def test_names_that_are_no_text_are_none_of_a_configuration_s(tmp_path: Pa
     json.dumps(sources.patterns).encode()
 
 
-async def test_many_who_ask_at_once_take_no_more_than_their_places(tmp_path: Path) -> None:
+async def test_simultaneous_clients_are_limited(tmp_path: Path) -> None:
     """Each client costs a descriptor."""
 
     async def reload() -> Prepared:

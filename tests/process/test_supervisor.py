@@ -504,7 +504,7 @@ async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.Mon
             await running.run()
 
 
-async def test_a_worker_that_dies_without_a_word_is_told_of_by_its_status() -> None:
+async def test_a_worker_that_exits_silently_is_reported_with_its_status() -> None:
     """Its traceback, which it has printed, is not repeated."""
     running = supervisor("raise SystemExit(7)", 2)
     async with asyncio.timeout(30):
@@ -609,7 +609,7 @@ for order in line.makefile("r"):
     ],
     ids=["well", "known from before", "silent", "dead", "starting"],
 )
-async def test_the_operator_is_never_told_of_nothing(
+async def test_the_operator_gets_the_last_known_state_or_a_503(
     ready: bool, times: str, expected: list[tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While workers start, do not reply, or have died: the last known state, or a 503 with Retry-After."""
@@ -622,14 +622,14 @@ async def test_the_operator_is_never_told_of_nothing(
         while running._admin.address is None or (ready and len(running._serving()) < 2):
             await asyncio.sleep(0.01)
         async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(tmp_path / "admin"))) as session:
-            for status, told in expected:
+            for status, shown in expected:
                 async with session.get("http://x/admin/resources") as answer:
                     assert answer.status == status
                     body = await answer.json()
                     if status == 200:
-                        assert body["resources"][0]["deployments"][0]["in_flight"] == told
+                        assert body["resources"][0]["deployments"][0]["in_flight"] == shown
                     else:
-                        assert body["error"]["message"] == told
+                        assert body["error"]["message"] == shown
                         assert int(answer.headers["retry-after"]) > 0
         running._stop()
         running._stop()
@@ -637,7 +637,7 @@ async def test_the_operator_is_never_told_of_nothing(
             await task
 
 
-async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_does_not_commit_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others have committed, so there is no way back; the late worker commits when it can."""
     monkeypatch.setattr(two_phase_reload, "STOP_TIMEOUT", 0.2)
     warned: list[str] = []
@@ -759,8 +759,8 @@ async def test_workers_share_what_they_know_of_deployments(tmp_path: Path) -> No
                 aiohttp.ClientSession() as session,
                 session.get(f"http://127.0.0.1:{port}/admin/resources") as answer,
             ):
-                told = await answer.json()
-            rows = {each["name"]: each["deployments"][0] for each in told["resources"]}
+                shown = await answer.json()
+            rows = {each["name"]: each["deployments"][0] for each in shown["resources"]}
             assert rows["east"]["state"] == "cooling_down"
             assert 500 < rows["east"]["cool_down"] <= 600
             assert rows["west"]["state"] == "available"

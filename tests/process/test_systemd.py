@@ -56,7 +56,7 @@ def manager(request: Any, tmp_path: Path) -> Iterator[Manager]:
     manager.close()
 
 
-async def test_what_the_manager_is_told(manager: Manager) -> None:
+async def test_notifications(manager: Manager) -> None:
     """The three states as systemd reads them; a reload with its start time."""
     environment = {"NOTIFY_SOCKET": manager.name, "OTHER": "1"}
     notify = Notifier(environment)
