@@ -1,4 +1,4 @@
-"""What a configuration no longer names is let go of: memory after many reloads is as after one."""
+"""A reload frees what the configuration no longer names: memory after many reloads is as after one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ RELOADS = 3
 
 @pytest.fixture(autouse=True)
 def only_new_objects() -> Iterator[None]:
-    """Hide the objects of other tests: with them, counting takes seconds."""
+    """Hide the objects of other tests, which would slow the counting down to seconds."""
     gc.collect()
     gc.freeze()
     yield
@@ -83,7 +83,7 @@ def only_new_objects() -> Iterator[None]:
 
 
 def living() -> Counter[str]:
-    """Return how many objects of each kind there are."""
+    """Return the number of objects of each kind."""
     gc.collect()
     return Counter(
         next(kind.__name__ for kind in KINDS if isinstance(each, kind))
@@ -93,7 +93,7 @@ def living() -> Counter[str]:
 
 
 def use(running: Running) -> None:
-    """Ask for the destination of every resource, as a request to it does."""
+    """Look up the destination of every resource, as a request does."""
     server = running.gateway.server
     for resource in server.teams.resources:
         server.upstream._connector.destination(resource)
@@ -103,7 +103,7 @@ def use(running: Running) -> None:
 async def test_memory_after_many_reloads_is_as_after_one(
     part: str, start_gateway: StartGateway, azure: FakeAzure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever they change: objects of every kind that a configuration is made of are counted."""
+    """With every kind of change: objects of each kind of a configuration are counted."""
     monkeypatch.setattr(generation_module, "_COLLECT_DELAY", 0.0)
     ca = trustme.CA().cert_pem.bytes().decode()
     files = {**FILES} | {f"ca{number}.pem": f"{ca}# {number}\n" for number in range(RELOADS + 1)}
@@ -136,12 +136,12 @@ async def test_memory_after_many_reloads_is_as_after_one(
 
 
 def grown(before: Counter[str]) -> Counter[str]:
-    """Return the kinds of which there are now two more than before, or more."""
+    """Return the kinds with at least two more objects than before."""
     return Counter({kind: count for kind, count in (living() - before).items() if count > 1})
 
 
 async def test_state_is_kept_while_a_configuration_has_its_stage(start: Start) -> None:
-    """The one that serves, one that still runs exchanges, or one that is prepared; then it is let go of."""
+    """The current one, one with running exchanges, or a prepared one; then the state is released."""
     running = await start()
     server = running.gateway.server
     space = server.shared.space("soon", "mark")
@@ -159,7 +159,7 @@ async def test_state_is_kept_while_a_configuration_has_its_stage(start: Start) -
 
 
 async def test_counters_are_closed_when_no_configuration_names_their_store() -> None:
-    """Not before: those who still count in them hold them."""
+    """Not earlier: stages that still use them hold them."""
     shared, closed = Shared(), []
 
     class Counted(MemoryCounters):
@@ -181,7 +181,7 @@ async def test_counters_are_closed_when_no_configuration_names_their_store() -> 
 
 
 async def test_a_connection_in_use_is_closed_when_its_destination_is_forgotten(start: Start, azure: FakeAzure) -> None:
-    """After its exchange: the stream ends whole. The next request has a destination of its own."""
+    """After its exchange: the stream completes. The next request gets a new destination."""
     azure.words, azure.delay = ["x"] * 10, 0.05
     running = await start()
     await running.name(json=CHAT)

@@ -1,4 +1,4 @@
-"""The admin listener: what the operator may look at, on an address of its own. Nothing can be changed through it."""
+"""The admin listener: read-only JSON for operators, on a separate address."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from gateway.errors import ApiError, StartError
 from gateway.settings import Listen
 from gateway.transport.listener import Listener
 
-__all__ = ("Admin", "grouped", "merged")
+__all__ = ("Admin", "group_by_resource", "merge_reports")
 
-# How long, in seconds, a connection is kept for the next look.
+# Keep-alive timeout, in seconds.
 _KEEP_ALIVE = 15.0
 
 
 class Admin:
-    """Answers `GET /admin/resources` with what `report` returns: a row for each deployment of a pool.
+    """Serves `GET /admin/resources`: the result of `report`, a row for each deployment of a pool.
 
-    `report` raises ApiError where nothing is known.
+    `report` raises ApiError if nothing is known.
     """
 
     def __init__(self, report: Callable[[], Awaitable[list[dict[str, Any]]]]) -> None:
         self.address: Listen | None = None
-        """Where it listens, once it does."""
+        """The address, once it listens."""
         self._report = report
         self._listener: Listener | None = None
         self._servers: list[asyncio.Server] = []
         self._http: web.Server | None = None
 
     async def start(self, listen: Listen) -> None:
-        """Listen. Raises StartError where the address cannot be had."""
+        """Listen. Raises StartError if the address is not available."""
         try:
             self._listener = Listener.open(listen)
         except StartError as exc:
             raise StartError(f"admin: {exc}") from None
         self.address = self._listener.address
-        self._http = web.Server(self._answer, keepalive_timeout=_KEEP_ALIVE, access_log=None)
+        self._http = web.Server(self._handle, keepalive_timeout=_KEEP_ALIVE, access_log=None)
         loop = asyncio.get_running_loop()
         for sock in self._listener.sockets:
             self._servers.append(await loop.create_server(cast(Any, self._http), sock=sock))
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """Close the listener and its connections."""
         for server in self._servers:
             server.close()
         if self._http is not None:
@@ -55,23 +55,23 @@ class Admin:
             self._listener.close()
             self._listener.remove()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         try:
             if request.path != "/admin/resources":
-                raise ApiError(404, "there is only GET /admin/resources here", code="unknown_url")
+                raise ApiError(404, "the admin listener has only GET /admin/resources", code="unknown_url")
             if request.method not in ("GET", "HEAD"):
                 raise ApiError(
-                    405, "nothing can be changed here; use GET", code="method_not_allowed", headers={"allow": "GET"}
+                    405, "the admin listener is read-only; use GET", code="method_not_allowed", headers={"allow": "GET"}
                 )
-            body = msgspec.json.format(msgspec.json.encode(grouped(await self._report())), indent=2)
+            body = msgspec.json.format(msgspec.json.encode(group_by_resource(await self._report())), indent=2)
             status, headers = 200, {}
         except ApiError as exc:
             status, body, headers = exc.status, exc.body(), exc.headers
         return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
 
-def grouped(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return rows of deployments by their resources."""
+def group_by_resource(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Group rows of deployments by resource."""
     resources: dict[str, dict[str, Any]] = {}
     for row in rows:
         name, region = row["resource"], row["region"]
@@ -80,28 +80,28 @@ def grouped(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"resources": list(resources.values())}
 
 
-def merged(reports: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return one row for each deployment of several processes' reports.
+def merge_reports(reports: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Merge the reports of several processes to one row per deployment.
 
-    What is counted is summed; for the rest it is as bad as the process that knows worst of it says.
+    Counts are summed; for the rest, the worst report counts.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for row in (row for report in reports for row in report):
-        place = row["resource"], row["deployment"]
-        known = rows.get(place)
+        key = row["resource"], row["deployment"]
+        known = rows.get(key)
         if known is None:
-            rows[place] = {**row, "counts": dict(row["counts"])}
+            rows[key] = {**row, "counts": dict(row["counts"])}
             continue
-        asked = known["requests"] + row["requests"]
+        requests = known["requests"] + row["requests"]
         failed = known["error_share"] * known["requests"] + row["error_share"] * row["requests"]
         if (_STATES.index(row["state"]), row["cool_down"]) > (_STATES.index(known["state"]), known["cool_down"]):
             known.update({name: row[name] for name in ("state", "reason", "cool_down")})
-        known["error_share"] = round(failed / asked, 4) if asked else 0.0
-        known["requests"] = asked
+        known["error_share"] = round(failed / requests, 4) if requests else 0.0
+        known["requests"] = requests
         known["in_flight"] += row["in_flight"]
         known["failures_in_a_row"] = max(known["failures_in_a_row"], row["failures_in_a_row"])
-        rooms = [each for each in (known["headroom"], row["headroom"]) if each is not None]
-        known["headroom"] = min(rooms, default=None)
+        headrooms = [each for each in (known["headroom"], row["headroom"]) if each is not None]
+        known["headroom"] = min(headrooms, default=None)
         for reason, count in row["counts"].items():
             known["counts"][reason] = known["counts"].get(reason, 0) + count
     return list(rows.values())

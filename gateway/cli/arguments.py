@@ -1,4 +1,4 @@
-"""The configuration that a command is given, and arguments that several commands take."""
+"""Arguments that several commands take, and the path of the configuration."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gateway.errors import StartError
 
 __all__ = (
     "CONFIG_HELP",
+    "CONFIG_OR_FOLDER_HELP",
     "DEFAULT",
     "GO_PROXY_FILE",
     "NothingConfiguredError",
@@ -22,19 +23,21 @@ __all__ = (
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-CONFIG_HELP = "gateway.yaml; without it $GATEWAY_CONFIG, else the shipped one with $AZURE_OPENAI_ENDPOINT"
+_DEFAULT_CONFIG = "default: $GATEWAY_CONFIG, else the shipped one if $AZURE_OPENAI_ENDPOINT is set"
+CONFIG_HELP = f"path of gateway.yaml; {_DEFAULT_CONFIG}"
+CONFIG_OR_FOLDER_HELP = f"path of gateway.yaml, or of its folder; {_DEFAULT_CONFIG}"
 # In a checkout this is a link to config/gateway.yaml.
 DEFAULT = (Path(__file__).parents[1] / "gateway.yaml").resolve()
-# Where the Go proxy's image has its configuration, so where its users' compose files mount theirs.
+# The configuration's path in the Go proxy's image, to which its users' compose files mount theirs.
 GO_PROXY_FILE = Path("/app/config.yaml")
 
 
 class NothingConfiguredError(Exception):
-    """No file is named and no endpoint is set."""
+    """No file is given and no endpoint is set."""
 
 
 def config_path(given: Path | None) -> Path:
-    """Return the configuration's file: the one given, $GATEWAY_CONFIG, the shipped one, or a Go proxy's."""
+    """Return the configuration's path: the given one, $GATEWAY_CONFIG, the shipped one, or the Go proxy's."""
     if given is None and (named := os.environ.get("GATEWAY_CONFIG")):
         given = Path(named)
     if given is not None:
@@ -47,7 +50,7 @@ def config_path(given: Path | None) -> Path:
 
 
 def registry_of(config: Path | None) -> Any:
-    """Return the stages that there are, with those in the `plugins_path` of a configuration."""
+    """Return the registry of all stages, including those in the `plugins_path` of a configuration."""
     from gateway.config.load import plugin_folders  # noqa: PLC0415
     from gateway.registry import Registry  # noqa: PLC0415
 
@@ -55,7 +58,7 @@ def registry_of(config: Path | None) -> Any:
 
 
 def listen_address(text: str) -> Any:
-    """Return the `Listen` that a text names. Raises StartError."""
+    """Parse an address. Raises StartError."""
     from gateway.settings import Listen  # noqa: PLC0415
 
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gateway.cli.arguments import CONFIG_HELP, Commands, config_path
+from gateway.cli.arguments import CONFIG_OR_FOLDER_HELP, Commands, config_path
 from gateway.cli.output import print_notes
 
 __all__ = ("add_parser",)
@@ -16,9 +16,10 @@ def add_parser(commands: Commands) -> None:
     check = commands.add_parser(
         "check",
         help="check a configuration",
-        description="Check a configuration: print every mistake with its place (status 1), or each team's pipeline.",
+        description="Check a configuration: print every mistake with its file, line and column (status 1), or, if "
+        "there is none, each team's pipeline.",
     )
-    check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_HELP + "; or the folder it is in")
+    check.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_OR_FOLDER_HELP)
     check.set_defaults(run=_check)
 
 

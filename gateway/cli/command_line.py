@@ -1,4 +1,4 @@
-"""The command line as a whole: its parser, and running the command that was given."""
+"""The parser of the whole command line, and the function that runs the given command."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ __all__ = (
 
 
 NOTHING_CONFIGURED = """\
-gateway: nothing is configured. Do one of these:
+gateway: nothing is configured. Run one of these commands:
 
   AZURE_OPENAI_ENDPOINT=https://NAME.openai.azure.com gateway serve
-                                      the shipped configuration, in front of that resource; also
+                                      run the shipped configuration with this resource; optional:
                                       AZURE_OPENAI_MODEL_MAPPER=gpt-4=my-gpt4,gpt-4o=my-gpt-4o
                                       AZURE_OPENAI_API_VER=2024-10-21
-  gateway serve --config gateway.yaml your own configuration (or GATEWAY_CONFIG=gateway.yaml)
-  gateway check gateway.yaml          whether that file is right
-  gateway doctor gateway.yaml         whether the deployments that it names answer
-  gateway reload gateway.yaml         let the gateway that runs with it take a change over
-  gateway demo                        no Azure at all: in front of a fake one, to try it
+  gateway serve --config gateway.yaml run your own configuration (or set GATEWAY_CONFIG=gateway.yaml)
+  gateway check gateway.yaml          check that file for mistakes
+  gateway doctor gateway.yaml         test its resources and deployments
+  gateway reload gateway.yaml         reload it in the running gateway
+  gateway demo                        try the gateway with a fake Azure
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = command_line()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0].startswith("-") and given[0] not in ("-h", "--help", "-v", "--version"):
@@ -64,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """Return the parser of every command; each sets `run` to what runs it."""
+    """Return the parser of all commands; each command sets `run` to its function."""
     parser = argparse.ArgumentParser(
         prog="gateway",
-        description="Lets programs that speak only the OpenAI API use Azure OpenAI, "
-        "through a chain of stages listed in a YAML file.",
+        description="A gateway that lets programs for the OpenAI API use Azure OpenAI. Requests pass through a "
+        "pipeline of stages, which a YAML file lists.",
     )
     parser.add_argument("-v", "--version", action="version", version=f"gateway {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

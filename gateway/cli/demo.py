@@ -1,4 +1,4 @@
-"""`gateway demo`: run in front of a fake Azure."""
+"""`gateway demo`: run the gateway with a fake Azure."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     demo = commands.add_parser(
         "demo",
-        help="run in front of a fake Azure, to try it",
-        description="Run the gateway in front of a fake Azure on this machine; nothing leaves it.",
+        help="try the gateway with a fake Azure",
+        description="Run the gateway with a fake Azure on this machine; no request leaves the machine.",
     )
-    demo.add_argument("--listen", metavar="HOST:PORT", default="127.0.0.1:8080", help="default: %(default)s")
+    demo.add_argument(
+        "--listen", metavar="HOST:PORT", default="127.0.0.1:8080", help="address to listen on (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
 
 

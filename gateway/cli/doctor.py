@@ -1,4 +1,4 @@
-"""`gateway doctor`: ask each resource and deployment whether it answers."""
+"""`gateway doctor`: test each resource and deployment with a small request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.cli.arguments import CONFIG_HELP, Commands, config_path
+from gateway.cli.arguments import CONFIG_OR_FOLDER_HELP, Commands, config_path
 from gateway.errors import StartError
 
 __all__ = ("add_parser",)
@@ -21,15 +21,23 @@ def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     doctor = commands.add_parser(
         "doctor",
-        help="ask each resource and deployment whether it answers",
-        description="Ask each resource for its models, and each deployment for a chat and a stream, or an embedding, "
-        "of one token at most, and print what is wrong: a key, a region, a deployment's name, an api-version. Status 1 "
-        "where anything is. Resources without a credential of their own are shown $AZURE_OPENAI_API_KEY.",
+        help="test each resource and deployment with a small request",
+        description="Request the models of each resource, and a chat and a stream, or an embedding, of at most one "
+        "token from each deployment. Print each problem, such as a wrong key, region, deployment or api-version; with "
+        "any, the status is 1. Resources without a stored credential get $AZURE_OPENAI_API_KEY.",
     )
-    doctor.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_HELP + "; or the folder it is in")
-    doctor.add_argument("-n", "--dry-run", action="store_true", help="print what would be asked, and ask nothing")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object for each probe")
-    doctor.add_argument("--timeout", metavar="S", type=_seconds, default=30.0, help="seconds for a probe (%(default)g)")
+    doctor.add_argument("path", metavar="PATH", type=Path, nargs="?", help=CONFIG_OR_FOLDER_HELP)
+    doctor.add_argument(
+        "-n", "--dry-run", action="store_true", help="print the deployments that would be tested, without any request"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object per probe")
+    doctor.add_argument(
+        "--timeout",
+        metavar="S",
+        type=_seconds,
+        default=30.0,
+        help="timeout of a probe, in seconds (default: %(default)g)",
+    )
     doctor.set_defaults(run=_doctor)
 
 
@@ -39,7 +47,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds above 0 and below 86400")
     return seconds
 
 
@@ -53,18 +61,18 @@ def _doctor(options: argparse.Namespace) -> int:
     logs.configure("error", "text")
     key = os.environ.get("AZURE_OPENAI_API_KEY") or None
     if key is not None and not is_key(key):
-        raise StartError("$AZURE_OPENAI_API_KEY is set, and cannot be a key")
+        raise StartError("$AZURE_OPENAI_API_KEY is set, but its value cannot be a key")
     credential = None if key is None else Credential(key, bearer=is_jwt(key))
-    what = plan(loaded)
-    print(f"gateway: {what}", file=sys.stderr, flush=True)
+    planned = plan(loaded)
+    print(f"gateway: {planned}", file=sys.stderr, flush=True)
     if options.dry_run:
-        for each in what.deployments:
+        for each in planned.deployments:
             print(f"{each.resource.name}/{each.deployment}")
         return 0
-    return asyncio.run(_examine(loaded, what, credential, options))
+    return asyncio.run(_examine(loaded, planned, credential, options))
 
 
-async def _examine(loaded: Any, what: Any, credential: Any, options: argparse.Namespace) -> int:
+async def _examine(loaded: Any, planned: Any, credential: Any, options: argparse.Namespace) -> int:
     from gateway.admin.doctor import examine  # noqa: PLC0415
     from gateway.upstream import Upstream  # noqa: PLC0415
 
@@ -72,19 +80,19 @@ async def _examine(loaded: Any, what: Any, credential: Any, options: argparse.Na
     await upstream.start()
     count = wrong = 0
     try:
-        async for finding in examine(what, upstream, credential, options.timeout):
+        async for finding in examine(planned, upstream, credential, options.timeout):
             count, wrong = count + 1, wrong + (not finding.ok)
             if options.json:
                 print(msgspec.json.encode(finding).decode(), flush=True)
                 continue
-            place = finding.resource + (f"/{finding.deployment}" if finding.deployment else "")
+            name = finding.resource + (f"/{finding.deployment}" if finding.deployment else "")
             took = f"{finding.ms:.0f} ms" if finding.ms is not None else ""
             verdict = "ok" if finding.ok else "WRONG"
-            line = f"{place:<32} {finding.probe:<10} {verdict:<6} {took:>8}  {finding.verdict}".rstrip()
+            line = f"{name:<32} {finding.probe:<10} {verdict:<6} {took:>8}  {finding.verdict}".rstrip()
             print(line if line.isprintable() else ascii(line), flush=True)
     finally:
         await loaded.teams.shared.close()
         await upstream.close()
     if wrong:
-        print(f"gateway: {wrong} of {count} probes found something wrong", file=sys.stderr)
+        print(f"gateway: {wrong} of {count} probes found a problem", file=sys.stderr)
     return 1 if wrong else 0

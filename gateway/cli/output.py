@@ -1,4 +1,4 @@
-"""Printing lines that may hold text of files or of other processes."""
+"""Printing lines with text from files or other processes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = (
 
 
 def print_lines(lines: Sequence[str], to: TextIO | None = None) -> None:
-    """Print text of another process, or out of files: it must not control the terminal."""
+    """Print text from files or another process, escaped so that it cannot control the terminal."""
     for line in lines:
         print(line if line.isprintable() else ascii(line), file=to)
 
 
 def print_notes(notes: Sequence[Mistake]) -> None:
-    """Print notes to standard error, by their place in the file."""
+    """Print notes to standard error, in the order of the file."""
     for note in sorted(notes):
         print(note, file=sys.stderr)

@@ -14,10 +14,14 @@ __all__ = ("add_parser",)
 def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     schema = commands.add_parser(
-        "schema", help="print the configuration's JSON Schema", description="Print the JSON Schema, for editors."
+        "schema",
+        help="print the configuration's JSON Schema",
+        description="Print the JSON Schema of the configuration, for editors.",
     )
-    schema.add_argument("--team", action="store_true", help="of a team's file instead of gateway.yaml")
-    schema.add_argument("-c", "--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
+    schema.add_argument("--team", action="store_true", help="the schema of a team's file instead of gateway.yaml")
+    schema.add_argument(
+        "-c", "--config", metavar="FILE", type=Path, help="a gateway.yaml, to include the stages in its `plugins_path`"
+    )
     schema.set_defaults(run=_schema)
 
 

@@ -14,10 +14,14 @@ __all__ = ("add_parser",)
 def add_parser(commands: Commands) -> None:
     """Add the command to the command line."""
     stages = commands.add_parser(
-        "stages", help="list the stages, or the settings of one", description="List the stages, or one's settings."
+        "stages",
+        help="list the stages, or the settings of one",
+        description="List the stages, or print the settings of one.",
     )
-    stages.add_argument("name", metavar="NAME", nargs="?", help="a stage's name")
-    stages.add_argument("-c", "--config", metavar="FILE", type=Path, help="whose `plugins_path` to look into as well")
+    stages.add_argument("name", metavar="NAME", nargs="?", help="name of a stage")
+    stages.add_argument(
+        "-c", "--config", metavar="FILE", type=Path, help="a gateway.yaml, to include the stages in its `plugins_path`"
+    )
     stages.set_defaults(run=_stages)
 
 

@@ -1,7 +1,7 @@
 """The configuration: YAML files in, a checked `Loaded` out, or a ConfigError with every mistake.
 
-Nodes with their places, the settings of each kind of file, the builders that make resources, pools, teams and pipelines
-of them, the JSON Schema, the difference between two configurations, and the import of the Go proxy's.
+YAML nodes with their positions, the settings of each kind of file, a reader for each concept (resources, pools, store,
+teams, pipelines ...), the JSON Schema, the comparison of two configurations, and the import of the Go proxy's.
 """
 
 from gateway.config.files import GatewayFile, TeamFile

@@ -1,8 +1,7 @@
-"""From YAML nodes to typed values, collecting every mistake with its place.
+"""Converting YAML nodes to typed values; every mistake is noted with its position.
 
-A setting's type is its specification: plain Python types, `Literal`, `Annotated[..., Meta(...)]` with
-msgspec's bounds, lists, mappings, and dataclasses. A dataclass may be written as one value where that says
-it all: it is its first field then.
+A setting's type is its specification: plain Python types, `Literal`, `Annotated[..., Meta(...)]` with msgspec's bounds,
+lists, mappings, and dataclasses. A dataclass may be written as a single value, which is then its first field.
 """
 
 from __future__ import annotations
@@ -28,58 +27,58 @@ _NULL = ("", "~", "null")
 
 
 class _Failed:
-    """Stands for a value that could not be had; the mistake is noted already."""
+    """The result of a conversion that failed; the mistake is noted."""
 
 
 FAILED = _Failed()
 
 
 class RawNode:
-    """The type of a setting whose node is wanted as it is."""
+    """The type of a setting that is kept as a node."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or what there is where nothing is close."""
+    """Return `; did you mean 'x'?`, or the known names if none is close."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(names)}" if names else ""
+    return f"; known names: {', '.join(names)}" if names else ""
 
 
-def convert(reader: Reader, node: Node, kind: Any, what: str, *, secret: bool = False) -> Any:
-    """Return a node's value as `kind`, or FAILED; `what` names the setting in messages.
+def convert(reader: Reader, node: Node, kind: Any, label: str, *, secret: bool = False) -> Any:
+    """Return a node's value as `kind`, or FAILED; `label` names the setting in messages.
 
-    The value of a `secret` is never shown.
+    A message never shows the value of a `secret`.
     """
     base, meta = unwrap(kind)
     secret = secret or is_secret(kind)
-    value = _convert(reader, node, base, what, secret)
+    value = _convert(reader, node, base, label, secret)
     if value is not FAILED and meta is not None:
         problem = _out_of_bounds(value, meta)
         if problem:
-            reader.mistake(node, f"{what} must be {problem}{_given(node, secret)}")
+            reader.mistake(node, f"{label} must be {problem}{_but_is(node, secret)}")
             return FAILED
     return value
 
 
-def _convert(reader: Reader, node: Node, kind: Any, what: str, secret: bool) -> Any:
+def _convert(reader: Reader, node: Node, kind: Any, label: str, secret: bool) -> Any:
     if kind is RawNode:
         return node
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return _one_of(reader, node, args, what, secret)
+        return _one_of(reader, node, args, label, secret)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return fill(reader, node, kind, what)
+        return fill(reader, node, kind, label)
     if origin in (list, tuple):
-        return _items(reader, node, origin, args[0], what, secret)
+        return _items(reader, node, origin, args[0], label, secret)
     if origin in (dict, Mapping):
-        return _mapping(reader, node, args[1], what, secret)
+        return _mapping(reader, node, args[1], label, secret)
     if reader.blank(node) and kind is not type(None):
-        reader.mistake(node, f"{what} has no value")
+        reader.mistake(node, f"{label} has no value")
         return FAILED
     if not isinstance(node, ScalarNode):
-        reader.mistake(node, f"{what} must be {_kind_name(kind)}, not {_shape(node)}")
+        reader.mistake(node, f"{label} must be {_kind_name(kind)}, not {_shape(node)}")
         return FAILED
     text = reader.text(node)
     if text is None:
@@ -88,7 +87,7 @@ def _convert(reader: Reader, node: Node, kind: Any, what: str, secret: bool) -> 
     if value is FAILED:
         hint = did_you_mean(text, map(str, args)) if origin is Literal else ""
         hint = hint if "mean" in hint else ""
-        reader.mistake(node, f"{what} must be {_kind_name(kind)}{_given(node, secret)}{hint}")
+        reader.mistake(node, f"{label} must be {_kind_name(kind)}{_but_is(node, secret)}{hint}")
     return value
 
 
@@ -111,20 +110,20 @@ def _scalar(kind: Any, choices: tuple[Any, ...], text: str) -> Any:
     return FAILED
 
 
-def _one_of(reader: Reader, node: Node, kinds: tuple[Any, ...], what: str, secret: bool) -> Any:
-    """Return what the first kind of a union makes of a node; None is a plain `null`."""
+def _one_of(reader: Reader, node: Node, kinds: tuple[Any, ...], label: str, secret: bool) -> Any:
+    """Return the value by the first kind of a union that takes the node; a plain `null` is None."""
     if type(None) in kinds and reader.blank(node):
         return None
     others = [each for each in kinds if each is not type(None)]
     fitting = [each for each in others if _fits(node, unwrap(each)[0])]
     before = len(reader.mistakes)
     for each in fitting:
-        value = convert(reader, node, each, what, secret=secret)
+        value = convert(reader, node, each, label, secret=secret)
         if value is not FAILED or each is fitting[-1]:
             return value
         del reader.mistakes[before:]  # another kind may take it
     names = " or ".join(_kind_name(unwrap(each)[0]) for each in others)
-    reader.mistake(node, f"{what} must be {names}, not {_shape(node)}")
+    reader.mistake(node, f"{label} must be {names}, not {_shape(node)}")
     return FAILED
 
 
@@ -140,35 +139,37 @@ def _fits(node: Node, kind: Any) -> bool:
     return origin not in (dict, Mapping, list, tuple)
 
 
-def _items(reader: Reader, node: Node, origin: Any, kind: Any, what: str, secret: bool) -> Any:
+def _items(reader: Reader, node: Node, origin: Any, kind: Any, label: str, secret: bool) -> Any:
     if not isinstance(node, SequenceNode):
-        reader.mistake(node, f"{what} must be a list, not {_shape(node)}")
+        reader.mistake(node, f"{label} must be a list, not {_shape(node)}")
         return FAILED
-    values = [convert(reader, each, kind, f"{what}[{place}]", secret=secret) for place, each in enumerate(node.value)]
+    values = [convert(reader, each, kind, f"{label}[{index}]", secret=secret) for index, each in enumerate(node.value)]
     return FAILED if FAILED in values else origin(values)
 
 
-def _mapping(reader: Reader, node: Node, kind: Any, what: str, secret: bool) -> Any:
+def _mapping(reader: Reader, node: Node, kind: Any, label: str, secret: bool) -> Any:
     if not isinstance(node, MappingNode):
-        reader.mistake(node, f"{what} must be a mapping, not {_shape(node)}")
+        reader.mistake(node, f"{label} must be a mapping, not {_shape(node)}")
         return FAILED
-    values = {key: convert(reader, value, kind, f"{what}.{key}", secret=secret) for key, _, value in reader.pairs(node)}
+    values = {
+        key: convert(reader, value, kind, f"{label}.{key}", secret=secret) for key, _, value in reader.pairs(node)
+    }
     return FAILED if FAILED in values.values() else values
 
 
-def fill(reader: Reader, node: Node, cls: type, what: str, *, lenient: bool = False) -> Any:
-    """Return a dataclass filled from a mapping, or from one value that is its first field; see `fill_from`."""
+def fill(reader: Reader, node: Node, cls: type, label: str, *, lenient: bool = False) -> Any:
+    """Return a dataclass filled from a mapping, or from a single value, its first field; see `fill_from`."""
     known = settings_of(cls)
     if isinstance(node, MappingNode):
-        given: dict[str, tuple[Node, Node]] = {key: (place, value) for key, place, value in reader.pairs(node)}
+        given: dict[str, tuple[Node, Node]] = {key: (key_node, value) for key, key_node, value in reader.pairs(node)}
     elif known and not reader.blank(node):
         given = {next(iter(known)): (node, node)}
     elif known:
         given = {}
     else:
-        reader.mistake(node, f"{what} has no settings")
+        reader.mistake(node, f"{label} takes no settings")
         return FAILED
-    return fill_from(reader, node, cls, given, what, lenient=lenient)
+    return fill_from(reader, node, cls, given, label, lenient=lenient)
 
 
 def fill_from(
@@ -176,45 +177,45 @@ def fill_from(
     node: Node,
     cls: type,
     given: Mapping[str, tuple[Node, Node]],
-    what: str,
+    label: str,
     *,
     lenient: bool = False,
 ) -> Any:
     """Return a dataclass filled from nodes by name: name -> (the key's node, the value's node).
 
-    FAILED where there are mistakes; with `lenient` their settings have their defaults instead, so that what
-    depends on the others can still be checked.
+    FAILED if there are mistakes. With `lenient`, wrong settings get their defaults instead, so that checks that
+    depend on the others still run.
     """
     known = settings_of(cls)
     before = len(reader.mistakes)
     values: dict[str, Any] = {}
     for name, (key, value) in given.items():
         if name not in known:
-            reader.mistake(key, f"{what or 'this file'} has no setting {name!r}{did_you_mean(name, known)}")
+            reader.mistake(key, f"{label or 'this file'} has no setting {name!r}{did_you_mean(name, known)}")
             continue
-        values[name] = convert(reader, value, known[name][0], _label(what, name))
+        values[name] = convert(reader, value, known[name][0], _setting_label(label, name))
     for name, (_, each) in known.items():
         required = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         if required and name not in given:
-            reader.mistake(node, f"{what} needs the setting {name!r}")
+            reader.mistake(node, f"{label} needs the setting {name!r}")
     if len(reader.mistakes) > before:
         if not lenient:
             return FAILED
         values = {name: value for name, value in values.items() if value is not FAILED}
     try:
         return cls(**values)
-    except Exception as exc:  # whatever a stage's own code finds wrong with its settings
+    except Exception as exc:  # a stage's own code may refuse its settings
         reader.mistake(
-            node, f"{what}: {exc}" if isinstance(exc, ValueError) else f"{what}: {type(exc).__name__}: {exc}"
+            node, f"{label}: {exc}" if isinstance(exc, ValueError) else f"{label}: {type(exc).__name__}: {exc}"
         )
         return FAILED
 
 
-def _label(what: str, name: str) -> str:
+def _setting_label(label: str, name: str) -> str:
     """Name a setting in messages: `timeouts.idle`, `stage 'burst': per`."""
-    if not what:
+    if not label:
         return name
-    return f"{what}: {name}" if what.endswith("'") else f"{what}.{name}"
+    return f"{label}: {name}" if label.endswith("'") else f"{label}.{name}"
 
 
 def _out_of_bounds(value: Any, meta: Meta) -> str | None:
@@ -229,17 +230,18 @@ def _out_of_bounds(value: Any, meta: Meta) -> str | None:
             if bound is not None and wrong(value, bound):
                 return f"{words} {bound}" if isinstance(bound, int) else f"{words} {bound:g}"
     if isinstance(value, (str, list, tuple, dict)):
+        unit = "character" if isinstance(value, str) else "item"
         if meta.min_length is not None and len(value) < meta.min_length:
-            return f"at least {meta.min_length} long"
+            return f"at least {meta.min_length} {unit}{'s' if meta.min_length != 1 else ''} long"
         if meta.max_length is not None and len(value) > meta.max_length:
-            return f"at most {meta.max_length} long"
+            return f"at most {meta.max_length} {unit}{'s' if meta.max_length != 1 else ''} long"
     if isinstance(value, str) and meta.pattern is not None and not re.search(meta.pattern, value):
         return f"text like {(meta.examples or [meta.pattern])[0]}"
     return None
 
 
-def _given(node: Node, secret: bool = False) -> str:
-    """Show what stands in the file; a variable stays a variable, so that no secret is printed."""
+def _but_is(node: Node, secret: bool = False) -> str:
+    """Show the value in the file; a variable is not replaced, so that no secret is printed."""
     if secret:
         return ", not ***"
     if isinstance(node, ScalarNode) and node.value:
@@ -259,4 +261,4 @@ def _kind_name(kind: Any) -> str:
 def _shape(node: Node) -> str:
     if isinstance(node, MappingNode):
         return "a mapping"
-    return "a list" if isinstance(node, SequenceNode) else "one value"
+    return "a list" if isinstance(node, SequenceNode) else "a single value"

@@ -1,6 +1,6 @@
-"""What is different between two configurations, as lines for people; secrets are never part of it.
+"""Comparing the old and the new configuration: a line of text per change, without secrets.
 
-Both are flattened into `path -> what is shown, what is compared`: a secret is shown as `***` and compared as itself.
+Both are flattened into `path -> (shown text, compared value)`: a secret is shown as `***` and compared as itself.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from gateway.teams import Team
 
 __all__ = ("diff",)
 
-# How many changes are listed, teams of one change named, and letters of a value shown.
-_MOST, _MOST_TEAMS, _MOST_LETTERS = 50, 5, 200
+# Maximum numbers of changes listed, of teams named for one change, and of characters shown of a value.
+_MAX_CHANGES, _MAX_TEAMS, _MAX_CHARACTERS = 50, 5, 200
 
-# What is shown, and what is compared.
+# The shown text, and the compared value.
 _Value = tuple[str, Any]
 _Flat = dict[str, _Value]
 
@@ -34,8 +34,8 @@ def diff(old: Loaded, new: Loaded) -> list[str]:
         *_named("pool", dict(_pools(old)), dict(_pools(new))),
         *_of_teams(old, new),
     ]
-    if len(lines) > _MOST:
-        lines = [*lines[:_MOST], f"and {len(lines) - _MOST} more"]
+    if len(lines) > _MAX_CHANGES:
+        lines = [*lines[:_MAX_CHANGES], f"and {len(lines) - _MAX_CHANGES} more"]
     return lines
 
 
@@ -48,26 +48,26 @@ def _changes(old: _Flat, new: _Flat) -> list[str]:
         elif after is None and before is not None:
             lines.append(f"{path}: {_pair(before[0])[0]} removed")
         elif before is not None and after is not None and before[1] != after[1]:
-            told = " -> ".join(_pair(before[0], after[0]))
-            lines.append(f"{path}: {told}{' (changed)' if before[0] == after[0] else ''}")
+            change = " -> ".join(_pair(before[0], after[0]))
+            lines.append(f"{path}: {change}{' (changed)' if before[0] == after[0] else ''}")
     return lines
 
 
-def _named(what: str, old: Mapping[str, _Flat], new: Mapping[str, _Flat]) -> list[str]:
-    """Return the changes of things with names, some of which are new and some gone."""
+def _named(kind: str, old: Mapping[str, _Flat], new: Mapping[str, _Flat]) -> list[str]:
+    """Return the changes of named things: added, removed, and changed ones."""
     lines = []
     for name in {**old, **new}:
         if name not in old:
-            lines.append(f"{what} {name}: added")
+            lines.append(f"{kind} {name}: added")
         elif name not in new:
-            lines.append(f"{what} {name}: removed")
+            lines.append(f"{kind} {name}: removed")
         else:
-            lines += [f"{what} {name}: {line}" for line in _changes(old[name], new[name])]
+            lines += [f"{kind} {name}: {line}" for line in _changes(old[name], new[name])]
     return lines
 
 
 def _of_teams(old: Loaded, new: Loaded) -> list[str]:
-    """Return the changes of all teams; one that many have, because they inherit it, is told once."""
+    """Return the changes of all teams; a change that many teams inherit is one line."""
     before, after = ({team.name: team for team in loaded.teams.all} for loaded in (old, new))
     lines: list[str] = []
     shared: dict[str, list[str]] = {}
@@ -78,9 +78,9 @@ def _of_teams(old: Loaded, new: Loaded) -> list[str]:
         for line in _of_team(before[name], after[name]):
             shared.setdefault(line, []).append(name)
     for line, names in shared.items():
-        more = len(names) - _MOST_TEAMS
-        told = ", ".join(names[:_MOST_TEAMS]) + (f" and {more} more" if more > 0 else "")
-        lines.append(f"team{'s' if len(names) > 1 else ''} {told}: {line}")
+        more = len(names) - _MAX_TEAMS
+        shown_names = ", ".join(names[:_MAX_TEAMS]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"team{'s' if len(names) > 1 else ''} {shown_names}: {line}")
     return lines
 
 
@@ -101,7 +101,7 @@ def _of_team(old: Team, new: Team) -> Iterator[str]:
             yield f"{name}: stage removed"
         elif type(before[name]) is not type(after[name]):
             kinds = type(before[name]).__qualname__, type(after[name]).__qualname__
-            yield f"{name}: {' -> '.join(kinds)}, {'other code' if kinds[0] == kinds[1] else 'another stage'}"
+            yield f"{name}: {' -> '.join(kinds)}, {'code changed' if kinds[0] == kinds[1] else 'another stage'}"
         else:
             yield from _changes(dict(_fields(name, before[name])), dict(_fields(name, after[name])))
     kept = [name for name in before if name in after], [name for name in after if name in before]
@@ -142,7 +142,7 @@ def _resources(loaded: Loaded) -> Iterator[tuple[str, _Flat]]:
         if each.timeouts is not None:
             flat.update(_fields("timeouts", each.timeouts))
         if each.tls is not None:
-            flat["tls"] = ("its own", each.tls)
+            flat["tls"] = ("custom", each.tls)
         if each.proxy is not None:
             flat["proxy"] = (str(each.proxy), each.proxy)
         yield name, flat
@@ -159,7 +159,7 @@ def _team(team: Team) -> Iterator[tuple[str, _Value]]:
         value = getattr(team.match, field.name)
         if field.name == "keys":
             for key in value:
-                # A digest is no secret; its beginning tells keys of one label apart.
+                # A digest is no secret; its first characters distinguish keys with the same label.
                 name = f"{key.label} ({key.digest[:15]})" if key.label else key.digest[:15]
                 until = "" if key.expires is None else f" until {_moment(key.expires)}"
                 state = "disabled" if key.disabled else f"good{until}"
@@ -179,7 +179,7 @@ def _fields(path: str, value: Any) -> Iterator[tuple[str, _Value]]:
 
 
 def _flat(path: str, value: Any, kind: Any) -> Iterator[tuple[str, _Value]]:
-    """Flatten one setting: a mapping's entries and a dataclass's fields are told of one by one."""
+    """Flatten one setting: a mapping's entries and a dataclass's fields get a path each."""
     base, _ = unwrap(kind)
     args = get_args(base)
     if is_secret(kind):
@@ -204,7 +204,7 @@ def _text(value: Any, kind: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value as YAML would have it."""
+    """Return a value as it is written in YAML."""
     if isinstance(value, (tuple, list)):
         return _list([str(each) for each in value])
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -215,10 +215,10 @@ def _list(values: list[str]) -> str:
 
 
 def _pair(*texts: str) -> list[str]:
-    """Return texts as they are told: of long ones, what begins shortly before they differ."""
+    """Return texts for display: long ones are cut to a part that begins shortly before they differ."""
     texts = tuple(text if text.isprintable() else ascii(text) for text in texts)
-    long = len(texts) > 1 and max(map(len, texts)) > _MOST_LETTERS
-    same = next((place for place, letters in enumerate(zip(*texts, strict=False)) if len(set(letters)) > 1), 0)
-    start = max(0, same - 20) if long else 0
-    end = start + _MOST_LETTERS
+    long = len(texts) > 1 and max(map(len, texts)) > _MAX_CHARACTERS
+    differ = next((index for index, each in enumerate(zip(*texts, strict=False)) if len(set(each)) > 1), 0)
+    start = max(0, differ - 20) if long else 0
+    end = start + _MAX_CHARACTERS
     return [("..." if start else "") + text[start:end] + ("..." if len(text) > end else "") for text in texts]

@@ -1,4 +1,4 @@
-"""The issuers of `identity:`, whose tokens clients may present, and the claims by which a team knows its own."""
+"""The issuers of `identity:`, whose tokens clients may present, and the claims of a team's `match:`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ __all__ = ("has_issuers", "read_claims", "read_issuers")
 
 
 def read_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | None, root: Node) -> list[Issuer]:
-    """Return the issuers of `identity:`; what is wrong with them is noted."""
+    """Return the issuers of `identity:`; mistakes are noted."""
     whole = value_of(root, "identity")
     if has_issuers(reader, given, root) and any(find_spec(name) is None for name in ("jwt", "cryptography")):
         reader.mistake(
-            whole, "identity needs the extra `identity`: pip install 'azure-openai-gateway[identity]'; it is not there"
+            whole,
+            "identity needs the extra `identity`, which is not installed: pip install 'azure-openai-gateway[identity]'",
         )
     if not given:
         return []
@@ -32,7 +33,7 @@ def read_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | 
                 reader.mistake(value_of(node, name), f"{name} {problem}")
         if file.issuer in issuers:
             reader.mistake(
-                value_of(node, "issuer"), f"the issuer {file.issuer!r} stands here twice; list its audiences together"
+                value_of(node, "issuer"), f"the issuer {file.issuer!r} appears twice; list its audiences together"
             )
         audience = (file.audience,) if isinstance(file.audience, str) else tuple(file.audience)
         issuers[file.issuer] = Issuer(file.issuer, audience, file.jwks, file.caller, file.leeway)
@@ -40,7 +41,7 @@ def read_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | 
 
 
 def has_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | None, root: Node) -> bool:
-    """Whether `identity:` names any issuer, be it one that is a mistake."""
+    """Whether `identity:` names an issuer, even an invalid one."""
     node = value_of(root, "identity")
     return bool(given) or (given is None and node is not root and not reader.blank(node))
 
@@ -48,17 +49,20 @@ def has_issuers(reader: Reader, given: IdentityFile | Sequence[IdentityFile] | N
 def read_claims(
     reader: Reader, given: Mapping[str, str | list[str]] | None, match: Node, *, with_identity: bool
 ) -> Claims:
-    """Return the claims of a `match:`, each with the values of which it must have one."""
+    """Return the claims of a `match:`; a token must have one of each claim's values."""
     if given is None:
         return {}
     node = value_of(match, "claims")
     if not with_identity:
-        reader.mistake(node, "claims are of tokens, and gateway.yaml has no `identity:` that says whose are taken")
+        reader.mistake(
+            node, "claims need tokens, but gateway.yaml has no `identity:` with an issuer whose tokens are accepted"
+        )
     if not given:
-        reader.mistake(node, "claims must name at least one, such as {roles: research}")
+        reader.mistake(node, "claims must name at least one claim, such as {roles: research}")
     for name, values in given.items():
         if not values:
             reader.mistake(
-                value_of(node, name) if isinstance(node, MappingNode) else node, f"claims.{name} must have a value"
+                value_of(node, name) if isinstance(node, MappingNode) else node,
+                f"claims.{name} must have at least one value",
             )
     return {name: (values,) if isinstance(values, str) else tuple(values) for name, values in given.items()}

@@ -16,7 +16,7 @@ __all__ = ("read_pools",)
 
 
 def read_pools(reader: Reader, node: Any, resources: Mapping[str, Resource]) -> dict[str, Pool]:
-    """Return the pools of a `pools:` mapping by name; those that are wrong are known all the same."""
+    """Return the pools of a `pools:` mapping by name, including invalid ones, so that they are reported once."""
     pools: dict[str, Pool] = {}
     if node is None or reader.blank(node):
         return pools
@@ -25,35 +25,35 @@ def read_pools(reader: Reader, node: Any, resources: Mapping[str, Resource]) -> 
         return pools
     for name, key, value in reader.pairs(node):
         if not NAME.fullmatch(name):
-            reader.mistake(key, f"{name!r} cannot be a pool's name: letters, digits, _ . -")
+            reader.mistake(key, f"{name!r} is not a valid pool name: use letters, digits, . _ and -")
             continue
         found: list[Deployment] = []
         if not isinstance(value, SequenceNode) or not value.value:
-            reader.mistake(value, f"pool {name!r} must be a list of deployments, each RESOURCE/NAME")
+            reader.mistake(value, f"pool {name!r} must be a list of deployments, each written as RESOURCE/NAME")
         for each in value.value if isinstance(value, SequenceNode) else ():
             made = fill(reader, each, PooledFile, f"pool {name!r}")
             if made is FAILED:
                 continue
-            place = value_of(each, "deployment")
+            deployment_node = value_of(each, "deployment")
             resource_name, _, deployment = made.deployment.strip().rpartition("/")
             if not resource_name:
-                reader.mistake(place, f"pool {name!r}: a deployment must be RESOURCE/NAME")
+                reader.mistake(deployment_node, f"pool {name!r}: write the deployment as RESOURCE/NAME")
                 continue
             resource = resources.get(resource_name)
             if resource is None:
                 known = did_you_mean(resource_name, resources)
-                reader.mistake(place, f"pool {name!r}: there is no resource {resource_name!r}{known}")
+                reader.mistake(deployment_node, f"pool {name!r}: there is no resource {resource_name!r}{known}")
             if not DEPLOYMENT.fullmatch(deployment):
                 reader.mistake(
-                    place,
-                    f"pool {name!r}: {deployment!r} cannot be a deployment's name: letters, digits, . _ and -, "
-                    "at most 64",
+                    deployment_node,
+                    f"pool {name!r}: {deployment!r} is not a valid deployment name: use at most 64 "
+                    "letters, digits, . _ and -",
                 )
             if any(str(known) == f"{resource_name}/{deployment}" for known in found):
-                reader.mistake(place, f"pool {name!r} has {made.deployment.strip()} twice")
+                reader.mistake(deployment_node, f"pool {name!r} has {made.deployment.strip()} twice")
             if resource is not None and resource is not UNKNOWN:
                 found.append(Deployment(resource, deployment, made.priority, made.weight))
         ordered = sorted(found, key=lambda each: each.priority)
-        # Whoever uses one that is wrong has not made a second mistake.
+        # An invalid pool is reported once, not again by its users.
         pools[name] = Pool(name, tuple(ordered) or (Deployment(UNKNOWN, "unknown"),))
     return pools

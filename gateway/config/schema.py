@@ -1,4 +1,4 @@
-"""JSON Schema of the configuration, for editors, made from the same types that read it."""
+"""JSON Schema of the configuration, for editors, generated from the types that read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.stage import Stage
 __all__ = ("schema", "stage_schema", "type_name")
 
 _DRAFT = "https://json-schema.org/draft/2020-12/schema"
-# A variable in place of a number or a word: `${PORT}`.
+# A variable in place of a number or boolean: `${PORT}`.
 _VARIABLE = {"type": "string", "pattern": r"\$\{"}
 
 
@@ -65,7 +65,7 @@ def _stages(registry: Registry) -> dict[str, type[Stage]]:
         try:
             found[name] = registry.find(name)
         except UnknownStage:
-            continue  # `gateway stages` and `gateway check` say what is wrong with it
+            continue  # `gateway stages` and `gateway check` report its error
     return found
 
 
@@ -105,7 +105,7 @@ def _change(registry: Registry) -> dict[str, Any]:
 
 
 def _partial(made: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema without `required`: a change names only what it changes."""
+    """Return a schema without `required`: `change` lists only the settings to change."""
     return {key: value for key, value in made.items() if key != "required"}
 
 
@@ -153,7 +153,7 @@ def _plain(kind: Any) -> dict[str, Any]:
         made, short = _settings(kind), _type(next(iter(settings_of(kind).values()))[0])
         return made if short.get("type") == "object" else {"anyOf": [made, short]}
     plain: dict[Any, dict[str, Any]] = {
-        str: {"type": ["string", "number", "boolean"]},  # an unquoted 2024 or true is text to the gateway
+        str: {"type": ["string", "number", "boolean"]},  # the gateway reads an unquoted 2024 or true as text
         int: {"anyOf": [{"type": "integer"}, _VARIABLE]},
         float: {"anyOf": [{"type": "number"}, _VARIABLE]},
         bool: {"anyOf": [{"type": "boolean"}, _VARIABLE]},
@@ -179,7 +179,7 @@ def _bounds(made: dict[str, Any], meta: Meta) -> None:
 
 
 def type_name(kind: Any) -> str:
-    """Return a setting's type as the command line and the docs show it."""
+    """Return the name of a setting's type for the command line and the docs."""
     base, _ = unwrap(kind)
     origin, args = get_origin(base), get_args(base)
     if origin in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""A configuration, and the stages there are, as text for people; secrets are never part of it."""
+"""Showing a configuration, or the available stages, as text, without secrets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ("kind_of", "show", "show_stage", "show_stages", "shown")
 
 
 def show(loaded: Loaded) -> str:
-    """Return what `gateway check` prints of a sound configuration."""
+    """Return the text that `gateway check` prints for a valid configuration."""
     lines = [f"listen {loaded.settings.listen.described}"]
     for resource in loaded.resources.values():
         stored = " with a stored key" if resource.credential is not None else ""
@@ -31,19 +31,19 @@ def show(loaded: Loaded) -> str:
         through = f" through the proxy {resource.proxy}" if resource.proxy is not None else ""
         more = [f"api-version {resource.api_version}"] if resource.api_version is not None else []
         more += [f"region {resource.region}"] if resource.region is not None else []
-        more += ["TLS of its own"] if resource.tls is not None else []
+        more += ["custom TLS settings"] if resource.tls is not None else []
         lines.append(
             f"resource {resource.name}: {resource.endpoint}{stored}{through}{''.join(f', {each}' for each in more)}"
         )
     lines += [f"pool {each.name}: {', '.join(map(_pooled, each.deployments))}" for each in loaded.pools.values()]
     if loaded.settings.admin is not None:
-        lines.append(f"the operator may look at {loaded.settings.admin.described}")
+        lines.append(f"admin listener {loaded.settings.admin.described}")
     if loaded.store is not None:
-        lines.append(f"limits are counted in {loaded.store}")
+        lines.append(f"limits counted in {loaded.store}")
     if loaded.teams.issuers is not None:
         lines += [f"identity {each.issuer} for {', '.join(each.audience)}" for each in loaded.teams.issuers.all]
     for team in loaded.teams.all:
-        lines.append(f"team {team.name}: {_whose(team, loaded)}")
+        lines.append(f"team {team.name}: {_requests_of(team, loaded)}")
         if team.target.resource is not None and len(loaded.resources) > 1:
             lines.append(f"  (resource {team.target.resource.name})")
         lines += [f"  {line}" for stage in team.stages for line in _stage_lines(stage)]
@@ -63,9 +63,9 @@ def _pooled(deployment: Deployment) -> str:
     return f"{deployment} ({', '.join(terms)})" if terms else str(deployment)
 
 
-def _whose(team: Team, loaded: Loaded) -> str:
+def _requests_of(team: Team, loaded: Loaded) -> str:
     if team is loaded.teams.default:
-        return "every request that is no other team's"
+        return "every request that no other team matches"
     parts = [f"{prefix}/v1" for prefix in team.match.path_prefix]
     parts += [f"host {host}" for host in team.match.host]
     if team.match.keys:
@@ -79,16 +79,16 @@ def _whose(team: Team, loaded: Loaded) -> str:
 
 
 def _stage_lines(stage: Stage) -> list[str]:
-    given = []
+    changed = []
     for name, (kind, field) in settings_of(type(stage)).items():
         value = getattr(stage, name)
         if not is_default(value, field):
-            given.append(f"{name}={shown(value, kind)}")
-    return [f"{stage.id}{': ' if given else ''}{' '.join(given)}"]
+            changed.append(f"{name}={shown(value, kind)}")
+    return [f"{stage.id}{': ' if changed else ''}{' '.join(changed)}"]
 
 
 def shown(value: Any, kind: Any) -> str:
-    """Return a value as text, with `***` for each part of it whose type is a secret's."""
+    """Return a value as text, with `***` in place of each secret part."""
     if is_secret(kind):
         return "***"
     base, _ = unwrap(kind)
@@ -111,14 +111,14 @@ def shown(value: Any, kind: Any) -> str:
 
 
 def is_default(value: Any, field: dataclasses.Field[Any]) -> bool:
-    """Whether a setting is as if it had been left out."""
+    """Whether a setting has its default value."""
     if field.default_factory is not dataclasses.MISSING:
         return bool(value == field.default_factory())
     return bool(value == field.default)
 
 
 def kind_of(value: Any, kinds: Sequence[Any]) -> Any:
-    """Return the kind of a union that a value is of, as far as it matters for what may be shown."""
+    """Return the kind of a union that a value has, as far as it decides how to show the value."""
     for kind in kinds:
         base, _ = unwrap(kind)
         shape = get_origin(base) or base
@@ -128,7 +128,7 @@ def kind_of(value: Any, kinds: Sequence[Any]) -> Any:
 
 
 def show_stages(registry: Registry) -> str:
-    """Return a line for each stage there is."""
+    """Return a line for each available stage."""
     lines = []
     for name in registry.names():
         try:
@@ -140,7 +140,7 @@ def show_stages(registry: Registry) -> str:
 
 
 def _doc(cls: type[Stage]) -> str:
-    """Return a stage's own docstring; the base class's says nothing of it."""
+    """Return a stage's own docstring, not the one of the base class."""
     return inspect.cleandoc(cls.__doc__ or "")
 
 
@@ -153,7 +153,7 @@ def show_stage(name: str, cls: type[Stage]) -> str:
     lines = [name, "", *_doc(cls).splitlines(), ""]
     settings = settings_of(cls)
     if not settings:
-        return "\n".join([*lines, "It has no settings.", ""])
+        return "\n".join([*lines, "It takes no settings.", ""])
     lines.append("Settings:")
     for setting, (kind, field) in settings.items():
         _, meta = unwrap(kind)
@@ -168,4 +168,4 @@ def _default(kind: Any, field: dataclasses.Field[Any]) -> str:
         return "" if field.default is None else f" (default: {shown(field.default, kind)})"
     if field.default_factory is not dataclasses.MISSING:
         return ""
-    return " (must be given)"
+    return " (required)"

@@ -1,7 +1,6 @@
-"""What a configuration is made of: every file that was read, and every pattern that names some.
+"""The sources of a configuration: every file that was read, and every pattern that was searched for.
 
-It is noted while the configuration is read, also when that fails: a mended file, or one that was missing, must be
-seen afterwards.
+They are recorded while the configuration is read, even if that fails, so that a corrected or added file is noticed.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ __all__ = ("Sources",)
 
 @dataclass
 class Sources:
-    """Files by path with the SHA-256 of what was read, "" where nothing could be; patterns with what they found."""
+    """Files by path with the SHA-256 of their content ("" if unreadable), and patterns with the files that match."""
 
     files: dict[str, str] = field(default_factory=dict)
     patterns: dict[str, list[str]] = field(default_factory=dict)
 
     def read(self, path: Path) -> bytes:
-        """Return a file's content. Raises OSError, and ValueError where the path can be no file's."""
+        """Return a file's content. Raises OSError, or ValueError for an invalid path."""
         name = os.path.abspath(path)
         self.files[name] = ""
         data = path.read_bytes()
@@ -37,13 +36,13 @@ class Sources:
         return data
 
     def find(self, pattern: Path) -> list[Path]:
-        """Return the files that a pattern has, sorted.
+        """Return the files that match a pattern, sorted.
 
-        Raises OSError if no descriptor is left: that is not the same as no file.
+        Raises OSError if no descriptor is left, which must not look like no file.
         """
         self.patterns[os.path.abspath(pattern)] = ["unread"]
         try:
-            # (A name that is no UTF-8 is none that a configuration could give.)
+            # (A configuration cannot name a file whose name is not UTF-8.)
             found = sorted(name for name in _expanded(str(pattern)) if _is_text(name))
         except (ValueError, re.error):
             found = []
@@ -51,32 +50,32 @@ class Sources:
         return list(map(Path, found))
 
     def unread(self) -> Sources:
-        """Return these files and patterns as if none could be read, so that they are tried again."""
+        """Return the same files and patterns as unread, so that the watcher tries them again."""
         return Sources(dict.fromkeys(self.files, "unread"), {each: ["unread"] for each in self.patterns})
 
     @property
     def digest(self) -> str:
-        """What tells one content from another: that of all files, and which there are."""
+        """A digest of the content of all files and of the matches of all patterns."""
         return hashlib.sha256(repr((sorted(self.files.items()), sorted(self.patterns.items()))).encode()).hexdigest()
 
     def stats(self) -> list[object]:
-        """Return what changes when a file does: cheap, for looking often.
+        """Return data that changes when a file does; cheap enough to poll.
 
-        Links are followed to the end: Kubernetes swaps a link that leads to the folder of all files, and editors put
-        another file in a file's place.
+        Symbolic links are followed to the end: Kubernetes swaps a link to the folder of all files, and editors replace
+        a file by another.
         """
-        found: list[object] = []
+        stats: list[object] = []
         for name in self.files:
             status = _status(name)
-            found.append(status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+            stats.append(status and (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
         again = Sources()
         for pattern in self.patterns:
             again.find(Path(pattern))
-        found.append(again.patterns)
-        return found
+        stats.append(again.patterns)
+        return stats
 
     def now(self) -> Sources:
-        """Return the same files and patterns as they are now. Raises OSError if no descriptor is left."""
+        """Read the same files and patterns again. Raises OSError if no descriptor is left."""
         again = Sources()
         for pattern in self.patterns:
             again.find(Path(pattern))
@@ -97,7 +96,7 @@ class Sources:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    """Yield the names that a pattern has, as `glob.iglob` does, which takes a folder that cannot be read for empty."""
+    """Yield the paths that match a pattern, as `glob.iglob` does; but that treats an unreadable folder as empty."""
     folder, last = os.path.split(pattern)
     if not glob.has_magic(pattern):
         if os.path.lexists(pattern):

@@ -1,4 +1,4 @@
-"""Where limits are counted, as `store:` of a configuration names it."""
+"""The store of a configuration: the Redis in which limits are counted."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gateway.limits.redis_url import RedisUrl
 from gateway.limits.wait_queue import WaitQueue
 from gateway.services import Shared
 
-__all__ = ("counters_at", "read_store")
+__all__ = ("counters_of", "read_store")
 
 
 def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path) -> RedisUrl | None:
-    """Return the Redis that is named, or None; what is wrong with it is noted where it stands."""
+    """Return the Redis of `store:`, or None; mistakes are noted."""
     if store is None:
         return None
     ca = None if store.ca is None else folder / store.ca
@@ -31,13 +31,13 @@ def read_store(reader: Reader, store: StoreFile | None, node: Node, folder: Path
         return None
 
 
-def counters_at(shared: Shared, place: RedisUrl | None) -> WaitQueue | None:
-    """Return the counters of a store; None where limits are counted in this process, or on this machine."""
-    if place is None:
+def counters_of(shared: Shared, store: RedisUrl | None) -> WaitQueue | None:
+    """Return the counters of a store; None if limits are counted in this process, or on this machine."""
+    if store is None:
         return None
-    import redis.asyncio  # noqa: F401, PLC0415 -- an extra, loaded here so that no request waits for it
+    import redis.asyncio  # noqa: F401, PLC0415 -- an extra, loaded here so that no request waits for the import
 
-    return shared.counters_at(place, lambda: RedisCounters(place))
+    return shared.counters_at(store, lambda: RedisCounters(store))
 
 
 def _unreadable(path: Path) -> str | None:
@@ -45,5 +45,5 @@ def _unreadable(path: Path) -> str | None:
     try:
         text = path.read_bytes()
     except (OSError, ValueError) as exc:
-        return getattr(exc, "strerror", None) or "its name is no name"
-    return None if b"-----BEGIN CERTIFICATE-----" in text else "it holds no certificate (PEM)"
+        return getattr(exc, "strerror", None) or "the name is not valid"
+    return None if b"-----BEGIN CERTIFICATE-----" in text else "it has no certificate in PEM format"

@@ -1,4 +1,4 @@
-"""Nodes as YAML text, with comments above the settings that they are of."""
+"""Writing nodes as YAML text, with comments above settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gateway.config.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 __all__ = ("write",)
 
-# What needs no quotes, wherever it stands.
+# Text that needs no quotes in any position.
 _PLAIN = re.compile(r"[A-Za-z0-9$/](?:[A-Za-z0-9._/@{}$-]|:(?=[A-Za-z0-9/$:-]))*")
 _WORDS = ("null", "true", "false", "off", "on", "yes", "no")
 
@@ -18,10 +18,10 @@ Path = tuple[str, ...]
 
 
 def write(root: MappingNode, comments: Mapping[Path, str]) -> str:
-    """Return a mapping as YAML; a comment's path is the keys that lead to it, those of a list's entries included."""
+    """Return a mapping as YAML; a comment's path is the keys that lead to its setting, through lists, too."""
     lines: list[str] = []
-    for place, line in enumerate(_mapping(root, comments, ())):
-        if place and line[0] not in " -" and not lines[-1].startswith("#"):
+    for index, line in enumerate(_mapping(root, comments, ())):
+        if index and line[0] not in " -" and not lines[-1].startswith("#"):
             lines.append("")
         lines.append(line)
     return "\n".join([*lines, ""])

@@ -1,5 +1,6 @@
 """Processes: the supervisor and its workers, reloads, and the service manager.
 
-Workers and what they tell their supervisor, generations of a configuration, file watching, the control socket of
-`gateway reload`, systemd notification, and the choice of event loop. What a process serves is `server.py`.
+Workers, their restarts and the messages between them and the supervisor; generations of a configuration, file watching,
+the control socket of `gateway reload`, systemd notification, and the choice of event loop. What a process serves is in
+`server.py`.
 """

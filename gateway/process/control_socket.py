@@ -1,12 +1,12 @@
-"""How `gateway reload` reaches the running gateway: a socket with an abstract name, which takes no other order.
+"""The control socket: how `gateway reload` reaches the running gateway. It is an abstract socket with one command.
 
-Such a name (Linux has them) is no file: nothing is left behind, and a read-only file system will do. It is made of the
-configuration's path alone, so that root finds it, whatever user the gateway runs as.
+An abstract name (Linux has them) is no file: nothing remains after a crash, and a read-only file system is enough. The
+name is derived from the configuration's path alone, so root finds it no matter which user the gateway runs as.
 
-Any local user can take the name first. So both sides check the user at the other end, which the kernel tells
-(SO_PEERCRED). The gateway obeys root and its own user. Who is not root believes only its own user. Root believes root,
-the owner of the configuration file, and the account `gateway`: only root makes accounts, and systemd's `DynamicUser=`
-gives the user of gateway.service this name. Root has to name any other user.
+Any local user can take the name first. So both sides check the user at the other end, which the kernel reports
+(SO_PEERCRED). The gateway obeys root and its own user. A client that is not root trusts only its own user. Root trusts
+root, the owner of the configuration file, and the account `gateway`: only root makes accounts, and systemd's
+`DynamicUser=` gives the user of gateway.service this name. Root must name any other user.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ import msgspec
 from gateway.errors import GatewayError
 from gateway.logs import get_logger
 
-__all__ = ("GatewayNotRunning", "ReloadReport", "ask", "listen")
+__all__ = ("GatewayNotRunning", "ReloadReport", "listen", "request_reload")
 
-_ORDER = b"reload\n"
-# How long, in seconds, a client may take to say what it wants, and waits for what becomes of it.
-_PATIENCE, _CLIENT_PATIENCE = 5.0, 300.0
-# How many may ask at once.
-_MOST = 16
-# The largest report that is read, in bytes: a line for each changed setting of some thousand teams.
-_LARGEST = 16 * 1024 * 1024
-# How often, in seconds, a name that is taken is tried again.
-_TRY_AGAIN = 30.0
-# The account that root believes without being told.
+_COMMAND = b"reload\n"
+# Timeouts, in seconds: for a client to send its command or take the report, and for the report to arrive.
+_CLIENT_TIMEOUT, _REPORT_TIMEOUT = 5.0, 300.0
+# Maximum number of simultaneous clients.
+_MAX_CLIENTS = 16
+# Maximum size of a report, in bytes: enough for a line per changed setting of some thousand teams.
+_MAX_REPORT = 16 * 1024 * 1024
+# Interval, in seconds, between attempts to take a name that another process has.
+_RETRY_INTERVAL = 30.0
+# The account that root trusts by default.
 _ACCOUNT = "gateway"
 
 
 class ReloadReport(msgspec.Struct, frozen=True):
-    """What became of a reload: why it failed, or that nothing had changed, or what is different now.
+    """The result of a reload: `mistakes` if it failed, `same` if nothing has changed, else the `changes`.
 
     `notes` are changes that need a restart.
     """
@@ -57,7 +57,7 @@ class ReloadReport(msgspec.Struct, frozen=True):
 
 
 class GatewayNotRunning(GatewayError):
-    """No gateway could be asked; the message says why."""
+    """No gateway could be asked; the message has the reason."""
 
 
 def _name(config: Path) -> str:
@@ -67,7 +67,7 @@ def _name(config: Path) -> str:
 
 
 def _peer(sock: socket.socket) -> tuple[int, int]:
-    """Return the process and the user at the other end, as the kernel knows them (unix(7), SO_PEERCRED)."""
+    """Return the process and the user at the other end, as the kernel reports them (unix(7), SO_PEERCRED)."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, user, _ = struct.unpack("3i", credentials)
     return pid, user
@@ -85,8 +85,8 @@ def _name_of(user: int) -> str:
         return str(user)
 
 
-def _believed(config: Path) -> set[int]:
-    """Return the users whose answers root believes."""
+def _trusted_users(config: Path) -> set[int]:
+    """Return the users that root trusts."""
     users = {0}
     with contextlib.suppress(OSError):
         users.add(os.stat(config).st_uid)
@@ -96,57 +96,56 @@ def _believed(config: Path) -> set[int]:
 
 
 def _check_user(sock: socket.socket, config: Path, user: str | None) -> None:
-    """Check who would answer. Raises NobodyThere if that is no user to believe."""
-    answering, me = _user(sock), os.geteuid()
+    """Check the user at the other end. Raises GatewayNotRunning for a user that is not trusted."""
+    peer, me = _user(sock), os.geteuid()
     if me != 0:
-        if answering != me:
+        if peer != me:
             raise GatewayNotRunning(
-                "a gateway with this configuration runs here as another user; run this command as that user, or as root"
+                "a gateway with this configuration runs here as another user; run this command as that user or as root"
             )
         return
     if user is None:
-        if answering not in _believed(config):
-            name = _name_of(answering)
+        if peer not in _trusted_users(config):
+            name = _name_of(peer)
             raise GatewayNotRunning(
-                f"a process of the user {name} answers for this configuration. Any local user can pose as a gateway, "
+                f"a process of the user {name} serves this configuration. Any local user can pose as a gateway, "
                 f"and {name} is neither root, nor {_ACCOUNT}, nor the owner of the file. "
-                f"If the gateway does run as {name}: gateway reload --user {name}"
+                f"If your gateway runs as {name}: gateway reload --user {name}"
             )
         return
     try:
         expected = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid
     except KeyError:
         raise GatewayNotRunning(f"--user: there is no user {user!r} here") from None
-    if answering != expected:
-        raise GatewayNotRunning(
-            f"a process of the user {_name_of(answering)} answers for this configuration, and not {user}"
-        )
+    if peer != expected:
+        raise GatewayNotRunning(f"a process of the user {_name_of(peer)} serves this configuration, not one of {user}")
 
 
 async def listen(config: Path, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
-    """Let `gateway reload` ask, until cancelled. On other systems than Linux, nobody can.
+    """Serve `gateway reload`, until cancelled. Only Linux has abstract sockets; elsewhere this does nothing.
 
-    While the name is taken, or no socket can be had, this is tried again and again.
+    While another process has the name, or no socket is available, it tries again at intervals.
     """
     if sys.platform != "linux":
         return
     log = get_logger().bind(pid=os.getpid())
-    told = False
+    unavailable = False
     while True:
         try:
             with _listening(config) as sock:
-                if told:
-                    log.info("`gateway reload` can reach this gateway again")
-                    told = False
+                if unavailable:
+                    log.info("reload_socket_available")
+                    unavailable = False
                 await _accept(sock, reload)
         except OSError as exc:
-            if not told:
+            if not unavailable:
                 log.warning(
-                    "`gateway reload` cannot reach this gateway; send SIGHUP",
+                    "reload_socket_unavailable",
                     reason=_holder(config) if exc.errno == errno.EADDRINUSE else exc.strerror,
+                    advice="`gateway reload` cannot reach this gateway; send SIGHUP instead",
                 )
-                told = True
-        await asyncio.sleep(_TRY_AGAIN)
+                unavailable = True
+        await asyncio.sleep(_RETRY_INTERVAL)
 
 
 def _listening(config: Path) -> socket.socket:
@@ -163,7 +162,7 @@ def _listening(config: Path) -> socket.socket:
 
 
 def _holder(config: Path) -> str:
-    """Return who has the name."""
+    """Return a description of the process that has the name."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.setblocking(False)
@@ -171,10 +170,10 @@ def _holder(config: Path) -> str:
             pid, user = _peer(sock)
     except OSError:
         return "another process has the name of its socket"
-    who = f"process {pid} of the user {_name_of(user)} has the name of its socket"
+    holder = f"process {pid} of the user {_name_of(user)} has the name of its socket"
     if user in (0, os.geteuid()):
-        return f"{who}: another gateway with the same configuration?"
-    return f"{who}, and can pose as this gateway; end that process"
+        return f"{holder}: another gateway with the same configuration?"
+    return f"{holder}, and can pose as this gateway; end that process"
 
 
 async def _accept(sock: socket.socket, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
@@ -187,10 +186,10 @@ async def _accept(sock: socket.socket, reload: Callable[[], Awaitable[ReloadRepo
             except OSError:  # no descriptor is left
                 await asyncio.sleep(1)
                 continue
-            if len(tasks) >= _MOST:
+            if len(tasks) >= _MAX_CLIENTS:
                 client.close()
                 continue
-            task = loop.create_task(_answer(client, reload))
+            task = loop.create_task(_handle(client, reload))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
     finally:
@@ -198,57 +197,57 @@ async def _accept(sock: socket.socket, reload: Callable[[], Awaitable[ReloadRepo
             task.cancel()
 
 
-async def _answer(client: socket.socket, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
+async def _handle(client: socket.socket, reload: Callable[[], Awaitable[ReloadReport]]) -> None:
     loop = asyncio.get_running_loop()
     with client:
         client.setblocking(False)
         try:
             if _user(client) not in (0, os.geteuid()):
-                return  # (anybody can come, and is waited for by nobody; `ask` has looked who it would ask)
-            async with asyncio.timeout(_PATIENCE):
-                order = await loop.sock_recv(client, len(_ORDER))
-            if order != _ORDER:
+                return  # (any user can connect; `request_reload` has checked the user of this side)
+            async with asyncio.timeout(_CLIENT_TIMEOUT):
+                command = await loop.sock_recv(client, len(_COMMAND))
+            if command != _COMMAND:
                 return
             report = await reload()
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_CLIENT_TIMEOUT):
                 await loop.sock_sendall(client, msgspec.json.encode(report))
         except (OSError, TimeoutError):
-            return  # it has left
+            return  # the client has disconnected
 
 
-def ask(config: Path, user: str | None = None) -> ReloadReport:
-    """Ask the gateway that runs with this configuration for a reload, and wait for it.
+def request_reload(config: Path, user: str | None = None) -> ReloadReport:
+    """Ask the gateway that runs with this configuration for a reload, and wait for its report.
 
-    `user` is the name or number of the user that it runs as, where root asks and does not believe any. Raises
-    NobodyThere.
+    `user` is the name or number of the user that it runs as; root needs it for a user that it does not trust. Raises
+    GatewayNotRunning.
     """
     if sys.platform != "linux":
         raise GatewayNotRunning("`gateway reload` needs Linux; send the gateway SIGHUP instead")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(_CLIENT_PATIENCE)
+        sock.settimeout(_REPORT_TIMEOUT)
         try:
             sock.connect(_name(config))
         except OSError:
             raise GatewayNotRunning(f"no gateway with the configuration {os.path.abspath(config)} runs here") from None
         _check_user(sock, config, user)
         try:
-            sock.sendall(_ORDER)
-            return msgspec.json.decode(_whole(sock), type=ReloadReport)
+            sock.sendall(_COMMAND)
+            return msgspec.json.decode(_read_report(sock), type=ReloadReport)
         except TimeoutError:
-            raise GatewayNotRunning(f"the gateway did not answer within {_CLIENT_PATIENCE:g} s") from None
+            raise GatewayNotRunning(f"the gateway did not report within {_REPORT_TIMEOUT:g} s") from None
         except (OSError, msgspec.MsgspecError):
-            raise GatewayNotRunning("the gateway ended before it had reloaded") from None
+            raise GatewayNotRunning("the gateway ended before the reload was complete") from None
 
 
-def _whole(sock: socket.socket) -> bytes:
-    """Return all that the other end says. Raises TimeoutError; NobodyThere if that is too much."""
-    end = time.monotonic() + _CLIENT_PATIENCE
-    answer = bytearray()
+def _read_report(sock: socket.socket) -> bytes:
+    """Read to the end. Raises TimeoutError; GatewayNotRunning if the report is too large."""
+    end = time.monotonic() + _REPORT_TIMEOUT
+    report = bytearray()
     while more := sock.recv(65536):
-        answer += more
-        if len(answer) > _LARGEST:
-            raise GatewayNotRunning("the answer is too large to be a gateway's")
+        report += more
+        if len(report) > _MAX_REPORT:
+            raise GatewayNotRunning("the report is too large to come from a gateway")
         if (left := end - time.monotonic()) <= 0:
             raise TimeoutError
         sock.settimeout(left)
-    return bytes(answer)
+    return bytes(report)

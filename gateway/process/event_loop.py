@@ -1,4 +1,4 @@
-"""The event loop: the fastest of those that are installed (the extra `speed` installs all of them)."""
+"""The event loop: the fastest one that is installed (the extra `speed` installs all of them)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ("loop_factory", "run")
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return what makes loops: uvloop's where it is installed, with aiofastnet's TLS where that is.
+    """Return a factory of loops: uvloop's if it is installed, with aiofastnet's TLS if that is.
 
     aiofastnet replaces only TLS connections, those to Azure: an event of a stream costs less than half with it.
-    In plain connections it gains nothing over uvloop (docs/performance.md).
+    For plain connections it gains nothing over uvloop (docs/performance.md).
     """
     base: Any = asyncio.SelectorEventLoop
     try:
@@ -28,7 +28,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
         return base  # type: ignore[no-any-return]
 
     class FastTls(base):  # type: ignore[misc] # one of two, chosen above
-        """A loop whose TLS connections are aiofastnet's."""
+        """A loop that uses aiofastnet for TLS connections."""
 
         async def create_connection(self, protocol_factory: Any, *args: Any, ssl: Any = None, **kwargs: Any) -> Any:
             if ssl is None:

@@ -1,6 +1,6 @@
-"""Waiting until the files of a configuration have changed: they are looked at every second, in a thread.
+"""Watching the configuration's files for changes: polls them every second, in a thread.
 
-Looking works where notifications do not: on network file systems, in containers, for links that are switched.
+Polling works where notifications do not: on network file systems, in containers, for symbolic links that are switched.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from gateway.logs import get_logger
 
 __all__ = ("wait_for_change",)
 
-# How often, in seconds, the files are looked at.
-_EVERY = 1.0
+# Poll interval, in seconds.
+_INTERVAL = 1.0
 
 
 async def wait_for_change(sources: Sources) -> None:
-    """Return when the files' content is another than what `sources` were read with, and no longer being written.
+    """Return when the files' content differs from `sources`, and the files are no longer being written.
 
-    Two looks in a row must agree, so that a file that is half written is not read.
+    Two polls in a row must agree, so that a half-written file is not read.
     """
-    known: object = None  # a look at files that are as they were read
-    before: object = None
-    away = False  # they cannot be looked at
+    unchanged: object = None  # the poll result whose content equals `sources`
+    previous: object = None
+    failing = False
     while True:
-        await asyncio.sleep(_EVERY)
+        await asyncio.sleep(_INTERVAL)
         try:
-            seen = await asyncio.to_thread(sources.stats)
-            if seen != known and seen == before:
+            stats = await asyncio.to_thread(sources.stats)
+            if stats != unchanged and stats == previous:
                 if await asyncio.to_thread(sources.now) != sources:
                     return
-                known = seen
-        except (OSError, RuntimeError) as exc:  # no descriptor is left, or no thread can be had: that passes
-            if not away:
-                away = True
-                get_logger().warning("the configuration's files cannot be looked at; they are again", reason=str(exc))
-            before = None
+                unchanged = stats
+        except (OSError, RuntimeError) as exc:  # no descriptor is left, or no thread: that passes
+            if not failing:
+                failing = True
+                get_logger().warning("file_watch_failed", reason=str(exc))
+            previous = None
             continue
-        away = False
-        before = seen
+        failing = False
+        previous = stats

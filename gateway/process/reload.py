@@ -1,7 +1,7 @@
-"""Reload: what asks for one, one after another, and what is said of each.
+"""The reload loop: waits for a trigger, reloads, and reports the result; one reload at a time.
 
-A changed file, SIGHUP and `gateway reload` ask. How it is done is another's: `renewal.py` in one process,
-`workers.py` in several.
+The triggers are a changed file, SIGHUP and `gateway reload`. The reload itself is in `generations.py` for one process,
+and in `two_phase_reload.py` for several.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from gateway.process.systemd import Notifier
 __all__ = ("Prepared", "ReloadLoop", "WatchedState", "log_exceptions")
 
 STOPPING = "the gateway is stopping"
-# How long, in seconds, nothing is tried after a failure that nothing accounts for.
+# Pause, in seconds, after a failure that no mistake explains.
 _PAUSE = 1.0
 
 
 class WatchedState(msgspec.Struct, frozen=True):
-    """What of a configuration counts for who watches over it: what it was made of, and its own settings."""
+    """The part of a configuration that the reload loop needs: its files, and its `watch` and `log` settings."""
 
     sources: Sources = msgspec.field(default_factory=Sources)
     watch: bool = True
@@ -39,14 +39,14 @@ class WatchedState(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    """What came of an attempt, and the state after it; the sources are those that were tried."""
+    """The result of one attempt, and the state after it; the sources are those that were tried."""
 
     report: ReloadReport
     state: WatchedState
 
 
 class ReloadLoop:
-    """Asks for reloads and tells what became of them. `state` is what is watched (`watch` sets it); None is nothing."""
+    """Runs reloads and reports their results. `state` has the files to watch (`watch` sets it); None watches none."""
 
     def __init__(
         self,
@@ -61,22 +61,22 @@ class ReloadLoop:
         self._config = config
         self._waiting: list[asyncio.Future[ReloadReport]] = []
         self._asked = asyncio.Event()
-        self._other = asyncio.Event()  # another state is to be watched
+        self._state_replaced = asyncio.Event()
 
     def watch(self, state: WatchedState | None) -> None:
-        """Watch the files of another configuration, which came to serve without a reload."""
+        """Watch the files of another configuration, which serves now without a reload."""
         self.state = state
-        self._other.set()
+        self._state_replaced.set()
 
     def ask(self) -> asyncio.Future[ReloadReport]:
-        """Ask for a reload that begins from now on; returns what becomes of it."""
+        """Ask for a reload that begins after this call; returns a future of its report."""
         asked: asyncio.Future[ReloadReport] = asyncio.get_running_loop().create_future()
         self._waiting.append(asked)
         self._asked.set()
         return asked
 
     async def run(self) -> None:
-        """Reload whenever something asks for it, until cancelled."""
+        """Reload at each trigger, until cancelled."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.ask)
         listening = asyncio.create_task(log_exceptions(control.listen(self._config, self.ask)))
         try:
@@ -84,8 +84,8 @@ class ReloadLoop:
                 try:
                     if await self._wait():
                         await self._once()
-                except Exception as exc:  # of a thread that could not be had, for instance: the next one may do better
-                    get_logger().error("reloading failed by a bug; it goes on", **exception_fields(exc))
+                except Exception as exc:  # such as no thread left: the next reload may succeed
+                    get_logger().error("reload_crashed", **exception_fields(exc))
                     await asyncio.sleep(_PAUSE)
         finally:
             listening.cancel()
@@ -94,17 +94,17 @@ class ReloadLoop:
                     each.set_result(ReloadReport(mistakes=[STOPPING]))
 
     async def _wait(self) -> bool:
-        """Return True when a reload was asked for, or the files have changed; False when others are to be watched."""
-        self._other.clear()
-        other = asyncio.create_task(self._other.wait())
-        tasks: set[asyncio.Task[Any]] = {other, asyncio.create_task(self._asked.wait())}
+        """Return True at a trigger; False if the state to watch was replaced."""
+        self._state_replaced.clear()
+        replaced = asyncio.create_task(self._state_replaced.wait())
+        tasks: set[asyncio.Task[Any]] = {replaced, asyncio.create_task(self._asked.wait())}
         if self.state is not None and self.state.watch:
             tasks.add(asyncio.create_task(wait_for_change(self.state.sources)))
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
-            return done != {other}
+            return done != {replaced}
         finally:
             for each in tasks:
                 each.cancel()
@@ -117,9 +117,9 @@ class ReloadLoop:
         try:
             prepared = await self._reload()
             report, self.state = prepared.report, prepared.state
-            _tell(report)
+            _log(report)
         except Exception as exc:
-            report = ReloadReport(mistakes=[f"{type(exc).__name__}; the log has more"])
+            report = ReloadReport(mistakes=[f"{type(exc).__name__}; see the log"])
             self._notify.ready()
             raise
         finally:
@@ -129,21 +129,21 @@ class ReloadLoop:
         self._notify.ready()
 
 
-def _tell(report: ReloadReport) -> None:
+def _log(report: ReloadReport) -> None:
     log = get_logger().bind(pid=os.getpid())
     if report.mistakes:
-        log.error("reload failed; the configuration at hand stays", mistakes=report.mistakes)
+        log.error("reload_failed", mistakes=report.mistakes)
     elif report.same:
-        log.info("nothing changed")
+        log.info("reload_unchanged")
     else:
-        log.info("configuration reloaded", changes=report.changes)
+        log.info("reloaded", changes=report.changes)
     for note in report.notes:
-        log.warning("a restart is needed", reason=note)
+        log.warning("restart_needed", reason=note)
 
 
 async def log_exceptions(work: Coroutine[Any, Any, None]) -> None:
-    """Do what is done beside clients' requests; a bug in it is logged, and harms nothing else."""
+    """Run background work; log an exception that ends it, so that it harms nothing else."""
     try:
         await work
     except Exception as exc:
-        get_logger().error("reloading has ended", **exception_fields(exc))
+        get_logger().error("reload_loop_ended", **exception_fields(exc))

@@ -1,9 +1,6 @@
-"""A worker's side of its supervisor: what it inherits, and the line between the two.
+"""A worker's side: what it inherits from its supervisor, and the channel between the two.
 
-The line is a pair of sockets, and what is said on it is lines of text, both ways. The worker says that it serves, or
-why it cannot, and answers to `prepare` and `commit`; the supervisor orders these, `abort`, `drain` and `end`, and the
-line's end means that the supervisor is gone. Signals would not do: systemd and terminals send theirs to every process
-of a group, and a worker must not take the supervisor's for a second one.
+`worker_messages.py` has the messages, `worker_process.py` the supervisor's side.
 """
 
 from __future__ import annotations
@@ -13,182 +10,155 @@ import contextlib
 import signal
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from gateway.balancing.circuit_breaker import HealthEvent
 from gateway.balancing.health import Health
-from gateway.process.reload import Prepared, WatchedState
+from gateway.process.reload import WatchedState
+from gateway.process.worker_messages import (
+    COMMIT,
+    COMMITTED,
+    DRAIN,
+    EXIT_NOW,
+    FAILED,
+    HEALTH_EVENT,
+    HEALTH_REPORT,
+    LEAVING,
+    PREPARE,
+    PREPARED,
+    READY,
+    REPORT_HEALTH,
+    TAKE_HEALTH_EVENT,
+    WorkerMessage,
+)
 
 if TYPE_CHECKING:
     from gateway.process.generations import GenerationSwitch
 
-__all__ = (
-    "ABORT",
-    "AT_ONCE",
-    "COMMIT",
-    "COMMITTED",
-    "DRAIN",
-    "FAILED",
-    "HEAR",
-    "LEAVING",
-    "NEWS",
-    "PREPARE",
-    "PREPARED",
-    "READY",
-    "REPORT",
-    "REPORTED",
-    "SupervisorChannel",
-    "SupervisorMessage",
-    "WorkerInheritance",
-)
+__all__ = ("SupervisorChannel", "WorkerInheritance")
 
-# What the supervisor orders; the last three with the number of the reload that they are of.
-DRAIN, AT_ONCE, PREPARE, COMMIT, ABORT = "drain", "end", "prepare", "commit", "abort"
-# And, with what another worker knows, that this one is to know it; and, with a number, that it say how all are.
-HEAR, REPORT = "hear", "report"
-# What a worker says.
-READY, FAILED, PREPARED, COMMITTED, LEAVING = "ready", "failed", "prepared", "committed", "leaving"
-NEWS, REPORTED = "news", "reported"
-
-
-# How long, in seconds, the supervisor may take to read what is said.
-_PATIENCE = 10.0
-
-
-class SupervisorMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a worker says, one JSON object a line.
-
-    `ready` comes with its state, `failed` with the reason, `prepared` with what came of it, `news` with what others are
-    to know of a deployment, and `reported` with how all are.
-    """
-
-    word: str
-    number: int = 0
-    reason: str | None = None
-    state: WatchedState | None = None
-    prepared: Prepared | None = None
-    news: HealthEvent | None = None
-    report: list[dict[str, Any]] | None = None
+# Timeout, in seconds, for the supervisor to read a message.
+_SEND_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
 class WorkerInheritance:
-    """What a worker inherits, as descriptors: the sockets, the counters' table, the array of counts, and its line.
+    """The descriptors that a worker inherits: sockets, the limits' table, the connection counts, and the channel.
 
-    `place` is the worker's in the array.
+    `index` is the worker's position in the connection counts.
     """
 
     sockets: tuple[int, ...]
     table: int
     counts: int
-    place: int
-    line: int
+    index: int
+    channel: int
 
     def __str__(self) -> str:
-        return ",".join(map(str, (*self.sockets, self.table, self.counts, self.place, self.line)))
+        return ",".join(map(str, (*self.sockets, self.table, self.counts, self.index, self.channel)))
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All of them."""
-        return (*self.sockets, self.table, self.counts, self.line)
+        return (*self.sockets, self.table, self.counts, self.channel)
 
     @classmethod
     def parse(cls, text: str) -> WorkerInheritance:
-        """Read what `str` wrote. Raises ValueError."""
-        *sockets, table, counts, place, line = map(int, text.split(","))
-        return cls(tuple(sockets), table, counts, place, line)
+        """Read the text that `str` makes. Raises ValueError."""
+        *sockets, table, counts, index, channel = map(int, text.split(","))
+        return cls(tuple(sockets), table, counts, index, channel)
 
 
 class SupervisorChannel:
-    """A worker's end of the line to its supervisor."""
+    """A worker's end of the channel to its supervisor: sends messages, and obeys orders."""
 
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
-        # What is said may be long, and the loop's own reader has made the descriptor one that does not wait.
-        self._socket.settimeout(_PATIENCE)
-        self._heard = b""  # an order that has not ended
+        # A message may be long, and the loop's own reader has made the descriptor non-blocking.
+        self._socket.settimeout(_SEND_TIMEOUT)
+        self._received = b""  # an incomplete order
         self._orders: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self._health: Health | None = None
 
     def ready(self, state: WatchedState) -> None:
-        """Say that the worker serves, and with what."""
-        self._say(SupervisorMessage(READY, state=state))
+        """Report that the worker serves, and with which configuration."""
+        self._send(WorkerMessage(READY, state=state))
 
     def failed(self, reason: str) -> None:
-        """Say why it cannot."""
-        self._say(SupervisorMessage(FAILED, reason=reason))
+        """Report why it cannot serve."""
+        self._send(WorkerMessage(FAILED, reason=reason))
 
     def share(self, health: Health) -> None:
-        """Tell the other workers, through the supervisor, what changes here, and hear what changes there."""
+        """Exchange health events with the other workers, through the supervisor."""
         self._health = health
-        health.listeners.append(lambda news: self._say(SupervisorMessage(NEWS, news=news)))
+        health.listeners.append(lambda news: self._send(WorkerMessage(HEALTH_EVENT, event=news)))
 
-    def _say(self, said: SupervisorMessage) -> None:
-        with contextlib.suppress(OSError):  # the supervisor is gone, which `obey` sees too, or does not listen
-            self._socket.sendall(msgspec.json.encode(said) + b"\n")
+    def _send(self, message: WorkerMessage) -> None:
+        with contextlib.suppress(OSError):  # the supervisor is gone, which `obey` sees too, or does not read
+            self._socket.sendall(msgspec.json.encode(message) + b"\n")
 
     def obey(self, stop: asyncio.Event, now: asyncio.Event) -> None:
-        """Set `stop`, then `now`, as the supervisor says; a signal asks for no more than `stop`."""
+        """Set `stop`, then `now`, when the supervisor orders it; a signal sets only `stop`."""
         loop = asyncio.get_running_loop()
 
-        def told() -> None:
+        def receive() -> None:
             try:
-                heard = self._socket.recv(4096)
+                received = self._socket.recv(4096)
             except ConnectionError:
-                heard = b""
-            if not heard:  # the supervisor is gone
+                received = b""
+            if not received:  # the supervisor is gone
                 loop.remove_reader(self._socket)
                 stop.set()
-            *orders, self._heard = (self._heard + heard).split(b"\n")
+            *orders, self._received = (self._received + received).split(b"\n")
             for order in orders:
-                word, _, number = order.decode().partition(" ")
-                if word == HEAR:
+                word, _, argument = order.decode().partition(" ")
+                if word == TAKE_HEALTH_EVENT:
                     if self._health is not None:
-                        self._health.apply(msgspec.json.decode(number, type=HealthEvent))
-                elif word == REPORT:
+                        self._health.apply(msgspec.json.decode(argument, type=HealthEvent))
+                elif word == REPORT_HEALTH:
                     report = self._health.report() if self._health is not None else []
-                    self._say(SupervisorMessage(REPORTED, int(number), report=report))
-                elif word in (DRAIN, AT_ONCE):
+                    self._send(WorkerMessage(HEALTH_REPORT, int(argument), report=report))
+                elif word in (DRAIN, EXIT_NOW):
                     stop.set()
-                    if word == AT_ONCE:
+                    if word == EXIT_NOW:
                         now.set()
                 else:
-                    self._orders.put_nowait((word, int(number)))
+                    self._orders.put_nowait((word, int(argument)))
 
-        loop.add_reader(self._socket, told)
+        loop.add_reader(self._socket, receive)
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, stop.set)
-        loop.add_signal_handler(signal.SIGUSR2, lambda: None)  # the supervisor's business, as SIGHUP is
+        loop.add_signal_handler(signal.SIGUSR2, lambda: None)  # for the supervisor, as is SIGHUP
 
-    async def follow(self, renewal: GenerationSwitch) -> None:
-        """Reload as the supervisor says, until cancelled; what is prepared then is stopped."""
+    async def handle_reloads(self, generations: GenerationSwitch) -> None:
+        """Reload as the supervisor orders, until cancelled; then stop what is prepared."""
         preparing: asyncio.Task[None] | None = None
         try:
             while True:
                 word, number = await self._orders.get()
                 if word == COMMIT:
-                    renewal.commit()
-                    self._say(SupervisorMessage(COMMITTED, number))
+                    generations.commit()
+                    self._send(WorkerMessage(COMMITTED, number))
                     continue
-                await _end(preparing)
+                await _cancel(preparing)
                 preparing = None
                 if word == PREPARE:
-                    preparing = asyncio.create_task(self._prepare(renewal, number))
+                    preparing = asyncio.create_task(self._prepare(generations, number))
                 else:
-                    await renewal.abort()
+                    await generations.abort()
         finally:
-            self._say(SupervisorMessage(LEAVING))
-            await _end(preparing)
-            await renewal.abort()
+            self._send(WorkerMessage(LEAVING))
+            await _cancel(preparing)
+            await generations.abort()
 
-    async def _prepare(self, renewal: GenerationSwitch, number: int) -> None:
-        self._say(SupervisorMessage(PREPARED, number, prepared=await renewal.prepare()))
+    async def _prepare(self, generations: GenerationSwitch, number: int) -> None:
+        self._send(WorkerMessage(PREPARED, number, prepared=await generations.prepare()))
 
 
-async def _end(task: asyncio.Task[None] | None) -> None:
+async def _cancel(task: asyncio.Task[None] | None) -> None:
     if task is not None:
         task.cancel()
         await asyncio.wait((task,))

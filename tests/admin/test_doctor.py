@@ -1,4 +1,4 @@
-"""`gateway doctor`: what is wrong with a resource or a deployment, in words, and a status for scripts."""
+"""`gateway doctor`: messages for problems of resources and deployments, and a status for scripts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_chat(seen: Seen) -> bool:
 
 
 async def with_models(seen: Seen, request: web.BaseRequest) -> web.StreamResponse | None:
-    """Answer as Azure does for a model of embeddings, and for one that is there in a region."""
+    """Respond as Azure does for an embeddings model, and with a region for the models."""
     if "text-embedding" in seen.path and is_chat(seen):
         return problem(400, "OperationNotSupported", "The chatCompletion operation does not work with this model")
     if "gpt-4o" in seen.path and seen.path.endswith("/embeddings"):
@@ -54,7 +54,7 @@ def problem(status: int, code: str, message: str) -> web.Response:
 async def examined(
     folder: Path, azure: FakeAzure | str, yaml: str = YAML % "", key: str | None = None, seconds: float = 5.0
 ) -> list[Finding]:
-    """Return what the doctor finds."""
+    """Return the doctor's findings."""
     endpoint = azure if isinstance(azure, str) else azure.endpoint
     loaded = load(write_files(folder, {"gateway.yaml": yaml.replace("ENDPOINT", endpoint)}), {})
     upstream = Upstream(loaded.settings.timeouts)
@@ -67,21 +67,21 @@ async def examined(
         await upstream.close()
 
 
-def told(findings: list[Finding]) -> list[tuple[str | None, str, bool]]:
+def outcomes(findings: list[Finding]) -> list[tuple[str | None, str, bool]]:
     return [(each.deployment, each.probe, each.ok) for each in findings]
 
 
 def wrong(findings: list[Finding]) -> str:
-    """Return the one verdict that is not well."""
+    """Return the verdict of the only failed probe."""
     (found,) = [each.verdict for each in findings if not each.ok]
     return found
 
 
 async def test_all_is_well(tmp_path: Path) -> None:
-    """Each resource's models; of each deployment a chat and a stream, or an embedding: a token each at most."""
+    """Each resource's models; for each deployment a chat and a stream, or an embedding, of at most one token."""
     async with FakeAzure(respond=with_models) as azure:
         findings = await examined(tmp_path, azure, YAML % ", region: swedencentral")
-        assert told(findings) == [
+        assert outcomes(findings) == [
             (None, "models", True), ("gpt-4o", "chat", True), ("gpt-4o", "stream", True),
             ("text-embedding-3-small", "embeddings", True),
         ]  # fmt: skip
@@ -100,12 +100,17 @@ async def test_all_is_well(tmp_path: Path) -> None:
     [
         ("api_key", "another", YAML % "", "wrong key"),
         ("deployments", ("text-embedding-3-small",), YAML % "", "unknown deployment"),
-        ("respond", with_models, YAML % ", region: eastus2", "wrong region: it is in Sweden Central, not in eastus2"),
+        (
+            "respond",
+            with_models,
+            YAML % ", region: eastus2",
+            "wrong region: the resource is in Sweden Central, not in eastus2",
+        ),
         ("respond", with_models, (YAML % "").replace("2024-10-21", "2022-12-01"), "api-version too old"),
     ],
 )
 async def test_what_is_wrong(field: str, value: Any, yaml: str, verdict: str, tmp_path: Path) -> None:
-    """In words that say what to change; what cannot be known then is not asked."""
+    """The message says what to change; further probes are not sent."""
     async with FakeAzure(respond=with_models) as azure:
         azure.respond = None if field == "api_key" else with_models
         setattr(azure, field, value)
@@ -118,17 +123,23 @@ async def test_what_is_wrong(field: str, value: Any, yaml: str, verdict: str, tm
     ("answer", "verdict"),
     [
         (problem(401, "401", "Access denied due to invalid subscription key"), "wrong key"),
-        (problem(403, "403", "Public access is disabled. Please configure private endpoint."), "its network rules"),
-        (problem(403, "PermissionDenied", "The principal lacks the required data action"), "the identity may not"),
-        (problem(404, "404", "Resource not found"), "api-version 2024-10-21 too old, or unknown"),
+        (
+            problem(403, "403", "Public access is disabled. Please configure private endpoint."),
+            "network rules of the resource",
+        ),
+        (
+            problem(403, "PermissionDenied", "The principal lacks the required data action"),
+            "permission denied: the identity",
+        ),
+        (problem(404, "404", "Resource not found"), "api-version 2024-10-21 too old or unknown"),
         (problem(404, "DeploymentNotFound", "The API deployment does not exist"), "unknown deployment"),
-        (problem(400, "BadRequest", "Unsupported api version"), "api-version too old, or unknown"),
+        (problem(400, "BadRequest", "Unsupported api version"), "api-version too old or unknown"),
         (problem(500, "500", "The server had\nan error"), "status 500: The server had an error"),
     ],
     ids=lambda value: value.status if isinstance(value, web.Response) else "",
 )
 async def test_what_a_deployment_answers(answer: web.Response, verdict: str, tmp_path: Path) -> None:
-    """An error in a chat; the stream is not asked for then."""
+    """After an error in the chat, no stream is requested."""
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse | None:
         if "gpt-4o" in seen.path:
@@ -142,7 +153,7 @@ async def test_what_a_deployment_answers(answer: web.Response, verdict: str, tmp
 
 
 async def test_models_that_think_and_quotas_that_are_used_up_are_there(tmp_path: Path) -> None:
-    """Also one that wants its limit of tokens by the other name: each is asked for one token all the same."""
+    """Also one that expects the token limit under the other name: every request is for one token."""
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse | None:
         if "gpt-4o" not in seen.path:
@@ -159,13 +170,13 @@ async def test_models_that_think_and_quotas_that_are_used_up_are_there(tmp_path:
         assert all(each.ok for each in findings)
         verdicts = [each.verdict for each in findings if each.deployment == "gpt-4o"]
         assert verdicts == [
-            "it thinks, and had no token left to answer with",
-            "it is there, and its quota is used up for 9 s",
+            "a reasoning model; no token was left for output",
+            "the deployment exists, but its quota is used up for 9 s",
         ]
 
 
 async def test_one_that_is_for_neither_is_there(tmp_path: Path) -> None:
-    """A model of pictures or sound: nothing more is asked of it."""
+    """A model for images or audio: no further probe is sent."""
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse | None:
         if "gpt-4o" in seen.path:
@@ -174,12 +185,12 @@ async def test_one_that_is_for_neither_is_there(tmp_path: Path) -> None:
 
     async with FakeAzure(respond=respond) as azure:
         findings = await examined(tmp_path, azure)
-        assert "takes neither chats nor embeddings" in findings[1].verdict
+        assert "supports neither chats nor embeddings" in findings[1].verdict
         assert all(each.ok for each in findings)
 
 
-async def test_the_asynchronous_filter_is_told(tmp_path: Path) -> None:
-    """By the findings that have an offset; and the first byte's time is the stream's."""
+async def test_the_asynchronous_filter_is_reported(tmp_path: Path) -> None:
+    """By filter results with an offset; the time is the one to the first byte."""
     async with FakeAzure(respond=with_models, asynchronous_filter=True, delay=0.05, words=("a", "b", "c")) as azure:
         findings = await examined(tmp_path, azure)
         (stream,) = [each for each in findings if each.probe == "stream"]
@@ -189,20 +200,20 @@ async def test_the_asynchronous_filter_is_told(tmp_path: Path) -> None:
 
 
 async def test_what_cannot_be_reached(tmp_path: Path) -> None:
-    """Each in its own words; its deployments are not asked."""
+    """Each with its own message; its deployments are not probed."""
     async with slow_tls(30) as port:
         for endpoint, words in (
-            (f"http://127.0.0.1:{closed_port()}", "it takes no connection"),
-            ("http://nowhere.invalid", "its host name is not found"),
+            (f"http://127.0.0.1:{closed_port()}", "connection failed"),
+            ("http://nowhere.invalid", "host name not found"),
             (f"https://127.0.0.1:{port}", "in time"),
         ):
             findings = await examined(tmp_path, endpoint, seconds=0.5)
-            assert told(findings) == [(None, "models", False)]
+            assert outcomes(findings) == [(None, "models", False)]
             assert words in findings[0].verdict
 
 
 async def test_a_deployment_that_does_not_answer(tmp_path: Path) -> None:
-    """In the time that a probe has."""
+    """Within the timeout of a probe."""
 
     async def respond(seen: Seen, request: web.BaseRequest) -> web.StreamResponse | None:
         if "gpt-4o" in seen.path:
@@ -212,11 +223,11 @@ async def test_a_deployment_that_does_not_answer(tmp_path: Path) -> None:
         return await with_models(seen, request)
 
     async with FakeAzure(respond=respond) as azure:
-        assert "did not answer in time" in wrong(await examined(tmp_path, azure, seconds=0.3))
+        assert "no response in time" in wrong(await examined(tmp_path, azure, seconds=0.3))
 
 
 async def test_a_resource_without_a_credential_is_shown_the_operator_s(tmp_path: Path) -> None:
-    """Where there is none, it says what to set."""
+    """Without one, the message says what to set."""
     yaml = (
         (YAML % "").replace(", api_key: azure-key", "").replace("  - model_map", "  - auth_passthrough\n  - model_map")
     )
@@ -228,7 +239,7 @@ async def test_a_resource_without_a_credential_is_shown_the_operator_s(tmp_path:
 
 
 async def test_an_identity_without_tokens(tmp_path: Path) -> None:
-    """Why there is none is told, without secrets."""
+    """The message has the reason, without secrets."""
     credential = (
         f"credential: {{kind: client_secret, tenant: t, client_id: c, client_secret: hidden, authority: "
         f'"http://127.0.0.1:{closed_port()}"}}'
@@ -241,34 +252,34 @@ async def test_an_identity_without_tokens(tmp_path: Path) -> None:
 
 
 async def test_the_api_version_is_the_pipeline_s(tmp_path: Path) -> None:
-    """Or the resource's own: v1 is asked on v1."""
+    """Or the resource's own: v1 uses the v1 API."""
     async with FakeAzure(respond=with_models) as azure:
         assert all(each.ok for each in await examined(tmp_path, azure, YAML % ", api_version: v1"))
         assert {seen.path.split("/")[2] for seen in azure.requests} == {"v1"}
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It says before what it asks, prints a line or a JSON object for each probe; status 1 where one is wrong."""
+    """It announces the probes, and prints a line or a JSON object per probe; status 1 if one fails."""
     endpoint = f"http://127.0.0.1:{closed_port()}"
     path = write_files(tmp_path, {"gateway.yaml": (YAML % "").replace("ENDPOINT", endpoint)})
     assert main(["doctor", str(path)]) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[0] == (
-        "gateway: asking 1 resource for models, and 2 deployments for a chat and a stream, or an embedding: "
-        "at most one token each, so 4 at most, and prompts of a word"
+        "gateway: probing 1 resource for models, and 2 deployments for a chat and a stream, or an embedding; "
+        "at most one output token per request (4 in all), and prompts of one word"
     )
-    assert err.splitlines()[-1] == "gateway: 1 of 1 probes found something wrong"
-    words = "east models WRONG it takes no connection: a firewall on the way, or the wrong port"
+    assert err.splitlines()[-1] == "gateway: 1 of 1 probes found a problem"
+    words = "east models WRONG connection failed: a firewall on the way, or the wrong port"
     assert out.split() == words.split()
     assert main(["doctor", "--json", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().out.splitlines()
-    assert json.loads(line)["verdict"].startswith("it takes no connection")
+    assert json.loads(line)["verdict"].startswith("connection failed")
     assert main(["doctor", "--dry-run", str(path)]) == 0
     assert capsys.readouterr().out.split() == ["east/gpt-4o", "east/text-embedding-3-small"]
 
 
 async def test_the_command_where_all_is_well(tmp_path: Path) -> None:
-    """Status 0, as a process of its own."""
+    """Status 0, in a separate process."""
     import asyncio
 
     async with FakeAzure(respond=with_models) as azure:

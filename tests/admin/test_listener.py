@@ -1,4 +1,4 @@
-"""The admin listener: what the operator sees of deployments."""
+"""The admin listener: the operator's view of deployments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from gateway.admin.listener import merged
+from gateway.admin.listener import merge_reports
 from gateway.config import load
 from gateway.errors import ConfigError, StartError
 from gateway.server import Server
@@ -18,7 +18,7 @@ from tests.conftest import CHAT, Gateway, StartGateway, raw_request, write_files
 
 
 async def look(gateway: Gateway, path: str = "/admin/resources", method: str = "GET") -> tuple[int, Any, Any]:
-    """Ask the admin listener, and return the status, the JSON and the headers of its answer."""
+    """Send a request to the admin listener, and return the status, the JSON and the headers."""
     assert gateway.server.admin is not None
     url = f"http://{gateway.server.admin.address}{path}"
     async with gateway.session.request(method, url) as answer:
@@ -26,7 +26,7 @@ async def look(gateway: Gateway, path: str = "/admin/resources", method: str = "
 
 
 async def test_what_is_known_of_each_deployment(start_gateway: StartGateway) -> None:
-    """By resources, in the order of the configuration: state, why, cool-down left, in flight, shares, counts."""
+    """By resource, in the order of the configuration: state, reason, remaining cooldown, in flight, shares, counts."""
     async with cluster("east", "west") as regions:
         yaml = pool_yaml(regions, top="admin: 127.0.0.1:0\nhealth: {failures: 2, rest: 60}")
         yaml = yaml.replace("api_key: azure-key}", "api_key: azure-key, region: swedencentral}", 1)
@@ -57,7 +57,7 @@ async def test_what_is_known_of_each_deployment(start_gateway: StartGateway) -> 
 
 
 async def test_it_can_only_be_looked_at(start_gateway: StartGateway) -> None:
-    """Any other method or path is an error in OpenAI's shape; nothing of it is on the clients' address."""
+    """Any other method or path is an error in OpenAI's shape; the clients' address does not serve it."""
     async with cluster("east") as regions:
         gateway = await start_gateway("", pool_yaml(regions, top="admin: 127.0.0.1:0"))
         for method in ("POST", "PUT", "DELETE", "PATCH"):
@@ -87,7 +87,7 @@ async def test_no_secret_is_shown(start_gateway: StartGateway) -> None:
 
 
 async def test_a_unix_socket_will_do(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """And it is gone when the gateway has stopped."""
+    """And it is removed when the gateway has stopped."""
     path = tmp_path / "admin.sock"
     async with cluster("east") as regions:
         gateway = await start_gateway("", pool_yaml(regions, top=f"admin: unix:{path}"))
@@ -103,7 +103,7 @@ async def test_a_unix_socket_will_do(start_gateway: StartGateway, tmp_path: Path
 
 
 async def test_an_address_that_cannot_be_had(tmp_path: Path, start_gateway: StartGateway) -> None:
-    """Is a start that fails; what is no address is a mistake in the configuration."""
+    """A start error; an invalid address is a mistake in the configuration."""
     async with cluster("east") as regions:
         first = await start_gateway("", pool_yaml(regions, top="admin: 127.0.0.1:0"))
         assert first.server.admin is not None
@@ -119,7 +119,7 @@ async def test_an_address_that_cannot_be_had(tmp_path: Path, start_gateway: Star
 
 
 def test_several_processes_are_one() -> None:
-    """Counts are summed; of the rest the worst is told."""
+    """Counts are summed; for the rest, the worst value counts."""
     row = {
         "resource": "east", "deployment": "x", "region": None, "state": "available", "reason": None, "cool_down": 0.0,
         "in_flight": 2, "error_share": 0.0, "requests": 30, "failures_in_a_row": 0, "headroom": 0.5,
@@ -133,6 +133,6 @@ def test_several_processes_are_one() -> None:
         **row, "state": "open", "reason": "connect", "cool_down": 3.0, "in_flight": 3, "error_share": 0.25,
         "requests": 40, "failures_in_a_row": 5, "headroom": 0.5, "counts": {"answered": 30, "connect": 10},
     }  # fmt: skip
-    assert merged([[row], [other], []]) == [expected]
-    assert merged([[other], [row]]) == [{**expected, "counts": {"connect": 10, "answered": 30}}]
+    assert merge_reports([[row], [other], []]) == [expected]
+    assert merge_reports([[other], [row]]) == [{**expected, "counts": {"connect": 10, "answered": 30}}]
     assert row["counts"] == {"answered": 30}

@@ -1,4 +1,4 @@
-"""The command line, as a process: what an operator types, what it prints, how it ends."""
+"""The command line as a process: arguments, output and exit status."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def serving(*arguments: str, **env: str) -> AsyncIterator[tuple[asyncio.su
 
 
 def test_nothing_configured_tells_what_to_do() -> None:
-    """Neither a file nor an endpoint: the message has the commands that help."""
+    """Without a file and an endpoint, the message has the commands that help."""
     for command in ("serve", "check"):
         done = run(command)
         assert done.returncode == 1
@@ -69,7 +69,7 @@ def test_help_and_version() -> None:
 
 
 def test_check_prints_every_mistake_with_its_place(tmp_path: Path) -> None:
-    """Status 1 and all mistakes, or status 0 and the pipelines; a folder will do."""
+    """Status 1 and all mistakes, or status 0 and the pipelines; a folder works, too."""
     good = "resources: {a: https://x.openai.azure.com}\npipeline: [auth_passthrough, model_map, api_version]\n"
     write_files(
         tmp_path, {"gateway.yaml": good, "bad/gateway.yaml": good.replace("model_map", "model_mop") + "logg: 1\n"}
@@ -92,7 +92,7 @@ def test_stages_and_schema(tmp_path: Path) -> None:
     assert "rate_limit" in run("stages").stdout
     assert "requests_per_minute: whole number" in run("stages", "rate_limit").stdout
     assert run("stages", "rate_limits").returncode == 1
-    assert "It has no settings" in run("stages", "sse_newline").stdout
+    assert "It takes no settings" in run("stages", "sse_newline").stdout
     assert "pipeline" in json.loads(run("schema").stdout)["properties"]
     assert "match" in json.loads(run("schema", "--team").stdout)["properties"]
     mine = "from gateway import Stage\nclass Mine(Stage):\n    'Mine.'\n"
@@ -110,7 +110,7 @@ def test_stages_and_schema(tmp_path: Path) -> None:
     ],
 )
 def test_malformed_environment_is_a_clear_error(env: dict[str, str], words: str) -> None:
-    """It names the bad part and the variable that it came from."""
+    """It names the invalid part and its variable."""
     given = {"AZURE_OPENAI_ENDPOINT": "https://x.openai.azure.com", **env}
     done = run("serve", **given)
     assert done.returncode == 1
@@ -119,7 +119,7 @@ def test_malformed_environment_is_a_clear_error(env: dict[str, str], words: str)
 
 
 async def test_environment_alone_replaces_the_go_proxy(azure: FakeAzure) -> None:
-    """With the three variables of the proxy that people come from, an image swap is enough."""
+    """With the three variables of the Go proxy, swapping the image is enough."""
     azure.deployments = ("xc-gpt-35", "my-gpt4", "gpt-35-turbo-16k")
     env = {
         "AZURE_OPENAI_ENDPOINT": azure.endpoint,
@@ -170,7 +170,7 @@ async def until_it_listens(process: asyncio.subprocess.Process) -> list[dict[str
     ],
 )
 async def test_the_go_proxy_s_flags_and_file_start_the_gateway(flags: str, azure: FakeAzure, tmp_path: Path) -> None:
-    """Without a command as well; one warning recommends the import; `-s` lets every page in, in workers too."""
+    """Even without a command; one warning recommends the import; `-s` allows every page, in workers, too."""
     azure.api_key, azure.deployments = "sesame", ["xxx"]
     write_files(tmp_path, {"config.yaml": GO.replace("ENDPOINT", azure.endpoint)})
     process = await asyncio.create_subprocess_exec(
@@ -180,7 +180,7 @@ async def test_the_go_proxy_s_flags_and_file_start_the_gateway(flags: str, azure
         events = await until_it_listens(process)
         assert process.stderr is not None
         if "workers" in flags:
-            while events[-1]["event"] != "workers ready":
+            while events[-1]["event"] != "workers_ready":
                 events.append(json.loads(await process.stderr.readline()))
         port = int(events[-1]["address"].rpartition(":")[2])
         assert events[-1]["address"].startswith("0.0.0.0:")
@@ -204,7 +204,7 @@ async def test_the_go_proxy_s_flags_and_file_start_the_gateway(flags: str, azure
 
 
 def test_where_the_go_proxy_s_image_has_its_file_is_looked_at_last(tmp_path: Path) -> None:
-    """Its users' compose files mount it there and name it nowhere; the environment goes first, as it did."""
+    """Its users' compose files mount it there without naming it; the environment has precedence, as before."""
     write_files(tmp_path, {"config.yaml": GO.replace("ENDPOINT", "https://go.openai.azure.com")})
     code = (
         "import sys, pathlib, gateway.cli as cli; from gateway.cli import arguments; "
@@ -223,7 +223,7 @@ def test_where_the_go_proxy_s_image_has_its_file_is_looked_at_last(tmp_path: Pat
 
 
 def test_import_prints_a_configuration_and_keeps_the_keys_apart(tmp_path: Path) -> None:
-    """In a new file for their owner alone; YAML on standard output, all else on standard error, no key on either."""
+    """In a new file for its owner only; YAML on standard output, the rest on standard error, no key on either."""
     write_files(tmp_path, {"config.yaml": GO.replace("ENDPOINT", "https://east.openai.azure.com")})
     done = run("import", "azure-openai-proxy", "config.yaml", cwd=tmp_path)
     assert done.returncode == 0
@@ -247,7 +247,7 @@ def test_import_prints_a_configuration_and_keeps_the_keys_apart(tmp_path: Path) 
 
 
 async def test_sigterm_finishes_streams_and_exits_0(azure: FakeAzure) -> None:
-    """The listener closes at once; the running stream ends in peace; the status is 0."""
+    """The listener closes at once; the running stream completes; the status is 0."""
     azure.words, azure.delay = ["x"] * 20, 0.05
     async with (
         serving("--listen", "127.0.0.1:0", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, listening),
@@ -265,7 +265,7 @@ async def test_sigterm_finishes_streams_and_exits_0(azure: FakeAzure) -> None:
 
 
 async def test_second_signal_ends_it_at_once(azure: FakeAzure) -> None:
-    """An operator who asks twice does not wait for the grace period."""
+    """A second signal skips the grace period."""
     azure.words, azure.delay = ["x"] * 2000, 0.05
     async with (
         serving("--listen", "127.0.0.1:0", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, listening),
@@ -286,7 +286,7 @@ async def test_second_signal_ends_it_at_once(azure: FakeAzure) -> None:
 
 
 async def test_unix_socket(azure: FakeAzure, tmp_path: Path) -> None:
-    """For nginx on the same machine; a socket left behind by a killed run is replaced, and removed at the end."""
+    """For nginx on the same machine; a socket that a killed run has left is replaced, and removed at the end."""
     path = tmp_path / "gateway.sock"
     for kill in (True, False):
         async with serving("--listen", f"unix:{path}", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, listening):
@@ -303,7 +303,7 @@ async def test_unix_socket(azure: FakeAzure, tmp_path: Path) -> None:
 
 
 async def test_an_address_in_use_is_a_clear_error(azure: FakeAzure, tmp_path: Path) -> None:
-    """Status 1 and the address, not a traceback; a socket that somebody answers on is not taken from them."""
+    """Status 1 and the address, not a traceback; a socket that another process serves is not replaced."""
     path = tmp_path / "gateway.sock"
     async with serving("--listen", f"unix:{path}", AZURE_OPENAI_ENDPOINT=azure.endpoint) as (process, _):
         for address in (f"127.0.0.1:{azure.port}", f"unix:{path}", "unix:/no/such/folder/x.sock", "here"):
@@ -350,7 +350,7 @@ def test_a_stage_that_cannot_start_is_named(what: str, tmp_path: Path) -> None:
 
 
 async def test_a_stage_that_hangs_while_it_starts_can_be_stopped(tmp_path: Path) -> None:
-    """SIGTERM ends a gateway that is not up yet."""
+    """SIGTERM ends a gateway that is starting."""
     write_files(tmp_path, {"gateway.yaml": OWN, "p/starts.py": STARTS.format(what="await asyncio.sleep(3600)")})
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway", "serve", "--config", "gateway.yaml", "--listen", "127.0.0.1:0",
@@ -364,7 +364,7 @@ async def test_a_stage_that_hangs_while_it_starts_can_be_stopped(tmp_path: Path)
 
 
 async def test_demo_says_that_azure_is_fake_and_its_curl_line_works(unused_tcp_port: int) -> None:
-    """What `make run` starts without an endpoint; the line that it prints streams an answer."""
+    """`make run` starts it without an endpoint; the curl line that it prints streams a response."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "gateway", "demo", "--listen", f"127.0.0.1:{unused_tcp_port}", env=CLEAN,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -392,14 +392,14 @@ async def test_demo_says_that_azure_is_fake_and_its_curl_line_works(unused_tcp_p
 
 
 async def test_demo_on_a_taken_port_prints_no_banner(azure: FakeAzure) -> None:
-    """Only the reason why there is nothing to try."""
+    """Only the error."""
     done = await asyncio.to_thread(run, "demo", "--listen", f"127.0.0.1:{azure.port}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cannot listen" in done.stderr
 
 
 async def test_running_out_of_descriptors_passes(azure: FakeAzure, unused_tcp_port: int) -> None:
-    """More clients than descriptors: once some have left, the next request is answered."""
+    """More clients than descriptors: after some disconnect, the next request succeeds."""
     command = f"ulimit -n 60; exec {sys.executable} -m gateway serve --listen 127.0.0.1:{unused_tcp_port}"
     process = await asyncio.create_subprocess_shell(
         command, env={**CLEAN, "AZURE_OPENAI_ENDPOINT": azure.endpoint}, stderr=asyncio.subprocess.PIPE

@@ -75,7 +75,7 @@ pipeline: [auth_passthrough, model_map, api_version]
 
 
 def test_a_stored_key_from_a_file_is_used(tmp_path: Path) -> None:
-    """`${file:...}` is read from the configuration's folder, without the newline at its end."""
+    """`${file:...}` is read from the configuration's folder, without the final newline."""
     yaml = """
 resources: {azure: {endpoint: "https://x.openai.azure.com", api_key: "${file:secret.txt}"}}
 auth: none
@@ -89,7 +89,7 @@ pipeline: [model_map, api_version]
 
 
 def test_yaml_without_end_is_refused(tmp_path: Path) -> None:
-    """Aliases that hold themselves, depth without end and other tags are mistakes, not hang-ups."""
+    """Aliases that contain themselves, deep nesting and other tags are mistakes; they do not hang."""
     laughs = "b0: &b0 [x]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]\n" for n in range(1, 40))
     tag = "listen: !!python/object/apply:os.system [ls]\n"
     for yaml in ("pipeline: &p [*p]\n", "x: " + "[" * 2000, laughs, tag, "\x00", "[]", ""):
@@ -98,7 +98,7 @@ def test_yaml_without_end_is_refused(tmp_path: Path) -> None:
 
 
 def base_load(path: Path) -> Any:
-    """Return a file as YAML's plainest reader has it: all scalars are text."""
+    """Return a file as YAML's simplest reader reads it: all scalars are text."""
     return pyyaml.load(path.read_text(), pyyaml.BaseLoader)  # noqa: S506 -- it makes nothing but text
 
 
@@ -109,7 +109,7 @@ def validate(content: Any, *, team: bool = False) -> list[str]:
 
 
 def test_json_schema_takes_what_the_gateway_takes() -> None:
-    """The shipped configuration and team are valid by the schema that editors get."""
+    """The shipped configuration and team are valid by the schema for editors."""
     root = Path(__file__).parents[2] / "config"
     assert validate(base_load(root / "gateway.yaml")) == []
     team = base_load(root / "teams" / "research.yaml.example")
@@ -166,7 +166,7 @@ GOOD = "resources: {a: https://x.openai.azure.com}\n"
     ],
 )
 def test_no_yaml_ends_in_a_traceback(yaml: str, tmp_path: Path) -> None:
-    """Whatever stands there, each mistake has a place."""
+    """For any content, each mistake has a position."""
     text = outcome({"gateway.yaml": yaml}, {}, tmp_path)
     assert text
     for line in text.splitlines():
@@ -186,15 +186,15 @@ def test_no_yaml_ends_in_a_traceback(yaml: str, tmp_path: Path) -> None:
         ("@dataclass\nclass S(Stage):\n    a: tuple[int, str] = (1, 'a')", "a type that YAML cannot give"),
         ("@dataclass\nclass S(Stage):\n    id: str = 'x'", "would hide"),
         ("class S(Stage):\n    def __init__(self, x): pass", "TypeError"),
-        ("class S(Stage):\n    def check(self, services): raise KeyError('x')", "failed to check itself"),
-        ("class S(Stage):\n    def check(self, services): return None", "failed to check itself"),
-        ("class S(Stage):\n    def check(self, services): yield 1", "failed to check itself"),
-        ("class S(Stage):\n    needs = None", "cannot tell what it needs"),
+        ("class S(Stage):\n    def check(self, services): raise KeyError('x')", "raised an exception in `check`"),
+        ("class S(Stage):\n    def check(self, services): return None", "raised an exception in `check`"),
+        ("class S(Stage):\n    def check(self, services): yield 1", "raised an exception in `check`"),
+        ("class S(Stage):\n    needs = None", "has an invalid `needs`"),
         ("class S(Stage):\n    needs = 'caller'", "needs 'caller'"),
-        ("class S(Stage):\n    provides = None", "cannot tell what it provides"),
-        ("class S(Stage):\n    above = None", "cannot tell what it must stand above"),
-        ("class S(Stage):\n    targets = None", "cannot tell where it sends requests"),
-        ("class S(Stage):\n    targets = ('east',)", "it names a str, not a Target"),
+        ("class S(Stage):\n    provides = None", "has an invalid `provides`"),
+        ("class S(Stage):\n    above = None", "has an invalid `above`"),
+        ("class S(Stage):\n    targets = None", "has invalid `targets`"),
+        ("class S(Stage):\n    targets = ('east',)", "TypeError: str is not a Target"),
     ],
 )
 def test_a_stranger_s_stage_cannot_break_the_check(stage: str, words: str, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_stranger_s_stage_cannot_break_the_check(stage: str, words: str, tmp_p
 
 
 def test_types_of_settings(tmp_path: Path) -> None:
-    """Unions take the first kind that fits, choices may be numbers, frozen classes and nested ones will do."""
+    """Unions take the first kind that fits, choices may be numbers, frozen and nested classes work."""
     stage = """
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -242,16 +242,16 @@ class Odd(Stage):
     assert "three must be one of 1, 2, auto, not '3'" in text
     short = settings.replace("three: 2", "nine: TO")
     text = outcome({"gateway.yaml": yaml.replace(settings, short), "p/odd.py": stage}, {}, tmp_path)
-    assert "nine must be at least 3 long, not ***" in text
+    assert "nine must be at least 3 characters long, not ***" in text
     assert "TOPSECRET" not in text
 
 
 @pytest.mark.parametrize("key", ["abc\\r\\nX-Evil: 1", " a b ", "k\u00e9y", ""])
 def test_a_stored_key_must_be_able_to_be_one(key: str, tmp_path: Path) -> None:
-    """It becomes a header: a line break in it would become another."""
+    """It becomes a header: a line break would start another one."""
     yaml = f'resources: {{a: {{endpoint: "https://x.openai.azure.com", api_key: "{key}"}}}}\nauth: none\n'
     text = outcome({"gateway.yaml": yaml + "pipeline: [model_map, api_version]\n"}, {}, tmp_path)
-    assert "api_key is empty or cannot be a key" in text
+    assert "api_key is empty, or has characters that no key has" in text
     assert "Evil" not in text
 
 
@@ -260,7 +260,7 @@ def test_a_stored_key_must_be_able_to_be_one(key: str, tmp_path: Path) -> None:
     ["https://a b", "https://*", "https://%00", "https://.", "http://a:0", "https://x.openai.azure.com/openai", "x"],
 )
 def test_endpoints_that_cannot_work_are_refused(endpoint: str, tmp_path: Path) -> None:
-    """And not repeated, for they may be a key in the wrong variable."""
+    """And not repeated: the value may be a key in the wrong variable."""
     yaml = f'resources: {{a: {{endpoint: "{endpoint}"}}}}\npipeline: [auth_passthrough, model_map, api_version]\n'
     text = outcome({"gateway.yaml": yaml}, {}, tmp_path)
     assert text.startswith("gateway.yaml:1:27: resource 'a': endpoint must")

@@ -1,4 +1,4 @@
-"""What a reload says of what has changed: one line for each change, and no secret in any."""
+"""Comparison of the old and the new configuration: one line per change, without secrets."""
 
 from __future__ import annotations
 
@@ -89,21 +89,21 @@ def loaded(folder: Path, yaml: str = YAML, **files: str) -> Loaded:
     ],
 )  # fmt: skip
 def test_each_change_is_a_line(old: str, new: str, lines: list[str], tmp_path: Path) -> None:
-    """With the old and the new value; what many teams inherit is told once, and a secret never."""
+    """With the old and the new value; an inherited change is one line, and a secret is never shown."""
     before = loaded(tmp_path)
     assert old in YAML
     assert diff(before, loaded(tmp_path, YAML.replace(old, new, 1))) == lines
 
 
 def test_a_secret_s_file_is_a_change_of_its_setting(tmp_path: Path) -> None:
-    """Shown as any secret."""
+    """Shown like any secret."""
     before = loaded(tmp_path)
     after = loaded(tmp_path, key="simsim")
     assert diff(before, after) == ["resource east: api_key: *** -> *** (changed)"]
 
 
 def test_teams_come_and_go_and_are_found_otherwise(tmp_path: Path) -> None:
-    """By name; keys by their labels and the beginning of their digests."""
+    """By name; keys by their labels and the start of their digests."""
     before = loaded(tmp_path)
     keys = f"[{{digest: '{key_digest('b')}', label: ann}}, {{digest: '{key_digest('c')}', disabled: true}}]"
     after = loaded(
@@ -120,7 +120,7 @@ def test_teams_come_and_go_and_are_found_otherwise(tmp_path: Path) -> None:
 
 
 def test_the_order_of_a_pipeline_is_a_change(tmp_path: Path) -> None:
-    """Of the stages that both have."""
+    """For the stages that both have."""
     yaml = (
         "resources: {a: https://a.openai.azure.com}\npipeline: [access_log, auth_passthrough, model_map, api_version]\n"
     )
@@ -134,7 +134,7 @@ def test_the_order_of_a_pipeline_is_a_change(tmp_path: Path) -> None:
 
 
 def test_long_values_and_many_changes_are_bounded(tmp_path: Path) -> None:
-    """Of a long value, the part that differs; of many changes, how many more there are."""
+    """A long value is cut to the part that differs; the number of further changes is shown."""
     names = [f"10.0.{number}.0/24" for number in range(200)]
     yaml = YAML + "trusted_proxies: [" + ", ".join(names) + "]\n"
     (line,) = diff(loaded(tmp_path, yaml), loaded(tmp_path, yaml.replace("10.0.150.0", "10.9.150.0")))
@@ -147,15 +147,15 @@ def test_long_values_and_many_changes_are_bounded(tmp_path: Path) -> None:
 
 
 def test_another_store_is_a_change(tmp_path: Path) -> None:
-    """Of which user and password are not told."""
+    """Without its user and password."""
     texts = ["redis://:hush@one", "redis://:sesame@one", "rediss://:sesame@two"]
     made = [loaded(tmp_path, YAML.replace("listen:", f"store: {text}\nlisten:")) for text in texts]
     assert diff(made[0], made[1]) == ["store: Redis at one:6379 -> Redis at one:6379 (changed)"]
     assert diff(made[1], made[2]) == ["store: Redis at one:6379 -> Redis over TLS at two:6379"]
 
 
-def test_prices_and_issuers_are_told_of(tmp_path: Path) -> None:
-    """One by one."""
+def test_prices_and_issuers_are_compared(tmp_path: Path) -> None:
+    """Each of them."""
     yaml = YAML + "prices: {gpt-4o: {input: 2.5, output: 10}}\nidentity: {issuer: https://login.test/t, audience: a}\n"
     other = yaml.replace("2.5", "2").replace("audience: a", "audience: [a, b]")
     assert diff(loaded(tmp_path, yaml), loaded(tmp_path, other)) == [

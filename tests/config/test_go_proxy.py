@@ -1,4 +1,4 @@
-"""Configurations of the Go proxy: read as they are, and imported as the gateway's own."""
+"""Configurations of the Go proxy: loaded directly, and converted to the gateway's."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REAL = EXAMPLE.format(east="https://xxx-east-us.openai.azure.com", west="https:/
 
 
 def imported(text: str, folder: Path) -> tuple[str, str, dict[str, str]]:
-    """Return what importing prints, what it notes, and the keys."""
+    """Return the imported YAML, the notes and the keys."""
     path = folder / "config.yaml"
     path.write_text(text)
     made = import_go_proxy(path)
@@ -72,7 +72,7 @@ async def ask(gateway: Gateway, model: str, path: str = "chat/completions", **mo
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
 async def test_requests_go_where_they_went(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Each model to its endpoint, deployment and api-version with its key, whatever key the client shows, or none."""
+    """Each model to its endpoint, deployment and api-version with its key, with any key of the client, or none."""
     async with (
         FakeAzure(api_key="sesame-east", deployments=["xxx"]) as east,
         FakeAzure(api_key="sesame-west", deployments=["yyy", "zzz"]) as west,
@@ -105,7 +105,7 @@ async def test_requests_go_where_they_went(way: str, start_gateway: StartGateway
 async def test_without_stored_keys_the_client_s_own_key_is_used(
     way: str, start_gateway: StartGateway, tmp_path: Path
 ) -> None:
-    """It is passed on, and there is no way around it."""
+    """It is passed on, and required."""
     async with FakeAzure(api_key="the-client's".replace("'", ""), deployments=["xxx"]) as azure:
         yaml = f"deployment_config: [{{deployment_name: xxx, model_name: m$1, endpoint: '{azure.endpoint}', "
         yaml += "api_key: , api_version: 2024-02-01}]\n"
@@ -122,7 +122,7 @@ async def test_without_stored_keys_the_client_s_own_key_is_used(
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
 async def test_the_proxy_s_variables_count(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
-    """AZURE_OPENAI_HTTP_PROXY and AZURE_OPENAI_SOCKS_PROXY are the way to every endpoint, as before."""
+    """AZURE_OPENAI_HTTP_PROXY and AZURE_OPENAI_SOCKS_PROXY apply to every endpoint, as before."""
     async with FakeAzure(api_key="sesame-west", deployments=["yyy"]) as azure, ConnectProxy() as proxy:
         yaml = EXAMPLE.format(east=azure.endpoint, west=azure.endpoint)
         keys: dict[str, str] = {}
@@ -134,12 +134,12 @@ async def test_the_proxy_s_variables_count(way: str, start_gateway: StartGateway
 
 
 def test_what_importing_prints(tmp_path: Path) -> None:
-    """YAML for people: names from the hosts, variables for the keys, and above `auth: none` what that means."""
+    """Readable YAML: names from the hosts, variables for the keys, and a comment that explains `auth: none`."""
     text, _, keys = imported(REAL, tmp_path)
     assert (
         text
         == """\
-# Every interface, as the Go proxy. Behind nginx: 127.0.0.1:8080
+# Every interface, as with the Go proxy. If nginx is in front: 127.0.0.1:8080
 listen: ${GATEWAY_LISTEN:-:8080}
 
 resources:
@@ -152,11 +152,11 @@ resources:
     api_key: ${AZURE_OPENAI_KEY_YYY}
     proxy: ${AZURE_OPENAI_SOCKS_PROXY:-${AZURE_OPENAI_HTTP_PROXY:-}}
 
-# Where requests go that name no model: files, threads, lists.
+# For requests that name no model: files, threads, lists.
 resource: xxx-east-us
 
-# WHOEVER REACHES THIS GATEWAY SPENDS THE KEYS ABOVE, with any key or none: nothing here authenticates
-# clients, as nothing did in the Go proxy. Let nobody reach it who must not, or list a stage that does.
+# ANYONE WHO REACHES THIS GATEWAY CAN SPEND THE KEYS ABOVE, with any key or none: nothing
+# authenticates clients, as with the Go proxy. Restrict access to it, or add a stage that authenticates.
 auth: none
 
 pipeline:
@@ -166,7 +166,7 @@ pipeline:
         gpt-3.5-turbo: xxx-east-us/xxx
         gpt-4o: yyy/yyy
         text-embedding-ada-002: yyy/zzz
-      # The Go proxy refused what is not in its list, too. Others: gateway stages model_map
+      # Models that are not listed are refused, as with the Go proxy. Other values: gateway stages model_map
       unmapped: refuse
   - api_version:
       version: 2024-02-01
@@ -188,7 +188,7 @@ pipeline:
 
 
 def test_both_ways_come_to_the_same(tmp_path: Path) -> None:
-    """What importing prints loads to what the file itself loads to, all interfaces included."""
+    """The imported YAML loads to the same configuration as the file, including the address."""
     text, _, keys = imported(REAL, tmp_path)
     direct = load(write_files(tmp_path, {"gateway.yaml": REAL}), {})
     own = load(write_files(tmp_path, {"gateway.yaml": text}), keys)
@@ -214,28 +214,28 @@ Deployment_Config:
 
 
 def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
-    """Everything that is left out, or means something else; never a key."""
+    """Every setting that is left out, or differs; never a key."""
     text, notes, keys = imported(ODD, tmp_path)
     assert notes.splitlines() == [
-        "config.yaml:4:1: 'colour' means nothing in such a file; it is left out",
+        "config.yaml:4:1: 'colour' is not a setting of the Go proxy; it is left out",
         (
-            "config.yaml:6:5: the model 'm' stands here again further down, and the last one counts, as in the Go "
+            "config.yaml:6:5: the model 'm' appears again further down, and the last entry counts, as with the Go "
             "proxy; this one is left out"
         ),
         (
-            "config.yaml:7:5: the model 'm' has no api_version, and the Go proxy then sent an empty one, which Azure "
+            "config.yaml:7:5: the model 'm' has no api_version, for which the Go proxy sent an empty one, which Azure "
             "refuses; it is 2024-10-21 now"
         ),
         (
-            "config.yaml:7:88: this file has keys and nothing that authenticates clients: whoever reaches the gateway "
-            "spends them (`auth: none`), as it was with the Go proxy; let nobody reach it who must not"
+            "config.yaml:7:88: this file has keys and nothing authenticates clients: anyone who reaches the gateway "
+            "can spend them (`auth: none`), as with the Go proxy; restrict access to the gateway"
         ),
         (
-            "config.yaml:9:5: the model 'theirs' has no api_key, and others have one: that some use the client's key "
-            "and some a stored one cannot be carried over; it is left out"
+            "config.yaml:9:5: the model 'theirs' has no api_key, but others have one: the gateway cannot use the "
+            "client's key for some models and a stored one for others; it is left out"
         ),
-        "config.yaml:9:101: 'region' means nothing in deployment_config; it is left out",
-        "config.yaml:10:5: this entry has no model_name and no endpoint, so it cannot have worked; it is left out",
+        "config.yaml:9:101: 'region' is not a setting of deployment_config; it is left out",
+        "config.yaml:10:5: this entry has no model_name and no endpoint, so it cannot work; it is left out",
     ]
     assert "listen: 127.0.0.1:9000" in text
     assert "auth: none" in text
@@ -243,12 +243,12 @@ def test_what_is_different_now_is_said_with_its_place(tmp_path: Path) -> None:
     assert keys == {"AZURE_OPENAI_KEY_E": "sesame", "AZURE_OPENAI_KEY_E_2": "other"}
     left_out = ODD.replace("deployment_name: a, model_name: m", "deployment_name: a, model_name: n")
     _, notes, _ = imported(left_out, tmp_path)
-    assert "config.yaml:6:51: the path behind the endpoint's host is left out: the Go proxy did not use it" in notes
+    assert "config.yaml:6:51: the path after the endpoint's host is left out; the Go proxy did not use it" in notes
 
 
 @pytest.mark.parametrize("way", ["imported", "as it is"])
 async def test_cors_lets_every_page_in(way: str, start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Its `cors: true` is the stage `cors`, which answers preflights before anything asks them for a key."""
+    """Its `cors: true` becomes the stage `cors`, which responds to preflights before a stage asks for a key."""
     async with FakeAzure(api_key="sesame", deployments=["xxx"]) as azure:
         yaml = "cors: true\ndeployment_config: [{deployment_name: xxx, model_name: gpt-4o, "
         yaml += f"endpoint: '{azure.endpoint}', api_version: 2024-02-01}}]\n"
@@ -260,7 +260,7 @@ async def test_cors_lets_every_page_in(way: str, start_gateway: StartGateway, tm
 pipeline:
   - access_log
   - cors:
-      # Any page may use this gateway from a browser, as with the Go proxy's `cors`. Better list the
+      # Browsers may call this gateway from any page, as with the Go proxy's `cors`. Better list the
       # origins of your own pages: gateway stages cors
       origins:
         - "*"
@@ -289,7 +289,7 @@ pipeline:
     ],
 )
 def test_the_flag_adds_the_stage_where_there_is_none(pipeline: str, expected: list[str], tmp_path: Path) -> None:
-    """To any configuration: behind `access_log`, above what asks for a key; teams that inherit have it too."""
+    """In any configuration: after `access_log`, above stages that ask for a key; teams that inherit have it, too."""
     yaml = "resources: {azure: {endpoint: https://x.openai.azure.com}}\nteams: team.yaml\npipeline: "
     yaml += pipeline.replace("MORE", "model_map, api_version")
     files = {"gateway.yaml": yaml, "team.yaml": "match: {path_prefix: /team}\npipeline: [inherit, sse_newline]"}
@@ -300,10 +300,10 @@ def test_the_flag_adds_the_stage_where_there_is_none(pipeline: str, expected: li
 
 
 def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
-    """A pipeline that is no list, or has what is no stage, is told as ever."""
+    """A pipeline that is not a list, or has an invalid stage, is still reported."""
     for pipeline, words in (
         ("access_log", "pipeline must be a list"),
-        ("[{}, [a]]", "one entry of the pipeline is one stage"),
+        ("[{}, [a]]", "each entry of the pipeline must be one stage"),
         ("", "there is no `pipeline:`"),
     ):
         path = write_files(tmp_path, {"gateway.yaml": f"pipeline: {pipeline}\n"})
@@ -316,17 +316,25 @@ def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
     ("old", "new", "expected"),
     [
         ("https://yyy", "yyy", "config.yaml:15:15: resource 'azure': endpoint must be a URL"),
-        ("https://yyy", "https://u:sesame@yyy", "config.yaml:15:15: resource 'u': endpoint must not hold a user"),
+        ("https://yyy", "https://u:sesame@yyy", "config.yaml:15:15: resource 'u': endpoint must not contain a user"),
         ('"2024-02-01"', '"2024/02/01"', "config.yaml:17:18: stage 'api_version': version must be text like"),
         ('"xxx"', '"x y"', "config.yaml:8:22: stage 'model_map': 'x y' is not a valid deployment name"),
-        ('"sesame-west"', '"sesame west"', "config.yaml:16:14: resource 'yyy': api_key is empty or cannot be a key"),
+        (
+            '"sesame-west"',
+            '"sesame west"',
+            "config.yaml:16:14: resource 'yyy': api_key is empty, or has characters that no key has",
+        ),
         ('"sesame-west"', "[sesame]", "config.yaml:16:14: api_key must be text"),
-        ('"sesame-west"', '"${HOME}"', "config.yaml:16:14: resource 'yyy': api_key is empty or cannot be a key"),
-        ("model_name", "endpoint", "config.yaml:5:5: 'endpoint' stands here twice; the first is on line 4"),
+        (
+            '"sesame-west"',
+            '"${HOME}"',
+            "config.yaml:16:14: resource 'yyy': api_key is empty, or has characters that no key has",
+        ),
+        ("model_name", "endpoint", "config.yaml:5:5: 'endpoint' appears twice; the first is on line 4"),
         (REAL, "deployment_config: sesame", "config.yaml:1:20: deployment_config must be a list"),
-        (REAL, "deployment_config: [sesame]", "config.yaml:1:21: an entry of deployment_config is a mapping"),
-        (REAL, "deployment_config: []", "config.yaml:1:20: deployment_config lists nothing that can work"),
-        (REAL, "deployment_config: [{api_key: sesame}]", "config.yaml:1:20: deployment_config lists nothing that"),
+        (REAL, "deployment_config: [sesame]", "config.yaml:1:21: an entry of deployment_config must be a mapping"),
+        (REAL, "deployment_config: []", "config.yaml:1:20: deployment_config has no usable entry"),
+        (REAL, "deployment_config: [{api_key: sesame}]", "config.yaml:1:20: deployment_config has no usable"),
         (REAL, "deployment_config:", "config.yaml:1:19: deployment_config must be a list"),
         (REAL, "deployment_config: [", "config.yaml:2:1: not valid YAML"),
         ("api_base:", "listen: here\napi_base:", "config.yaml:1:9: listen: 'here' is not HOST:PORT"),
@@ -335,14 +343,14 @@ def test_the_flag_hides_no_mistake(tmp_path: Path) -> None:
 def test_mistakes_are_reported_where_they_stand(
     old: str, new: str, expected: str, importing: bool, tmp_path: Path
 ) -> None:
-    """In their file, though it is ours that is loaded; no key is shown."""
+    """In the original file, although the converted one is loaded; no key is shown."""
     text = mistakes(REAL.replace(old, new), tmp_path, importing=importing)
     assert expected in text
     assert "sesame" not in text.replace("'${HOME}'", "")
 
 
 def test_another_base_than_v1(tmp_path: Path) -> None:
-    """Served as it is, each request would be a 404: a mistake; imported, a note of what to do."""
+    """Loaded directly, each request would get a 404: a mistake; imported, a note with advice."""
     for base in ("/openai", "api/v1", "[x]"):
         odd = REAL.replace('"/v1"', base)
         assert mistakes(odd, tmp_path, importing=False).startswith("config.yaml:1:11: api_base must be /v1")
@@ -352,14 +360,16 @@ def test_another_base_than_v1(tmp_path: Path) -> None:
 
 
 def test_our_own_files_are_not_imported(tmp_path: Path) -> None:
-    """It says what is missing, and a file that is not there is a mistake as ever."""
-    assert "1:1: this is no configuration of azure-openai-proxy" in mistakes("listen: :1\n", tmp_path, importing=True)
+    """The message says what is missing; a missing file is a mistake."""
+    assert "1:1: this is not a configuration of azure-openai-proxy" in mistakes(
+        "listen: :1\n", tmp_path, importing=True
+    )
     with pytest.raises(ConfigError, match="cannot read this file"):
         import_go_proxy(tmp_path / "nothing.yaml")
 
 
 def node(content: Any) -> Node:
-    """Return plain data as nodes, without marks: writing needs none."""
+    """Return plain data as nodes, without marks, which writing does not need."""
     if isinstance(content, dict):
         return MappingNode("", [(node(key), node(value)) for key, value in content.items()])
     if isinstance(content, list):
@@ -392,19 +402,19 @@ CONTENT = st.recursive(
 
 @given(st.dictionaries(TEXT, CONTENT, min_size=1, max_size=4))
 def test_written_yaml_says_what_it_was_made_of(content: dict[str, Any]) -> None:
-    """Whatever the texts are; and a word that YAML takes for something else is in quotes."""
+    """For any text; and a word with another meaning in YAML is quoted."""
     text = write(node(content), {(next(iter(content)),): "why\nso"})  # type: ignore[arg-type] # it is a mapping
     assert pyyaml.load(text, pyyaml.BaseLoader) == content  # noqa: S506 -- it makes nothing but text
 
 
 def test_words_that_yaml_takes_for_something_else_are_in_quotes() -> None:
-    """For the gateway's reader only `null` is none; for an editor, all of them are."""
+    """For the gateway's reader only `null` is special; for an editor, all of them are."""
     for word in ("null", "true", "False", "off", "No", "yes", "ON", "~", ""):
         assert pyyaml.safe_load(write(node({"a": word}), {})) == {"a": word}  # type: ignore[arg-type] # a mapping
 
 
 def test_a_key_that_is_a_word_of_yaml_is_a_key(tmp_path: Path) -> None:
-    """Where it is `null`, the configuration is the same as with any other."""
+    """With `null`, the configuration is the same as with any other key."""
     entry = "{deployment_name: a, model_name: m, endpoint: https://a.test, api_key: '%s'}"
     shown = [
         show(load(write_files(tmp_path, {"gateway.yaml": f"deployment_config: [{entry % key}]\n"}), {}))
@@ -443,7 +453,7 @@ ENTRIES = st.lists(SOUND, min_size=1, max_size=5) | st.lists(
 
 @given(st.fixed_dictionaries({"deployment_config": ENTRIES | CONTENT}, optional={"cors": VALUE, "listen": VALUE}))
 def test_any_file_loads_to_what_its_import_loads_to_or_has_mistakes(content: dict[str, Any]) -> None:
-    """No file ends in a traceback, and what is served is what is printed."""
+    """No file causes a traceback, and the served configuration is the printed one."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder), {"gateway.yaml": write(node(content), {})})  # type: ignore[arg-type]
         try:

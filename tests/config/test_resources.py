@@ -1,4 +1,4 @@
-"""Resources: how each is spoken to, by what credential, and how long it is waited for."""
+"""Resources: TLS, credentials and timeouts of each."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def tls_azure(context: ssl.SSLContext) -> AsyncIterator[str]:
 
 
 def files(folder: Path) -> tuple[ssl.SSLContext, trustme.CA]:
-    """Write a CA, and a client's certificate of it; return a server's context, which wants one, and the CA."""
+    """Write a CA and a client certificate; return the context of a server that requires one, and the CA."""
     authority = trustme.CA()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("localhost").configure_cert(context)
@@ -72,7 +72,7 @@ def files(folder: Path) -> tuple[ssl.SSLContext, trustme.CA]:
 
 
 async def test_a_private_ca(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Without it the certificate is not valid; with it the resource is spoken to."""
+    """Without it the certificate is not valid; with it the request succeeds."""
     context, _ = files(tmp_path)
     async with tls_azure(context) as endpoint:
         gateway = await start_gateway(endpoint, YAML % "api_key: k")
@@ -84,7 +84,7 @@ async def test_a_private_ca(start_gateway: StartGateway, tmp_path: Path) -> None
 
 
 async def test_a_client_certificate(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """It is shown where it is set; a resource that wants one and is shown none refuses."""
+    """It is sent if it is set; a resource that requires one refuses connections without it."""
     context, _ = files(tmp_path)
     async with tls_azure(context) as endpoint:
         own = YAML % "api_key: k, tls: {ca: ca.pem, certificate: client.pem, key: client.key}"
@@ -95,7 +95,7 @@ async def test_a_client_certificate(start_gateway: StartGateway, tmp_path: Path)
 
 
 async def test_a_ca_is_for_its_resource_alone(start_gateway: StartGateway, tmp_path: Path) -> None:
-    """Another resource at the same endpoint is not trusted by it, and shares no connection."""
+    """Another resource at the same endpoint does not trust it, and shares no connection."""
     context, _ = files(tmp_path)
     async with tls_azure(context) as endpoint:
         yaml = (YAML % "api_key: k, tls: ca.pem").replace(
@@ -113,7 +113,7 @@ async def test_a_ca_is_for_its_resource_alone(start_gateway: StartGateway, tmp_p
 
 @dataclass
 class Entra:
-    """A token endpoint that takes `delay` seconds, or says no while it is `away`."""
+    """A token endpoint that takes `delay` seconds, or fails while it is `away`."""
 
     delay: float = 0.0
     away: bool = False
@@ -147,7 +147,7 @@ def identity(entra: Entra) -> str:
 
 
 async def test_azure_is_shown_a_token(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Of the configured identity, as `Authorization: Bearer`; one for many requests, fetched at the start."""
+    """The configured identity's, as `Authorization: Bearer`; one for many requests, fetched at the start."""
     async with Entra().running() as entra:
         gateway = await start_gateway(azure.endpoint, YAML % identity(entra))
         await until(lambda: entra.forms)
@@ -161,17 +161,17 @@ async def test_azure_is_shown_a_token(start_gateway: StartGateway, azure: FakeAz
 
 
 async def test_a_request_waits_only_where_there_is_no_token_yet(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Then all wait for one fetch; while another token is being fetched, they go out with the one at hand."""
+    """Then all wait for one fetch; while a new token is fetched, requests use the current one."""
     async with Entra(delay=0.3).running() as entra:
         gateway = await start_gateway(azure.endpoint, YAML % identity(entra))
         assert {status for status, _ in await asyncio.gather(*(ask(gateway) for _ in range(10)))} == {200}
         assert len(entra.forms) == 1
 
 
-async def test_without_a_token_the_client_is_told_when_to_come_back(
+async def test_without_a_token_the_client_gets_a_503_with_retry_after(
     start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """A 503 that says nothing of the identity; the log has Entra's reason. It recovers by itself."""
+    """A 503 without details of the identity; the log has Entra's reason. It recovers automatically."""
     async with Entra(away=True).running() as entra:
         gateway = await start_gateway(azure.endpoint, YAML % identity(entra))
         async with gateway.post(json=CHAT, key=None) as answer:
@@ -189,7 +189,7 @@ async def test_without_a_token_the_client_is_told_when_to_come_back(
 
 
 async def test_a_pool_goes_on_without_one_resource_s_tokens(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """The others answer, and the request that found out is not lost."""
+    """The others respond, and no request is lost."""
     async with Entra(away=True).running() as entra:
         yaml = (YAML % identity(entra)).replace(
             "resources: {azure:", 'resources: {other: {endpoint: "${ENDPOINT}", api_key: azure-key}, azure:'
@@ -208,7 +208,7 @@ async def test_a_pool_goes_on_without_one_resource_s_tokens(start_gateway: Start
 
 
 async def test_a_key_in_a_file_is_read_again(azure: FakeAzure, tmp_path: Path, start_gateway: StartGateway) -> None:
-    """When the file changes: by the reload that every change is, which shows neither key."""
+    """When the file changes, which triggers a reload; that shows neither key."""
     (tmp_path / "key").write_text("old-key\n")
     yaml = YAML % "api_key: '${file:key}'"
     gateway = await start_gateway(azure.endpoint, yaml)
@@ -225,7 +225,7 @@ async def test_a_key_in_a_file_is_read_again(azure: FakeAzure, tmp_path: Path, s
 
 
 async def test_tokens_outlive_a_reload(azure: FakeAzure, tmp_path: Path, start_gateway: StartGateway) -> None:
-    """An identity that stays is not asked for again; another one is."""
+    """The token of an unchanged identity is not fetched again; that of another one is."""
     async with Entra().running() as entra:
         gateway = await start_gateway(azure.endpoint, YAML % identity(entra))
         await until(lambda: entra.forms)
@@ -256,7 +256,7 @@ async def test_tokens_outlive_a_reload(azure: FakeAzure, tmp_path: Path, start_g
     ],
 )
 async def test_its_own_timeouts(answer: bytes, timeouts: str, words: str, start_gateway: StartGateway) -> None:
-    """In place of those of all."""
+    """They override the global ones."""
     async with raw_upstream(answer, keep_open=True) as upstream:
         gateway = await start_gateway(upstream.endpoint, YAML % f"api_key: k, timeouts: {{{timeouts}}}")
         status, content = await ask(gateway)
@@ -265,7 +265,7 @@ async def test_its_own_timeouts(answer: bytes, timeouts: str, words: str, start_
 
 
 async def test_its_own_api_version(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """In place of the stage's `version`; with one of each resource's, the stage is not needed."""
+    """It overrides the stage's `version`; if each resource has one, the stage is not needed."""
     gateway = await start_gateway(azure.endpoint, YAML % "api_key: azure-key, api_version: 2024-06-01")
     assert (await ask(gateway))[0] == 200
     assert azure.requests[0].query == [("api-version", "2024-06-01")]
@@ -276,7 +276,7 @@ async def test_its_own_api_version(start_gateway: StartGateway, azure: FakeAzure
 
 
 def test_what_a_reload_says_has_changed(tmp_path: Path) -> None:
-    """Of resources and pools, without secrets."""
+    """Changes of resources and pools, without secrets."""
     files(tmp_path)
 
     def loaded(name: str, resource: str, pool: str, health: str) -> Any:
@@ -302,14 +302,14 @@ pipeline: [model_map, balance, api_version]
         "resource azure: credential: client_secret -> client_secret (changed)",
         "resource azure: region: a -> b",
         "resource azure: timeouts.idle: 9.0 added",
-        "resource azure: tls: its own added",
+        "resource azure: tls: custom added",
         "pool chat: azure/x: priority 1, weight 1 -> priority 1, weight 2",
         "pool chat: azure/y: priority 1, weight 1 added",
     ]
 
 
 def test_the_environment_of_app_service_is_known(tmp_path: Path) -> None:
-    """Only where both variables are there: other hosts have one of that name."""
+    """Only if both variables are set: other hosts have one of that name."""
     yaml = YAML % "credential: managed_identity"
     both = {
         "ENDPOINT": "https://a.invalid",

@@ -1,4 +1,4 @@
-"""`store:` of a configuration: where limits are counted, and that nothing prints a password."""
+"""`store:` of a configuration: the counters of limits, and no output with a password."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ pipeline: [auth_passthrough, model_map, api_version]
     ],
 )
 def test_urls_that_name_a_redis(text: str, expected: dict[str, object]) -> None:
-    """Of each kind, with what a password may hold in percent escapes; neither is shown."""
-    place = RedisUrl.parse(text)
-    assert place == RedisUrl(**expected)  # type: ignore[arg-type] # of several types
-    assert str(place).startswith("Redis over TLS at " if place.tls else "Redis at ")
-    assert not {place.user, place.password} & set(re.split("[ @:]", str(place)))
-    assert not place.password or place.password not in repr(place)
+    """Each kind, with percent escapes in the password; neither is shown."""
+    url = RedisUrl.parse(text)
+    assert url == RedisUrl(**expected)  # type: ignore[arg-type] # of several types
+    assert str(url).startswith("Redis over TLS at " if url.tls else "Redis at ")
+    assert not {url.user, url.password} & set(re.split("[ @:]", str(url)))
+    assert not url.password or url.password not in repr(url)
 
 
 @pytest.mark.parametrize(
@@ -66,14 +66,14 @@ def test_urls_that_name_a_redis(text: str, expected: dict[str, object]) -> None:
     ],
 )
 def test_what_is_no_redis_is_a_mistake_that_does_not_repeat_it(text: str, more: dict[str, object], words: str) -> None:
-    """It may hold a password."""
+    """It may contain a password."""
     with pytest.raises(ValueError, match=words) as caught:
         RedisUrl.parse(text, **more)  # type: ignore[arg-type] # of several types
     assert "sesame" not in str(caught.value)
 
 
 def test_redis_without_its_library_is_a_clear_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With its place in the file, before a request finds out."""
+    """With its position in the file, before the first request."""
     find = PathFinder.find_spec
 
     def hidden(name: str, path: object = None, target: object = None) -> object:
@@ -90,7 +90,7 @@ def test_redis_without_its_library_is_a_clear_mistake(monkeypatch: pytest.Monkey
 
 
 def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
-    """All its settings, or the URL alone; `gateway check` says that there is one, and nothing of its URL."""
+    """All its settings, or the URL alone; `gateway check` shows the store without its URL."""
     trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
     more = "{redis: '${URL}', ca: ca.pem, cluster: true, timeout: 0.5, prefix: house}"
     loaded = load(
@@ -100,7 +100,7 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
     assert dataclasses.astuple(loaded.store) == (
         "redis.example", 6379, None, 0, "u", "sesame", True, tmp_path / "ca.pem", True, 0.5, "house",
     )  # fmt: skip
-    assert "limits are counted in a Redis cluster over TLS at redis.example:6379\n" in show(loaded)
+    assert "limits counted in a Redis cluster over TLS at redis.example:6379\n" in show(loaded)
     assert "sesame" not in show(loaded)
     assert "u:" not in show(loaded)
     loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("STORE", "redis://redis")}))
@@ -110,7 +110,7 @@ def test_what_a_configuration_says_of_it(tmp_path: Path) -> None:
 
 
 async def test_counters_outlive_a_reload(tmp_path: Path) -> None:
-    """Each store that was named goes on as it is, and each configuration counts in its own."""
+    """Each store is kept, and each configuration counts in its own."""
 
     def read(store: str) -> WaitQueue:
         loaded = load(write_files(tmp_path, {"gateway.yaml": YAML.replace("store: STORE", store)}), shared=shared)

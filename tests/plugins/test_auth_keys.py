@@ -164,8 +164,8 @@ def test_a_team_without_keys_and_claims_is_a_mistake() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("sk-plain", "4:11: a key is written as its digest"),
-        ("{digest: sk-plain}", "4:20: a key is written as its digest"),
+        ("sk-plain", "4:11: write a key as its digest"),
+        ("{digest: sk-plain}", "4:20: write a key as its digest"),
         ("{label: ann}", "needs the setting 'digest'"),
         (f'{{digest: "{key_digest("K")}", expires: tomorrow}}', "expires must be a day (2027-01-31)"),
         (f'{{digest: "{key_digest("K")}", expires: 99999-01-01}}', "expires must be a day (2027-01-31)"),
@@ -211,7 +211,7 @@ def test_the_command_line_makes_a_key(tmp_path: Path) -> None:
     assert (found.digest, found.label) == (key_digest(key), 'ann\'s "own"')
     assert found.expires is not None
     assert run("keys", "new", "--team", "x", "--expires", "2020-01-01").returncode == 1
-    assert "neither a number of days nor a day" in run("keys", "new", "--team", "x", "--expires", "soon").stderr
+    assert "must be a number of days, or a day" in run("keys", "new", "--team", "x", "--expires", "soon").stderr
 
 
 def test_keys_are_long_and_differ() -> None:

@@ -1025,9 +1025,9 @@ async def test_a_model_without_a_pool_is_not_retried(start_gateway: StartGateway
         (
             "  - balance: {}\n  - api_version: 2024-10-21\n",
             "  - api_version: 2024-10-21\n  - balance\n",
-            "must stand above",
+            "must be above",
         ),
-        ("  - balance: {}\n", "  - balance: {}\n  - resource_ids\n", "'resource_ids' must stand above 'balance'"),
+        ("  - balance: {}\n", "  - balance: {}\n  - resource_ids\n", "'resource_ids' must be above 'balance'"),
     ],
 )
 async def test_a_wrong_order_of_stages_is_a_configuration_error(

@@ -241,7 +241,7 @@ async def test_the_end_is_completed_at_once_where_it_stands_above_sse_newline(st
                 received += await asyncio.wait_for(answer.content.readany(), 30)
             seen.set()
     for wrong in ("stream_errors", "missing_fields", "missing_delta", "prompt_filter_chunk"):
-        with pytest.raises(ConfigError, match=f"'{wrong}' must stand above 'sse_newline', which provides 'events'"):
+        with pytest.raises(ConfigError, match=f"'{wrong}' must be above 'sse_newline', which provides 'events'"):
             await start_gateway("http://x", YAML + f"  - {wrong}\n")
-    with pytest.raises(ConfigError, match="'openai_errors' must stand above 'stream_errors'"):
+    with pytest.raises(ConfigError, match="'openai_errors' must be above 'stream_errors'"):
         await start_gateway("http://x", YAML.replace("  - sse_newline", "  - stream_errors\n  - openai_errors"))

@@ -1,4 +1,4 @@
-"""The socket of `gateway reload`: who may ask, who is believed, and what becomes of a name that is taken."""
+"""The control socket of `gateway reload`: who may use it, which peers are trusted, and a name that is taken."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STRANGER = 54321
 
 @contextlib.contextmanager
 def squatter(path: Path, answer: bytes = b"{}") -> Iterator[None]:
-    """Have the name of a configuration's socket, and answer whoever asks."""
+    """Take the name of a configuration's socket, and reply to each client."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(control._name(path))
         sock.listen()
@@ -75,18 +75,18 @@ def path(tmp_path: Path) -> Path:
         (0, STRANGER, 0, None, str(STRANGER), None),
         (0, STRANGER, 0, None, None, rf"any local user can pose as a gateway.*gateway reload --user {STRANGER}"),
         (0, STRANGER, 0, 7, None, "any local user can pose"),
-        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} answers .*, and not 7"),
+        (0, STRANGER, STRANGER, STRANGER, "7", f"a process of the user {STRANGER} serves .*, not one of 7"),
         (0, STRANGER, 0, None, "no-such-user", "there is no user 'no-such-user' here"),
         (7, 7, 0, None, None, None),
         (7, STRANGER, 0, None, None, "as another user"),
         (7, 0, 0, None, None, "as another user"),
     ],
 )
-def test_who_is_believed(
+def test_trusted_users(
     me: int, answering: int, owner: int, account: int | None, user: str | None, refused: str | None, path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Root believes itself, the file's owner, the account `gateway` and whom it names; others their own user alone."""
+    """Root trusts root, the file's owner, the account `gateway` and a named user; other users trust only themselves."""
     monkeypatch.setattr(os, "geteuid", lambda: me)
     monkeypatch.setattr(control, "_user", lambda sock: answering)
     status = os.stat(path)
@@ -101,19 +101,19 @@ def test_who_is_believed(
     monkeypatch.setattr(pwd, "getpwnam", getpwnam)
     with squatter(path, b'{"changes": ["yes"]}'):
         if refused is None:
-            assert control.ask(path, user).changes == ["yes"]
+            assert control.request_reload(path, user).changes == ["yes"]
         else:
             with pytest.raises(GatewayNotRunning, match=f"(?i){refused}"):
-                control.ask(path, user)
+                control.request_reload(path, user)
 
 
-def test_root_is_told_how_to_ask_a_gateway_of_another_user(
+def test_root_must_name_another_user(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`gateway reload` prints it, has status 1, and has sent nothing; with `--user` it asks."""
+    """`gateway reload` prints the command, exits with status 1 and sends nothing; with `--user` it asks."""
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(control, "_user", lambda sock: STRANGER)
-    monkeypatch.setattr(control, "_believed", lambda config: {0})
+    monkeypatch.setattr(control, "_trusted_users", lambda config: {0})
     with squatter(path, b'{"changes": ["one \\u001b[2J"]}'):
         assert main(["reload", "--config", str(path)]) == 1
         printed = capsys.readouterr()
@@ -123,36 +123,36 @@ def test_root_is_told_how_to_ask_a_gateway_of_another_user(
         assert capsys.readouterr().out == "'one \\x1b[2J'\n"
 
 
-def test_an_answer_has_a_bound(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And an answer that is no report is no reload."""
-    monkeypatch.setattr(control, "_LARGEST", 100_000)
+def test_a_report_has_a_maximum_size(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an invalid report is an error."""
+    monkeypatch.setattr(control, "_MAX_REPORT", 100_000)
     with squatter(path, b" " * 200_000), pytest.raises(GatewayNotRunning, match="too large"):
-        control.ask(path)
-    with squatter(path, b"hello"), pytest.raises(GatewayNotRunning, match="ended before it had reloaded"):
-        control.ask(path)
+        control.request_reload(path)
+    with squatter(path, b"hello"), pytest.raises(GatewayNotRunning, match="ended before the reload was complete"):
+        control.request_reload(path)
 
 
 @pytest.mark.parametrize(
     ("user", "said"), [(os.geteuid(), "another gateway with the same configuration"), (STRANGER, "can pose as this")]
 )
-async def test_a_name_that_is_taken_is_told_and_tried_again(
+async def test_a_taken_name_is_logged_and_tried_again(
     user: int, said: str, path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The log says by which process of which user, once; when the name is free again, the gateway has it."""
+    """The log names the process and its user, once; when the name is free again, the gateway takes it."""
     logs.configure("info", "json", sys.stderr)
-    monkeypatch.setattr(control, "_TRY_AGAIN", 0.02)
+    monkeypatch.setattr(control, "_RETRY_INTERVAL", 0.02)
     monkeypatch.setattr(control, "_peer", lambda sock: (4711, user))
     events: list[dict[str, str]] = []
 
-    def told(part: str) -> bool:
+    def logged(part: str) -> bool:
         events.extend(json.loads(line) for line in capfd.readouterr().err.splitlines())
         return any(part in each["event"] for each in events)
 
     with squatter(path):
         async with listening(path):
-            await until(lambda: told("cannot reach"))
+            await until(lambda: logged("reload_socket_unavailable"))
             await asyncio.sleep(0.1)
-    events_before = [each for each in events if "cannot reach" in each["event"]]
+    events_before = [each for each in events if each["event"] == "reload_socket_unavailable"]
     assert len(events_before) == 1
     assert "process 4711" in events_before[0]["reason"]
     assert said in events_before[0]["reason"]
@@ -161,18 +161,18 @@ async def test_a_name_that_is_taken_is_told_and_tried_again(
     with contextlib.ExitStack() as taken:
         taken.enter_context(squatter(path))
         async with listening(path):
-            await until(lambda: told("cannot reach"))
+            await until(lambda: logged("reload_socket_unavailable"))
             taken.close()
-            await until(lambda: told("can reach this gateway again"))
-            assert (await asyncio.to_thread(control.ask, path)).changes == ["mine"]
+            await until(lambda: logged("reload_socket_available"))
+            assert (await asyncio.to_thread(control.request_reload, path)).changes == ["mine"]
 
 
 async def test_a_lack_of_descriptors_passes(
     path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """No socket can be had at first: it is tried again."""
+    """At first no socket is available: the gateway tries again."""
     logs.configure("info", "json", sys.stderr)
-    monkeypatch.setattr(control, "_TRY_AGAIN", 0.02)
+    monkeypatch.setattr(control, "_RETRY_INTERVAL", 0.02)
     original, left = control._listening, 3
 
     def listening_late(config: Path) -> socket.socket:
@@ -185,5 +185,5 @@ async def test_a_lack_of_descriptors_passes(
     monkeypatch.setattr(control, "_listening", listening_late)
     async with listening(path):
         await until(lambda: left < 0)
-        assert (await asyncio.to_thread(control.ask, path)).changes == ["mine"]
+        assert (await asyncio.to_thread(control.request_reload, path)).changes == ["mine"]
     assert capfd.readouterr().err.count("Too many open files") == 1

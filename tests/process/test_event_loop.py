@@ -1,4 +1,4 @@
-"""The loop: with what is installed, and without."""
+"""The event loop, with and without the optional libraries."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ loop.close()
     ],
 )
 def test_what_is_installed_is_used(missing: list[str], made_of: list[str]) -> None:
-    """Uvloop is the loop where it is installed, aiofastnet its TLS; neither is needed."""
+    """Uvloop is the loop if it is installed, aiofastnet its TLS; neither is required."""
     program = MISSING.format(missing=missing)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(made_of)
 
 
 def test_tls_alone_is_aiofastnet_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain connection is the loop's own."""
+    """A plain connection uses the loop."""
     used: list[object] = []
 
     async def create_connection(loop: object, *args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""Which files a configuration is made of, and when they count as changed."""
+"""The files of a configuration, and when they count as changed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ FILES = {
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_EVERY", 0.02)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.02)
 
 
 def sources_of(path: Path) -> Sources:
-    """Read a configuration, right or wrong, and return what was read."""
+    """Read a configuration, valid or not, and return its sources."""
     sources = Sources()
     with contextlib.suppress(ConfigError):
         load(path, {}, sources=sources)
@@ -46,7 +46,7 @@ def sources_of(path: Path) -> Sources:
 
 
 async def noticed(sources: Sources, change: Callable[[], object]) -> bool:
-    """Tell whether a change is noticed; one that is not has had ten looks."""
+    """Return whether a change is noticed within ten polls."""
     looks, look = 0, sources.stats
 
     def stats() -> Any:
@@ -73,7 +73,7 @@ def renamed_over(folder: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "written anew": lambda folder: (folder / "gateway.yaml").write_text(YAML + "# more\n"),
+    "rewritten": lambda folder: (folder / "gateway.yaml").write_text(YAML + "# more\n"),
     "an editor's rename": renamed_over,
     "a team's file": lambda folder: (folder / "teams/x.yaml").write_text("match: {path_prefix: /y}\n"),
     "a team more": lambda folder: (folder / "teams/y.yaml").write_text("match: {path_prefix: /y}\n"),
@@ -87,7 +87,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 async def test_every_file_that_counts_is_watched(change: str, tmp_path: Path) -> None:
-    """Those that are there, and those that a pattern would find."""
+    """Existing files, and files that a pattern would match."""
     sources = sources_of(write_files(tmp_path, FILES))
     assert await noticed(sources, lambda: CHANGES[change](tmp_path))
 
@@ -102,13 +102,13 @@ UNCHANGED: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("change", UNCHANGED)
 async def test_the_same_content_is_no_change(change: str, tmp_path: Path) -> None:
-    """Whatever else was done to the files; the code of a stage is not looked at, since it is not loaded anew."""
+    """Not even with new timestamps; a stage's code is not watched, because a reload does not load it again."""
     sources = sources_of(write_files(tmp_path, {**FILES, "mine/code.py": "1\n"}))
     assert not await noticed(sources, lambda: UNCHANGED[change](tmp_path))
 
 
 async def test_a_config_map_s_swap_is_a_change(tmp_path: Path) -> None:
-    """Kubernetes mounts links through `..data`, which it lets lead to another folder: all files change at once."""
+    """Kubernetes mounts links through `..data`, and points that to another folder: all files change at once."""
     for version, prefix in (("..1", "/x"), ("..2", "/y")):
         write_files(tmp_path / version, {**FILES, "teams/x.yaml": f"match: {{path_prefix: {prefix}}}\n"})
     (tmp_path / "..data").symlink_to("..1")
@@ -124,14 +124,14 @@ async def test_a_config_map_s_swap_is_a_change(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("missing", "text"), [("key", "sesame\n"), ("gateway.yaml", YAML), ("other.yaml", "a: b\n")])
 async def test_what_was_missing_is_watched_for(missing: str, text: str, tmp_path: Path) -> None:
-    """A configuration that could not be read names what would mend it."""
+    """A configuration that could not be read is read again when the missing file appears."""
     path = write_files(tmp_path, FILES)
     (tmp_path / missing).unlink()
     assert await noticed(sources_of(path), lambda: (tmp_path / missing).write_text(text))
 
 
 async def test_a_file_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
-    """It counts as changed when two looks in a row find the same."""
+    """It counts as changed when two polls in a row agree."""
     path = write_files(tmp_path, FILES)
     waiting = asyncio.create_task(watch.wait_for_change(sources_of(path)))
     await asyncio.sleep(0.1)
@@ -144,7 +144,7 @@ async def test_a_file_that_is_still_being_written_is_waited_for(tmp_path: Path) 
 
 
 def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
-    """By it, several processes can tell that they read the same."""
+    """Several processes compare it to see that they read the same."""
     path = write_files(tmp_path, FILES)
     first, second = sources_of(path), sources_of(path)
     assert first.digest == second.digest
@@ -155,7 +155,7 @@ def test_a_digest_is_of_the_content_alone(tmp_path: Path) -> None:
 
 
 async def test_a_pipe_is_not_read_again(tmp_path: Path) -> None:
-    """`--config /dev/stdin` has been read to its end, and its next reader would wait for ever."""
+    """`--config /dev/stdin` has been read to its end; another read would block for ever."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "plain").write_text("1")
     sources = Sources({str(tmp_path / "pipe"): "as it was"})

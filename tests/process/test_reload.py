@@ -1,4 +1,4 @@
-"""Reload: a changed configuration is taken over by a gateway that runs, or not at all."""
+"""Reload: a running gateway takes over a changed configuration completely, or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gateway.config import Loaded, load
 from gateway.config.sources import Sources
 from gateway.process import control_socket as control
 from gateway.process import file_watch as watch
-from gateway.process import generations as renewal
+from gateway.process import generations
 from gateway.process.control_socket import GatewayNotRunning, ReloadReport
 from gateway.process.generations import GenerationSwitch
 from gateway.process.reload import Prepared, ReloadLoop, WatchedState
@@ -89,13 +89,13 @@ FILES = {"mine/mark.py": MARK, "key": "sesame"}
 
 
 class Running:
-    """A gateway in this process, and its way to another configuration."""
+    """A gateway in this process, and the switch to its next configuration."""
 
     def __init__(self, gateway: Gateway, path: Path, env: dict[str, str]) -> None:
         self.gateway = gateway
         self.path = path
         self.env = env
-        self.renewal = GenerationSwitch(gateway.server, self.load(), self.load)
+        self.generations = GenerationSwitch(gateway.server, self.load(), self.load)
 
     def load(self, shared: Shared | None = None, sources: Sources | None = None) -> Loaded:
         return load(self.path, self.env, shared, sources=sources)
@@ -106,10 +106,10 @@ class Running:
             assert old in yaml
             yaml = yaml.replace(old, new)
         self.path.write_text(yaml)
-        return (await self.renewal.reload()).report
+        return (await self.generations.reload()).report
 
     async def name(self, **more: Any) -> str:
-        """Ask, and return the name of the set that answered."""
+        """Send a request, and return the name of the generation that responded."""
         async with self.gateway.post(**more) as answer:
             assert answer.status == 200, await answer.text()
             await answer.read()
@@ -133,7 +133,7 @@ def start(start_gateway: StartGateway, tmp_path: Path, azure: FakeAzure) -> Star
 
 
 async def test_new_requests_are_the_new_configuration_s(start: Start) -> None:
-    """On kept connections, too; what has changed is told; the old set's stages are stopped."""
+    """On kept connections, too; the changes are reported; the old generation's stages stop."""
     running = await start()
     assert await running.name() == "first"
     report = await running.reload(("mark: first", "mark: second"))
@@ -144,7 +144,7 @@ async def test_new_requests_are_the_new_configuration_s(start: Start) -> None:
 
 
 async def test_a_running_stream_ends_in_the_set_that_it_began_in(start: Start, azure: FakeAzure) -> None:
-    """Whose stages are stopped after its end, and not before; another stream is none of its business."""
+    """Its stages stop after the stream's end, not before; other streams do not matter."""
     azure.words, azure.delay = ["x"] * 300, 0.1
     running = await start()
     async with running.gateway.post(json={**CHAT, "stream": True}) as first:
@@ -162,7 +162,7 @@ async def test_a_running_stream_ends_in_the_set_that_it_began_in(start: Start, a
 
 
 async def test_the_last_of_many_exchanges_lets_the_old_set_go(start: Start, azure: FakeAzure) -> None:
-    """Those whose clients leave count as any."""
+    """Including exchanges whose clients disconnect."""
     azure.words, azure.delay = ["x"] * 300, 0.1
     running = await start()
     answers = [await running.gateway.post(json={**CHAT, "stream": True}) for _ in range(3)]
@@ -174,7 +174,7 @@ async def test_the_last_of_many_exchanges_lets_the_old_set_go(start: Start, azur
 
 
 async def test_a_gateway_that_stops_stops_every_set(start: Start, azure: FakeAzure) -> None:
-    """Also those that had exchanges to the end."""
+    """Including those with running exchanges."""
     azure.words, azure.delay = ["x"] * 300, 0.1
     running = await start()
     answer = await running.gateway.post(json={**CHAT, "stream": True})
@@ -201,14 +201,14 @@ async def test_a_gateway_that_stops_stops_every_set(start: Start, azure: FakeAzu
 async def test_any_error_keeps_the_old_set(
     old: str, new: str, mistake: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It serves as before, and what of the new one had started is stopped; a mended file is taken."""
+    """It serves as before, and started stages of the new generation stop; a corrected file is taken."""
     running = await start()
     if "never" in new:
-        monkeypatch.setattr(renewal, "_PATIENCE", 0.2)
+        monkeypatch.setattr(generations, "_PREPARE_TIMEOUT", 0.2)
     report = await running.reload((old, new))
     monkeypatch.undo()
-    (told,) = report.mistakes
-    assert mistake in told
+    (event,) = report.mistakes
+    assert mistake in event
     assert not report.changes
     assert await running.name() == "first"
     started = running.marks("started")
@@ -219,22 +219,22 @@ async def test_any_error_keeps_the_old_set(
     assert await running.name() == "second"
 
 
-async def test_a_bug_keeps_the_old_set_and_tells_no_secret(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The words of an exception that nobody foresaw may hold anything."""
+async def test_a_bug_keeps_the_old_set_and_shows_no_secret(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text of an unexpected exception may contain a secret."""
     running = await start()
 
     def fails(old: Loaded, new: Loaded) -> list[str]:
         raise ValueError("sesame")
 
-    monkeypatch.setattr(renewal, "diff", fails)
+    monkeypatch.setattr(generations, "diff", fails)
     report = await running.reload(("mark: first", "mark: second"))
-    assert report.mistakes == ["ValueError; the log has more"]
+    assert report.mistakes == ["ValueError; see the log"]
     assert "sesame" not in str(running.gateway.events)
     assert await running.name() == "first"
 
 
 async def test_the_same_content_starts_nothing(start: Start) -> None:
-    """Nothing is swapped; another comment is another content, though no setting is another."""
+    """Nothing is swapped; a changed comment is new content without a changed setting."""
     running = await start()
     assert await running.reload() == ReloadReport(same=True)
     assert running.marks("started") == ["first"]
@@ -242,19 +242,19 @@ async def test_the_same_content_starts_nothing(start: Start) -> None:
     await until(lambda: running.marks("stopped") == ["first"])
 
 
-async def test_secrets_are_not_told(start: Start, tmp_path: Path) -> None:
-    """Neither the old one nor the new one, wherever they come from."""
+async def test_secrets_are_not_shown(start: Start, tmp_path: Path) -> None:
+    """Neither the old one nor the new one, from any source."""
     running = await start()
     (tmp_path / "key").write_text("simsim")
     report = await running.reload()
     assert report.changes == ["resource azure: api_key: *** -> *** (changed)"]
     report = await running.reload(("${file:key}", "abracadabra"))
     assert report.changes == ["resource azure: api_key: *** -> *** (changed)"]
-    assert "simsim" not in repr(running.renewal.state)
+    assert "simsim" not in repr(running.generations.state)
 
 
 async def test_limits_keep_their_counts(start: Start) -> None:
-    """What a stage keeps in its store is there for the one that follows it, by team and id."""
+    """A stage's store is passed to its successor, by team and id."""
     running = await start(YAML.replace("1000000", "60"))
     for _ in range(3):
         assert await running.name() == "first"
@@ -267,7 +267,7 @@ async def test_limits_keep_their_counts(start: Start) -> None:
 
 
 async def test_kept_connections_get_the_new_limits_and_timeouts(start: Start, azure: FakeAzure) -> None:
-    """A proxy's connection may live for days; those to Azure stay open meanwhile."""
+    """A proxy's connection may live for days; connections to Azure stay open."""
     running = await start()
     server = running.gateway.server
     assert await running.name() == "first"
@@ -287,7 +287,7 @@ async def test_kept_connections_get_the_new_limits_and_timeouts(start: Start, az
 
 
 async def test_trusted_proxies_are_those_of_the_new_set(start: Start) -> None:
-    """As all that a configuration decides: a client is whom the trusted proxy names."""
+    """Like every setting: the trusted proxy names the client."""
     running = await start()
     await running.reload(("plugins_path", "trusted_proxies: 127.0.0.1\nplugins_path"))
     async with running.gateway.post(headers={"X-Forwarded-For": "192.0.2.7"}) as answer:
@@ -295,7 +295,7 @@ async def test_trusted_proxies_are_those_of_the_new_set(start: Start) -> None:
 
 
 async def test_another_address_takes_a_restart(start: Start) -> None:
-    """It is told once; the gateway listens where it did."""
+    """It is reported once; the gateway keeps its address."""
     running = await start()
     address = running.gateway.server.address
     report = await running.reload(("plugins_path", "listen: 127.0.0.1:1\nplugins_path"))
@@ -306,7 +306,7 @@ async def test_another_address_takes_a_restart(start: Start) -> None:
 
 
 async def test_the_log_s_settings_are_taken_over(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the new stages start, since they keep their loggers; put back where these fail."""
+    """Before the new stages start, because they keep their loggers; restored if these fail."""
     running = await start()
     asked: list[tuple[str, str]] = []
     monkeypatch.setattr(logs, "configure", lambda level, form: asked.append((level, form)))
@@ -318,19 +318,19 @@ async def test_the_log_s_settings_are_taken_over(start: Start, monkeypatch: pyte
 
 
 async def test_what_is_prepared_can_be_dropped(start: Start) -> None:
-    """As where another worker could not prepare it: its stages are stopped, and the old set serves."""
+    """As if another worker failed to prepare it: its stages stop, and the old generation serves."""
     running = await start()
     running.path.write_text(YAML.replace("mark: first", "mark: second"))
-    assert (await running.renewal.prepare()).report.changes
+    assert (await running.generations.prepare()).report.changes
     assert await running.name() == "first"
-    await running.renewal.abort()
+    await running.generations.abort()
     assert running.marks("stopped") == ["second"]
-    running.renewal.commit()
+    running.generations.commit()
     assert await running.name() == "first"
 
 
 async def test_old_sets_are_not_kept_in_memory(start: Start) -> None:
-    """Also where a stage leads back to itself, which only the garbage collector finds."""
+    """Even if a stage refers to itself, which only the garbage collector finds."""
     code = MARK.replace("self.logger = services.logger", "self.logger = services.logger; self.me = self.start")
     running = await start(**{"mine/mark.py": code.replace("class Mark", "class Mork")})
     await running.name()
@@ -349,7 +349,7 @@ async def test_old_sets_are_not_kept_in_memory(start: Start) -> None:
 
 @pytest.mark.slow
 async def test_100_reloads_under_load_fail_no_request(start: Start, azure: FakeAzure) -> None:
-    """Plain answers and streams, on kept connections and new ones; each set has answered."""
+    """Plain responses and streams, on kept connections and new ones, from each generation."""
     azure.words = ["x"] * 20
     running = await start()
     url = running.gateway.url + "/v1/chat/completions"
@@ -401,7 +401,7 @@ async def going(asking: ReloadLoop) -> AsyncIterator[None]:
 
 
 async def test_one_reload_at_a_time(tmp_path: Path) -> None:
-    """Whoever asks while one runs is answered by the next: its files may be newer than those that were read."""
+    """A request during a reload gets the next one: its files may be newer than those already read."""
     go, begun = asyncio.Event(), 0
 
     async def reload() -> Prepared:
@@ -430,8 +430,8 @@ async def test_one_reload_at_a_time(tmp_path: Path) -> None:
 async def test_files_that_failed_are_tried_again_when_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not before: the log would fill."""
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    """Not earlier: the log would fill."""
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     (tmp_path / "file").write_text("0")
     tried: list[str] = []
 
@@ -453,7 +453,7 @@ async def test_files_that_failed_are_tried_again_when_they_change(
 
 
 async def test_only_root_and_the_gateway_s_user_may_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing else can be asked for."""
+    """And no other command exists."""
     asked = 0
 
     async def reload() -> Prepared:
@@ -463,49 +463,49 @@ async def test_only_root_and_the_gateway_s_user_may_ask(tmp_path: Path, monkeypa
 
     path = tmp_path / "gateway.yaml"
     async with going(reloads(tmp_path, reload)):
-        assert (await asyncio.to_thread(control.ask, path)).same
+        assert (await asyncio.to_thread(control.request_reload, path)).same
         monkeypatch.setattr(control, "_user", lambda sock: 12345)
         monkeypatch.setattr(os, "geteuid", lambda: 0)
         with pytest.raises(GatewayNotRunning):
-            await asyncio.to_thread(control.ask, path)
+            await asyncio.to_thread(control.request_reload, path)
         assert asked == 1
         monkeypatch.setattr(os, "geteuid", lambda: 99)
         with pytest.raises(GatewayNotRunning, match="as another user"):
-            await asyncio.to_thread(control.ask, path)
+            await asyncio.to_thread(control.request_reload, path)
         monkeypatch.undo()
-        monkeypatch.setattr(control, "_ORDER", b"stop!!\n")
-        answered = asyncio.create_task(asyncio.to_thread(control.ask, path))
+        monkeypatch.setattr(control, "_COMMAND", b"stop!!\n")
+        answered = asyncio.create_task(asyncio.to_thread(control.request_reload, path))
         await asyncio.sleep(0)
         monkeypatch.undo()
         with contextlib.suppress(GatewayNotRunning):
             await answered
     with pytest.raises(GatewayNotRunning, match=r"no gateway with the configuration .*gateway\.yaml runs here"):
-        control.ask(path)
+        control.request_reload(path)
 
 
 async def test_a_second_gateway_on_one_file_goes_on_without_a_socket(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It says so, and is told to reload by SIGHUP."""
+    """It logs that, and reloads on SIGHUP."""
     logs.configure("info", "json", sys.stderr)
 
     async def reload(which: int) -> Prepared:
         return Prepared(ReloadReport(changes=[str(which)]), WatchedState())
 
     async with going(reloads(tmp_path, lambda: reload(1))), going(second := reloads(tmp_path, lambda: reload(2))):
-        assert (await asyncio.to_thread(control.ask, tmp_path / "gateway.yaml")).changes == ["1"]
+        assert (await asyncio.to_thread(control.request_reload, tmp_path / "gateway.yaml")).changes == ["1"]
         assert (await second.ask()).changes == ["2"]
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if "cannot reach" in line)
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if "reload_socket_unavailable" in line)
     assert json.loads(line)["level"] == "warning"
 
 
 async def test_a_worker_that_stops_stops_what_it_had_prepared(start: Start) -> None:
-    """And what a new order takes the place of; only what was committed serves."""
+    """Also a preparation that a new order replaces; only a committed one serves."""
     running = await start()
     ours, theirs = socket.socketpair()
     line, (heard, said) = SupervisorChannel(theirs.detach()), await asyncio.open_unix_connection(sock=ours)
     line.obey(asyncio.Event(), asyncio.Event())
-    following = asyncio.create_task(line.follow(running.renewal))
+    following = asyncio.create_task(line.handle_reloads(running.generations))
     for number, name in enumerate(("second", "third", "fourth"), 1):
         running.path.write_text(YAML.replace("first", name))
         said.write(f"prepare {number}\n".encode())
@@ -528,7 +528,7 @@ async def test_a_worker_that_stops_stops_what_it_had_prepared(start: Start) -> N
 
 
 class Served:
-    """`gateway serve` as a process; `events` are its log's and its workers'."""
+    """`gateway serve` as a process; `events` are from its log and its workers'."""
 
     def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
         self.process = process
@@ -556,7 +556,7 @@ class Served:
         return found[count - 1]
 
     async def reload(self, *changes: tuple[str, str], yaml: str = YAML) -> tuple[int, str, str]:
-        """Change gateway.yaml, ask with `gateway reload`, and return its status, and what it printed."""
+        """Change gateway.yaml, run `gateway reload`, and return its status and output."""
         for old, new in changes:
             assert old in yaml
             yaml = yaml.replace(old, new)
@@ -565,7 +565,7 @@ class Served:
         return done.returncode, done.stdout, done.stderr
 
     async def answers(self, count: int = 12) -> set[tuple[str, str]]:
-        """Ask on new connections, and return the pids and the names of those that answered."""
+        """Send requests on new connections, and return the pids and names in the responses."""
 
         async def ask() -> tuple[str, str]:
             async with (
@@ -599,7 +599,7 @@ VERSION = (
 
 @contextlib.asynccontextmanager
 async def served(azure: FakeAzure, folder: Path, *flags: str, yaml: str = YAML, **env: str) -> AsyncIterator[Served]:
-    """Run `gateway serve` on files of its own, and yield it when it serves."""
+    """Run `gateway serve` on new files, and yield it when it serves."""
     if not (folder / "gateway.yaml").exists():
         write_files(folder, {**FILES, "gateway.yaml": yaml})
     process = await asyncio.create_subprocess_exec(
@@ -609,7 +609,7 @@ async def served(azure: FakeAzure, folder: Path, *flags: str, yaml: str = YAML, 
     )  # fmt: skip
     running = Served(process, folder)
     try:
-        await running.until("workers ready" if "--workers" in flags else "listening")
+        await running.until("workers_ready" if "--workers" in flags else "listening")
         yield running
         if process.returncode is None:
             process.terminate()
@@ -627,8 +627,8 @@ WORKERS = pytest.mark.parametrize("flags", [[], ["--workers", "2"]], ids=["alone
 
 @pytest.mark.slow
 @WORKERS
-async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: FakeAzure, tmp_path: Path) -> None:
-    """Changes and status 0, or every mistake and status 1; when it returns, every process serves the new set."""
+async def test_gateway_reload_reports_the_result(flags: list[str], azure: FakeAzure, tmp_path: Path) -> None:
+    """Changes and status 0, or every mistake and status 1; afterwards, every process serves the new set."""
     async with served(azure, tmp_path, *flags, yaml=UNWATCHED) as running:
         assert await running.reload(yaml=UNWATCHED) == (0, "nothing changed\n", "")
         second = [("mark: first", "mark: second"), ("key}", "key}x")]
@@ -636,16 +636,16 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
             0, "resource azure: api_key: *** -> *** (changed)\nteam default: mark.name: first -> second\n", ""
         )  # fmt: skip
         assert await running.names() == {"second"}
-        told = await running.until("configuration reloaded")
-        assert told["changes"][1] == "team default: mark.name: first -> second"
+        event = await running.until("reloaded")
+        assert event["changes"][1] == "team default: mark.name: first -> second"
         broken = await running.reload(("mark: first", "mork: first"), ("sion: 2024", "sion: x2024"), yaml=UNWATCHED)
         assert broken[:2] == (1, "")
         assert broken[2].splitlines() == [
             "gateway.yaml:6:5: there is no stage 'mork'; did you mean 'mark'?",
             VERSION,
-            "gateway: not reloaded; the configuration at hand stays",
+            "gateway: not reloaded; the current configuration stays",
         ]
-        failed = await running.until("reload failed; the configuration at hand stays")
+        failed = await running.until("reload_failed")
         assert (failed["level"], failed["mistakes"]) == ("error", broken[2].splitlines()[:2])
         assert await running.names() == {"second"}
         assert running.text.count("there is no stage 'mork'") == 1
@@ -659,7 +659,7 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
         assert await running.reload(yaml=UNWATCHED + "log: {level: warning}\n") == (
             0, "log.level: info -> warning\nteam default: mark.name: third -> first\n", ""
         )  # fmt: skip
-        await running.until("configuration reloaded", 2)
+        await running.until("reloaded", 2)
     done = await asyncio.to_thread(run, "reload", "--config", str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == f"gateway: no gateway with the configuration {tmp_path}/gateway.yaml runs here\n"
@@ -668,7 +668,7 @@ async def test_gateway_reload_tells_what_became_of_it(flags: list[str], azure: F
 @pytest.mark.slow
 @WORKERS
 async def test_sighup_reloads(flags: list[str], azure: FakeAzure, tmp_path: Path) -> None:
-    """Also where the workers get it as well, as they do from a terminal; systemd is told when it begins and ends."""
+    """Even if the workers get the signal, as from a terminal; systemd is notified of the begin and the end."""
     manager = Manager(str(tmp_path / "notify"))
     async with served(azure, tmp_path, *flags, yaml=UNWATCHED, NOTIFY_SOCKET=manager.name) as running:
         assert await manager.hear() == "READY=1"
@@ -677,17 +677,17 @@ async def test_sighup_reloads(flags: list[str], azure: FakeAzure, tmp_path: Path
             os.killpg(running.process.pid, signal.SIGHUP)
             assert (await manager.hear()).startswith("RELOADING=1\n")
             assert await manager.hear() == "READY=1"
-            await running.until("configuration reloaded", number)
+            await running.until("reloaded", number)
             assert await running.names() == {f"no-{number}"}
         os.killpg(running.process.pid, signal.SIGHUP)
-        await running.until("nothing changed")
+        await running.until("reload_unchanged")
     manager.close()
 
 
 @pytest.mark.slow
 @WORKERS
 async def test_a_changed_file_is_taken_over(flags: list[str], azure: FakeAzure, tmp_path: Path) -> None:
-    """A ConfigMap's swap; a broken one is told of once; where `watch: false` is said, no other is."""
+    """A ConfigMap's swap; an invalid one is reported once; after `watch: false`, changes are ignored."""
     versions = [
         YAML.replace("first", "second"),
         YAML.replace("- mark", "- mork"),
@@ -707,17 +707,15 @@ async def test_a_changed_file_is_taken_over(flags: list[str], azure: FakeAzure, 
 
     async with served(azure, tmp_path, *flags) as running:
         swap(1)
-        assert (await running.until("configuration reloaded"))["changes"] == [
-            "team default: mark.name: first -> second"
-        ]
+        assert (await running.until("reloaded"))["changes"] == ["team default: mark.name: first -> second"]
         assert await running.names() == {"second"}
         swap(2)
-        failed = await running.until("reload failed; the configuration at hand stays")
+        failed = await running.until("reload_failed")
         assert "6:5: there is no stage 'mork'" in failed["mistakes"][0]
         await asyncio.sleep(3.5)
-        assert len(running.named("reload failed; the configuration at hand stays")) == 1
+        assert len(running.named("reload_failed")) == 1
         swap(3)
-        await running.until("configuration reloaded", 2)
+        await running.until("reloaded", 2)
         swap(4)
         await asyncio.sleep(3.5)
         assert await running.names() == {"third"}
@@ -725,7 +723,7 @@ async def test_a_changed_file_is_taken_over(flags: list[str], azure: FakeAzure, 
 
 @pytest.mark.slow
 async def test_20_reloads_of_two_workers_under_load_fail_no_request(azure: FakeAzure, tmp_path: Path) -> None:
-    """And when each is over, every worker serves it."""
+    """After each reload, every worker serves the new configuration."""
     azure.words = ["x"] * 20
     async with served(azure, tmp_path, "--workers", "2", yaml=UNWATCHED) as running:
         failed, enough = [], asyncio.Event()
@@ -747,18 +745,18 @@ async def test_20_reloads_of_two_workers_under_load_fail_no_request(azure: FakeA
         clients = [asyncio.create_task(ask(stream, kept)) for kept in (True, False) for stream in (True, False)]
         for number in range(20):
             running.path.write_text(UNWATCHED.replace("first", f"no-{number}"))
-            report = await asyncio.to_thread(control.ask, running.path)
+            report = await asyncio.to_thread(control.request_reload, running.path)
             assert len(report.changes) == 1, report
             assert await running.names() == {f"no-{number}"}
         enough.set()
         await asyncio.gather(*clients)
         assert failed == []
-        assert not running.named("worker died")
+        assert not running.named("worker_died")
 
 
 @pytest.mark.slow
 async def test_what_one_worker_cannot_start_none_takes_over(azure: FakeAzure, tmp_path: Path) -> None:
-    """The set that the other had prepared is stopped there."""
+    """The other worker stops what it has prepared."""
     async with served(azure, tmp_path, "--workers", "2", yaml=UNWATCHED, ONCE=str(tmp_path / "once")) as running:
         status, _, error = await running.reload(("mark: first", "mark: {name: second, starts: once}"), yaml=UNWATCHED)
         assert status == 1
@@ -770,12 +768,12 @@ async def test_what_one_worker_cannot_start_none_takes_over(azure: FakeAzure, tm
 
 @pytest.mark.slow
 async def test_a_worker_that_replaced_another_is_followed(azure: FakeAzure, tmp_path: Path) -> None:
-    """It reads the files as they are; where these are others by then, all are reloaded, though nobody asked."""
+    """It reads the current files; if these have changed, all workers are reloaded without a request."""
     async with served(azure, tmp_path, "--workers", "2", yaml=UNWATCHED) as running:
         running.path.write_text(UNWATCHED.replace("first", "second"))
-        os.kill(running.named("workers ready")[0]["pids"][0], signal.SIGKILL)
-        await running.until("worker ready", 3)
-        await running.until("configuration reloaded")
+        os.kill(running.named("workers_ready")[0]["pids"][0], signal.SIGKILL)
+        await running.until("worker_ready", 3)
+        await running.until("reloaded")
         answers: set[tuple[str, str]] = set()
         async with asyncio.timeout(30):
             while len(answers) < 2:  # which worker takes a connection is the system's to say
@@ -786,20 +784,20 @@ async def test_a_worker_that_replaced_another_is_followed(azure: FakeAzure, tmp_
 
 @pytest.mark.slow
 async def test_a_rolling_restart_and_reloads_are_one_after_another(azure: FakeAzure, tmp_path: Path) -> None:
-    """Whichever comes first; a stop waits for neither."""
+    """In either order; a stop waits for neither."""
     async with served(azure, tmp_path, "--workers", "2", yaml=UNWATCHED) as running:
         running.path.write_text(UNWATCHED.replace("first", "second"))
         os.kill(running.process.pid, signal.SIGUSR2)
         os.kill(running.process.pid, signal.SIGHUP)
-        await running.until("workers ready", 2)
-        await running.until("nothing changed")  # the new workers have read it already
+        await running.until("workers_ready", 2)
+        await running.until("reload_unchanged")  # the new workers have read it already
         assert await running.names() == {"second"}
         running.path.write_text(UNWATCHED.replace("first", "third"))
         os.kill(running.process.pid, signal.SIGHUP)
         await asyncio.sleep(0.05)
         os.kill(running.process.pid, signal.SIGUSR2)
-        await running.until("configuration reloaded")
-        await running.until("workers ready", 3)
+        await running.until("reloaded")
+        await running.until("workers_ready", 3)
         assert await running.names() == {"third"}
 
 
@@ -808,7 +806,7 @@ async def test_a_rolling_restart_and_reloads_are_one_after_another(azure: FakeAz
 async def test_a_reload_that_hangs_does_not_keep_the_gateway_from_stopping(
     flags: list[str], azure: FakeAzure, tmp_path: Path
 ) -> None:
-    """Whoever waits for its outcome is told."""
+    """A waiting client gets a report."""
     async with served(azure, tmp_path, *flags, yaml=UNWATCHED) as running:
         asked = asyncio.create_task(running.reload(("mark: first", "mark: {starts: never}"), yaml=UNWATCHED))
         await running.until("mark started", 3 if flags else 2)
@@ -816,14 +814,16 @@ async def test_a_reload_that_hangs_does_not_keep_the_gateway_from_stopping(
         assert await running.ended() == 0
         status, _, error = await asked
         assert status == 1
-        assert "the gateway is stopping" in error or "ended before it had reloaded" in error
+        assert "the gateway is stopping" in error or "ended before the reload was complete" in error
 
 
 def test_what_another_process_says_does_not_steer_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Any user of the machine may have taken the name before the gateway did."""
-    monkeypatch.setattr(control, "ask", lambda path, user: ReloadReport(changes=["\x1b[2J"], notes=["listen: \r"]))
+    """Any local user may take the name before the gateway."""
+    monkeypatch.setattr(
+        control, "request_reload", lambda path, user: ReloadReport(changes=["\x1b[2J"], notes=["listen: \r"])
+    )
     assert main(["reload", "--config", str(tmp_path / "gateway.yaml")]) == 0
     printed = capsys.readouterr()
     assert printed.out == "'\\x1b[2J'\n"
@@ -882,7 +882,7 @@ ODD_YAML = YAML.replace("  - mark: first", "  - mark: first\n  - odd: well") + "
 async def test_whatever_a_stage_does_when_it_starts_keeps_the_old_set(
     how: str, words: str, start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also what ends other programs; and a later reload works. Its secret settings are in no message."""
+    """Even an exception that ends other programs; a later reload works. No message has its secret settings."""
     running = await start(ODD_YAML, **ODD_FILES)
     report = await running.reload(("odd: well", f"odd: {how}"), yaml=ODD_YAML)
     (mistake,) = report.mistakes
@@ -898,7 +898,7 @@ async def test_whatever_a_stage_does_when_it_starts_keeps_the_old_set(
 async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
     how: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of its team and of other teams; and the gateway can be stopped."""
+    """Those of its team and of other teams; and the gateway can stop."""
     monkeypatch.setattr("gateway.teams._STOPPING", 0.1)
     yaml = ODD_YAML.replace("odd: well", f"odd: {how}")
     running = await start(yaml, **ODD_FILES)
@@ -916,11 +916,11 @@ async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
 
 
 async def test_a_pipe_that_says_nothing_does_not_keep_the_gateway(start: Start, tmp_path: Path) -> None:
-    """A file of a configuration is read in a thread that nobody waits for."""
+    """The configuration is read in a daemon thread."""
     running = await start()
     os.mkfifo(tmp_path / "pipe")
     running.path.write_text(YAML.replace("${file:key}", "${file:pipe}"))
-    reloading = asyncio.create_task(running.renewal.reload())
+    reloading = asyncio.create_task(running.generations.reload())
     await asyncio.sleep(0.1)
     assert not reloading.done()
     assert await running.name() == "first"
@@ -931,8 +931,8 @@ async def test_a_pipe_that_says_nothing_does_not_keep_the_gateway(start: Start, 
     (tmp_path / "pipe").write_text("x")  # lets the thread end
 
 
-async def test_a_worker_says_what_is_long(tmp_path: Path) -> None:
-    """More than fits between it and its supervisor, on a descriptor that does not wait: that is how loops leave it."""
+async def test_a_worker_sends_long_messages(tmp_path: Path) -> None:
+    """A message larger than the socket's buffer, on a non-blocking descriptor, as event loops leave it."""
     ours, theirs = socket.socketpair()
     line = SupervisorChannel(theirs.detach())
     os.set_blocking(line._socket.fileno(), False)
@@ -950,7 +950,7 @@ async def test_a_worker_says_what_is_long(tmp_path: Path) -> None:
 
 
 async def test_names_that_are_no_text_are_none_of_a_configuration_s(tmp_path: Path) -> None:
-    """A stray file in a folder of stages must not keep workers from saying what they read."""
+    """A stray file in a folder of stages must not prevent workers from reporting their sources."""
     (tmp_path / "fine.py").write_text("")
     Path(os.fsdecode(bytes(tmp_path) + b"/\xe4.py")).write_text("")
     sources = Sources()
@@ -958,8 +958,8 @@ async def test_names_that_are_no_text_are_none_of_a_configuration_s(tmp_path: Pa
     json.dumps(sources.patterns).encode()
 
 
-async def test_many_who_ask_at_once_take_no_more_than_their_places(tmp_path: Path) -> None:
-    """Each of them costs a descriptor, which clients need."""
+async def test_simultaneous_clients_are_limited(tmp_path: Path) -> None:
+    """Each client costs a descriptor."""
 
     async def reload() -> Prepared:
         await asyncio.sleep(3600)
@@ -988,7 +988,7 @@ async def test_many_who_ask_at_once_take_no_more_than_their_places(tmp_path: Pat
 
 
 async def test_a_reload_that_fails_by_a_bug_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asked is told, and the next one is tried: an error that passes must not end reloading for ever."""
+    """The client gets a report, and the next reload runs: a passing error must not end the loop."""
     monkeypatch.setattr("gateway.process.reload._PAUSE", 0.01)
     tried = 0
 
@@ -1000,35 +1000,35 @@ async def test_a_reload_that_fails_by_a_bug_is_not_the_last(tmp_path: Path, monk
         return Prepared(ReloadReport(changes=["x"]), WatchedState())
 
     async with going(running := reloads(tmp_path, reload)):
-        assert (await running.ask()).mistakes == ["RuntimeError; the log has more"]
+        assert (await running.ask()).mistakes == ["RuntimeError; see the log"]
         assert (await running.ask()).changes == ["x"]
 
 
 async def test_the_watch_outlives_a_reload_that_read_nothing(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It failed before it read a file: all files are still watched, and count as another than what was read."""
+    """It failed before it read a file: all files are still watched, and count as changed."""
     running = await start()
-    before = running.renewal.state.sources
+    before = running.generations.state.sources
 
     def fails(*args: object) -> Loaded:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(running.renewal, "_load", fails)
-    prepared = await running.renewal.prepare()
-    assert prepared.report.mistakes == ["RuntimeError; the log has more"]
+    monkeypatch.setattr(running.generations, "_load", fails)
+    prepared = await running.generations.prepare()
+    assert prepared.report.mistakes == ["RuntimeError; see the log"]
     assert prepared.state.sources.files.keys() == before.files.keys()
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     async with asyncio.timeout(20):
         await watch.wait_for_change(prepared.state.sources)
 
 
 async def test_a_watch_without_threads_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that cannot be had is a passing error."""
+    """A lack of threads is a passing error."""
     (tmp_path / "f").write_text("1")
     sources = Sources()
     sources.read(tmp_path / "f")
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     to_thread, left = asyncio.to_thread, 3
 
     async def without(work: Callable[..., Any], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One supervisor and several workers behind one address: what clients and operators see of it."""
+"""One supervisor and several workers on one address, as seen by clients and operators."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import pytest
 
 from gateway.cli import main
 from gateway.errors import StartError
-from gateway.process import supervisor as workers
+from gateway.process import two_phase_reload, worker_health, worker_restarts
 from gateway.process.control_socket import ReloadReport
 from gateway.process.supervisor import Supervisor
 from gateway.process.systemd import Notifier
+from gateway.process.worker_process import worker_command
 from gateway.settings import Listen
 from gateway.testing import FakeAzure
 from gateway.transport.listener import Listener
@@ -54,7 +55,7 @@ pipeline: [who, auth_passthrough, {model_map: {unmapped: own_name_without_dots}}
 
 
 class Fleet:
-    """A supervisor that runs as a process of its own; `events` are its log's and its workers'."""
+    """A supervisor in a separate process; `events` are from its log and its workers'."""
 
     def __init__(self, process: asyncio.subprocess.Process, config: Path) -> None:
         self.process = process
@@ -92,12 +93,12 @@ class Fleet:
 
     @property
     def url(self) -> str:
-        return f"http://{self.named('workers ready')[0]['address']}/v1/chat/completions"
+        return f"http://{self.named('workers_ready')[0]['address']}/v1/chat/completions"
 
     @property
     def pids(self) -> set[int]:
-        """The workers that the supervisor counts on, as it said last."""
-        return set(self.named("workers ready")[-1]["pids"])
+        """The current workers, from the last event."""
+        return set(self.named("workers_ready")[-1]["pids"])
 
 
 @contextlib.asynccontextmanager
@@ -114,7 +115,7 @@ async def fleet(
     running = Fleet(process, config)
     try:
         if wait:
-            await running.until("workers ready")
+            await running.until("workers_ready")
         yield running
     finally:
         if process.returncode is None:
@@ -124,7 +125,7 @@ async def fleet(
 
 
 async def ask(url: str, **more: Any) -> str:
-    """Ask on a new connection, and return the pid of the worker that answered."""
+    """Send a request on a new connection, and return the pid of the worker that responded."""
     async with (
         aiohttp.ClientSession(**more) as session,
         session.post(url, json=CHAT, headers={"api-key": KEY}) as answer,
@@ -134,7 +135,7 @@ async def ask(url: str, **more: Any) -> str:
 
 
 async def answering(url: str, pids: set[int]) -> None:
-    """Ask until every worker of a set has answered, and nobody else has since."""
+    """Send requests until every worker of a set has responded, and no other one."""
     async with asyncio.timeout(30):
         seen: set[int] = set()
         while seen != pids:
@@ -144,7 +145,7 @@ async def answering(url: str, pids: set[int]) -> None:
 
 @pytest.mark.slow
 async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAzure, tmp_path: Path) -> None:
-    """Both answer; the log names the one that died, of what, and when it is replaced; then both answer again."""
+    """Both respond; the log has the dead worker, its exit and the restart delay; then both respond again."""
     async with fleet(azure, tmp_path) as running:
         first = running.pids
         assert len(first) == 2
@@ -152,10 +153,10 @@ async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAz
         await answering(running.url, first)
         victim = min(first)
         os.kill(victim, signal.SIGKILL)
-        died = await running.until("worker died")
-        assert (died["level"], died["pid"], died["fate"]) == ("error", victim, "signal SIGKILL")
-        assert died["replaced_in"] == 0.5
-        heir = (await running.until("worker ready", 3))["pid"]
+        died = await running.until("worker_died")
+        assert (died["level"], died["pid"], died["exit"]) == ("error", victim, "signal SIGKILL")
+        assert died["restart_in"] == 0.5
+        heir = (await running.until("worker_ready", 3))["pid"]
         await answering(running.url, {max(first), heir})
         running.process.send_signal(signal.SIGTERM)
         assert await running.gone() == 0
@@ -163,7 +164,7 @@ async def test_workers_share_one_port_and_a_killed_one_is_replaced(azure: FakeAz
 
 @pytest.mark.slow
 async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> None:
-    """Three of them: kept connections, new ones and a stream that outlives the first; every worker is another then."""
+    """Three restarts, with kept and new connections, and a stream that outlives the first; all workers are replaced."""
     async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
         done, whole, failed, enough = 0, 0, [], asyncio.Event()
         body = {**CHAT, "user": "load"}
@@ -197,7 +198,7 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
                 os.killpg(
                     running.process.pid, signal.SIGUSR2
                 )  # the workers get it, too, and leave it to the supervisor
-                await running.until("workers ready", turn)
+                await running.until("workers_ready", turn)
                 assert not running.pids & seen
                 seen |= running.pids
                 assert done > before
@@ -213,20 +214,20 @@ async def test_rolling_restarts_under_load_fail_no_request(tmp_path: Path) -> No
         assert failed == []
         assert len([seen for seen in azure.requests if b'"load"' in seen.body]) == whole
         await running.until("stopped", 6)  # the old ones, and nobody died
-        assert not running.named("worker died")
+        assert not running.named("worker_died")
         running.process.send_signal(signal.SIGTERM)
         assert await running.gone() == 0
 
 
 @pytest.mark.slow
 async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tmp_path: Path) -> None:
-    """The log says why, once; a mended one is taken over by the next restart, and new code of a stage with it."""
+    """The log has the reason, once; the next restart takes a corrected one, and new code of a stage."""
     unwatched = YAML + "watch: false\n"
     async with fleet(azure, tmp_path, yaml=unwatched) as running:
         old = running.pids
         running.config.write_text(unwatched.replace("pipeline: [who", "pipeline: [whom"))
         running.process.send_signal(signal.SIGUSR2)
-        failed = await running.until("rolling restart failed; the old workers stay")
+        failed = await running.until("rolling_restart_failed")
         assert failed["level"] == "error"
         assert "gateway.yaml:5:12: there is no stage 'whom'" in failed["reason"]
         assert running.text.count(b"there is no stage 'whom'") == 1
@@ -236,7 +237,7 @@ async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tm
         write_files(tmp_path, {"mine/who.py": WHO.replace("    name: str", "    title: str = 'x'\n    name: str")})
         running.config.write_text(unwatched.replace("[who,", "[{who: {title: t, name: second}},"))
         running.process.send_signal(signal.SIGUSR2)
-        await running.until("workers ready", 3)
+        await running.until("workers_ready", 3)
         assert not running.pids & old
         await answering(running.url, running.pids)
         async with aiohttp.ClientSession() as session, session.post(running.url, json=CHAT) as answer:
@@ -248,7 +249,7 @@ async def test_a_broken_configuration_keeps_the_old_workers(azure: FakeAzure, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True])
 async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) -> None:
-    """Streams end whole, newcomers are refused, the status is 0; also where the workers get the signal as well."""
+    """Streams complete, new connections are refused, the status is 0; even if the workers get the signal, too."""
     async with FakeAzure(words=["x"] * 300, delay=0.1) as azure, fleet(azure, tmp_path) as running:
         url = running.url
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
@@ -270,7 +271,7 @@ async def test_sigterm_drains_every_worker(whole_group: bool, tmp_path: Path) ->
             for answer in answers:
                 assert (await answer.text()).endswith("data: [DONE]\n\n")
         assert await running.gone() == 0
-        assert not running.named("worker died")
+        assert not running.named("worker_died")
         assert not running.named("exchanges_cancelled")
 
 
@@ -292,7 +293,7 @@ async def test_a_second_signal_ends_every_worker_at_once(tmp_path: Path) -> None
 
 @pytest.mark.slow
 async def test_workers_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
-    """Where it is killed they drain, and are gone."""
+    """If it is killed, they drain and exit."""
     async with (
         FakeAzure(words=["x"] * 20, delay=0.1) as azure,
         fleet(azure, tmp_path) as running,
@@ -311,9 +312,9 @@ async def test_the_unix_socket_is_the_supervisors(azure: FakeAzure, tmp_path: Pa
     path = tmp_path / "s"
     async with fleet(azure, tmp_path, "--listen", f"unix:{path}") as running:
         os.kill(min(running.pids), signal.SIGKILL)
-        await running.until("worker ready", 3)
+        await running.until("worker_ready", 3)
         running.process.send_signal(signal.SIGUSR2)
-        await running.until("workers ready", 2)
+        await running.until("workers_ready", 2)
         await running.until("stopped", 2)  # the old ones
         assert path.is_socket()
         pid = await ask("http://x/v1/chat/completions", connector=aiohttp.UnixConnector(str(path)))
@@ -325,21 +326,21 @@ async def test_the_unix_socket_is_the_supervisors(azure: FakeAzure, tmp_path: Pa
 
 @pytest.mark.slow
 async def test_restarts_asked_for_meanwhile_are_one_more_and_a_stop_wins(azure: FakeAzure, tmp_path: Path) -> None:
-    """Several signals while a restart runs are one; SIGTERM does not wait for it."""
+    """Several signals during a restart count as one; SIGTERM does not wait for it."""
     async with fleet(azure, tmp_path) as running:
         running.process.send_signal(signal.SIGUSR2)
-        await running.until("rolling restart")
+        await running.until("rolling_restart")
         for _ in range(3):
             running.process.send_signal(signal.SIGUSR2)
             await asyncio.sleep(0.01)
-        await running.until("workers ready", 3)
+        await running.until("workers_ready", 3)
         await asyncio.sleep(0.5)
-        assert len(running.named("rolling restart")) == 2
+        assert len(running.named("rolling_restart")) == 2
         running.process.send_signal(signal.SIGUSR2)
-        await running.until("rolling restart", 3)
+        await running.until("rolling_restart", 3)
         running.process.send_signal(signal.SIGTERM)
         assert await running.gone() == 0
-        assert len(running.named("workers ready")) == 3
+        assert len(running.named("workers_ready")) == 3
 
 
 @pytest.mark.slow
@@ -366,7 +367,7 @@ async def test_what_keeps_every_worker_from_starting_is_said_once(azure: FakeAzu
 async def test_workers_that_hang_while_they_start_can_be_stopped(
     how: str, signals: int, azure: FakeAzure, tmp_path: Path
 ) -> None:
-    """SIGTERM ends a gateway that is not up yet; one that hears nothing is killed after a second one."""
+    """SIGTERM ends a gateway that is starting; a worker that does not react is killed after a second signal."""
     write_files(tmp_path, {"mine/starts.py": STARTS.format(what=f"get_logger().info('hanging'); {how}")})
     path = tmp_path / "mine" / "starts.py"
     path.write_text("import time\nfrom gateway.logs import get_logger\n" + path.read_text())
@@ -383,17 +384,17 @@ async def test_workers_that_hang_while_they_start_can_be_stopped(
 
 @pytest.mark.parametrize("given", ["0", "-1", "x", "1.5", ""])
 def test_a_wrong_number_of_workers_is_a_clear_error(given: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2, and what would be right."""
+    """Status 2, and the valid values."""
     with pytest.raises(SystemExit) as caught:
         main(["serve", f"--workers={given}"])
     assert caught.value.code == 2
-    assert f"--workers: {given!r} is neither a number from 1 on nor auto" in capsys.readouterr().err
+    assert f"--workers: {given!r} must be a number of at least 1, or auto" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cpus", [1, 2])
 async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure: FakeAzure, tmp_path: Path) -> None:
-    """Not for each that the machine has; for one CPU no supervisor is needed."""
+    """Not one for each CPU of the machine; with one CPU there is no supervisor."""
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < cpus:
         pytest.skip("this machine has too few CPUs")
@@ -409,7 +410,7 @@ async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure
         if cpus == 1:
             assert (await running.until("listening"))["pid"] == process.pid
         else:
-            assert len((await running.until("workers ready"))["pids"]) == cpus
+            assert len((await running.until("workers_ready"))["pids"]) == cpus
         process.send_signal(signal.SIGTERM)
         assert await running.gone() == 0
     finally:
@@ -419,12 +420,12 @@ async def test_auto_is_one_worker_for_each_cpu_that_may_be_used(cpus: int, azure
 
 
 def test_workers_import_from_where_the_supervisor_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory may hold any gateway.py: it counts where `python -m gateway` looked there already."""
+    """The working directory may have another gateway.py: it counts only if `python -m gateway` looked there, too."""
     monkeypatch.setattr(sys, "path", [os.getcwd(), *sys.path])
-    assert workers.worker_command(None, cors=True)[-2:] == ["serve", "--cors"]
-    assert workers.worker_command(None) == [sys.executable, "-m", "gateway", "serve"]
+    assert worker_command(None, cors=True)[-2:] == ["serve", "--cors"]
+    assert worker_command(None) == [sys.executable, "-m", "gateway", "serve"]
     monkeypatch.setattr(sys, "path", ["/opt/gateway/bin", *sys.path])
-    assert workers.worker_command(Path("g.yaml"))[1:] == ["-P", "-m", "gateway", "serve", "--config", "g.yaml"]
+    assert worker_command(Path("g.yaml"))[1:] == ["-P", "-m", "gateway", "serve", "--config", "g.yaml"]
 
 
 # A worker that says that it serves, and ends; one that never says anything.
@@ -437,22 +438,22 @@ SILENT = "import time; time.sleep(3600)"
 
 
 def supervisor(code: str, count: int = 1, **more: Any) -> Supervisor:
-    """A supervisor of stubs, which runs in this process."""
+    """A supervisor in this process, with stubs as workers."""
     command = [sys.executable, "-S", "-c", code]
     listener = Listener.open(Listen("127.0.0.1", 0))
     return Supervisor(listener, command, count, Notifier({}), config=Path("none.yaml"), **more)
 
 
 @pytest.mark.parametrize(
-    ("long_life", "delays"), [(60.0, [0.01, 0.02, 0.04, 0.05, 0.05]), (0.0, [0.01, 0.01, 0.01, 0.01, 0.01])]
+    ("reset_after", "delays"), [(60.0, [0.01, 0.02, 0.04, 0.05, 0.05]), (0.0, [0.01, 0.01, 0.01, 0.01, 0.01])]
 )
 async def test_the_delay_grows_while_workers_die_young(
-    long_life: float, delays: list[float], monkeypatch: pytest.MonkeyPatch
+    reset_after: float, delays: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Doubled up to a bound; one that has lived for long is replaced as soon as the first."""
-    monkeypatch.setattr(workers, "_FIRST_DELAY", 0.01)
-    monkeypatch.setattr(workers, "_LAST_DELAY", 0.05)
-    monkeypatch.setattr(workers, "_LONG_LIFE", long_life)
+    """The delay doubles up to a maximum; after a long uptime it starts again at the initial delay."""
+    monkeypatch.setattr(worker_restarts, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(worker_restarts, "_MAX_DELAY", 0.05)
+    monkeypatch.setattr(worker_restarts, "_RESET_AFTER", reset_after)
     events: list[dict[str, Any]] = []
     running = supervisor(CRASHES)
 
@@ -465,24 +466,24 @@ async def test_the_delay_grows_while_workers_die_young(
             if len(events) == len(delays):
                 running._stop()
 
-    monkeypatch.setattr(workers, "get_logger", Log)
+    monkeypatch.setattr(worker_restarts, "get_logger", Log)
     async with asyncio.timeout(30):
         await running.run()
-    assert {event["event"] for event in events} == {"worker died"}
-    assert {event["fate"] for event in events} == {"status 3"}
-    assert [event["replaced_in"] for event in events] == delays
+    assert {event["event"] for event in events} == {"worker_died"}
+    assert {event["exit"] for event in events} == {"status 3"}
+    assert [event["restart_in"] for event in events] == delays
 
 
 async def test_workers_that_never_become_ready_are_killed() -> None:
-    """The supervisor does not wait for ever."""
-    running = supervisor(SILENT, 2, patience=0.3)
+    """The supervisor has a timeout."""
+    running = supervisor(SILENT, 2, timeout=0.3)
     async with asyncio.timeout(30):
         with pytest.raises(StartError, match=r"not ready after 0\.3 s"):
             await running.run()
 
 
 async def test_a_system_without_processes_is_a_clear_error() -> None:
-    """As any other reason why the first worker cannot start."""
+    """Like any reason why the first worker cannot start."""
     running = Supervisor(Listener.open(Listen("127.0.0.1", 0)), ["no-such-program"], 2, Notifier({}),
                          config=Path("none.yaml"))  # fmt: skip
     async with asyncio.timeout(30):
@@ -491,7 +492,7 @@ async def test_a_system_without_processes_is_a_clear_error() -> None:
 
 
 async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread waits for each worker; where none can be had, there is no worker, and the supervisor says so."""
+    """A thread waits for each worker; without a thread there is no worker, and the supervisor reports it."""
 
     async def without(*_: object, **__: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -503,11 +504,11 @@ async def test_a_system_without_threads_is_a_clear_error(monkeypatch: pytest.Mon
             await running.run()
 
 
-async def test_a_worker_that_dies_without_a_word_is_told_of_by_its_status() -> None:
-    """A traceback, which it has printed itself, is no reason to repeat."""
+async def test_a_worker_that_exits_silently_is_reported_with_its_status() -> None:
+    """Its traceback, which it has printed, is not repeated."""
     running = supervisor("raise SystemExit(7)", 2)
     async with asyncio.timeout(30):
-        with pytest.raises(StartError, match="ended before it was ready: status 7"):
+        with pytest.raises(StartError, match="exited before it was ready: status 7"):
             await running.run()
 
 
@@ -543,11 +544,12 @@ for order in line.makefile("r"):
     ("other", "said", "heard"),
     [
         ("prepared('new')", ReloadReport(changes=["new"]), "prepare 1, commit 1"),
-        ("pass", ReloadReport(mistakes=["a worker had not prepared it after 2 s"]), "prepare 1, abort 1"),
-        ("sys.exit(3)", ReloadReport(mistakes=["a worker ended while it prepared it"]), "prepare 1, abort 1"),
+        ("pass", ReloadReport(mistakes=["a worker did not prepare the reload within 2 s"]), "prepare 1, abort 1"),
+        ("sys.exit(3)", ReloadReport(mistakes=["a worker exited while it prepared the reload"]), "prepare 1, abort 1"),
         ("prepared('old' if number == '1' else 'new')", ReloadReport(changes=["new"]),
          "prepare 1, abort 1, prepare 2, commit 2"),
-        ("prepared('old')", ReloadReport(mistakes=["the files changed while they were read; they are read again"]),
+        ("prepared('old')",
+         ReloadReport(mistakes=["the files changed while they were read; the gateway reads them again"]),
          "prepare 1, abort 1, prepare 2, abort 2"),
     ],
     ids=["well", "late", "dies", "changed-once", "changed-again"],
@@ -555,10 +557,10 @@ for order in line.makefile("r"):
 async def test_all_workers_take_the_same_files_over_or_none(
     other: str, said: ReloadReport, heard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that takes too long, ends meanwhile, or has read other files, keeps the others from it."""
-    monkeypatch.setattr(workers, "_FIRST_DELAY", 30.0)
+    """A worker that is late, exits meanwhile, or has read different files, prevents the commit."""
+    monkeypatch.setattr(worker_restarts, "_FIRST_DELAY", 30.0)
     code = PREPARES.replace("FOLDER", str(tmp_path)).replace("OTHER", other)
-    running = supervisor(code, 2, patience=2)
+    running = supervisor(code, 2, timeout=2)
     task = asyncio.create_task(running.run())
     async with asyncio.timeout(30):
         while len(running._serving()) < 2 or running._reloading is None:
@@ -570,7 +572,7 @@ async def test_all_workers_take_the_same_files_over_or_none(
     assert report == said
     assert (tmp_path / "first").read_text().split("\n") == [*heard.split(", "), "drain", ""]
     assert running._reloads.state is not None
-    if "read again" in str(report):
+    if "reads them again" in str(report):
         assert running._reloads.state.sources.files == {"f": "unread"}
 
 
@@ -601,18 +603,18 @@ for order in line.makefile("r"):
     [
         (True, "9", [(200, 2), (200, 2)]),
         (True, "1", [(200, 2), (200, 2)]),
-        (True, "0", [(503, "the workers do not answer; try again")] * 2),
-        (True, "'dies'", [(503, "the workers do not answer; try again"), (503, "no worker serves now; try again")]),
-        (False, "9", [(503, "no worker serves now; try again")] * 2),
+        (True, "0", [(503, "the workers do not reply; try again")] * 2),
+        (True, "'dies'", [(503, "the workers do not reply; try again"), (503, "no worker is ready; try again")]),
+        (False, "9", [(503, "no worker is ready; try again")] * 2),
     ],
     ids=["well", "known from before", "silent", "dead", "starting"],
 )
-async def test_the_operator_is_never_told_of_nothing(
+async def test_the_operator_gets_the_last_known_state_or_a_503(
     ready: bool, times: str, expected: list[tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While workers start, do not answer, or have died, it is what is known, or 503 with Retry-After."""
-    monkeypatch.setattr(workers, "_REPORT_IN", 0.3)
-    monkeypatch.setattr(workers, "_FIRST_DELAY", 30.0)
+    """While workers start, do not reply, or have died: the last known state, or a 503 with Retry-After."""
+    monkeypatch.setattr(worker_health, "_REPORT_TIMEOUT", 0.3)
+    monkeypatch.setattr(worker_restarts, "_FIRST_DELAY", 30.0)
     code = REPORTS.replace("TIMES", times).replace("READY", str(ready))
     running = supervisor(code, 2, admin=Listen(unix=str(tmp_path / "admin")))
     task = asyncio.create_task(running.run())
@@ -620,14 +622,14 @@ async def test_the_operator_is_never_told_of_nothing(
         while running._admin.address is None or (ready and len(running._serving()) < 2):
             await asyncio.sleep(0.01)
         async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(tmp_path / "admin"))) as session:
-            for status, told in expected:
+            for status, shown in expected:
                 async with session.get("http://x/admin/resources") as answer:
                     assert answer.status == status
                     body = await answer.json()
                     if status == 200:
-                        assert body["resources"][0]["deployments"][0]["in_flight"] == told
+                        assert body["resources"][0]["deployments"][0]["in_flight"] == shown
                     else:
-                        assert body["error"]["message"] == told
+                        assert body["error"]["message"] == shown
                         assert int(answer.headers["retry-after"]) > 0
         running._stop()
         running._stop()
@@ -635,9 +637,9 @@ async def test_the_operator_is_never_told_of_nothing(
             await task
 
 
-async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others have, so there is no way back; it does when it can."""
-    monkeypatch.setattr(workers, "_LAST_WORDS", 0.2)
+async def test_a_worker_that_does_not_commit_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others have committed, so there is no way back; the late worker commits when it can."""
+    monkeypatch.setattr(two_phase_reload, "STOP_TIMEOUT", 0.2)
     warned: list[str] = []
 
     class Log:
@@ -647,7 +649,7 @@ async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypa
         def warning(self, event: str, **facts: Any) -> None:
             warned.append(event)
 
-    monkeypatch.setattr(workers, "get_logger", Log)
+    monkeypatch.setattr(two_phase_reload, "get_logger", Log)
     code = PREPARES.replace("FOLDER", str(tmp_path)).replace("OTHER", "prepared('new'); time.sleep(1)")
     running = supervisor(code, 2)
     task = asyncio.create_task(running.run())
@@ -655,7 +657,7 @@ async def test_a_worker_that_does_not_commit_is_told_of(tmp_path: Path, monkeypa
         while len(running._serving()) < 2 or running._reloading is None:
             await asyncio.sleep(0.01)
         assert (await running._reloads.ask()).changes == ["new"]
-        assert warned == ["a worker has not taken the configuration over yet"]
+        assert warned == ["worker_reload_late"]
         running._stop()
         await task
     assert "commit 1" in (tmp_path / "second").read_text()
@@ -676,7 +678,7 @@ pipeline:
 
 @pytest.mark.slow
 async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None:
-    """Exactly, whoever of them is asked; over a reload that changes it, a rolling restart, and the death of one."""
+    """Exactly, on all workers; across a reload that changes it, a rolling restart, and the death of a worker."""
 
     async def statuses(count: int) -> list[int]:
         async def one() -> int:
@@ -693,13 +695,13 @@ async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None
         assert sorted(await statuses(10)) == [200] * 8 + [429] * 2
         write_files(tmp_path, {"gateway.yaml": LIMITED.replace("requests_per_day: 20", "requests_per_day: 25")})
         running.process.send_signal(signal.SIGHUP)
-        await running.until("configuration reloaded")
+        await running.until("reloaded")
         assert sorted(await statuses(6)) == [200] * 5 + [429]
         running.process.send_signal(signal.SIGUSR2)
-        await running.until("workers ready", 2)
+        await running.until("workers_ready", 2)
         assert await statuses(3) == [429] * 3
         os.kill(min(running.pids), signal.SIGKILL)
-        await running.until("worker ready", 5)
+        await running.until("worker_ready", 5)
         assert await statuses(3) == [429] * 3
         running.process.send_signal(signal.SIGTERM)
         assert await running.gone() == 0
@@ -707,7 +709,7 @@ async def test_workers_share_one_limit(azure: FakeAzure, tmp_path: Path) -> None
 
 @pytest.mark.slow
 async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) -> None:
-    """Three at once may run, whoever runs them; when a worker is replaced, its own count no more."""
+    """Three may run at once on all workers together; those of a replaced worker no longer count."""
     async with FakeAzure(words=["x"] * 100, delay=0.1) as azure, fleet(azure, tmp_path, yaml=LIMITED) as running:
         async with contextlib.AsyncExitStack() as stack:
             answers = []
@@ -720,7 +722,7 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
             assert "which is the most at once" in await answers[3].text()
             pids = [int(each.headers["x-pid"]) for each in answers[:3]]
             os.kill(pids[0], signal.SIGKILL)
-            await running.until("worker ready", 3)
+            await running.until("worker_ready", 3)
             free = pids.count(pids[0])
             for status in [200] * free + [429]:
                 session = await stack.enter_async_context(aiohttp.ClientSession())
@@ -732,7 +734,7 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
 
 
 async def test_workers_share_what_they_know_of_deployments(tmp_path: Path) -> None:
-    """What one has met, the others need not; also one that replaces another, and the operator sees the sum."""
+    """What one worker learns, all know, including a replacement; the operator sees the sum."""
     async with cluster("east", "west") as regions:
         east = regions["east"]
         east.fault, east.rest = "limited", 600
@@ -749,7 +751,7 @@ async def test_workers_share_what_they_know_of_deployments(tmp_path: Path) -> No
             seen = len(east.saw)
             assert seen == 1
             os.kill(next(iter(pids)), signal.SIGKILL)
-            await running.until("worker ready", 4)
+            await running.until("worker_ready", 4)
             for _ in range(3):
                 await asyncio.gather(*(ask(running.url) for _ in range(16)))
             assert len(east.saw) == seen
@@ -757,8 +759,8 @@ async def test_workers_share_what_they_know_of_deployments(tmp_path: Path) -> No
                 aiohttp.ClientSession() as session,
                 session.get(f"http://127.0.0.1:{port}/admin/resources") as answer,
             ):
-                told = await answer.json()
-            rows = {each["name"]: each["deployments"][0] for each in told["resources"]}
+                shown = await answer.json()
+            rows = {each["name"]: each["deployments"][0] for each in shown["resources"]}
             assert rows["east"]["state"] == "cooling_down"
             assert 500 < rows["east"]["cool_down"] <= 600
             assert rows["west"]["state"] == "available"

@@ -1,4 +1,4 @@
-"""The service manager's two protocols, spoken by hand: readiness, and sockets that are passed in."""
+"""systemd's two protocols: readiness notification, and socket activation."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def manager(request: Any, tmp_path: Path) -> Iterator[Manager]:
     manager.close()
 
 
-async def test_what_the_manager_is_told(manager: Manager) -> None:
-    """The three states as systemd reads them; a reload with the time at which it began."""
+async def test_notifications(manager: Manager) -> None:
+    """The three states as systemd reads them; a reload with its start time."""
     environment = {"NOTIFY_SOCKET": manager.name, "OTHER": "1"}
     notify = Notifier(environment)
     assert environment == {"OTHER": "1"}
@@ -72,7 +72,7 @@ async def test_what_the_manager_is_told(manager: Manager) -> None:
 
 
 def test_without_a_manager_nothing_happens(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """And one that does not answer is a warning, no reason to stop."""
+    """And a failed notification is only a warning."""
     Notifier({}).ready()
     assert capfd.readouterr().err == ""
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready()
@@ -80,7 +80,7 @@ def test_without_a_manager_nothing_happens(tmp_path: Path, capfd: pytest.Capture
 
 
 def test_sockets_meant_for_this_process_are_taken() -> None:
-    """Those of a parent are not; the variables are gone in either case."""
+    """Those of a parent are not; the variables are removed in either case."""
     mine = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "OTHER": "1"}
     assert listen_fds(mine) == [3]
     assert mine == {"OTHER": "1"}
@@ -91,7 +91,7 @@ def test_sockets_meant_for_this_process_are_taken() -> None:
 
 @pytest.mark.parametrize("count", ["2", "many"])
 def test_more_than_one_socket_is_a_clear_error(count: str) -> None:
-    """It says where to take one away."""
+    """The message names the setting to change."""
     with pytest.raises(StartError, match=f"LISTEN_FDS={count}: the gateway takes one socket; .*ListenStream="):
         listen_fds({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count})
 
@@ -110,7 +110,7 @@ async def activated(sock: socket.socket, *arguments: str, count: str = "1", **en
 async def test_socket_activation_and_readiness(
     workers: str, family: socket.AddressFamily, azure: FakeAzure, tmp_path: Path
 ) -> None:
-    """A client that came before the gateway is answered; READY=1 when it serves, STOPPING=1 when it drains."""
+    """A client that connects early gets a response; READY=1 when it serves, STOPPING=1 when it drains."""
     path = tmp_path / "s"
     manager = Manager(str(tmp_path / "notify"))
     with socket.socket(family) as sock:

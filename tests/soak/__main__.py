@@ -110,7 +110,7 @@ class _Gateway:
             elif event.get("event") == "listening":
                 self.port = int(event["address"].rpartition(":")[2])
                 self.listening.set()
-            elif event.get("event") == "configuration reloaded":
+            elif event.get("event") == "reloaded":
                 self.reloads += 1
 
 

@@ -54,7 +54,7 @@ async def status(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 async def test_the_limit_is_that_of_all_workers_together(azure: FakeAzure, tmp_path: Path) -> None:
     """Whichever worker has a connection; a closed one frees its slot, and so does a killed worker."""
     async with fleet(azure, tmp_path, yaml=LIMITED) as running, contextlib.AsyncExitStack() as stack:
-        host, _, port = running.named("workers ready")[0]["address"].rpartition(":")
+        host, _, port = running.named("workers_ready")[0]["address"].rpartition(":")
 
         async def fits() -> asyncio.StreamWriter | None:
             """Open one more; a rejected one is closed again."""
@@ -86,5 +86,5 @@ async def _killed(running: Fleet) -> None:
     """Kill every worker, and wait until others have replaced them."""
     for pid in running.pids:
         os.kill(pid, signal.SIGKILL)
-    await running.until("worker ready", 4)
-    await until(lambda: len(running.named("worker died")) == 2)
+    await running.until("worker_ready", 4)
+    await until(lambda: len(running.named("worker_died")) == 2)

@@ -172,11 +172,11 @@ async def test_files_that_cannot_be_looked_at_are_not_changed(tmp_path: Path, mo
         return listdir(folder)
 
     monkeypatch.setattr(os, "listdir", no_descriptor)
-    monkeypatch.setattr(watch, "_EVERY", 0.01)
+    monkeypatch.setattr(watch, "_INTERVAL", 0.01)
     await watch.wait_for_change(sources)
     assert looks > 4
     looks = 0
-    with pytest.raises(ConfigError, match=r"teams: cannot look for .*Too many open files"):
+    with pytest.raises(ConfigError, match=r"teams: cannot search for .*Too many open files"):
         load(path, {})
 
 
