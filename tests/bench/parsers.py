@@ -16,7 +16,9 @@ import aiohttp
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_parser import HttpRequestParser, HttpResponseParser
 
-from gateway.protocol.http1 import HEAD_END, HeadReader, parse_response
+from gateway.protocol.http1_fields import HEAD_END
+from gateway.protocol.http1_request import HeadReader
+from gateway.protocol.http1_response import parse_response
 
 # More heads than lines are kept, so that a new line is new in each round.
 ROUNDS, HEADS = 20, 5000
