@@ -74,7 +74,7 @@ async def write_response(
     linked: FilterChain | None = None
     patience = timeouts.client
     try:
-        if old and not response.event_stream and _over_unix_socket(connection):
+        if old and not response.is_event_stream and _over_unix_socket(connection):
             # There the end of the connection is all that ends a body, and it cannot be told from a break.
             await response.read()
         body = cast("bytes | AsyncIterator[bytes]", response.body)
@@ -294,12 +294,12 @@ class _Writer:
         kept = kept if kept > UNCOUNTED else 0
         if kept > self._held:
             try:
-                self._exchange.hold(kept - self._held)
+                self._exchange.reserve_memory(kept - self._held)
             except BudgetExhausted:
                 full = "an event of this answer is larger than the memory that the gateway has left for it"
                 raise ApiError(503, f"{full}; try again in a moment", code="overloaded") from None
         else:
-            self._exchange.let_go(self._held - kept)
+            self._exchange.release_memory(self._held - kept)
         self._held = kept
 
     def _pass(self, chunk: bytes) -> None:
@@ -417,7 +417,7 @@ def _break_off(
     transport = connection.transport
     if transport is None or transport.is_closing():
         return
-    if response.event_stream:
+    if response.is_event_stream:
         writer.cut()
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
         connection.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
@@ -483,7 +483,7 @@ def _head(response: Response, request_id: str, *, close: bool, chunked: bool, le
         lines.append(b"content-length: %d" % length)
     elif chunked:
         lines.append(b"transfer-encoding: chunked")
-    if events and not buffering and response.event_stream:
+    if events and not buffering and response.is_event_stream:
         # nginx sends events on at once when it sees this, whatever its own settings.
         lines.append(b"x-accel-buffering: no")
     if not dated:

@@ -327,7 +327,9 @@ class Server:
             return
         named = [each.teams for each in (self._generation, *self._old, *self._prepared)]
         self.upstream.keep(resource for teams in named for resource in teams.resources)
-        self.shared.keep(set().union(*(each.spaces for each in named)), set().union(*(each.fetched for each in named)))
+        self.shared.keep(
+            set().union(*(each.stage_keys for each in named)), set().union(*(each.fetched for each in named))
+        )
 
     def _collect(self) -> None:
         self._collecting = None
@@ -401,9 +403,9 @@ class Server:
                     team=team.name,
                     target=team.target,
                     exchange=exchange,
-                    model=place.model,
+                    path_model=place.model,
                     address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
-                    judgement=judgement,
+                    verification=judgement,
                 )
                 if arrived.body.is_arriving():
                     arrived.body.account = exchange

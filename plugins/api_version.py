@@ -76,7 +76,7 @@ class ApiVersion(Stage):
         place = (request.operation, version)
         found = self._chosen.get(place)
         if found is None:
-            there = [each for each in (version, *self.otherwise) if request.is_in(each)]
+            there = [each for each in (version, *self.otherwise) if request.supported_in(each)]
             found = self._chosen[place] = there[0] if there else version
         return found
 

@@ -20,7 +20,7 @@ class AuthKeys(Stage):
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
         # The default team may well have none, where it is only there for requests that are no team's.
-        if not services.keys and not services.claims and (services.team != "default" or services.teams == 1):
+        if not services.keys and not services.claims and (services.team != "default" or services.team_count == 1):
             has_none = f"team {services.team!r} has no keys and no claims, so nobody could use it"
             yield (), f"{has_none}: gateway keys new --team {services.team}"
 
@@ -58,7 +58,7 @@ class AuthKeys(Stage):
             if identity.has(self._claims):
                 return
         request.notes["key"] = key.digest
-        raise refusal(request, "token of no member" if identity else request.unidentified or "unknown key")
+        raise refusal(request, "token of no member" if identity else request.identity_error or "unknown key")
 
 
 def refusal(

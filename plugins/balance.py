@@ -66,13 +66,13 @@ class Balance(Stage):
 
     needs = ("deployment",)
     provides = ("choice",)
-    above = ("api_version",)  # which a resource may have one of its own
+    must_precede = ("api_version",)  # which a resource may have one of its own
 
     async def start(self, services: Services) -> None:
         budget: RetryBudget = services.store.setdefault("budget", RetryBudget(self.reserve))
         limits = RetryLimits(
             # (So much sooner that it is a failed attempt, and not the end of everything.)
-            min(self.deadline or math.inf, 0.98 * services.deadline),
+            min(self.deadline or math.inf, 0.98 * services.first_byte_timeout),
             self.silence,
             self.attempts,
             self.wait,

@@ -63,7 +63,7 @@ class EmbeddingsSplit(Stage):
             )
         parts = [spans[place : place + self.most_inputs] for place in range(0, len(spans), self.most_inputs)]
         change = f"input: sent in {len(parts)} parts"
-        request.adapted(change)
+        request.record_adaptation(change)
         request.count(self.id)
         try:
             response = await self._merged(request, call_next, given, parts)
@@ -107,7 +107,7 @@ class EmbeddingsSplit(Stage):
             asked.set_fields({**fields, "input": b"[%b]" % given[part[0][0] : part[-1][1]]})
             response = await call_next(asked)
             if response.error is not None or response.status != 200:
-                request.adapted(f"input: part {number} of {len(parts)} failed")
+                request.record_adaptation(f"input: part {number} of {len(parts)} failed")
                 return response
             try:
                 body = await response.read(left)
@@ -118,7 +118,7 @@ class EmbeddingsSplit(Stage):
                 left = 0
             left -= len(body)
             if left <= 0:
-                request.adapted(f"input: part {number} of {len(parts)} failed")
+                request.record_adaptation(f"input: part {number} of {len(parts)} failed")
                 raise UpstreamError(
                     f"the answers to `input` are larger than the {MOST} bytes that are kept, at part {number} of "
                     f"{len(parts)}; send fewer inputs at once, or ask for `encoding_format` base64"
@@ -139,7 +139,7 @@ class EmbeddingsSplit(Stage):
                 raise UpstreamError(
                     f"Azure's answer to part {number} of {len(parts)} of `input` is none to put together: {exc}"
                 ) from None
-        request.hold(MOST - left)  # the answers are kept until all are put together
+        request.reserve_memory(MOST - left)  # the answers are kept until all are put together
         first["data"] = msgspec.Raw(msgspec.json.encode(data))
         first["usage"] = msgspec.Raw(msgspec.json.encode(usage))
         response.body = msgspec.json.encode(first)

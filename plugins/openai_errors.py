@@ -25,7 +25,7 @@ class OpenAIErrors(Stage):
     tells a deployment that is not there from an api-version that lacks the operation.
     """
 
-    above = ("errors",)  # those that are found in a stream are put into these words, too
+    must_precede = ("errors",)  # those that are found in a stream are put into these words, too
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
@@ -113,7 +113,7 @@ def spoken(request: Request, status: int, own: dict[str, Any]) -> dict[str, Any]
 
 def asked(request: Request) -> Target:
     """Return where Azure was asked: a stage below may have chosen it."""
-    return request.sent_to or request.target
+    return request.last_target or request.target
 
 
 def keep_own(made: dict[str, Any], own: dict[str, Any]) -> None:
@@ -126,9 +126,9 @@ def not_found(request: Request) -> str:
     """Say what "Resource not found" means: Azure says it of a path and of an api-version that it does not know."""
     version = asked(request).api_version or ""
     said = f"Azure has nothing at the path of {request.operation} with api-version {version}. "
-    preview = "preview" in request.api_versions and not version.endswith("preview") and version != "v1"
+    preview = "preview" in request.supported_versions and not version.endswith("preview") and version != "v1"
     if preview:
-        return said + f"The api-version is the likely cause: the operation is known from {request.api_versions}."
+        return said + f"The api-version is the likely cause: the operation is known from {request.supported_versions}."
     return said + (
         "That api-version is known to have it, so the likely cause is the resource: its endpoint has another base "
         "path, or its region does not offer the operation."

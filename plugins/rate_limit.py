@@ -209,7 +209,7 @@ class RateLimit(LimitSettings, Stage):
         units = {entry.unit for entry in self._entries}
         self._estimates = bool(units & {"tokens", "spend"})
         if self._estimates:
-            await services.prepare_tokens()
+            await services.load_tokenizers()
         try:
             await self._counters.take([])  # a store that is elsewhere is connected to now, not by the first request
         except CountersUnavailable as exc:
@@ -228,9 +228,9 @@ class RateLimit(LimitSettings, Stage):
 
     async def before_body(self, request: Request) -> None:
         """Take the slots of `in_flight`: no caller sends more bodies at once than it may have requests."""
-        if not self._early or self.id in request.taken or (self._early_by_key and request.caller is None):
+        if not self._early or self.id in request.reservations or (self._early_by_key and request.caller is None):
             return
-        who = (request.caller or "", request.client if self._by_client else "", "")
+        who = (request.caller or "", request.client_address if self._by_client else "", "")
         entries, charges = self._known.get(who) or self._make(request, who)
         charges = [charge for entry, charge in zip(entries, charges, strict=True) if entry in self._early]
         begun = self._clock() if self.wait else 0.0
@@ -241,15 +241,15 @@ class RateLimit(LimitSettings, Stage):
             return
         self._admit(request, self._early, verdict, begun)
         request.defer(lambda outcome: self._settle(self._early, verdict, (), outcome))
-        request.taken[self.id] = True
+        request.reservations[self.id] = True
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         model = (await request.model() or "").strip() if self._by_model else ""
-        who = (request.caller or "", request.client if self._by_client else "", model)
+        who = (request.caller or "", request.client_address if self._by_client else "", model)
         entries, charges = self._known.get(who) or self._make(request, who)
         if self._early:
-            early = request.taken.get(self.id, False)
-            request.taken[self.id] = False
+            early = request.reservations.get(self.id, False)
+            request.reservations[self.id] = False
             if early:
                 kept = [place for place, entry in enumerate(entries) if entry not in self._early]
                 entries, charges = [entries[place] for place in kept], [charges[place] for place in kept]
@@ -342,7 +342,7 @@ class RateLimit(LimitSettings, Stage):
         """Raise ApiError 403 for what would get round the limits."""
         if request.operation == "responses.connect" and self._spends:
             why = "its models, and so its prices, are named by each message"
-        elif self.untold == "refuse" and not request.tells_usage:
+        elif self.untold == "refuse" and not request.reports_usage:
             why = "no answer tells what it uses"
         else:
             return

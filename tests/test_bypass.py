@@ -12,7 +12,7 @@ import json
 import pytest
 
 from gateway.testing import FakeAzure
-from tests.azure.test_model_field import BOUNDARY, HEADERS
+from tests.azure.test_deployment_field import BOUNDARY, HEADERS
 from tests.conftest import KEY, StartGateway, raw_request
 
 YAML = """

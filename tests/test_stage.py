@@ -671,10 +671,10 @@ class AskedFirst(Stage):
         TRACE.append(f"{self.id} {request.caller is not None}")
         if request.headers.get("x-refuse") == self.id:
             raise ApiError(429, "not now")
-        request.taken[self.id] = len(TRACE)
+        request.reservations[self.id] = len(TRACE)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        request.notes[self.id] = request.taken.get(self.id)
+        request.notes[self.id] = request.reservations.get(self.id)
         return await call_next(request)
 """
 ASKED_FIRST_YAML = """

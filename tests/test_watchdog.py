@@ -70,7 +70,7 @@ pipeline:
   - model_map: {unmapped: own_name_without_dots}
   - api_version: 2024-10-21
 """
-BLOCKED = "the event loop is blocked"
+BLOCKED = "event_loop_blocked"
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ async def test_one_function_is_named_once_in_a_while(monkeypatch: pytest.MonkeyP
             events.append(named[-1])
 
     monkeypatch.setattr(watchdog, "get_logger", Log)
-    monkeypatch.setattr(watchdog, "_MOST_PLACES", 2)
+    monkeypatch.setattr(watchdog, "_MAX_FUNCTIONS", 2)
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     here = iter(["a", "a", "b", "a", "a", "c"])
@@ -187,9 +187,9 @@ async def test_one_function_is_named_once_in_a_while(monkeypatch: pytest.MonkeyP
     dog = watchdog.Watchdog([])
     for step in (0, 5, 0, 4, 1, 0):  # seconds since the last one
         now += step
-        dog._tell(0)
+        dog._report(0)
     assert events == ["a", "b", "a", "c"]
-    assert len(dog._told) <= 2
+    assert len(dog._logged) <= 2
 
 
 def test_it_works_with_every_loop_and_ends_with_it(
@@ -204,15 +204,15 @@ def test_it_works_with_every_loop_and_ends_with_it(
             dog.start()
             await asyncio.sleep(0.05)
             end = time.monotonic() + 60
-            while not dog._told and time.monotonic() < end:
+            while not dog._logged and time.monotonic() < end:
                 time.sleep(0.1)  # noqa: ASYNC251 -- as a stage should not
 
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(block())
         thread = dog._thread
         assert thread is not None
-        assert list(dog._told)
-        assert all("test_watchdog.py " in each for each in dog._told)
+        assert list(dog._logged)
+        assert all("test_watchdog.py " in each for each in dog._logged)
         dog.stop()
         assert not thread.is_alive()
     assert capfd.readouterr().err.count(BLOCKED) == 2

@@ -200,7 +200,7 @@ class _Doctor:
         exchange = Exchange()
         target = Target(asked.resource, asked.deployment, version, self._credential)
         request = _request(operation, target, {"model": asked.deployment, **body}, exchange)
-        request.begin_by = time.monotonic() + self._seconds
+        request.first_byte_deadline = time.monotonic() + self._seconds
         begun = time.monotonic()
         try:
             async with asyncio.timeout(self._seconds):
@@ -299,7 +299,7 @@ async def _read_stream(response: Response, begun: float) -> tuple[float, bool]:
     first = 0.0
     splitter = EventSplitter()
     asynchronous = False
-    async for piece in response.pieces():
+    async for piece in response.raw_chunks():
         first = first or _ms(begun)
         for each in splitter.feed(piece):
             content = Event(each).json()

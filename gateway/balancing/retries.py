@@ -105,13 +105,13 @@ class Retrier:
         Requests of one `key` go to one deployment, while it is available. A request whose resource is known goes there,
         once: what it is about is kept there. Its target is its own again when this returns.
         """
-        budget, limits, target, begin_by = self.budget, self.limits, request.target, request.begin_by
+        budget, limits, target, begin_by = self.budget, self.limits, request.target, request.first_byte_deadline
         if budget.left < self._most:
             budget.left = min(budget.left + limits.retries, self._most)
         # (As `buffer_up_to` does, which is another call, and a coroutine.)
-        body = None if request._json_set else request._body.keep()
+        body = None if request._json_replaced else request._body.keep()
         kept = body is not None or await request.buffer_up_to(limits.keep)
-        saved, now = request.saved(), monotonic()
+        saved, now = request.snapshot(), monotonic()
         deadline = now + limits.deadline
         if begin_by is not None and begin_by < deadline:
             deadline = begin_by
@@ -129,7 +129,7 @@ class Retrier:
                 # (A body that is on its way may take as long as its client likes.)
                 trying = health.begin_try(now, alone=kept)
             request.target = _to(target, choice)
-            request.begin_by = deadline if not impatient else self.until(now, deadline, (choice,))
+            request.first_byte_deadline = deadline if not impatient else self.until(now, deadline, (choice,))
             try:
                 response = await call_next(request)
             except BaseException:
@@ -142,11 +142,11 @@ class Retrier:
                 response.status < 400
                 and response.body.__class__ is bytes
                 and response.error is None
-                and not response.event_stream
+                and not response.is_event_stream
             ):
                 health.succeeded(monotonic(), trying, response.headers.fields)
                 health.in_flight -= 1
-                request.target, request.begin_by = target, begin_by
+                request.target, request.first_byte_deadline = target, begin_by
                 return response
         attempts = _Attempts(
             self, request, call_next, saved, key, deadline, kept=kept, pinned=pinned, impatient=impatient
@@ -154,7 +154,7 @@ class Retrier:
         if choice is not None:
             attempts.take_over(choice, trying, now, asked)
         response = await attempts.on(response)
-        request.target, request.begin_by = target, begin_by
+        request.target, request.first_byte_deadline = target, begin_by
         return response
 
     def until(self, now: float, deadline: float, tried: Sequence[Selection]) -> float:
@@ -235,7 +235,7 @@ class _Attempts:
     def take_over(self, choice: Selection, trying: int, begun: float, asked: int) -> None:
         """Take charge of the first attempt."""
         self._choice, self._trying, self._begun, self._asked = choice, trying, begun, asked
-        self._until = self._request.begin_by or self._deadline
+        self._until = self._request.first_byte_deadline or self._deadline
 
     async def _attempt(self, choice: Selection) -> Response:
         """Ask one deployment."""
@@ -247,14 +247,14 @@ class _Attempts:
         request.target = _to(request.target, choice)
         tried = (*self._tried, choice)
         self._until = self._balancer.until(now, self._deadline, tried) if self._impatient else self._deadline
-        request.begin_by = self._until
+        request.first_byte_deadline = self._until
         return await self._call_next(request)
 
     def _began(self, response: Response) -> None:
         """Note that the deployment at hand has begun to answer."""
         now = monotonic()
         health = self._at_hand().health
-        if response.body.__class__ is bytes and not response.event_stream:
+        if response.body.__class__ is bytes and not response.is_event_stream:
             health.succeeded(now, self._trying, response.headers.fields)
         else:
             health.began(now, self._trying, response.headers.fields)
@@ -360,7 +360,7 @@ class _Attempts:
             return "what it is about is kept there, and nowhere else"
         if self._count >= self._limits.attempts:
             return "it was sent as often as it may be"
-        if failure.again == "if_repeatable" and not await self._request.repeatable():
+        if failure.again == "if_repeatable" and not await self._request.is_idempotent():
             return "it may have been processed, and must not be twice"
         if not self._kept and not failure.unread:
             return "its body is too large to be kept"
@@ -427,7 +427,7 @@ class _Attempts:
 
     async def _look(self, response: Response) -> tuple[Response, AttemptFailure | None]:
         """Return an answer, and why it is a failure that another deployment may not have; None where it is none."""
-        if response.status == 200 and response.error is None and response.event_stream:
+        if response.status == 200 and response.error is None and response.is_event_stream:
             response, failure = await self._look_into(response)
         else:
             own = self._request.target.credential is None and self._at_hand().deployment.resource.has_credential
@@ -464,9 +464,9 @@ class _Attempts:
         failure = None if found is None else of_status(response, found.status, found.message)
         if found is None or failure is None:
             return response, None
-        if found.of_response_api and failure.again == "surely":
+        if found.from_responses_api and failure.again == "surely":
             failure.again = "if_repeatable"  # a response was made, and may be stored
-        return response.told_as_error(found), failure
+        return response.error_response(found), failure
 
     def _left(self, seconds: float) -> float:
         """Return so many seconds, or what is left of all, if that is less."""

@@ -198,9 +198,9 @@ class Body:
                 if (length := self._source.length) is not None and length > UNCOUNTED:
                     if limit is not None and length > limit:
                         raise too_much(limit)
-                    self.account.hold(length)
+                    self.account.reserve_memory(length)
                     if length > _ANNOUNCED:
-                        self.account.let_go(length)  # there is room for it: it is counted as it comes
+                        self.account.release_memory(length)  # there is room for it: it is counted as it comes
             self._streamed = True
             if isinstance(self._source, _Replay):
                 self._source.edit(0, 0, b"")
@@ -223,7 +223,7 @@ class Body:
             if limit is not None and size > limit:
                 raise too_much(limit)
             if size > UNCOUNTED:
-                account.hold(size - held)
+                account.reserve_memory(size - held)
                 held = size
             whole.write(piece)
         return whole.getvalue()

@@ -19,18 +19,18 @@ DISK = ThreadPoolExecutor(4, "spool")
 
 
 class ByteAccount(Protocol):
-    """Who answers for the bytes that are kept: the exchange. `hold` and `hold_on_disk` raise ApiError."""
+    """Who answers for the bytes that are kept: the exchange. `reserve_memory` and `reserve_disk` raise ApiError."""
 
-    def hold(self, size: int) -> None:
+    def reserve_memory(self, size: int) -> None:
         """Count bytes in memory, before they are kept."""
 
-    def let_go(self, size: int) -> None:
+    def release_memory(self, size: int) -> None:
         """Count bytes in memory less."""
 
-    def hold_on_disk(self, size: int) -> None:
+    def reserve_disk(self, size: int) -> None:
         """Count bytes on disk, before they are written."""
 
-    def let_go_of_disk(self, size: int) -> None:
+    def release_disk(self, size: int) -> None:
         """Count bytes on disk less."""
 
 
@@ -51,16 +51,16 @@ class SpooledFile:
     async def write(self, data: bytes) -> None:
         """Keep more. Raises OSError if the disk does not take it, and ApiError where there is no room for it."""
         if self._account is not None:
-            self._account.hold(len(data))
+            self._account.reserve_memory(len(data))
         self.size += len(data)
         self._data += data
         if (size := len(self._data)) > (PIECE if self._file is not None else self._in_memory):
             if self._account is not None:
-                self._account.hold_on_disk(size)
+                self._account.reserve_disk(size)
             self._on_disk += size
             await asyncio.get_running_loop().run_in_executor(DISK, self._to_file)
             if self._account is not None:
-                self._account.let_go(size)
+                self._account.release_memory(size)
 
     def _to_file(self) -> None:
         with self.lock:
@@ -116,8 +116,8 @@ class SpooledFile:
     def close(self) -> None:
         """Let go of what is kept; the file goes when no thread works with it any more."""
         if self._account is not None and not self._closed:
-            self._account.let_go(self.size - self._on_disk)
-            self._account.let_go_of_disk(self._on_disk)
+            self._account.release_memory(self.size - self._on_disk)
+            self._account.release_disk(self._on_disk)
         self._closed = True
         if self._file is None and not self.lock.locked():
             self._data = bytearray()

@@ -246,7 +246,7 @@ class _Loader:
     def _issuers(self, issuers: Sequence[Issuer]) -> Issuers | None:
         if not issuers:
             return None
-        return Issuers(issuers, self.shared.session, kept=self.shared.space("", "identity"))
+        return Issuers(issuers, self.shared.session, kept=self.shared.state_of("", "identity"))
 
     def _background(self, store: RedisUrl | None) -> list[Background]:
         """Return what is done beside requests: fetching tokens, and sharing what is known of deployments."""
@@ -355,10 +355,10 @@ class _Loader:
                 keys={key.digest: key for key in match.keys},
                 prices=self.prices,
                 claims=match.claims,
-                teams=self.teams,
-                deadline=self.deadline,
+                team_count=self.teams,
+                first_byte_timeout=self.deadline,
                 shared=self.shared,
-                store_of_limits=self.counters,
+                limit_counters=self.counters,
             )
             for entry in entries
         }

@@ -208,7 +208,7 @@ def names_of(reader: Reader, entry: Entry, stage: Stage, which: str) -> tuple[st
         names = getattr(stage, which)
         return (names,) if isinstance(names, str) else tuple(names)
     except Exception as exc:
-        what = "must stand above" if which == "above" else which
+        what = "must stand above" if which == "must_precede" else which
         reader.mistake(entry.node, f"stage {entry.id!r} cannot tell what it {what}: {type(exc).__name__}: {exc}")
         return ()
 
@@ -262,7 +262,7 @@ def check_order(
         # A second one of its kind is somebody's own idea, and so is a second one of those that it stands above.
         first = all(type(other) is not type(stage) for _, other in made[:place])
         below = {name for _, _, names in says[place + 1 :] for name in names}
-        for name in names_of(reader, entry, stage, "above") if first else ():
+        for name in names_of(reader, entry, stage, "must_precede") if first else ():
             if name in seen and name not in below:
                 reader.mistake(
                     entry.node, f"stage {entry.id!r} must stand above {seen[name]!r}, which provides {name!r}"

@@ -66,7 +66,7 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
             if identity is None:
                 credential = Credential("unknown")  # whoever needs one has not made a second mistake
         if identity is not None and identity not in tokens:
-            tokens[identity] = EntraTokens(identity, shared.session, kept=shared.space("", "entra"))
+            tokens[identity] = EntraTokens(identity, shared.session, kept=shared.state_of("", "entra"))
         proxy = None
         if made.proxy and made.proxy.strip():
             try:

@@ -37,7 +37,7 @@ def counters_at(shared: Shared, place: RedisUrl | None) -> WaitQueue | None:
         return None
     import redis.asyncio  # noqa: F401, PLC0415 -- an extra, loaded here so that no request waits for it
 
-    return shared.counters_at(place, lambda: RedisCounters(place))
+    return shared.counters_of(place, lambda: RedisCounters(place))
 
 
 def _unreadable(path: Path) -> str | None:

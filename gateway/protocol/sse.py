@@ -47,11 +47,11 @@ class Filter:
     """A piece that a stage puts on a response's bytes: no I/O, no clock, one instance per response.
 
     It is fed all bytes; but while it says that it is `between` events, it may not be fed whole ones, in lines that end
-    with LF, that have none of `finds` in them: those it must leave as they are, and unchanged itself.
+    with LF, that have none of `contains` in them: those it must leave as they are, and unchanged itself.
     """
 
     between: bool = False
-    finds: Sequence[bytes] = ()
+    contains: Sequence[bytes] = ()
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes as they came from Azure (or the filter before) and return what goes on."""
@@ -126,16 +126,16 @@ class FilterFailed(Exception):
 class EventFilter:
     """A filter on server-sent events. Give it one event, get back that event, others, or None to drop it.
 
-    It is asked about the events that have one of `finds` in their bytes, or lack one of `lacks`: about all of them,
+    It is asked about the events that have one of `contains` in their bytes, or lack one of `lacks`: about all of them,
     unless it says else. A stream in which no filter wants anything is not even cut into events. `event` may change
     both for the events that follow.
     """
 
-    finds: Sequence[bytes] = (b"",)
+    contains: Sequence[bytes] = (b"",)
     lacks: Sequence[bytes] = ()
 
     def __init_subclass__(cls) -> None:
-        for name in ("finds", "lacks"):
+        for name in ("contains", "lacks"):
             if isinstance(getattr(cls, name), bytes | str):
                 raise TypeError(f"{cls.__name__}.{name} must be several: {name} = (b'...',) with a comma")
 
@@ -150,7 +150,7 @@ class EventFilter:
 
 def wanted(each: EventFilter, raw: bytes) -> bool:
     """Whether a filter is to be asked about an event."""
-    return any(needle in raw for needle in each.finds) or any(needle not in raw for needle in each.lacks)
+    return any(needle in raw for needle in each.contains) or any(needle not in raw for needle in each.lacks)
 
 
 def run_filters(filters: Sequence[EventFilter], event: Event, first: int = 0) -> Iterator[Event]:
@@ -248,8 +248,8 @@ class _Events(Filter):
 
     def _settle(self) -> None:
         """Put together what the filters want."""
-        needles = [needle for each in self._filters for needle in each.finds]
-        needles += self._before.finds if self._before is not None else ()
+        needles = [needle for each in self._filters for needle in each.contains]
+        needles += self._before.contains if self._before is not None else ()
         self._finds = tuple(dict.fromkeys(needles))
         self._lacks = tuple(dict.fromkeys(needle for each in self._filters for needle in each.lacks))
 

@@ -68,7 +68,7 @@ class HideUsage(Filter):
     An event of JSON is kept until it is whole; all else goes on as it comes.
     """
 
-    finds = (b'"usage"',)
+    contains = (b'"usage"',)
 
     def __init__(self) -> None:
         self._rest = b""  # an event of JSON that has not ended

@@ -13,10 +13,10 @@ import pytest
 
 from gateway import ApiError
 from gateway.azure import batch_files as batch
-from gateway.azure.batch_files import _Lines, _Made, _pieces
+from gateway.azure.batch_files import _chunks, _FileSource, _LineMapper
 from gateway.azure.resources import Target
 from gateway.testing import FakeAzure
-from tests.azure.test_model_field import HEADERS, form
+from tests.azure.test_deployment_field import HEADERS, form
 from tests.body.test_spooled_file import open_files
 from tests.conftest import StartGateway, until
 
@@ -130,9 +130,9 @@ async def test_what_a_line_may_be_is_bounded(start_gateway: StartGateway) -> Non
     """Its length, its model's name, and the number of lines; an error does not repeat what is too long."""
     async with FakeAzure() as east, FakeAzure() as west:
         for file, why in (
-            (line(1, "m" * 2_000_000).encode(), "line 1 of the batch file cannot be used: `model` must be 1 to 256"),
-            (line(1, input="x" * 17_000_000).encode(), "line 1 of the batch file cannot be used: it is longer than"),
-            (b"\n" * 200_001, "it is one of more than 200000"),
+            (line(1, "m" * 2_000_000).encode(), "line 1 of the batch file is invalid: `model` must be 1 to 256"),
+            (line(1, input="x" * 17_000_000).encode(), "line 1 of the batch file is invalid: it is longer than"),
+            (b"\n" * 200_001, "the file has more than 200000 lines"),
         ):
             status, content, _ = await upload(start_gateway, east, west, purpose="batch", file=file)
             assert status == 400
@@ -148,10 +148,10 @@ async def test_a_client_that_leaves_while_its_file_is_read_leaves_nothing(start_
         before = open_files()
         data = form(purpose="batch", file=f"{line(1)}\n".encode() * 150_000)
         post = asyncio.create_task(gateway.post("/v1/files", None, data=io.BytesIO(data), headers=HEADERS).__aenter__())
-        await until(lambda: batch._waiting)
+        await until(lambda: batch._queued)
         post.cancel()
         await gateway.idle()
-        await until(lambda: not batch._waiting and open_files() == before)
+        await until(lambda: not batch._queued and open_files() == before)
         assert not east.requests
 
 
@@ -165,7 +165,7 @@ async def test_one_caller_never_takes_all_places() -> None:
 
     def read(holder: str) -> asyncio.Task[IO[bytes]]:
         body = line(1).encode()
-        return asyncio.create_task(batch._in_thread(body, 0, len(body), _Lines(find), holder))
+        return asyncio.create_task(batch._in_thread(body, 0, len(body), _LineMapper(find), holder))
 
     greedy = [read("one") for _ in range(20)]
     await asyncio.sleep(0)
@@ -180,7 +180,7 @@ async def test_one_caller_never_takes_all_places() -> None:
     statuses = [cast(ApiError, each.exception()).status for each in (*greedy, other)]
     assert statuses == [404] * 8 + [503] * 12 + [404]
     assert len(refused) == 12
-    assert not batch._waiting
+    assert not batch._queued
 
 
 async def test_line_ends_blank_lines_and_a_byte_order_mark_do_no_harm(start_gateway: StartGateway) -> None:
@@ -262,7 +262,7 @@ async def test_other_files_go_up_as_they_are(start_gateway: StartGateway) -> Non
 
 async def test_a_file_that_lost_bytes_is_never_taken_for_whole() -> None:
     """The new lines come in pieces and end where they end; a file that is shorter than it was is an error."""
-    made = _Made(io.BytesIO(b"x" * 600_000))
+    made = _FileSource(io.BytesIO(b"x" * 600_000))
     parts = []
     while (part := await made.read()) is not None:
         assert part
@@ -270,7 +270,7 @@ async def test_a_file_that_lost_bytes_is_never_taken_for_whole() -> None:
     assert b"".join(parts) == b"x" * 600_000
     assert await made.read() is None
     file = io.BytesIO(b"x" * 600_000)
-    cut = _Made(file)
+    cut = _FileSource(file)
     await cut.read()
     file.truncate(300_000)
     with pytest.raises(OSError, match="shorter"):
@@ -279,4 +279,4 @@ async def test_a_file_that_lost_bytes_is_never_taken_for_whole() -> None:
     with pytest.raises(ValueError, match="closed"):
         await cut.read()
     with pytest.raises(OSError, match="shorter"):
-        list(_pieces(io.BytesIO(b"x" * 10), 11))
+        list(_chunks(io.BytesIO(b"x" * 10), 11))

@@ -23,7 +23,7 @@ class Ask(Stage):
     answers: bool
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        self.answers = await request.repeatable()
+        self.answers = await request.is_idempotent()
         return await call_next(request)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.azure.key_redaction import redact_headers, redact_pieces
+from gateway.azure.key_redaction import redact_chunks, redact_headers
 from gateway.protocol.headers import Headers
 from tests.conftest import CHAT, KEY, StartGateway, raw_upstream
 
@@ -32,7 +32,7 @@ def test_it_is_found_wherever_pieces_are_cut(pieces: list[str]) -> None:
             yield piece.encode()
 
     async def read() -> bytes:
-        return b"".join([piece async for piece in redact_pieces(cut(), b"abc")])
+        return b"".join([piece async for piece in redact_chunks(cut(), b"abc")])
 
     whole = "".join(pieces).encode()
     assert asyncio.run(read()) == whole.replace(b"abc", b"***")

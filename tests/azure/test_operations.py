@@ -74,9 +74,9 @@ def test_what_azure_lacks_is_named() -> None:
         ("GET", "/responses", 405, "GET is not allowed on /v1/responses; use POST"),
         ("GET", "/realtime", 426, "realtime.connect is a WebSocket"),
         ("GET", "/live/sessions", 404, "Azure OpenAI does not have the operation live.sessions.connect"),
-        ("POST", "/chat/completions/", 404, "leave the slash at the end out"),
-        ("POST", "/embeddings/", 404, "leave the slash at the end out"),
-        ("POST", "/v1/chat/completions", 404, "the base URL has a /v1 too many"),
+        ("POST", "/chat/completions/", 404, "remove the slash at the end"),
+        ("POST", "/embeddings/", 404, "remove the slash at the end"),
+        ("POST", "/v1/chat/completions", 404, "the base URL has one /v1 too many"),
     ],
 )
 def test_what_is_nearly_right_is_told_what_would_be(method: str, path: str, status: int, words: str) -> None:
@@ -100,16 +100,18 @@ def test_what_is_known_of_api_versions() -> None:
         ("moderations", "v1", False),
         ("moderations", "2024-10-21", False),
     ):
-        assert BY_NAME[name].is_in(version) is there, (name, version)
+        assert BY_NAME[name].supported_in(version) is there, (name, version)
 
 
 def test_what_only_previews_have() -> None:
     """Of the dated api-versions; v1 is its own matter."""
     row = BY_NAME["realtime.connect"]
-    assert [row.is_in(version) for version in ("2024-10-21", "2024-10-01-preview", "2025-04-01-preview", "v1")] == [
+    assert [
+        row.supported_in(version) for version in ("2024-10-21", "2024-10-01-preview", "2025-04-01-preview", "v1")
+    ] == [
         False,
         True,
         True,
         True,
     ]
-    assert row.versions == "2024-10-01-preview or a later preview, or v1"
+    assert row.supported_versions == "2024-10-01-preview or a later preview, or v1"

@@ -72,6 +72,6 @@ def test_an_error_without_an_end_is_one() -> None:
 
 def test_an_error_that_says_nothing_has_a_message() -> None:
     """And means a 500."""
-    error = StreamError.of_response({"type": "response.failed", "response": {"error": None}})
+    error = StreamError.from_response_event({"type": "response.failed", "response": {"error": None}})
     assert error is not None
     assert (error.status, error.message) == (500, "Azure ended the stream with an error and no reason")

@@ -139,12 +139,12 @@ def test_a_filter_is_asked_about_what_lacks_something() -> None:
     """In each event of a read by itself, and it may change its mind from one event to the next."""
 
     class Lacking(EventFilter):
-        finds: Sequence[bytes] = ()
+        contains: Sequence[bytes] = ()
         lacks: Sequence[bytes] = (b"z",)
 
         def event(self, event: Event) -> None:
             if b"!" in event.raw:
-                self.lacks, self.finds = (), (b"z",)
+                self.lacks, self.contains = (), (b"z",)
 
     events = [b"data: %b\n\n" % text for text in (b"z1", b"y1", b"z2", b"!", b"z3", b"y2")]
     for pieces, out in every_split(b"".join(events), Lacking):
@@ -160,7 +160,7 @@ def test_of_several_events_in_the_place_of_one_those_before_a_failure_are_not_lo
             return [Event(b"data: held\n\n"), event]
 
     class Fail(EventFilter):
-        finds = (b"bad",)
+        contains = (b"bad",)
 
         def event(self, event: Event) -> Event:
             raise ValueError("bad")
@@ -173,7 +173,7 @@ def test_of_several_events_in_the_place_of_one_those_before_a_failure_are_not_lo
 def test_a_comma_that_was_forgotten_is_told() -> None:
     """Bytes are a sequence too, of numbers, and each of those is in nearly every event."""
     with pytest.raises(TypeError, match="with a comma"):
-        type("Odd", (EventFilter,), {"finds": b"x"})
+        type("Odd", (EventFilter,), {"contains": b"x"})
 
 
 def test_what_filters_make_of_a_message_stays_one() -> None:
@@ -200,7 +200,7 @@ class Mark(EventFilter):
     def __init__(self, *, search: bool) -> None:
         self.asked: list[bytes] = []
         if search:
-            self.finds = (b"x",)
+            self.contains = (b"x",)
 
     def event(self, event: Event) -> Event | list[Event]:
         self.asked.append(event.raw)
@@ -231,7 +231,7 @@ def test_what_came_before_a_filter_failed_is_not_lost(cuts: list[int], more: boo
     """It runs through the filters behind, wherever the reads end; then the failure is told."""
 
     class Fail(EventFilter):
-        finds = (b"bad",)
+        contains = (b"bad",)
 
         def event(self, event: Event) -> Event:
             raise ValueError("bad")
