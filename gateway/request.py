@@ -1,4 +1,4 @@
-"""The request of an exchange: what the client asked for, as stages read and change it."""
+"""The request of an exchange, as stages read and change it before it is sent to Azure."""
 
 from __future__ import annotations
 

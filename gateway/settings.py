@@ -18,44 +18,44 @@ class Timeouts:
     """Timeouts, in seconds."""
 
     connect: Annotated[
-        float, Meta(gt=0, description="Connect timeout, in seconds, for a connection to Azure, including TLS.")
+        float, Meta(gt=0, description="connect timeout, in seconds, for a connection to Azure, including TLS")
     ] = 10.0
     first_byte: Annotated[
-        float, Meta(gt=0, description="Timeout, in seconds, from the request's head to the first byte of the response.")
+        float, Meta(gt=0, description="timeout, in seconds, from the request's head to the first byte of the response")
     ] = 600.0
     idle: Annotated[
-        float, Meta(gt=0, description="Idle timeout, in seconds, between bytes of a response from Azure.")
+        float, Meta(gt=0, description="idle timeout, in seconds, between bytes of a response from Azure")
     ] = 300.0
     head: Annotated[
-        float, Meta(gt=0, description="Timeout, in seconds, for a client to send the head of a request.")
+        float, Meta(gt=0, description="timeout, in seconds, for a client to send the head of a request")
     ] = 20.0
     client: Annotated[
         float,
-        Meta(gt=0, description="Read and write timeout, in seconds, for a client to send or accept the next bytes."),
+        Meta(gt=0, description="read and write timeout, in seconds, for a client to send or accept the next bytes"),
     ] = 60.0
     ping: Annotated[
         float,
         Meta(
             gt=0,
-            description="Ping interval, in seconds: time without data on a WebSocket before the gateway sends a ping.",
+            description="ping interval, in seconds: time without data on a WebSocket before the gateway sends a ping",
         ),
     ] = 30.0
     keep_alive: Annotated[
         float,
         Meta(
             gt=0,
-            description="Keep-alive timeout, in seconds, of a client's connection; keep it above nginx's 60.",
+            description="keep-alive timeout, in seconds, of a client's connection; keep it above nginx's 60",
         ),
     ] = 75.0
     drain_delay: Annotated[
         float,
         Meta(
             ge=0,
-            description="Drain delay, in seconds, from the first 503 of /readyz to the closing of the listener.",
+            description="drain delay, in seconds, from the first 503 of /readyz to the closing of the listener",
         ),
     ] = 0.0
     grace: Annotated[
-        float, Meta(ge=0, description="Grace period, in seconds, for running exchanges when the gateway stops.")
+        float, Meta(ge=0, description="grace period, in seconds, for running exchanges when the gateway stops")
     ] = 30.0
 
 
@@ -64,30 +64,30 @@ class HealthSettings:
     """Circuit breaker: when a failing deployment of a pool gets no requests for a while."""
 
     failures: Annotated[
-        int, Meta(ge=1, le=1000, description="Number of consecutive failures that opens the circuit of a deployment.")
+        int, Meta(ge=1, le=1000, description="number of consecutive failures that opens the circuit of a deployment")
     ] = 5
     share: Annotated[
         float,
-        Meta(gt=0, le=1, description="Share of failed requests in the last `window` that opens the circuit, too."),
+        Meta(gt=0, le=1, description="share of failed requests in the last `window` that opens the circuit, too"),
     ] = 0.5
     least: Annotated[
-        int, Meta(ge=1, le=100_000, description="Minimum number of requests in the window before `share` applies.")
+        int, Meta(ge=1, le=100_000, description="minimum number of requests in the window before `share` applies")
     ] = 20
-    window: Annotated[float, Meta(ge=1, le=600, description="Length of the window for `share`, in seconds.")] = 10.0
+    window: Annotated[float, Meta(ge=1, le=600, description="length of the window for `share`, in seconds")] = 10.0
     rest: Annotated[
         float,
-        Meta(gt=0, le=600, description="Initial cooldown, in seconds, before one request tries the deployment again."),
+        Meta(gt=0, le=600, description="initial cooldown, in seconds, before one request tries the deployment again"),
     ] = 1.0
     most_rest: Annotated[
         float,
-        Meta(gt=0, le=3600, description="Maximum cooldown, in seconds; the cooldown doubles each time the try fails."),
+        Meta(gt=0, le=3600, description="maximum cooldown, in seconds; the cooldown doubles each time the try fails"),
     ] = 30.0
     probe: Annotated[
         float | None,
         Meta(
             gt=0,
             le=600,
-            description="Interval, in seconds, of active probes, which replace the trial by a client's request.",
+            description="interval, in seconds, of active probes, which replace the trial by a client's request",
         ),
     ] = None
 
@@ -97,25 +97,25 @@ class Limits:
     """Limits on what the gateway accepts from clients."""
 
     body: Annotated[
-        int, Meta(gt=0, description="Maximum size, in bytes, of a request's body or of a WebSocket message.")
+        int, Meta(gt=0, description="maximum size, in bytes, of a request's body or of a WebSocket message")
     ] = 100 * 1024 * 1024
     form: Annotated[
         int,
-        Meta(gt=0, description="Maximum bytes of a form to buffer on disk until its field `model` arrives."),
+        Meta(gt=0, description="maximum bytes of a form to buffer on disk until its field `model` arrives"),
     ] = 256 * 1024 * 1024
     body_rate: Annotated[
         int,
         Meta(
             gt=0,
-            description="Minimum average rate of a body, in bytes/s, after the first `timeouts.client` seconds.",
+            description="minimum average rate of a body, in bytes/s, after the first `timeouts.client` seconds",
         ),
     ] = 500
-    connections: Annotated[int, Meta(gt=0, description="Maximum number of concurrent connections of clients.")] = 20_000
+    connections: Annotated[int, Meta(gt=0, description="maximum number of concurrent connections of clients")] = 20_000
     memory: Annotated[
         int,
         Meta(
             ge=1024 * 1024,
-            description="Maximum memory, in bytes, for the data of all requests; one caller may use a quarter of it.",
+            description="maximum memory, in bytes, for the data of all requests; one caller may use a quarter of it",
         ),
     ] = 1024 * 1024 * 1024
 

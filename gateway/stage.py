@@ -125,9 +125,9 @@ def _link(name: str, stage: Callable[[Request, Next], Awaitable[Response]], call
 
 
 def _deadline_exceeded(name: str, request: Request) -> Response:
-    where = "Azure OpenAI" if name == "upstream" else f"the gateway's stage {name!r}"
+    waited_for = "Azure OpenAI" if name == "upstream" else f"the gateway's stage {name!r}"
     get_logger().warning("first_byte_deadline_exceeded", stage=name, request_id=request.id)
-    message = f"no response in time: {where} did not finish before the deadline; retry, or send a smaller request"
+    message = f"no response in time: {waited_for} did not finish before the deadline; retry, or send a smaller request"
     return Response.from_error(
         UpstreamTimeout(message, fault="deadline")
         if name == "upstream"

@@ -1,4 +1,4 @@
-"""Teams: which team a request belongs to, and the compiled pipeline that handles it."""
+"""Teams: find the team of a request; each has a compiled pipeline of stages."""
 
 from __future__ import annotations
 

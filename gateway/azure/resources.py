@@ -46,11 +46,11 @@ class Tls:
 class ResourceTimeouts:
     """Timeouts of one resource, in seconds; None means the gateway's own."""
 
-    connect: Annotated[float | None, Meta(gt=0, description="Connect timeout, in seconds, including TLS.")] = None
+    connect: Annotated[float | None, Meta(gt=0, description="connect timeout, in seconds, including TLS")] = None
     first_byte: Annotated[
-        float | None, Meta(gt=0, description="Timeout, in seconds, for the first byte of the response.")
+        float | None, Meta(gt=0, description="timeout, in seconds, for the first byte of the response")
     ] = None
-    idle: Annotated[float | None, Meta(gt=0, description="Idle timeout, in seconds, between bytes of a response.")] = (
+    idle: Annotated[float | None, Meta(gt=0, description="idle timeout, in seconds, between response bytes")] = (
         None
     )
 
