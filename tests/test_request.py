@@ -27,7 +27,7 @@ def request(body: bytes = b"", headers: dict[str, str] | None = None) -> Request
 
 
 async def test_json_is_decoded_once_and_shared() -> None:
-    """Every stage gets the same object; `set_json` sends another."""
+    """Every stage gets the same object; `set_json` replaces it."""
     one = request(b'{"model": "m", "a": 1.50}')
     assert await one.json() is await one.json()
     assert await one.body() == b'{"model": "m", "a": 1.50}'
@@ -40,8 +40,8 @@ async def test_json_is_decoded_once_and_shared() -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"1", b"{", b"\xef\xbb\xbf{}", b'{"a":1}{"b":2}', b'"\xff"', b"[" * 100_000]
 )
-async def test_what_is_no_json_object_is_a_400(body: bytes) -> None:
-    """Whatever it is; never a failure of the gateway."""
+async def test_a_body_that_is_not_a_json_object_is_a_400(body: bytes) -> None:
+    """Whatever it contains; never an internal error."""
     with pytest.raises(ApiError) as caught:
         await request(body).json()
     assert caught.value.status == 400
@@ -50,8 +50,8 @@ async def test_what_is_no_json_object_is_a_400(body: bytes) -> None:
     assert caught.value.status == 400
 
 
-async def test_half_a_surrogate_pair_is_json_too() -> None:
-    """JavaScript sends it where a text was cut in the wrong place; the body passes as it is."""
+async def test_a_lone_surrogate_is_valid_json() -> None:
+    """JavaScript sends one if a text was cut inside a pair; the body passes unchanged."""
     body = b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}'
     one = request(body)
     assert (await one.model(), await one.body()) == ("m", body)
@@ -66,7 +66,7 @@ async def test_half_a_surrogate_pair_is_json_too() -> None:
 
 
 async def test_fields_can_be_changed_one_by_one() -> None:
-    """The others keep their bytes; a copy is changed apart, and what `set_json` set is seen."""
+    """The others keep their bytes; a copy is independent, and `fields` sees the object of `set_json`."""
     one = request(b'{"model": "m", "a": 1.50, "b": {"c" : 1e400}}')
     twin = one.copy()
     twin.set_fields({name: value for name, value in (await one.fields()).items() if name != "a"})
@@ -76,8 +76,8 @@ async def test_fields_can_be_changed_one_by_one() -> None:
     assert await one.fields() == {"model": b'"n"'}
 
 
-def test_what_was_adapted_is_noted_once() -> None:
-    """Also where a stage tries again with a copy."""
+def test_an_adaptation_is_recorded_once() -> None:
+    """Even if a stage retries with a copy."""
     one = request()
     for _ in range(2):
         one.copy().record_adaptation("temperature: dropped")
@@ -85,5 +85,5 @@ def test_what_was_adapted_is_noted_once() -> None:
 
 
 def test_digests_are_sha256() -> None:
-    """As `match: {keys: ...}` has them."""
+    """As in `match: {keys: ...}`."""
     assert key_digest("test") == "sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"

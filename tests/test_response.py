@@ -10,8 +10,8 @@ from gateway import ApiError, Filter, Headers, Response, UpstreamError
 from plugins.sse_newline import CompleteEvents
 
 
-def test_what_kind_of_answer_it_is_follows_its_headers() -> None:
-    """However they are changed after it was asked."""
+def test_the_media_type_follows_the_headers() -> None:
+    """Even if they change after the first read."""
     response = Response(200, b"", {"x": "y"})
     seen = [response.is_event_stream]
     response.headers.set("content-type", "text/event-stream; charset=utf-8")
@@ -29,8 +29,8 @@ def test_what_kind_of_answer_it_is_follows_its_headers() -> None:
     assert Response(200, b"", {"content-type": " Application/JSON ; charset=utf-8"}).media_type == "application/json"
 
 
-def test_event_stream_is_told_by_the_media_type() -> None:
-    """Not by the header's text."""
+def test_an_event_stream_is_recognized_by_its_media_type() -> None:
+    """Not by the text of the header."""
     for value, expected in (
         ("text/event-stream", True),
         ("TEXT/event-stream ; charset=utf-8", True),
@@ -40,8 +40,8 @@ def test_event_stream_is_told_by_the_media_type() -> None:
         assert Response(200, b"", {"content-type": value}).is_event_stream is expected
 
 
-async def test_an_answer_that_cannot_be_read_leaves_no_filter_behind() -> None:
-    """What takes its place is told as it is: a filter that has seen half of a stream would garble it."""
+async def test_a_failed_read_drops_the_filters() -> None:
+    """The body that replaces it passes unchanged: a filter that has seen half a stream would garble it."""
 
     async def breaks_off() -> AsyncIterator[bytes]:
         yield b"data: [DONE]"
@@ -56,8 +56,8 @@ async def test_an_answer_that_cannot_be_read_leaves_no_filter_behind() -> None:
     assert await response.read() == b'{"error": {}}'
 
 
-async def test_reading_an_answer_is_bounded() -> None:
-    """A stage that keeps an answer whole does not keep one without end."""
+async def test_reading_a_response_is_bounded() -> None:
+    """A stage that buffers a response never buffers without a limit."""
     response = Response(200, b"x" * 100)
     response.pipe(Filter())
     with pytest.raises(ApiError) as caught:
@@ -66,6 +66,6 @@ async def test_reading_an_answer_is_bounded() -> None:
 
 
 def test_a_response_is_bytes_or_a_stream() -> None:
-    """A body of another kind is the author's mistake, said where it was made."""
+    """A body of another type is the author's mistake and raises immediately."""
     with pytest.raises(TypeError, match="bytes or an async iterator"):
         Response(200, "text")  # type: ignore[arg-type]

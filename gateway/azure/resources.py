@@ -50,9 +50,7 @@ class ResourceTimeouts:
     first_byte: Annotated[
         float | None, Meta(gt=0, description="timeout, in seconds, for the first byte of the response")
     ] = None
-    idle: Annotated[float | None, Meta(gt=0, description="idle timeout, in seconds, between response bytes")] = (
-        None
-    )
+    idle: Annotated[float | None, Meta(gt=0, description="idle timeout, in seconds, between response bytes")] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ ORDERS = [("model", "file", "language"), ("language", "model", "file"), ("file",
 async def test_a_form_goes_byte_for_byte_to_the_deployment_in_the_path(
     order: tuple[str, ...], start_gateway: StartGateway
 ) -> None:
-    """On a dated api-version: wherever the field `model` stands."""
+    """On a dated api-version, wherever the field `model` is."""
     fields: dict[str, str | bytes] = {"model": "whisper-1", "file": AUDIO, "language": "en"}
     body = form(**{name: fields[name] for name in order})
     async with azure() as fake:
@@ -70,7 +70,7 @@ async def test_a_form_goes_byte_for_byte_to_the_deployment_in_the_path(
 async def test_a_form_names_the_deployment_on_v1(
     order: tuple[str, ...], chunked: bool, start_gateway: StartGateway
 ) -> None:
-    """In its field, and nowhere else is a byte changed; the length, where there is one, is the new one."""
+    """In its field; no other byte changes, and Content-Length, if there is one, is correct."""
     fields: dict[str, str | bytes] = {"model": "whisper-1", "file": AUDIO * 20, "language": "en"}
     body = form(**{name: fields[name] for name in order})
     fields["model"] = "hear"
@@ -91,8 +91,8 @@ async def test_a_form_names_the_deployment_on_v1(
         assert seen.headers.get("content-length") in (None, str(len(expected)))
 
 
-async def test_images_leave_no_model_beside_a_deployment(start_gateway: StartGateway) -> None:
-    """gpt-image-2 refuses it there, in a form as in JSON; on v1 it is the deployment's name."""
+async def test_images_have_no_model_in_the_body_if_the_path_has_the_deployment(start_gateway: StartGateway) -> None:
+    """gpt-image-2 rejects it there, in a form and in JSON; on v1 it is the deployment's name."""
     async with azure() as fake:
         gateway = await start_gateway(fake.endpoint, CLASSIC)
         body = form(prompt="a cat", model="gpt-image-2", image=AUDIO)
@@ -110,8 +110,8 @@ async def test_images_leave_no_model_beside_a_deployment(start_gateway: StartGat
         assert fake.requests[2].json() == {"prompt": "a cat", "model": "paint"}
 
 
-async def test_a_model_that_may_be_left_out_is_left_out(start_gateway: StartGateway) -> None:
-    """Then the request goes to the team's resource as it is; where it is needed, a 400 says so."""
+async def test_an_optional_model_may_be_missing(start_gateway: StartGateway) -> None:
+    """The request then goes to the team's resource unchanged; a missing required model is a 400."""
     async with azure() as fake:
         gateway = await start_gateway(fake.endpoint, V1)
         body = form(prompt="waves")
@@ -130,7 +130,7 @@ async def test_a_model_that_may_be_left_out_is_left_out(start_gateway: StartGate
 
 
 async def test_paths_that_name_the_deployment(start_gateway: StartGateway) -> None:
-    """Clients that know Azure, and old LangChain: the path's name is the model, whatever the body says."""
+    """Azure clients, and old LangChain: the name in the path is the model, whatever the body has."""
     async with azure() as fake:
         classic = await start_gateway(fake.endpoint, CLASSIC)
         for path in (
@@ -189,7 +189,7 @@ async def test_models_inside_a_session(start_gateway: StartGateway) -> None:
 async def test_a_form_that_is_sent_again_is_whole(
     size: int, chunked: bool, keep: bool, start_gateway: StartGateway
 ) -> None:
-    """Where a first resource cannot be reached, the second gets every byte, and the deployment once."""
+    """If the first resource cannot be reached, the second gets every byte, and the deployment once."""
     stage = f"""
 from gateway import Stage
 
@@ -224,7 +224,7 @@ class Fallback(Stage):
 
 
 async def test_a_second_model_in_a_form_ends_the_upload(start_gateway: StartGateway) -> None:
-    """Also where it comes long after the first, while the file streams: which one counts must never be a guess."""
+    """Even long after the first, while the file streams: the model must never be ambiguous."""
     async with azure() as fake:
         gateway = await start_gateway(fake.endpoint, V1)
         body = form(model="whisper-1", file=os.urandom(3_000_000))
@@ -236,8 +236,8 @@ async def test_a_second_model_in_a_form_ends_the_upload(start_gateway: StartGate
         assert not [seen for seen in fake.requests if seen.body == body]
 
 
-async def test_what_is_looked_for_must_come_soon_enough(start_gateway: StartGateway) -> None:
-    """Within `limits.form`: a model behind too large a file is a 413 that says what to do."""
+async def test_a_form_must_have_its_model_within_the_limit(start_gateway: StartGateway) -> None:
+    """Within `limits.form`: a model after a file that is too large is a 413 that says what to do."""
     async with azure() as fake:
         gateway = await start_gateway(fake.endpoint, V1, limits={"form": 100_000})
         body = form(file=os.urandom(2_000_000), model="whisper-1")
@@ -250,8 +250,8 @@ async def test_what_is_looked_for_must_come_soon_enough(start_gateway: StartGate
         assert len(fake.requests) == 1
 
 
-async def test_a_client_that_leaves_inside_a_form_leaves_nothing_behind(start_gateway: StartGateway) -> None:
-    """No exchange, no open file."""
+async def test_a_client_that_disconnects_inside_a_form_leaves_no_file(start_gateway: StartGateway) -> None:
+    """There is no exchange, and no open file."""
     async with azure() as fake:
         gateway = await start_gateway(fake.endpoint, V1)
         body = form(file=os.urandom(3_000_000), model="whisper-1")
@@ -269,7 +269,7 @@ async def test_a_client_that_leaves_inside_a_form_leaves_nothing_behind(start_ga
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 async def test_200_mb_keep_memory_flat(place: str, tmp_path: Any) -> None:
-    """A form of 200 MB costs the gateway's process less than 16 MB, wherever its `model` stands; every byte arrives."""
+    """A form of 200 MB costs the gateway's process less than 16 MB, wherever its `model` is; every byte arrives."""
     import asyncio
 
     from tests.cli.test_cli import serving

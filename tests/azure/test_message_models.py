@@ -45,7 +45,7 @@ MANY = b'"many":{%b"last":0}' % (b'"k":0,' * 200_000)
     ],
 )
 def test_the_model_of_a_message_is_mapped_and_the_rest_keeps_its_bytes(message: bytes, more: bytes) -> None:
-    """At the top or in `response`, before or after whatever else there is, however many fields that has."""
+    """At the top level or in `response`, before or after other fields, however many there are."""
     sent = message.replace(b"MORE", more)
     assert mapped(sent).replace(b"  ", b"") == sent.replace(b"mine", b"prod-4o").replace(b"  ", b"")
 
@@ -61,8 +61,8 @@ def test_the_model_of_a_message_is_mapped_and_the_rest_keeps_its_bytes(message: 
         (b'{"response":["model"]}', b'{"response":["model"]}'),
     ],
 )
-def test_a_key_that_is_there_twice_is_sent_once(message: bytes, wanted: bytes) -> None:
-    """Of two, Azure might take the one that was not looked at. With very many fields it is refused instead."""
+def test_a_duplicate_key_is_sent_once(message: bytes, wanted: bytes) -> None:
+    """Of two equal keys, Azure could read the unchecked one. With very many fields the message is refused instead."""
     assert mapped(message) == wanted
     with_many = message[:-1] + b"," + MANY + b"}"
     if wanted == message:
@@ -73,15 +73,15 @@ def test_a_key_that_is_there_twice_is_sent_once(message: bytes, wanted: bytes) -
         assert caught.value.status == 400
 
 
-def test_half_of_a_surrogate_pair_in_a_message_is_sent_as_it_came() -> None:
-    """In a value, and in a key; JavaScript sends them where a text was cut."""
+def test_a_lone_surrogate_in_a_message_is_sent_unchanged() -> None:
+    """In a value, and in a key; JavaScript sends one if a text was cut inside a pair."""
     sent = rb'{"x":"\ud83d","\ud83d":1,"model":"mine"}'
     assert mapped(sent) == sent.replace(b"mine", b"prod-4o")
 
 
 @pytest.mark.parametrize("model", [b"5", b"null", b'["mine"]', b'"%b"' % (b"m" * 3000), b'"other"'])
-def test_a_model_that_is_none_is_refused_in_any_message(model: bytes) -> None:
-    """By an ApiError, which the client is told."""
+def test_an_invalid_model_is_refused_in_any_message(model: bytes) -> None:
+    """By an ApiError, which is sent to the client."""
     for more in (b'"x":1', MANY):
         for message in (b'{"model":%b,%b}', b'{"response":{"model":%b},%b}'):
             with pytest.raises(ApiError):
@@ -89,7 +89,7 @@ def test_a_model_that_is_none_is_refused_in_any_message(model: bytes) -> None:
 
 
 def test_a_large_message_is_not_decoded() -> None:
-    """A million empty lists beside a model become no objects: memory stays that of a few copies of the bytes."""
+    """A million empty lists in a message do not become objects: memory stays below a few copies of the bytes."""
     message = b'{"type":"response.create","model":"mine","x":[' + b"[]," * 1_000_000 + b"[]]}"
     tracemalloc.start()
     try:

@@ -26,7 +26,7 @@ from plugins.model_map import ModelMap
 )
 @pytest.mark.parametrize("body", [b'{"model":%b}', b'{"x":"\\ud83d","model":%b}'], ids=["plain", "half a pair"])
 async def test_a_model_is_read_as_bytes_and_never_decoded_into_objects(value: bytes, body: bytes) -> None:
-    """Of any value the first 2 KB at most are looked at; what is no short text is refused."""
+    """At most the first 2 KB of a value are read; a value that is not short text is refused."""
     sent = await send([ModelMap(unmapped="own_name")], body=body % value)
     assert sent.status in ({400} if len(value) < 1_000_000 else {400, 413})
     assert sent.reached is None
@@ -34,7 +34,7 @@ async def test_a_model_is_read_as_bytes_and_never_decoded_into_objects(value: by
 
 @pytest.mark.parametrize("name", ["gpt-4o", "\u00e9" * 256, 'a"b'])
 async def test_an_escaped_name_is_the_name(name: str) -> None:
-    """However it is written: six bytes for each character are the most that 256 take."""
+    """However it is written: 256 characters take at most six bytes each."""
     for ensure_ascii in (True, False):
         body = json.dumps({"model": name}, ensure_ascii=ensure_ascii).encode()
         assert model_in(body, BY_NAME["chat.completions"]) == name

@@ -7,7 +7,7 @@ from tests.conftest import StartGateway
 
 
 async def test_every_model_of_an_evaluation(start_gateway: StartGateway) -> None:
-    """Graders, nested ones too, and the data source; what only looks like a model in the data stays."""
+    """Those of graders, even nested ones, and of the data source are mapped; a field `model` in the data stays."""
     async with azure() as fake:
         gateway = await start_gateway(fake.endpoint, V1)
         item = {"item": {"model": "gpt-4o"}}

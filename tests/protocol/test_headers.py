@@ -7,8 +7,8 @@ import pytest
 from gateway import Headers
 
 
-def test_headers_are_found_without_regard_to_case_and_keep_their_order() -> None:
-    """A light list of pairs: the wire's bytes, several fields of one name."""
+def test_headers_are_case_insensitive_and_ordered() -> None:
+    """Several fields may have one name; values do not appear in the repr."""
     headers = Headers([(b"X-A", b"1"), (b"x-b", b"2"), (b"x-a", b"3")])
     assert (headers.get("x-A"), headers.getall("X-a"), headers.get("no", "d")) == ("1", ["1", "3"], "d")
     assert "X-B" in headers
@@ -22,6 +22,6 @@ def test_headers_are_found_without_regard_to_case_and_keep_their_order() -> None
 
 @pytest.mark.parametrize(("name", "value"), [("a", "b\r\nc: d"), ("a", "b\n"), ("a", "\0"), ("a\r\n", "b"), ("", "b")])
 def test_nothing_breaks_out_of_a_header(name: str, value: str) -> None:
-    """A line break in what becomes a header is an error of whoever sets it."""
+    """A line break or NUL in a header raises in the code that sets it."""
     with pytest.raises(ValueError, match="line break"):
         Headers().set(name, value)
