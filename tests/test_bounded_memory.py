@@ -570,8 +570,8 @@ async def test_what_a_stage_holds_is_given_back_though_it_fails() -> None:
     assert held == [2000]
 
 
-async def test_nothing_is_held_when_the_exchange_is_over() -> None:
-    """What would be held then, nobody would give back; to give back what was given back already does nothing."""
+async def test_nothing_is_reserved_after_the_end_of_the_exchange() -> None:
+    """A reservation would never be released; to release memory that is already released does nothing."""
     exchange = Exchange()
     exchange.reserve_memory(10)
     exchange.reserve_disk(5)
