@@ -127,9 +127,9 @@ class Exchange:
             self.counts = {}
         self.counts[name] = self.counts.get(name, 0) + amount
 
-    def own(self, upstream: Abortable) -> None:
+    def own_upstream(self, upstream: Abortable) -> None:
         """Own a connection: close the previous one, and this one too if the exchange has ended."""
-        self.release()
+        self.close_upstream()
         if self._ended:
             upstream.abort()
             return
@@ -186,7 +186,7 @@ class Exchange:
                 hold.release()
         self.request = None  # it refers to the exchange: a cycle
 
-    def release(self) -> None:
+    def close_upstream(self) -> None:
         """Close the connection that the exchange owns, if any."""
         if (upstream := self._upstream) is not None:
             self._upstream = None
@@ -234,7 +234,7 @@ class Exchange:
         if self.request is not None:
             self._release_reservations()
         self.run_in(None)
-        self.release()
+        self.close_upstream()
         callbacks, self._callbacks = self._callbacks, []
         if not callbacks:
             return

@@ -98,7 +98,7 @@ class Upstream:
         path = upstream_path(operation, target, request.path, query)
         exchange = request._exchange
         exchange.target = target
-        exchange.release()
+        exchange.close_upstream()
         if credential is None:
             credential = await _token(resource)
         if operation.method == "WS":
@@ -201,7 +201,7 @@ class Upstream:
                 azure_response, resource, credential if request.target.credential is None else None
             )
         websocket = WebSocket(azure_response.switched())
-        exchange.own(websocket)
+        exchange.own_upstream(websocket)
         exchange.request = exchange.request or request
         websocket.protocol = taken(azure_response.fields, key)
         if exchange.meter is not None and request.operation in METERED:
@@ -249,7 +249,7 @@ class Upstream:
             azure_response.upgrade = upgrade
             if reader is not None:
                 azure_response.watch, reader.sent = reader.feed, True
-            exchange.own(azure_response)
+            exchange.own_upstream(azure_response)
             try:
                 if isinstance(body, bytes):
                     connection.send(head, body)

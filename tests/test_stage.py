@@ -569,7 +569,7 @@ async def test_a_task_that_outlives_its_exchange_cannot_open_a_connection() -> N
     exchange = Exchange()
     exchange.finish()
     late = Connection()
-    exchange.own(late)
+    exchange.own_upstream(late)
     assert late.closed == 1
 
 
