@@ -114,7 +114,7 @@ def _mtime_of(folder: str) -> int:
     try:
         return os.stat(folder or os.curdir).st_mtime_ns
     except OSError:
-        return 0  # the folder does not exist
+        return 0  # the folder or zip file does not exist
 
 
 def _import(name: str, load: Callable[[], Any]) -> Any:

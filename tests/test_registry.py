@@ -71,7 +71,7 @@ pipeline: [greeting, one_file: bye, stranger_package:Greeting as again, auth_pas
         assert answer.headers["x-greeting"] == "hello"
         assert answer.headers["x-one-file"] == "bye"
     assert {"greeting", "rate_limit"} <= set(Registry().names())
-    # Two answers for one name are an error that names both.
+    # Two stages with one name are an error that names both.
     (tmp_path / "mine" / "greeting.py").write_text(one_file)
     with pytest.raises(UnknownStage, match=r"greeting\.py and the entry point stranger_package:Greeting"):
         Registry([tmp_path / "mine"]).find("greeting")

@@ -710,7 +710,7 @@ async def test_before_body_is_called_once(start_gateway: StartGateway, azure: Fa
     assert trace == []
     assert (await late_body(gateway.port, json.dumps(CHAT).encode())).startswith(b"HTTP/1.1 200")
     assert trace == ["one True", "two True"]
-    # The reader was model_map: what a stage below it took is there when the request comes to it.
+    # The reader was model_map: the reservation of a stage below it exists when the request gets there.
     assert (gateway.exchanges()[-1].get("one"), gateway.exchanges()[-1]["two"]) == (None, 2)
 
 

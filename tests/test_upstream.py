@@ -113,7 +113,7 @@ async def test_connect_timeout_is_504(start_gateway: StartGateway) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         port = listener.getsockname()[1]
-        # Fill the backlog, so that the next connection is not taken.
+        # Fill the backlog, so that the next connection is not accepted.
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -232,7 +232,7 @@ async def test_extra_bytes_after_a_response_end_the_connection(
     if chunked:
         answer_bytes = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
     if chunked and extra == b"\r\n":
-        return  # an empty line behind the last chunk cannot be told from a trailer's end; it does no harm
+        return  # an empty line after the last chunk looks like the end of a trailer; it does no harm
     async with raw_upstream(answer_bytes + extra, OK, keep_open=True) as upstream:
         gateway = await start_gateway(upstream.endpoint)
         for _ in range(2):
@@ -252,7 +252,7 @@ async def test_clean_connections_are_reused(start_gateway: StartGateway, azure: 
 
 async def test_stale_connection_is_replaced(start_gateway: StartGateway) -> None:
     """A pooled connection that Azure has just closed does not fail the client's request."""
-    async with raw_upstream(OK) as upstream:  # closes after each answer, without saying so
+    async with raw_upstream(OK) as upstream:  # closes after each response, without `Connection: close`
         gateway = await start_gateway(upstream.endpoint)
         for _ in range(20):
             async with gateway.post() as answer:
@@ -286,7 +286,7 @@ async def test_a_failed_idle_connection_is_replaced_once_and_only_for_idempotent
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await upstream.request(reader)
         if b"quiet" in upstream.heads[-1]:
-            await asyncio.sleep(0.1)  # so that each of them has a connection of its own
+            await asyncio.sleep(0.1)  # so that each uses its own connection
             writer.write(OK)
             await upstream.request(reader)
         taken.append(upstream.heads[-1])
@@ -572,14 +572,14 @@ async def test_aiohttp_still_has_the_private_names_that_the_gateway_uses() -> No
     made = inspect.signature(ConnectionKey).parameters
     assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], "ConnectionKey's fields moved: connector.py makes one"
     assert len(made) == 8, "ConnectionKey has other fields: connector.py makes one"
-    # What the connector asks of a request, and of a protocol: those that stand in must have it.
+    # The attributes of a request and of a protocol that the connector reads: the substitutes must have them.
     tree = ast.parse(inspect.getsource(module))
     asked: dict[str, set[str]] = {"req": set(), "proto": set(), "protocol": set()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in asked:
             asked[node.value.id].add(node.attr)
     destination = Destination(Resource("east", "https://east.invalid"), ssl.create_default_context())
-    # Those of these that only a proxy's or a unix socket's connection needs.
+    # Those of them that only the connection of a proxy or a Unix socket needs.
     elsewhere = {
         "headers",
         "proxy_auth",

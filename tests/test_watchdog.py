@@ -16,7 +16,7 @@ from gateway.process.event_loop import loop_factory
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, KEY, Gateway, StartGateway, until
 
-# The blocking calls end when the log names them, or, against a hang, after a while.
+# The blocking calls end when the log names them, or after a timeout.
 STAGE = """
 import re, time
 from dataclasses import dataclass
