@@ -1,7 +1,6 @@
-"""A gateway between programs that speak the OpenAI API and Azure OpenAI; this module is for plugin authors.
+"""A gateway from the OpenAI API to Azure OpenAI. This module is the public API for authors of stages (plugins).
 
-A stage is a dataclass that subclasses `Stage`; its fields are its settings in YAML. `gateway.testing` has
-what tests of a stage need.
+A stage is a dataclass that subclasses `Stage`; its fields are its settings in YAML. `gateway.testing` has the test kit.
 """
 
 from msgspec import Meta

@@ -1,14 +1,14 @@
-"""What can go wrong, split by who has to act.
+"""Errors of the gateway, by who has to act.
 
 GatewayError
-+-- ConfigError          the operator: every mistake in the configuration, each with file:line:column
-+-- StartError           the operator: a sound configuration that cannot be started here and now
-+-- ApiError             the client: becomes an OpenAI-shaped answer
-|   +-- UpstreamError    Azure broke or could not be reached (502)
++-- ConfigError          operator: mistakes in the configuration, each with file:line:column
++-- StartError           operator: a valid configuration that cannot start
++-- ApiError             client: becomes a response in the shape of OpenAI's errors
+|   +-- UpstreamError    Azure failed or cannot be reached (502)
 |       +-- UpstreamTimeout  Azure was too slow (504)
-+-- BodyConsumed         a stage's author: the body was streamed away and is asked for again
-+-- StreamBroken         an answer's stream cannot go on (raised while it is being sent)
-+-- TokenUnavailable     no Entra token can be had (in `entra.py`); becomes an UpstreamError (503)
++-- BodyConsumed         author of a stage: the body was already streamed and cannot be read again
++-- StreamBroken         the stream of a response cannot continue (raised while it is being sent)
++-- TokenUnavailable     no Entra token is available (in `auth/entra_tokens.py`); becomes an UpstreamError (503)
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = (
     "error_body",
 )
 
-# The `type` OpenAI gives an error of each status, where the raiser names none.
+# OpenAI's `type` for errors of a status, unless the raiser sets one.
 _TYPES = {429: "requests"}
 
 
 class GatewayError(Exception):
-    """The root of every error that the gateway raises on purpose."""
+    """The base class of the gateway's own errors."""
 
 
 @dataclass(frozen=True, order=True)
 class Mistake:
-    """One mistake in the configuration, and where it stands."""
+    """One mistake in the configuration, and its location."""
 
     file: str
     line: int
@@ -63,14 +63,14 @@ class ConfigError(GatewayError):
 
 
 class StartError(GatewayError):
-    """The gateway cannot start: an address that is taken, a stage that fails to get ready."""
+    """The gateway cannot start, for instance because an address is in use or a stage fails to start."""
 
 
 class ApiError(GatewayError):
-    """An error that the client is told, in OpenAI's shape.
+    """An error that the client gets, in the shape of OpenAI's errors.
 
     `status` is the HTTP status; `type`, `param` and `code` are OpenAI's fields of the same name
-    (platform.openai.com/docs/guides/error-codes). The message should say what to do.
+    (platform.openai.com/docs/guides/error-codes). The message says what happened and what to do.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ApiError(GatewayError):
         status: int,
         message: str,
         *,
-        type: str | None = None,  # noqa: A002 -- OpenAI's own word
+        type: str | None = None,  # noqa: A002 -- OpenAI's name
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
@@ -91,7 +91,7 @@ class ApiError(GatewayError):
         self.code = code
         self.headers = dict(headers or {})
         if status == 503:
-            # Every 503 says when to come back; an error may set another time.
+            # Every 503 has Retry-After; an error may set another value.
             self.headers.setdefault("retry-after", "1")
 
     @staticmethod
@@ -100,7 +100,7 @@ class ApiError(GatewayError):
         return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
     def body(self) -> bytes:
-        """Return the answer's JSON body."""
+        """Return the JSON body of the response."""
         return error_body(self.message, self.type, self.param, self.code)
 
 
@@ -122,10 +122,10 @@ Fault = Literal[
 
 
 class UpstreamError(ApiError):
-    """Azure could not be reached, or what it answered is not a whole HTTP answer.
+    """Azure cannot be reached, or its response is not a complete HTTP response.
 
-    `fault` says in one word what went wrong, for logs and counters. `unsent` tells that not one byte of the request
-    was sent, so that it surely was not processed.
+    `fault` names the kind of failure, for logs and counters. `unsent` is True if no byte of the request was sent, so
+    that Azure cannot have processed it.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class UpstreamError(ApiError):
         message: str,
         *,
         status: int = 502,
-        type: str | None = None,  # noqa: A002 -- OpenAI's own word
+        type: str | None = None,  # noqa: A002 -- OpenAI's name
         param: str | None = None,
         code: str = "upstream_error",
         fault: Fault = "broken_off",
@@ -144,21 +144,21 @@ class UpstreamError(ApiError):
 
 
 class UpstreamTimeout(UpstreamError):
-    """Azure did not connect, begin to answer, or go on answering in time."""
+    """Azure did not connect, begin its response, or continue it in time."""
 
     def __init__(self, message: str, *, fault: Fault = "timeout") -> None:
         super().__init__(message, status=504, code="upstream_timeout", fault=fault)
 
 
 class BodyConsumed(GatewayError):
-    """The request's body was already streamed to Azure; `await request.buffer(limit)` before a second call."""
+    """The request's body was already streamed to Azure; call `await request.buffer(limit)` before a second call."""
 
 
 class StreamBroken(GatewayError):
-    """A stream cannot go on, by the gateway's own judgement: an event too large, an unreadable encoding."""
+    """The gateway ends a stream itself: an event is too large, or an encoding is not readable."""
 
 
 def error_body(message: str, type: str, param: str | None, code: str | None) -> bytes:  # noqa: A002
-    """Return `{"error": {...}}` with OpenAI's four fields, always all of them."""
+    """Return `{"error": {...}}` with all four of OpenAI's fields."""
     error: dict[str, Any] = {"message": message, "type": type, "param": param, "code": code}
     return msgspec.json.encode({"error": error})

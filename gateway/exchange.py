@@ -1,7 +1,7 @@
 """One exchange: a request and its response, from the first byte to the end of the stream.
 
-It owns what must happen once, however the exchange ends: the deferred callbacks, and the connection to
-Azure. Copies of a request share their exchange.
+It owns what must happen exactly once, for whatever reason the exchange ends: the deferred callbacks run, and the
+connection to Azure is closed or returned. Copies of a request share their exchange.
 """
 
 from __future__ import annotations
@@ -28,42 +28,41 @@ __all__ = ("EndedBy", "Exchange", "Outcome")
 
 EndedBy = Literal["complete", "client", "upstream", "gateway"]
 
-# After the deadline, how often (in seconds) a pipeline that still holds on is cancelled again.
-_AGAIN = 1.0
-# What is counted in most exchanges.
-_NONE: Mapping[str, int] = MappingProxyType({})
+# After the deadline: how often, in seconds, a pipeline that still runs is cancelled again.
+_CANCEL_AGAIN = 1.0
+# The counts of most exchanges.
+_NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """How an exchange ended; what `request.defer` callbacks are given.
+    """The outcome of an exchange, for `request.defer` callbacks.
 
-    `status` is the status sent to the client, or 499 where it left before any was. `sent` counts body
-    bytes. `first_byte` and `total` are seconds since the request's head had arrived; `first_byte` is None
-    when nothing was sent. `ended_by` says who ended it: `complete` is the good end. `target` is where
-    Azure was last asked, None if it never was. `error` is the code or name of what went wrong, and `reason`
-    the words that the client was told, where they are the gateway's own. `counts` is what `request.count` counted.
-    `close_code` is a WebSocket's, of the close frame that was seen or sent first (1005 where it had none). `usage`
-    is there where a stage of the pipeline has `needs_usage`, and tokens were used.
+    `status` is the status sent to the client, or 499 if the client left before. `bytes_sent` counts the bytes of the
+    body. `first_byte` and `duration` are seconds since the request's head arrived; `first_byte` is None if nothing was
+    sent. `ended_by` says who ended the exchange; `complete` is a normal end. `target` is that of the last attempt at
+    Azure, or None. `error` is the code or name of the error, and `reason` the gateway's own error message to the
+    client, if there is one. `counts` has the totals of `request.count`. `close_code` is the code of a WebSocket's first
+    close frame (1005 if it had none). `usage` is set if a stage of the pipeline has `needs_usage` and tokens were used.
     """
 
     status: int
-    sent: int
+    bytes_sent: int
     first_byte: float | None
-    total: float
+    duration: float
     ended_by: EndedBy
     target: Target | None
     error: str | None
     reason: str | None = None
-    counts: Mapping[str, int] = _NONE
+    counts: Mapping[str, int] = _NO_COUNTS
     close_code: int | None = None
     usage: Usage | None = None
 
 
 class Abortable(Protocol):
-    """Something that is closed when the exchange moves on or ends, such as a connection to Azure."""
+    """Something to close when the exchange tries again or ends, such as a connection to Azure."""
 
     def abort(self) -> None:
-        """Close at once; do nothing if it is closed or handed back already."""
+        """Close immediately; do nothing if it is already closed or returned."""
 
 
 class BudgetHolder(Protocol):
@@ -71,22 +70,22 @@ class BudgetHolder(Protocol):
 
     @property
     def holder(self) -> str:
-        """Whose share of the budgets it uses."""
+        """The owner of the memory that it uses."""
 
 
-class _Nobody:
-    """Keeps bytes for no client, as probes do."""
+class _NoHolder:
+    """The holder of bytes that belong to no client, such as a probe's."""
 
     holder = ""
 
 
-_NOBODY = _Nobody()
+_NO_HOLDER = _NoHolder()
 
 
 class Exchange:
-    """What the copies of one request share: callbacks, the upstream connection, the deadline, the facts."""
+    """State that the copies of one request share: callbacks, the upstream connection, the deadline, the outcome."""
 
-    # One is made for each request, and most of these are never set: defaults of the class cost nothing.
+    # There is one for each request, and most of these are never set: class attributes as defaults cost nothing.
     first_byte_at: float | None = None
     sent = 0
     status = 499
@@ -97,18 +96,18 @@ class Exchange:
     counts: dict[str, int] | None = None
     close_code: int | None = None
     meter: UsageMeter | None = None
-    """What was used, where somebody wants to know."""
+    """Measures the usage, if a stage needs it."""
     request: BudgetHolder | None = None
-    """Whose share of the budgets is used, if it keeps more than most do; until the exchange is over."""
-    taken: dict[str, Any] | None = None
-    """What stages took before the body was read, by their ids; see `Request.taken`."""
+    """The holder of reserved memory, if any is reserved; None after the end."""
+    reservations: dict[str, Any] | None = None
+    """What stages reserved before the body was read, by their ids; see `Request.reservations`."""
     before_body: Sequence[Callable[[Any], Awaitable[None]]] = ()
-    """What the pipeline's stages do before a body that has not arrived is read."""
-    _asked = 0  # how many of them have
-    _memory: Hold | None = None
-    _disk: Hold | None = None
+    """The `before_body` methods of the pipeline's stages, if the body has not arrived with the head."""
+    _before_body_done = 0  # how many of them have run
+    _memory_hold: Hold | None = None
+    _disk_hold: Hold | None = None
     _upstream: Abortable | None = None
-    _over = False
+    _ended = False
     _deadline: asyncio.TimerHandle | None = None
     _task: asyncio.Task[object] | None = None
     _expired = False
@@ -118,78 +117,78 @@ class Exchange:
         self._callbacks: list[Callable[[Outcome], None]] = []
 
     def defer(self, callback: Callable[[Outcome], None]) -> None:
-        """Run `callback` once, when the exchange is over; the last one registered runs first."""
-        if self._over:
-            raise RuntimeError("the exchange is over; register with request.defer() before call_next")
+        """Run `callback` once, when the exchange ends; the last one registered runs first."""
+        if self._ended:
+            raise RuntimeError("the exchange has ended; call request.defer() before call_next")
         self._callbacks.append(callback)
 
     def count(self, name: str, amount: int = 1) -> None:
-        """Add to what is counted under `name`."""
+        """Add `amount` to the count of `name`."""
         if self.counts is None:
             self.counts = {}
         self.counts[name] = self.counts.get(name, 0) + amount
 
-    def own(self, upstream: Abortable) -> None:
-        """Take charge of a connection; the one before it is closed, and this one if the exchange is over."""
-        self.release()
-        if self._over:
+    def own_upstream(self, upstream: Abortable) -> None:
+        """Own a connection: close the previous one, and this one too if the exchange has ended."""
+        self.close_upstream()
+        if self._ended:
             upstream.abort()
             return
         self._upstream = upstream
 
     async def before_reading(self) -> None:
-        """Let each stage take its share, once, before a body is read that has not arrived.
+        """Run `before_body` of each stage, once, before the gateway reads a body that has not arrived.
 
-        Raises ApiError if one refuses; the next reader asks that one again.
+        Raises ApiError if a stage refuses; the next reader then calls that stage again.
         """
-        while self._asked < len(self.before_body):
-            await self.before_body[self._asked](self.request)
-            self._asked += 1
+        while self._before_body_done < len(self.before_body):
+            await self.before_body[self._before_body_done](self.request)
+            self._before_body_done += 1
 
-    def hold(self, size: int) -> None:
-        """Count `size` more bytes that are kept in memory for this exchange, before they are.
+    def reserve_memory(self, size: int) -> None:
+        """Reserve `size` bytes of the memory budget, before the data is kept.
 
-        They are given back when the exchange is over. Raises BudgetExhausted (503, or 413 for more than one caller may
-        ever hold); what was held before is still held then.
+        They are released when the exchange ends. Raises BudgetExhausted (503, or 413 for more than one caller may ever
+        use); earlier reservations stay.
         """
         self._check_running()
-        self._memory = hold = self._memory or self._new_hold(BUDGETS.memory)
+        self._memory_hold = hold = self._memory_hold or self._new_hold(BUDGETS.memory)
         hold.grow(size)
 
-    def let_go(self, size: int) -> None:
-        """Count `size` bytes of memory less; after the end nothing is held, and this does nothing."""
-        if not self._over and self._memory is not None:
-            self._memory.shrink(size)
+    def release_memory(self, size: int) -> None:
+        """Release `size` bytes of memory; does nothing after the end, when all are released."""
+        if not self._ended and self._memory_hold is not None:
+            self._memory_hold.shrink(size)
 
-    def hold_on_disk(self, size: int) -> None:
-        """Count `size` more bytes that are kept on disk; as `hold`."""
+    def reserve_disk(self, size: int) -> None:
+        """Reserve `size` bytes on disk; see `reserve_memory`."""
         self._check_running()
-        self._disk = hold = self._disk or self._new_hold(BUDGETS.disk)
+        self._disk_hold = hold = self._disk_hold or self._new_hold(BUDGETS.disk)
         hold.grow(size)
 
-    def let_go_of_disk(self, size: int) -> None:
-        """Count `size` bytes on disk less; as `let_go`."""
-        if not self._over and self._disk is not None:
-            self._disk.shrink(size)
+    def release_disk(self, size: int) -> None:
+        """Release `size` bytes on disk; see `release_memory`."""
+        if not self._ended and self._disk_hold is not None:
+            self._disk_hold.shrink(size)
 
     def _check_running(self) -> None:
-        if self._over:
-            raise RuntimeError("the exchange is over, and nobody would give back what it holds")
+        if self._ended:
+            raise RuntimeError("the exchange has ended: a reservation would never be released")
 
     def _new_hold(self, budget: MemoryBudget) -> Hold:
         if self.request is None:
-            self.request = _NOBODY
-        # Asked once: what is taken from a share is given back to the same.
+            self.request = _NO_HOLDER
+        # The holder is read once, so that the same one gets the bytes back.
         return Hold(budget, self.request.holder)
 
-    def _give_back(self) -> None:
-        for hold in (self._memory, self._disk):
+    def _release_reservations(self) -> None:
+        for hold in (self._memory_hold, self._disk_hold):
             if hold is not None:
                 hold.release()
-        self.request = None  # which holds the exchange
+        self.request = None  # it refers to the exchange: a cycle
 
-    def release(self) -> None:
-        """Close the connection that the exchange holds, if any."""
+    def close_upstream(self) -> None:
+        """Close the connection that the exchange owns, if any."""
         if (upstream := self._upstream) is not None:
             self._upstream = None
             upstream.abort()
@@ -197,24 +196,24 @@ class Exchange:
     # -- the deadline before the first byte ------------------------------------------------------------
 
     def run_in(self, task: asyncio.Task[object] | None) -> None:
-        """Name the task that the deadline cancels; None when the pipeline has returned."""
+        """Set the task that the deadline cancels; None when the pipeline has returned."""
         self._task = task
         if task is None and self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def expire(self) -> None:
-        """Cancel the task that still works on the answer: the deadline is over."""
+        """Cancel the task that still works on the response: the deadline has passed."""
         if self._task is not None:
             self._expired = True
             self._task.cancel()
-            # A stage further up may hang in turn: it is cancelled again until the answer is out.
-            self._deadline = asyncio.get_running_loop().call_later(_AGAIN, self.expire)
+            # An outer stage may hang next: cancel again until the pipeline has returned.
+            self._deadline = asyncio.get_running_loop().call_later(_CANCEL_AGAIN, self.expire)
 
     def deadline_hit(self) -> bool:
-        """Tell whether the cancellation just caught is the deadline's, and take it back if so.
+        """Return whether the deadline caused the cancellation just caught; if so, call `uncancel`.
 
-        Only in the task that the deadline cancelled: one that a stage made for its own call is cancelled with it.
+        True only in the task that the deadline cancelled: a task that a stage created is cancelled with it.
         """
         task = self._task
         if not self._expired or task is None:
@@ -229,38 +228,38 @@ class Exchange:
     # -- the end ---------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """End the exchange: close what it holds, then run the callbacks. A second call does nothing."""
-        if self._over:
+        """End the exchange: close its connection, release its memory, run the callbacks. A second call does nothing."""
+        if self._ended:
             return
-        self._over = True
+        self._ended = True
         if self.request is not None:
-            self._give_back()
+            self._release_reservations()
         self.run_in(None)
-        self.release()
+        self.close_upstream()
         callbacks, self._callbacks = self._callbacks, []
         if not callbacks:
             return
         outcome = Outcome(
             status=self.status,
-            sent=self.sent,
+            bytes_sent=self.sent,
             first_byte=None if self.first_byte_at is None else self.first_byte_at - self.started,
-            total=time.monotonic() - self.started,
+            duration=time.monotonic() - self.started,
             ended_by=self.ended_by,
             target=self.target,
             error=self.error,
             reason=self.reason,
-            counts=self.counts or _NONE,
+            counts=self.counts or _NO_COUNTS,
             close_code=self.close_code,
             usage=None if self.meter is None else self.meter.usage(abandoned=self.ended_by == "client"),
         )
-        # Emptying the list as it runs also breaks the cycle request -> callbacks -> request.
+        # Emptying the list also breaks the cycle request -> callbacks -> request.
         while callbacks:
             callback = callbacks.pop()
             try:
                 callback(outcome)
             except Exception as exc:
-                # By its name: the repr of a method shows its stage, settings and all. And whatever becomes of the
-                # log, the other callbacks give back what they hold.
+                # Log the name only: the repr of a method shows the settings of its stage. If logging fails, the other
+                # callbacks must still release their resources.
                 name = getattr(callback, "__qualname__", type(callback).__name__)
                 with contextlib.suppress(Exception):
-                    get_logger().error("a deferred callback failed", callback=name, **exception_fields(exc))
+                    get_logger().error("deferred_callback_failed", callback=name, **exception_fields(exc))

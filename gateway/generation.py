@@ -103,7 +103,9 @@ class Generations:
             return
         teams = [each.teams for each in (self.current, *self._old, *self._prepared)]
         self._upstream.keep(resource for each in teams for resource in each.resources)
-        self._shared.keep(set().union(*(each.spaces for each in teams)), set().union(*(each.fetched for each in teams)))
+        self._shared.keep(
+            set().union(*(each.stage_keys for each in teams)), set().union(*(each.fetched for each in teams))
+        )
 
     def _collect(self) -> None:
         self._collection = None

@@ -1,6 +1,6 @@
-"""Log events: structlog, one JSON line each, or coloured text on a terminal.
+"""Log events: structlog, one JSON line each, or colored text on a terminal; `EVENTS` lists their names.
 
-Events leave together (see `_Sink`): a write for each costs more than a request's whole way through the stages.
+Events are written in batches (see `_BatchWriter`): one write for each would cost more than all stages of a request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, FilteringBoundLogger, WrappedLogger
 
-__all__ = ("configure", "exception_fields", "get_logger", "redacted")
+__all__ = ("EVENTS", "configure", "exception_fields", "get_logger", "redacted")
+
+EVENTS: dict[str, str] = {
+    "deferred_callback_failed": "A stage failed at the end of an exchange; fix the stage.",
+    "event_loop_blocked": "Code without `await` blocked all requests for over `limit` seconds; fix the code at `at`.",
+    "first_byte_deadline_exceeded": "`timeouts.first_byte` passed while `stage` was running; the client got a 504.",
+    "stage_failed": "A stage raised an exception and the client got a 500; fix the stage.",
+    "stage_stop_failed": "A stage failed or took too long to stop; its resources may not be released.",
+}
+"""The name of each log event, and its meaning for an operator."""
 
 
 def get_logger() -> FilteringBoundLogger:
@@ -31,65 +40,65 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
     """Set up logging for the process: `form` is `json`, `text`, or `auto` (text on a terminal)."""
     stream = stream or sys.stderr
     text = form == "text" or (form == "auto" and stream.isatty())
-    processors: list[structlog.typing.Processor] = [_stamp]
+    processors: list[structlog.typing.Processor] = [_add_level_and_time]
     if text:
         processors += [_printable, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
     else:
         processors.append(_to_json)
     structlog.configure(
         processors=processors,
-        wrapper_class=_lean(structlog.make_filtering_bound_logger(getattr(logging, level.upper()))),
-        logger_factory=_Sink(stream),
+        wrapper_class=_with_fast_info(structlog.make_filtering_bound_logger(getattr(logging, level.upper()))),
+        logger_factory=_BatchWriter(stream),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(level=logging.WARNING, stream=stream, format="%(levelname)s %(name)s: %(message)s")
-    # asyncio warns of slow callbacks and broken sockets with reprs that may hold request data.
+    # asyncio warns about slow callbacks and broken sockets with reprs that may contain request data.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
-def _lean(filtering: type[Any]) -> type[Any]:
-    """Return a bound logger whose `info` only keeps the event: an access log writes a lot of it."""
+def _with_fast_info(filtering: type[Any]) -> type[Any]:
+    """Return a bound logger whose `info` only queues the event, because an access log uses it for each request."""
     if not filtering(None, [], {}).is_enabled_for(logging.INFO):
         return filtering
 
-    class Lean(filtering):  # type: ignore[misc] # structlog makes the class
-        """structlog's filtering logger, but that events of `info` are written as JSON many at a time."""
+    class FastInfoLogger(filtering):  # type: ignore[misc] # structlog makes the class
+        """structlog's filtering logger; events of `info` are encoded as JSON in batches."""
 
         def info(self, event: str, *args: Any, **facts: Any) -> Any:
             if not args and self._processors[-1] is _to_json:
-                self._logger.keep({**self._context, **facts, "event": event})
+                self._logger.queue({**self._context, **facts, "event": event})
                 return None
             return super().info(event, *args, **facts)
 
-    return Lean
+    return FastInfoLogger
 
 
-class _Sink:
+class _BatchWriter:
     """Writes lines to a stream. A line that cannot be written is lost: requests matter more than their log.
 
-    The first event of a quiet time leaves at once. Those of `debug` and `info` that come within 50 ms of it
-    leave together then, or when they are many, and become JSON no sooner: many at once take a third of the
-    time. Warnings and errors leave at once, with all before them, and so does everything when the process ends.
+    The first event after a pause is written immediately. Events of `debug` and `info` in the next 50 ms are queued,
+    then encoded and written together, which takes a third of the time; 256 of them are written earlier. Warnings and
+    errors are written immediately, after all queued events. When the process ends, the queue is flushed.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._buffer = getattr(stream, "buffer", None)
-        self._waiting: list[EventDict | bytes] = []
+        self._queue: list[EventDict | bytes] = []
         self._timer: asyncio.TimerHandle | None = None
         atexit.register(self.flush)
 
     def __call__(self, *_: object) -> WrappedLogger:
         return self
 
-    def keep(self, event: EventDict) -> None:
-        """Take an event of `info` whose time is now."""
+    def queue(self, event: EventDict) -> None:
+        """Queue an event of `info` with the current time."""
         event["level"] = "info"
         event["timestamp"] = time.time()
-        self._wait(event)
+        self._add(event)
 
     def info(self, line: bytes | str) -> None:
-        self._wait(line.encode("utf-8", "backslashreplace") if isinstance(line, str) else line)
+        self._add(line.encode("utf-8", "backslashreplace") if isinstance(line, str) else line)
 
     def error(self, line: bytes | str) -> None:
         self.info(line)
@@ -98,25 +107,25 @@ class _Sink:
     debug = msg = info
     warning = critical = error
 
-    def _wait(self, event: EventDict | bytes) -> None:
-        self._waiting.append(event)
+    def _add(self, event: EventDict | bytes) -> None:
+        self._queue.append(event)
         if self._timer is None:
             self.flush()
-            with contextlib.suppress(RuntimeError):  # no loop runs: nothing waits
-                self._timer = asyncio.get_running_loop().call_later(_TOGETHER, self._end_waiting)
-        elif len(self._waiting) >= _MOST_TOGETHER:
+            with contextlib.suppress(RuntimeError):  # no event loop: nothing is queued
+                self._timer = asyncio.get_running_loop().call_later(_BATCH_SECONDS, self._on_timer)
+        elif len(self._queue) >= _MAX_BATCH:
             self.flush()
 
-    def _end_waiting(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
-        if not self._waiting:
+        """Write all queued events."""
+        if not self._queue:
             return
-        waiting, self._waiting = self._waiting, []
-        text = b"\n".join(_lines(waiting)) + b"\n"
+        events, self._queue = self._queue, []
+        text = b"\n".join(_lines(events)) + b"\n"
         try:
             if self._buffer is not None:
                 self._buffer.write(text)
@@ -128,36 +137,36 @@ class _Sink:
             return
 
 
-# How long, in seconds, events may wait for each other, and how many of them.
-_TOGETHER = 0.05
-_MOST_TOGETHER = 256
+# The maximum delay of a queued event, in seconds, and the maximum number of queued events.
+_BATCH_SECONDS = 0.05
+_MAX_BATCH = 256
 
 
-def _lines(waiting: Sequence[EventDict | bytes]) -> Iterator[bytes]:
-    for event in waiting:
+def _lines(events: Sequence[EventDict | bytes]) -> Iterator[bytes]:
+    for event in events:
         if isinstance(event, bytes):
             yield event
         else:
-            event["timestamp"] = _text(event["timestamp"])
+            event["timestamp"] = _timestamp(event["timestamp"])
             yield _json(event)
 
 
 _second = (0, "")
 
 
-def _text(now: float) -> str:
+def _timestamp(now: float) -> str:
     """Return a time in UTC, to the microsecond."""
-    global _second  # noqa: PLW0603 -- one value for the process, made once a second
+    global _second  # noqa: PLW0603 -- a cache of the process, renewed once a second
     whole = int(now)
     if whole != _second[0]:
         _second = whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
     return f"{_second[1]}.{int((now - whole) * 1_000_000):06d}Z"
 
 
-def _stamp(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
+def _add_level_and_time(_: WrappedLogger, level: str, event: EventDict) -> EventDict:
     """Add the level and the time."""
     event["level"] = level
-    event["timestamp"] = _text(time.time())
+    event["timestamp"] = _timestamp(time.time())
     return event
 
 
@@ -168,7 +177,7 @@ def _json(event: EventDict) -> bytes:
     try:
         return _encode(event)
     except (ValueError, TypeError, RecursionError):
-        # A lone surrogate, a key that is no text: the slow way takes everything.
+        # A lone surrogate, or a key that is not text: `json` with `repr` encodes everything.
         return json.dumps({str(key): value for key, value in event.items()}, default=repr).encode()
 
 
@@ -177,7 +186,7 @@ def _to_json(_: WrappedLogger, __: str, event: EventDict) -> bytes:
 
 
 def _printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
-    """Keep control characters of a client's text from steering a terminal."""
+    """Escape control characters in a client's text, which could control a terminal."""
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
             event[key] = ascii(value)
@@ -185,7 +194,7 @@ def _printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 
 
 def redacted(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]:
-    """Return `facts` with every occurrence of a secret in its text replaced by `***`."""
+    """Return `facts` with every occurrence of a secret in their text replaced by `***`."""
 
     def mask(value: Any) -> Any:
         if isinstance(value, str):
@@ -200,7 +209,7 @@ def redacted(facts: Mapping[str, Any], secrets: Sequence[str]) -> dict[str, Any]
 
 
 def exception_fields(exc: BaseException) -> dict[str, object]:
-    """Describe an exception for the log, without values of variables that could hold a key."""
+    """Describe an exception for the log, without the values of variables, which could contain a key."""
     frames: list[str] = []
     traceback = exc.__traceback__
     while traceback is not None:

@@ -1,4 +1,4 @@
-"""The response of an exchange: what the client will be answered, as stages read and change it."""
+"""The response of an exchange, as stages read and change it before it is sent to the client."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = ("Response", "check_body")
 
 
 class Response:
-    """What the client will be answered. Nothing is sent until the whole chain has returned.
+    """The response to the client. Nothing is sent until the whole pipeline has returned it.
 
-    `body` is bytes, or an async iterator of bytes that nobody has read yet; that of a 101 is a WebSocket. `error` is
-    the exception that a stage or Azure's connection raised, if this answer stands for one. `pace` spreads the events
-    of a stream that come together: seconds that each may be kept for it, None for not at all.
+    `body` is bytes, or an async iterator of bytes that is still unread; for status 101 it is a WebSocket. `error` is
+    the exception of a stage or of the connection to Azure, if this response reports one. `pace` spreads out events of a
+    stream that arrive together: the maximum delay of each event, in seconds; None switches it off.
     """
 
-    # (`_exchange` is set by the upstream where the body is still to come, and else is not there.)
+    # (The upstream sets `_exchange` if the body is still to be received; otherwise the slot is empty.)
     _exchange: Exchange
     __slots__ = (
         "_exchange",
         "_filters",
-        "_looked_at",
+        "_gateway_credential",
         "_media_type",
-        "_shown",
+        "_media_type_fields",
         "body",
         "error",
         "headers",
@@ -64,20 +64,20 @@ class Response:
         self.headers = headers if isinstance(headers, Headers) else Headers(headers or {})
         self.error = error
         self.pace: float | None = None
-        # The fields of which the media type is known.
-        self._looked_at: list[Field] | None = None
+        # `_media_type` is the media type in this list of fields.
+        self._media_type_fields: list[Field] | None = None
         self._media_type: str
-        self._shown: Credential | None = None  # the gateway's own credential, which Azure was shown for it
+        self._gateway_credential: Credential | None = None  # the gateway's own credential, if it was sent to Azure
         self._filters: list[Filter | EventFilter] = []
 
     @classmethod
     def json(cls, content: object, status: int = 200) -> Self:
-        """Return an answer whose body is `content` as JSON."""
+        """Return a response whose body is `content` as JSON."""
         return cls(status, msgspec.json.encode(content), {"content-type": "application/json"})
 
     @classmethod
     def from_error(cls, error: ApiError) -> Self:
-        """Return the OpenAI-shaped answer of an error."""
+        """Return the response to an error, in OpenAI's shape."""
         response = cls(error.status, error.body(), {"content-type": "application/json"}, error=error)
         for name, value in error.headers.items():
             response.headers.set(name, value)
@@ -85,33 +85,33 @@ class Response:
 
     @property
     def media_type(self) -> str:
-        """The body's media type, in lower case and without parameters; "" where it is not told."""
-        if self._looked_at is not self.headers.fields:
-            self._look()
+        """The body's media type, in lower case and without parameters; "" without a Content-Type header."""
+        if self._media_type_fields is not self.headers.fields:
+            self._read_media_type()
         return self._media_type
 
     @property
-    def event_stream(self) -> bool:
-        """Whether the body is server-sent events, by its media type, whatever its parameters."""
-        if self._looked_at is not self.headers.fields:
-            self._look()
+    def is_event_stream(self) -> bool:
+        """Whether the body consists of server-sent events, by its media type."""
+        if self._media_type_fields is not self.headers.fields:
+            self._read_media_type()
         return self._media_type == "text/event-stream"
 
-    def _look(self) -> None:
-        """Look for the media type, for which most stages ask; changed fields are another list."""
-        self._looked_at = fields = self.headers.fields
+    def _read_media_type(self) -> None:
+        """Cache the media type, which most stages ask for. A change of the headers makes a new list of fields."""
+        self._media_type_fields = fields = self.headers.fields
         self._media_type = next((cached_media_type(field[1]) for field in fields if field[0] == b"content-type"), "")
 
     async def peek(self, enough: Callable[[bytes], bool], seconds: float) -> bytes:
-        """Return the first bytes of the body, before any filter; they stay in it.
+        """Return the first bytes of the body, before any filter, and leave them in it.
 
-        Waits until `enough` says of what has come that it is enough, at most so many seconds or 64 KiB, or to the
-        body's end. Raises UpstreamError where Azure breaks off.
+        Waits until `enough(bytes)` is true, for at most `seconds`, up to 64 KiB or the end of the body. Raises
+        UpstreamError if Azure breaks off.
         """
         if isinstance(self.body, bytes):
             return self.body
         if isinstance(self.body, WebSocket):
-            raise TypeError("a WebSocket has no body to look at")
+            raise TypeError("a WebSocket has no body to peek at")
         if isinstance(self.body, PeekableBody):
             body = self.body
         else:
@@ -125,29 +125,29 @@ class Response:
         return body.peeked()
 
     async def opening_error(self, seconds: float, *, responses: bool = False) -> StreamError | None:
-        """Return the error with which a stream of events begins, before anything that is shown; None where it has none.
+        """Return the error at the beginning of a stream of events, before any content; None if there is none.
 
-        Waits for its first event at most so many seconds, as `peek` does, and raises what that raises. `responses`
-        looks for the errors of the Responses API as well, behind the events that only say that it has begun.
+        Waits for the first event for at most `seconds`, and raises as `peek` does. With `responses`, also looks for
+        errors of the Responses API, after the events that only announce the response.
         """
         if (self.headers.get("content-encoding") or "identity").strip().lower() != "identity":
             return None
         beginning = StreamBeginning(responses=responses)
-        begun = await self.peek(beginning.is_enough, seconds)
-        if self._shown is not None:
-            begun = begun.replace(self._shown.value.encode(), MASK)
-        return beginning.error_in(begun)
+        data = await self.peek(beginning.is_enough, seconds)
+        if self._gateway_credential is not None:
+            data = data.replace(self._gateway_credential.value.encode(), MASK)
+        return beginning.error_in(data)
 
-    def told_as_error(self, error: StreamError) -> Response:
-        """Return the answer that an error in this stream would have been."""
-        answer = Response(error.status, json.dumps({"error": error.error}).encode(), self.headers.copy())
-        answer.headers.remove("content-length")
-        answer.headers.remove("content-encoding")
-        answer.headers.set("content-type", "application/json")
-        return answer
+    def error_response(self, error: StreamError) -> Response:
+        """Return the error response to send instead of a stream with this error."""
+        response = Response(error.status, json.dumps({"error": error.error}).encode(), self.headers.copy())
+        response.headers.remove("content-length")
+        response.headers.remove("content-encoding")
+        response.headers.set("content-type", "application/json")
+        return response
 
     def retry_after(self, message: str = "") -> float | None:
-        """Return the seconds for which Azure asks to be left alone: by the headers, else by a message, or None."""
+        """Return the seconds to wait before the next request: from the headers, else from a message, or None."""
         return retry_after(self.headers, message)
 
     def cooldown(self, message: str = "") -> float | None:
@@ -155,71 +155,71 @@ class Response:
         return cooldown(self.status, self.headers, message)
 
     def pipe(self, *filters: Filter | EventFilter, direction: Literal["down", "up"] = "down") -> None:
-        """Put filters on the body; the one put on first, nearest Azure, runs first.
+        """Add filters to the body. The one added first, nearest to Azure, runs first.
 
-        On a WebSocket they are event filters, and see its messages as events: what Azure sends (`down`), or what the
-        client sends (`up`; there the one put on last, nearest the client, runs first).
+        A WebSocket takes event filters only, which see its messages as events: those from Azure (`down`), or those from
+        the client (`up`, where the one added last, nearest to the client, runs first).
         """
         if isinstance(self.body, WebSocket):
             events = [each for each in filters if isinstance(each, EventFilter)]
             if len(events) < len(filters):
-                raise TypeError("the filters of a WebSocket are event filters")
+                raise TypeError("a WebSocket takes event filters only")
             if direction == "up":
                 self.body.up[:0] = reversed(events)
                 return
         elif direction == "up":
             raise ValueError("only a WebSocket has messages that go up")
         self._filters.extend(filters)
-        # The length is another one now, and is not known yet.
+        # Filters may change the length.
         self.headers.remove("content-length")
 
     @property
     def filters(self) -> tuple[Filter | EventFilter, ...]:
-        """The filters put on so far, in the order in which they run."""
+        """The filters added so far, in the order in which they run."""
         return tuple(self._filters)
 
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Return the body's pieces as they come from Azure, before any filter; to be iterated over once."""
+    def raw_chunks(self) -> AsyncIterator[bytes]:
+        """Iterate once over the chunks of the body as they arrive from Azure, before any filter."""
         if isinstance(self.body, WebSocket):
-            raise TypeError("a WebSocket has no pieces")
-        return _each(self.body)
+            raise TypeError("a WebSocket has no chunks")
+        return _chunks_of(self.body)
 
     async def read(self, limit: int = 16 * 1024 * 1024) -> bytes:
-        """Read the body whole, through its filters, and keep it as bytes.
+        """Read the complete body through its filters, and keep it as bytes.
 
-        Raises ApiError 502 above `limit` bytes, 503 where the gateway or the caller holds too many, and whatever
-        breaks the stream.
+        Raises ApiError 502 above `limit` bytes, 503 if the gateway's or the caller's memory budget is exhausted, and
+        the error that breaks the stream.
         """
         if isinstance(self.body, bytes) and not self._filters:
             return self.body
         if isinstance(self.body, WebSocket):
-            raise TypeError("a WebSocket cannot be read whole")
-        # Filters keep what they have seen: where the read fails, they are of no use to the body that takes its place.
+            raise TypeError("a WebSocket cannot be read as one body")
+        # Filters have state: if the read fails, they must not run on the body that replaces this one.
         filters, self._filters = self._filters, []
-        linked = chain_filters(filters, self.headers.get("content-encoding"))
+        chain = chain_filters(filters, self.headers.get("content-encoding"))
         if filters:
             self.headers.remove("content-encoding")
         exchange: Exchange | None = getattr(self, "_exchange", None)
         chunks: list[bytes] = []
-        size = held = 0
+        size = reserved = 0
         try:
-            async for chunk in self.pieces():
-                data = linked.feed(chunk)
+            async for chunk in self.raw_chunks():
+                data = chain.feed(chunk)
                 size += len(data)
                 if size > limit:
-                    raise ApiError(502, f"the answer is larger than the {limit} bytes that a stage may keep")
-                if exchange is not None and (now := size + linked.kept) > max(UNCOUNTED, held):
-                    exchange.hold(now - held)
-                    held = now
+                    raise ApiError(502, f"the response is larger than the {limit} bytes that a stage may buffer")
+                if exchange is not None and (needed := size + chain.kept) > max(UNCOUNTED, reserved):
+                    exchange.reserve_memory(needed - reserved)
+                    reserved = needed
                 chunks.append(data)
-            chunks.append(linked.close())
+            chunks.append(chain.close())
         except FilterFailed as exc:
             raise exc.cause from None
         self.body = b"".join(chunks)
         return self.body
 
     async def read_json(self, limit: int = 16 * 1024 * 1024) -> Any:
-        """Return the body as JSON, read as `read` does; None where it is none, or has a number too large for one."""
+        """Read the body as `read` does and return it as JSON; None if it is not JSON, or has a number out of range."""
         body = await self.read(limit)
         try:
             return decode_json(body, msgspec.json.decode)
@@ -227,7 +227,7 @@ class Response:
             return None
 
     def set_json(self, content: object) -> None:
-        """Answer this, as JSON, in place of the body."""
+        """Replace the body with `content` as JSON, and drop the filters."""
         self.body = encode_json(content)
         self._filters.clear()
         self.headers.remove("content-length")
@@ -237,12 +237,12 @@ class Response:
 
 
 def check_body(body: object) -> None:
-    """Raise TypeError for what can be no response's body."""
+    """Raise TypeError if this cannot be the body of a response."""
     if not isinstance(body, bytes | WebSocket) and not hasattr(body, "__aiter__"):
         raise TypeError(f"a response's body is bytes or an async iterator of bytes, not {type(body).__name__}")
 
 
-async def _each(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _chunks_of(body: bytes | AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     if isinstance(body, bytes):
         yield body
     else:

@@ -61,7 +61,7 @@ async def write_response(
             return await _relay_websocket(incoming, response, websocket, exchange, request_id, timeouts, limits)
     filters: FilterChain | None = None
     try:
-        if http_1_0 and not response.event_stream and _over_unix_socket(connection):
+        if http_1_0 and not response.is_event_stream and _over_unix_socket(connection):
             # Only the end of the connection ends such a body, and on a Unix socket it looks the same if it broke.
             await response.read()
         body = cast("bytes | AsyncIterator[bytes]", response.body)
@@ -212,7 +212,7 @@ def _abort_stream(
     transport = connection.transport
     if transport is None or transport.is_closing():
         return
-    if response.event_stream:
+    if response.is_event_stream:
         writer.flush_filters()
         event = unfinished_event(writer.tail) + b"data: " + error.body() + b"\n\n"
         connection.write(b"%x\r\n%b\r\n" % (len(event), event) if writer.chunked else event)
@@ -278,7 +278,7 @@ def _response_head(response: Response, request_id: str, *, close: bool, chunked:
         lines.append(b"content-length: %d" % length)
     elif chunked:
         lines.append(b"transfer-encoding: chunked")
-    if has_content_type and not has_buffering and response.event_stream:
+    if has_content_type and not has_buffering and response.is_event_stream:
         # Makes nginx forward events immediately, whatever its settings.
         lines.append(b"x-accel-buffering: no")
     if not has_date:

@@ -296,9 +296,9 @@ class Server:
                     team=team.name,
                     target=team.target,
                     exchange=exchange,
-                    model=path.model,
+                    path_model=path.model,
                     address=lambda: client_address(connection.transport, headers, settings.trusted_proxies),
-                    judgement=verification,
+                    verification=verification,
                 )
                 if incoming.body.is_arriving():
                     incoming.body.account = exchange

@@ -1,4 +1,4 @@
-"""What the core offers to stages when they start: shared, and namespaced where it holds state."""
+"""Services of the gateway for its stages: HTTP, counters, health, prices, and state of their own."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ __all__ = ("Services", "Shared")
 
 
 class Shared:
-    """What all stages of a gateway share: one HTTP session, one store, the counters."""
+    """Services that all stages of a process share: one HTTP session, the counters, the stages' state."""
 
     def __init__(self, counters: Counters | None = None) -> None:
         self.counters = WaitQueue(counters or MemoryCounters())
-        """Where limits are counted that no store is named for."""
+        """Counters of the limits without a `store:`."""
         self.health = Health()
-        """How the deployments of pools are."""
-        self._elsewhere: WeakValueDictionary[Hashable, WaitQueue] = WeakValueDictionary()
-        self._open: dict[
-            int, tuple[Counters, ReferenceType[WaitQueue]]
-        ] = {}  # those of `_elsewhere`, until they are closed
+        """Health of the deployments of pools."""
+        self._stores: WeakValueDictionary[Hashable, WaitQueue] = WeakValueDictionary()
+        # The counters in `_stores`, until they are closed.
+        self._open: dict[int, tuple[Counters, ReferenceType[WaitQueue]]] = {}
         self._session: aiohttp.ClientSession | None = None
-        self._spaces: dict[tuple[str, str], dict[str, Any]] = {}
+        self._state: dict[tuple[str, str], dict[str, Any]] = {}
 
     def session(self) -> aiohttp.ClientSession:
-        """Return the session, made when first asked for. Redirects and cookies are off by its users' care."""
+        """Return the session, created on first use. It has no cookies; its users switch redirects off."""
         if self._session is None or self._session.closed:
             resolver = Resolver.of(asyncio.get_running_loop())
             self._session = aiohttp.ClientSession(
@@ -57,41 +56,41 @@ class Shared:
             )
         return self._session
 
-    def space(self, team: str, stage: str) -> dict[str, Any]:
-        """Return the state kept for one stage of one team; it outlives the stage's instance."""
-        return self._spaces.setdefault((team, stage), {})
+    def state_of(self, team: str, stage: str) -> dict[str, Any]:
+        """Return the state of one stage of one team; it outlives the stage's instance."""
+        return self._state.setdefault((team, stage), {})
 
-    def counters_at(self, place: Hashable, make: Callable[[], Counters]) -> WaitQueue:
-        """Return the counters of a store; they are the same as long as one configuration after the other names it."""
-        found = self._elsewhere.get(place)
-        if found is None:
+    def counters_of(self, store: Hashable, make: Callable[[], Counters]) -> WaitQueue:
+        """Return the counters of a store; they survive reloads while each configuration names the store."""
+        queue = self._stores.get(store)
+        if queue is None:
             counters = make()
-            found = self._elsewhere[place] = WaitQueue(counters)
-            self._open[id(counters)] = counters, ref(found)
-        return found
+            queue = self._stores[store] = WaitQueue(counters)
+            self._open[id(counters)] = counters, ref(queue)
+        return queue
 
-    def keep(self, spaces: Collection[tuple[str, str]], fetched: Collection[str]) -> None:
-        """Forget the state of all stages but these, and all tokens and keys but those of these names."""
-        for space, state in list(self._spaces.items()):
-            if space[0]:
-                if space not in spaces:
-                    del self._spaces[space]
+    def keep(self, stages: Collection[tuple[str, str]], fetched: Collection[str]) -> None:
+        """Drop the state of all stages but these (team, stage id), and all tokens and keys but those of these names."""
+        for key, state in list(self._state.items()):
+            if key[0]:
+                if key not in stages:
+                    del self._state[key]
                 continue
             for name in [each for each in state if each not in fetched]:
                 del state[name]
 
     async def close_unused(self) -> None:
-        """Close the counters of stores that no configuration names any more."""
-        for key, (counters, turns) in list(self._open.items()):
-            if turns() is None:
+        """Close the counters of stores that no configuration names anymore."""
+        for key, (counters, queue) in list(self._open.items()):
+            if queue() is None:
                 del self._open[key]
                 await counters.close()
 
     async def close(self) -> None:
         """Close the session, and the counters."""
-        elsewhere = [turns() or counters for counters, turns in self._open.values()]
+        stores = [queue() or counters for counters, queue in self._open.values()]
         self._open.clear()
-        await asyncio.gather(*(each.close() for each in (*elsewhere, self.counters)))
+        await asyncio.gather(*(each.close() for each in (*stores, self.counters)))
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -99,15 +98,15 @@ class Shared:
 
 @dataclass(frozen=True)
 class Services:
-    """What a stage's `start` and `check` are given.
+    """The argument of a stage's `start` and `check`.
 
-    `resources` are the configured Azure resources by name, `resource` the one this team uses where a deployment
-    names none (None if there are several and none was chosen). `pools` are the configured pools by name. `reachable`,
-    at `start`, are the resources that the stages of this team may send requests to. `keys` are the team's own, by
-    digest, `claims` what it wants of a token (`request.identity.has(services.claims)`), and `teams` is how many teams
-    there are. `deadline` is how many seconds everything before an answer's first byte may take. `prices` are the
+    `resources` are the configured Azure resources by name. `resource` is the team's default resource, None if there are
+    several and the team chose none. `pools` are the configured pools by name. `reachable`, in `start`, are the
+    resources to which the team's stages may send requests. `keys` are the team's own, by digest. `claims` are those
+    that it requires of a token (`request.identity.has(services.claims)`). `team_count` is the number of teams.
+    `first_byte_timeout` is the timeout, in seconds, for everything before a response's first byte. `prices` are the
     operator's. `clock` returns seconds that never go back, `now` seconds since the epoch. `store` keeps state that must
-    outlive a reload: it is this stage's own, by team and id.
+    outlive a reload; each stage of a team has its own.
     """
 
     team: str
@@ -118,31 +117,31 @@ class Services:
     keys: Mapping[str, ListedKey] = field(default_factory=dict)
     prices: Prices = field(default_factory=Prices)
     claims: Claims = field(default_factory=dict)
-    teams: int = 1
-    deadline: float = 600.0
+    team_count: int = 1
+    first_byte_timeout: float = 600.0
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     shared: Shared = field(default_factory=Shared, repr=False)
     reachable: Mapping[str, Resource] = field(default_factory=dict)
-    store_of_limits: WaitQueue | None = None
+    limit_counters: WaitQueue | None = None
 
     @property
     def http(self) -> aiohttp.ClientSession:
-        """A session for calling other services; never for Azure's answers to clients."""
+        """An HTTP session for calls to other services; not for the requests of clients to Azure."""
         return self.shared.session()
 
     @property
     def counters(self) -> WaitQueue:
-        """What limits are counted in: shared by all stages, and by all workers or gateways that it is meant for."""
-        return self.store_of_limits or self.shared.counters
+        """Counters of limits, shared by all stages, and by all workers, or all gateways with one `store:`."""
+        return self.limit_counters or self.shared.counters
 
     @property
     def health(self) -> Health:
-        """How the deployments of pools are, as far as this process knows: shared by all stages."""
+        """Health of pooled deployments, as seen by this process; shared by all stages."""
         return self.shared.health
 
-    async def prepare_tokens(self) -> None:
-        """Get ready to count tokens, where that is installed: the first `expected_tokens` are counted then, too."""
+    async def load_tokenizers(self) -> None:
+        """Load the tokenizers, if installed, so that even the first `expected_tokens` are counted, not estimated."""
         await asyncio.to_thread(load_encodings)
 
     @property
@@ -152,10 +151,10 @@ class Services:
 
     @property
     def logger(self) -> FilteringBoundLogger:
-        """A structlog logger that names the team and the stage."""
+        """A structlog logger with the team and the stage bound."""
         return get_logger().bind(team=self.team, stage=self.stage)
 
     @property
     def store(self) -> MutableMapping[str, Any]:
         """State under (team, stage id), shared by every instance of this stage in the process."""
-        return self.shared.space(self.team, self.stage)
+        return self.shared.state_of(self.team, self.stage)

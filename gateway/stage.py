@@ -1,9 +1,8 @@
 """The contract of a stage, and how a list of stages becomes one callable.
 
-A pipeline is an onion: the first stage of the list sees the request first and the response last. A stage
-passes on with `await call_next(request)`, answers by itself by returning a `Response`, and refuses by
-raising an `ApiError`. Each link turns an exception into a `Response`, so that the stages above it always
-get one.
+A pipeline is an onion: the first stage of the list sees the request first and the response last. A stage passes the
+request on with `await call_next(request)`, responds itself by returning a `Response`, and refuses by raising an
+`ApiError`. Each link turns an exception into a `Response`, so that the stages above it always get one.
 """
 
 from __future__ import annotations
@@ -26,65 +25,65 @@ __all__ = ("BeforeBody", "Next", "Stage", "compile_pipeline")
 Next: TypeAlias = Callable[[Request], Awaitable[Response]]
 BeforeBody: TypeAlias = Callable[[Request], Awaitable[None]]
 
-# A mistake that a stage finds in its own settings: the path to the setting, and what is wrong with it.
+# A mistake in the settings of a stage: the path to the setting, and a description.
 Finding: TypeAlias = tuple[Sequence[str | int], str]
 
 
 class Stage:
     """One plugin in a pipeline. Subclass it as a dataclass: its fields are its settings.
 
-    `needs` and `provides` are names such as `caller`, `credential`, `deployment` and `api_version`;
-    `gateway check` reports a wrong order. A plain tuple will do: `provides = ("caller",)`.
+    `needs`, `provides` and `must_precede` are names such as `caller`, `credential`, `deployment` and `api_version`;
+    `gateway check` reports a wrong order. A plain tuple is enough: `provides = ("caller",)`.
     """
 
     id: str = ""
-    """The name in the pipeline, such as `burst` for `rate_limit as burst`; set when it is loaded."""
+    """The name in the pipeline, such as `burst` for `rate_limit as burst`; set when the stage is loaded."""
 
     idle = False
-    """Set by `start` where the stage has nothing to do for this team: it is left out of the requests' way."""
+    """Set it to True in `start` if the stage has nothing to do for this team: requests then skip it."""
 
     @property
     def needs_usage(self) -> bool:
-        """Whether `Outcome.usage` is wanted: the tokens that an exchange used, for which Azure is asked then."""
+        """Whether the stage needs `Outcome.usage`: the gateway then asks Azure to report the tokens of streams."""
         return False
 
     @property
     def needs(self) -> Iterable[str]:
-        """What stages further up must have provided."""
+        """Names that stages above this one must provide."""
         return ()
 
     @property
     def provides(self) -> Iterable[str]:
-        """What this stage provides to those below it."""
+        """Names that this stage provides to the stages below it."""
         return ()
 
     @property
-    def above(self) -> Iterable[str]:
-        """What no stage further up may have provided: this stage stands above those that do."""
+    def must_precede(self) -> Iterable[str]:
+        """Names of which no stage above this one may be the provider: this stage must be above it."""
         return ()
 
     @property
     def targets(self) -> Iterable[Target]:
-        """Where this stage may send requests, besides to the team's resource; asked after `check`."""
+        """Targets to which this stage may send requests, besides the team's resource; read after `check`."""
         return ()
 
     def check(self, services: Services) -> Iterable[Finding]:
-        """Yield `(path to the setting, what is wrong)` for each mistake that the types do not show."""
+        """Yield `(path to the setting, description)` for each mistake that the types cannot express."""
         return ()
 
     async def start(self, services: Services) -> None:
-        """Get ready, once, before the first request."""
+        """Prepare, once, before the first request."""
 
     async def stop(self) -> None:
-        """Let go of what `start` took; called in reverse order, also when `start` failed half-way."""
+        """Release what `start` acquired; called in reverse order, also if `start` failed half-way."""
 
     async def before_body(self, request: Request) -> None:
-        """Take what this request needs, before the first byte of a body that has not arrived is read by any stage.
+        """Reserve what this request needs, before any stage reads the first byte of a body that has not arrived.
 
-        Called once at most, of all stages in order, also of those that the request has not come to yet, and not at all
-        for a body that arrives with its head. Raise `ApiError` to refuse: its client is answered, and the body is never
-        read. What is taken here is given back in `request.defer`, and noted in `request.taken`, so that `__call__` does
-        not take it again. The caller is known if the stage that reads the body is below the one that authenticates.
+        The gateway calls it at most once, on all stages in order, including those that the request has not reached yet;
+        never if the body arrives with the head. Raise `ApiError` to refuse: the client gets the error, and the body is
+        not read. Release the reservation in `request.defer`, and note it in `request.reservations`, so that `__call__`
+        does not repeat it. The caller is known if the stage that reads the body is below the one that authenticates.
         """
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -96,7 +95,7 @@ def compile_pipeline(stages: Sequence[tuple[str, Callable[[Request, Next], Await
     """Compile (id, stage) pairs and the end of the pipeline into one callable; done once per team."""
     call_next = _link("upstream", lambda request, _: end(request), end)
     for name, stage in reversed(stages):
-        # A bound method is called at half the cost of an object that has one.
+        # Calling a bound method costs half of calling the object.
         call = stage.__call__ if isinstance(stage, Stage) else stage
         call_next = _link(name, call, call_next)
     return call_next
@@ -109,26 +108,26 @@ def _link(name: str, stage: Callable[[Request, Next], Awaitable[Response]], call
         except asyncio.CancelledError:
             if not request._exchange.deadline_hit():
                 raise
-            return _too_late(name, request)
+            return _deadline_exceeded(name, request)
         except ApiError as exc:
-            # Without its traceback the error holds no frame, and so no request: less for the collector to do.
+            # Without a traceback the error refers to no frame, and so to no request: no cycle to collect.
             return Response.from_error(exc.with_traceback(None))
-        except Exception as exc:  # a stage's bug must not take the others down
-            return _broken(name, exc, request)
+        except Exception as exc:  # a bug in one stage must not stop the others
+            return _failed(name, exc, request)
         if response.__class__ is Response:
             return response
-        answer: object = response  # a stranger's stage may have no types
-        if not isinstance(answer, Response):
-            return _broken(name, TypeError(f"returned {type(answer).__name__}, not a Response"), request)
-        return answer
+        result: object = response  # the stage of a plugin may have no types
+        if not isinstance(result, Response):
+            return _failed(name, TypeError(f"returned {type(result).__name__}, not a Response"), request)
+        return result
 
     return linked
 
 
-def _too_late(name: str, request: Request) -> Response:
-    where = "Azure OpenAI" if name == "upstream" else f"the gateway's stage {name!r}"
-    get_logger().warning("deadline before the first byte", stage=name, request_id=request.id)
-    message = f"no answer in time: {where} was still at work"
+def _deadline_exceeded(name: str, request: Request) -> Response:
+    waited_for = "Azure OpenAI" if name == "upstream" else f"the gateway's stage {name!r}"
+    get_logger().warning("first_byte_deadline_exceeded", stage=name, request_id=request.id)
+    message = f"no response in time: {waited_for} did not finish before the deadline; retry, or send a smaller request"
     return Response.from_error(
         UpstreamTimeout(message, fault="deadline")
         if name == "upstream"
@@ -136,19 +135,19 @@ def _too_late(name: str, request: Request) -> Response:
     )
 
 
-def _broken(name: str, exc: Exception, request: Request) -> Response:
-    hidden = secrets_of(request.headers, request.target)
+def _failed(name: str, exc: Exception, request: Request) -> Response:
+    secrets = secrets_of(request.headers, request.target)
     get_logger().error(
-        "a stage failed",
+        "stage_failed",
         stage=name,
         request_id=request.id,
-        **redacted(exception_fields(exc), hidden),
+        **redacted(exception_fields(exc), secrets),
     )
     if caused_by_exhaustion(exc):
         return Response.from_error(descriptors_exhausted())
-    answer = ApiError(
-        500, f"the gateway failed on this request. Contact its operator and quote request id {request.id}"
+    error = ApiError(
+        500, f"an internal error occurred in the gateway. Contact its operator and quote request id {request.id}"
     )
-    response = Response.from_error(answer)
+    response = Response.from_error(error)
     response.error = exc.with_traceback(None)
     return response

@@ -122,12 +122,12 @@ class StreamWriter:
         kept = kept if kept > UNCOUNTED else 0
         if kept > self._counted:
             try:
-                self._exchange.hold(kept - self._counted)
+                self._exchange.reserve_memory(kept - self._counted)
             except BudgetExhausted:
                 full = "an event of this response exceeds the memory that the gateway has left"
                 raise ApiError(503, f"{full}; retry shortly", code="overloaded") from None
         else:
-            self._exchange.let_go(self._counted - kept)
+            self._exchange.release_memory(self._counted - kept)
         self._counted = kept
 
     def _write_paced(self, chunk: bytes) -> None:

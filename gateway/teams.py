@@ -1,4 +1,4 @@
-"""Teams: whose request it is, and the compiled pipeline that handles it."""
+"""Teams: find the team of a request; each has a compiled pipeline of stages."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gateway.stage import BeforeBody, Next, Stage, compile_pipeline
 __all__ = ("Background", "Match", "Team", "Teams")
 
 
-# How long, in seconds, a stage may take to stop.
-_STOPPING = 10.0
+# Timeout of a stage's `stop`, in seconds.
+_STOP_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
 class Match:
-    """How a team's requests are told from others': any one of these is enough."""
+    """How a team's requests are recognized: one match is enough."""
 
     path_prefix: tuple[str, ...] = ()
     host: tuple[str, ...] = ()
@@ -36,23 +36,23 @@ class Match:
 
 @dataclass
 class Team:
-    """One team as configured: its stages in order, and where its requests go unless a stage says else."""
+    """One team: its stages in order, and the target of its requests unless a stage changes it."""
 
     name: str
     stages: Sequence[Stage]
     target: Target
     targets: Sequence[Target] = ()
-    """Where else its stages may send requests, such as the deployments that models are mapped to."""
+    """Other targets of its stages, such as the deployments that models are mapped to."""
     match: Match = field(default_factory=Match)
     services: Mapping[str, Services] = field(default_factory=dict)
     pipeline: Next | None = None
     metered: bool = False
-    """Whether one of its stages wants to know what exchanges use."""
+    """Whether one of its stages needs the usage of exchanges."""
     before_body: tuple[BeforeBody, ...] = ()
-    """What its stages do before a body that has not arrived is read."""
+    """The `before_body` methods of its stages."""
 
     async def start(self, end: Next) -> None:
-        """Start the stages and compile the pipeline; those already started are stopped if one fails."""
+        """Start the stages and compile the pipeline. If one fails, stop those already started."""
         started: list[Stage] = []
         try:
             for stage in self.stages:
@@ -82,29 +82,29 @@ class Team:
     async def _stop(self, stages: Sequence[Stage]) -> None:
         for stage in reversed(stages):
             try:
-                await _within(_STOPPING, stage.stop())
+                await _within(_STOP_TIMEOUT, stage.stop())
             except (Exception, SystemExit, asyncio.CancelledError) as exc:
                 if _is_cancelled(exc):
                     raise
                 slow = isinstance(exc, TimeoutError)
                 get_logger().error(
-                    "a stage failed to stop",
+                    "stage_stop_failed",
                     team=self.name,
                     stage=stage.id,
-                    reason=f"it took more than {_STOPPING:g} s" if slow else _described(exc, stage),
+                    reason=f"it took longer than {_STOP_TIMEOUT:g} s" if slow else _described(exc, stage),
                 )
 
 
 async def _within(seconds: float, work: Coroutine[Any, Any, None]) -> None:
-    """Wait for some work, so long at most: it is left alone then, as it may not let itself be cancelled."""
+    """Wait for some work with a timeout, without waiting for its cancellation, which it may ignore."""
 
-    async def done() -> None:
+    async def run() -> None:
         try:
             await work
-        except SystemExit as exc:  # of a task it would end the loop
+        except SystemExit as exc:  # in a task it would end the loop
             raise RuntimeError(f"SystemExit: {exc}") from None
 
-    task = asyncio.create_task(done())
+    task = asyncio.create_task(run())
     try:
         await asyncio.wait((task,), timeout=seconds)
     finally:
@@ -116,34 +116,36 @@ async def _within(seconds: float, work: Coroutine[Any, Any, None]) -> None:
 
 
 def _is_cancelled(exc: BaseException) -> bool:
-    """Whether it is this task that is cancelled, and not one that a stage waited for."""
+    """Whether this task is cancelled, and not one that a stage waited for."""
     task = asyncio.current_task()
     return isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling() > 0
 
 
 def _described(exc: BaseException, stage: Stage) -> str:
-    """Return an exception's name and words, without what of the stage's settings is secret."""
-    hidden = [str(getattr(stage, name)) for name, (kind, _) in settings_of(type(stage)).items() if is_secret(kind)]
-    shown = redacted({"text": f"{type(exc).__name__}: {exc}"}, [value for value in hidden if value not in ("", "None")])
+    """Return an exception's name and message, with the secret settings of the stage redacted."""
+    secrets = [str(getattr(stage, name)) for name, (kind, _) in settings_of(type(stage)).items() if is_secret(kind)]
+    shown = redacted(
+        {"text": f"{type(exc).__name__}: {exc}"}, [value for value in secrets if value not in ("", "None")]
+    )
     return str(shown["text"])
 
 
 class Background(Protocol):
-    """What a configuration has done beside requests, such as fetching tokens, from its start to its stop."""
+    """A background job of a configuration, such as refreshing tokens, from its start to its stop."""
 
     @property
     def fetched(self) -> Collection[str]:
-        """The names under which it keeps what the next configuration need not fetch again."""
+        """The names of its fetched data, which the next configuration can reuse."""
 
     def start(self) -> None:
-        """Begin, without waiting for anything."""
+        """Start without blocking."""
 
     async def stop(self) -> None:
-        """End."""
+        """Stop."""
 
 
 class Teams:
-    """All teams, found by path prefix, host name, key digest or a token's claims, else the default team."""
+    """All teams. A request's team is found by path prefix, host, key digest or token claims; else the default team."""
 
     def __init__(
         self,
@@ -160,27 +162,27 @@ class Teams:
         self.shared = shared or Shared()
         self.issuers = issuers
         self.deployments = [deployment for pool in pools for deployment in pool.deployments]
-        """Those of all pools."""
+        """The deployments of all pools."""
         self.resources = tuple(resources)
-        """Those that the configuration names."""
+        """The resources of the configuration."""
         self._background: Sequence[Background] = (*background, *((issuers,) if issuers is not None else ()))
-        self._prefixes = {prefix: team for team in others for prefix in team.match.path_prefix}
-        self._hosts = {host: team for team in others for host in team.match.host}
-        self._keys = {key.digest: (key, team) for team in others for key in team.match.keys}
-        self._members = [(team.match.claims, team) for team in others if team.match.claims]
+        self._by_prefix = {prefix: team for team in others for prefix in team.match.path_prefix}
+        self._by_host = {host: team for team in others for host in team.match.host}
+        self._by_key = {key.digest: (key, team) for team in others for key in team.match.keys}
+        self._by_claims = [(team.match.claims, team) for team in others if team.match.claims]
 
     @property
-    def spaces(self) -> set[tuple[str, str]]:
-        """The places of its stages' state: (team, stage id)."""
+    def stage_keys(self) -> set[tuple[str, str]]:
+        """The keys of the state of all stages: (team, stage id)."""
         return {(team.name, stage.id) for team in self.all for stage in team.stages}
 
     @property
     def fetched(self) -> set[str]:
-        """The names under which tokens and keys are kept for the configuration that follows."""
+        """The names of the tokens and keys that the next configuration can reuse."""
         return {name for each in self._background for name in each.fetched}
 
     async def start(self, end: Next) -> None:
-        """Start every team; those already started are stopped if one fails."""
+        """Start every team. If one fails, stop those already started."""
         started: list[Team] = []
         try:
             for team in self.all:
@@ -194,43 +196,52 @@ class Teams:
             each.start()
 
     async def stop(self) -> None:
-        """Stop every team; what they share may go on, in those that follow them."""
+        """Stop every team. Shared services stay open: the teams of the next configuration use them."""
         await asyncio.gather(*(each.stop() for each in self._background))
         await asyncio.gather(*(team.stop() for team in self.all))
 
-    def find(self, prefix: str, headers: Headers, judgement: TokenVerification | None = None) -> Team | None:
-        """Return the team of a request, or None where no team has its path prefix.
+    def find(self, prefix: str, headers: Headers, verification: TokenVerification | None = None) -> Team | None:
+        """Return the team of a request, or None if no team has its path prefix.
 
-        `judgement` is what there is to say of its token. Raises ApiError 401 where the key belongs to a team that the
-        path or the host name does not lead to, and 503 where its token would say whose it is, and cannot be judged.
+        `verification` is that of its token, if it has one. Raises ApiError 401 if the key belongs to another team than
+        the one of the path or the host, and 503 if the team depends on a token that cannot be verified at the moment.
         """
-        team = self._prefixes.get(prefix) if prefix else (self._hosts.get(_host(headers)) if self._hosts else None)
+        team = self._by_prefix.get(prefix) if prefix else (self._by_host.get(_host(headers)) if self._by_host else None)
         if prefix and team is None:
             return None
-        owner = self._owner(headers) if self._keys else None
+        owner = self._team_by_key(headers) if self._by_key else None
         if owner is None:
-            return team or (self._of_member(judgement) if judgement is not None and self._members else self.default)
+            return team or (
+                self._team_by_claims(verification) if verification is not None and self._by_claims else self.default
+            )
         if team is not None and team is not owner:
-            # As any wrong key: whose it is, is nobody's business.
-            raise ApiError.invalid_key()
+            # The same error as for any wrong key: it must not reveal that another team has this key.
+            raise ApiError(
+                401,
+                "this key is not valid here; ask the operator of this gateway for one",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
         return owner
 
-    def _owner(self, headers: Headers) -> Team | None:
+    def _team_by_key(self, headers: Headers) -> Team | None:
         key = presented_key(headers)
         if key is None:
             return None
-        listed, team = self._keys.get(key.digest, (None, None))
-        # The dict has found it by hash; the comparison that decides takes the same time for every digest.
+        listed, team = self._by_key.get(key.digest, (None, None))
+        # The lookup is by hash; the comparison that decides takes constant time.
         return team if listed is not None and listed.is_of(key) else None
 
-    def _of_member(self, judgement: TokenVerification) -> Team:
-        if judgement.retry_after is not None:
-            raise verification_unavailable(judgement)
-        who = judgement.identity
-        return next((team for claims, team in self._members if who is not None and who.has(claims)), self.default)
+    def _team_by_claims(self, verification: TokenVerification) -> Team:
+        if verification.retry_after is not None:
+            raise verification_unavailable(verification)
+        identity = verification.identity
+        if identity is None:
+            return self.default
+        return next((team for claims, team in self._by_claims if identity.has(claims)), self.default)
 
 
 def _host(headers: Headers) -> str:
-    """Return the name in the Host header, in lower case and without its port."""
+    """Return the host name in the Host header, in lower case and without its port."""
     name, colon, port = (headers.get("host") or "").rpartition(":")
     return (name if port.isdigit() else name + colon + port).lower()

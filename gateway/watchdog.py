@@ -1,9 +1,9 @@
-"""The watchdog: a thread that names code which blocks the event loop.
+"""The watchdog: a thread that detects code which blocks the event loop, and logs it.
 
-The loop serves every request in turn. A stage that calls `time.sleep`, `requests.get` or a slow regular expression
-keeps all of them waiting, and nothing else in the log would name it. The watchdog looks at the loop's thread eight
-times a second while exchanges run, and once a second otherwise. If the thread is not idle, the watchdog asks the loop
-for a sign of life; if none comes within `LIMIT` seconds, it logs where the thread is.
+The loop serves all requests. A stage that calls `time.sleep`, `requests.get` or a slow regular expression blocks all of
+them, and nothing else in the log would name it. The watchdog checks the loop's thread eight times a second while
+exchanges run, and once a second otherwise. If the thread is not idle, the watchdog schedules a heartbeat on the loop.
+If the heartbeat does not run within `LIMIT` seconds, the watchdog logs where the thread is.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from gateway.transport.client_connection import ClientConnection
 __all__ = ("LIMIT", "Watchdog")
 
 LIMIT = 0.25
-"""How long, in seconds, the event loop may be blocked. What blocks for `LIMIT` + 0.125 s is always seen."""
-# How often, in seconds, the loop's thread is looked at: while exchanges run, and while none does.
-_EVERY, _EVERY_IDLE = 0.125, 1.0
-# Looks without an exchange until the watchdog slows down.
-_QUIET_LOOKS = 10
-# How long, in seconds, one function is not logged again, and how many functions are remembered.
-_AGAIN, _MOST_PLACES = 10.0, 256
+"""How long, in seconds, the event loop may be blocked. Code that blocks for `LIMIT` + 0.125 s is always detected."""
+# Check intervals, in seconds: while exchanges run, and while none runs.
+_INTERVAL, _INTERVAL_IDLE = 0.125, 1.0
+# Number of checks without an exchange until the watchdog slows down.
+_QUIET_CHECKS = 10
+# The minimum interval, in seconds, between two events for one function, and how many functions are remembered.
+_LOG_INTERVAL, _MAX_FUNCTIONS = 10.0, 256
 
 _PATHS = sysconfig.get_paths()
 _LIBRARIES = tuple(
@@ -45,27 +45,27 @@ _LIBRARIES = tuple(
 _GATEWAY = f"{Path(__file__).resolve().parent}/"
 # The innermost Python frame of a loop that waits for events: asyncio's own is in its selector, uvloop's in the runner.
 _IDLE = (selectors.__file__, asyncio.runners.__file__, asyncio.base_events.__file__)
-# The frame that runs one stage: its locals name the stage and the request.
-_LINKED = next(
+# The code of the function that runs one stage: the locals of its frame have the stage's name and the request.
+_STAGE_CODE = next(
     each for each in stage._link.__code__.co_consts if isinstance(each, CodeType) and each.co_name == "linked"
 )
 
 
 class Watchdog:
-    """Watches the loop that `start` is called on. `running` are the exchanges that run: empty means little to watch."""
+    """Watches the loop on which `start` is called. `running` are the running exchanges; if none, it checks less."""
 
     def __init__(self, running: Collection[object]) -> None:
         self.asleep = False
-        """Whether it looks once a second only; the server calls `wake` then when an exchange begins."""
+        """Whether it checks only once a second; the server then calls `wake` when an exchange begins."""
         self._running = running
         self._wake = threading.Event()
-        self._alive = False  # the sign of life has come
+        self._heartbeat_seen = False
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._told: dict[str, float] = {}  # functions, and when they were logged
+        self._logged: dict[str, float] = {}  # function -> time of its last event
 
     def start(self) -> None:
-        """Begin to watch the running loop, which runs in this thread."""
+        """Start to watch the running loop, which runs in this thread."""
         # (CLOCK_THREAD_CPUTIME_ID of another thread: see pthread_getcpuclockid(3).)
         clock = time.pthread_getcpuclockid(threading.get_ident()) if hasattr(time, "pthread_getcpuclockid") else None
         used = (lambda: time.clock_gettime(clock)) if clock is not None else time.process_time
@@ -78,7 +78,7 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stopping = True
         self._wake.set()
         if self._thread is not None:
@@ -86,80 +86,80 @@ class Watchdog:
             self._thread = None
 
     def wake(self) -> None:
-        """Look often again."""
+        """Check often again."""
         self.asleep = False
         self._wake.set()
 
     def _watch(self, loop: asyncio.AbstractEventLoop, ident: int, used: Callable[[], float]) -> None:
         quiet = 0
-        asked: float | None = None  # when the loop was asked for the sign of life that has not come
+        scheduled: float | None = None  # when the heartbeat was scheduled that has not run yet
         now, used_now = time.monotonic(), used()
         while not self._stopping:
-            pause = _EVERY_IDLE if self.asleep else _EVERY
+            pause = _INTERVAL_IDLE if self.asleep else _INTERVAL
             if self.asleep:
                 self._wake.wait(pause)
             else:
-                time.sleep(pause)  # (costs half of what waiting for an event does)
+                time.sleep(pause)  # (costs half of waiting for an event)
             slept_at, now = now, time.monotonic()
             used_before, used_now = used_now, used()
             quiet = 0 if self._running else quiet + 1
-            self.asleep = quiet >= _QUIET_LOOKS
+            self.asleep = quiet >= _QUIET_CHECKS
             self._wake.clear()
-            if self.asleep and self._running:  # an exchange began just now, and may not have seen it
+            if self.asleep and self._running:  # an exchange began just now, before `asleep` was set
                 self.asleep = False
-            if asked is not None and not self._alive:
-                if now - asked >= LIMIT:
-                    self._tell(ident)
-                    asked = math.inf  # once for each time
+            if scheduled is not None and not self._heartbeat_seen:
+                if now - scheduled >= LIMIT:
+                    self._report(ident)
+                    scheduled = math.inf  # log each block once
                 continue
-            asked = None
+            scheduled = None
             if _is_idle(ident):
                 continue
             if now - slept_at - pause > LIMIT and used_now - used_before > LIMIT:
-                # A function in C kept the interpreter's lock, so this thread could not run either.
-                self._tell(ident)
+                # A C function held the GIL, so this thread could not run either.
+                self._report(ident)
                 continue
-            asked, self._alive = now, False
+            scheduled, self._heartbeat_seen = now, False
             try:
-                loop.call_soon_threadsafe(self._live)
+                loop.call_soon_threadsafe(self._heartbeat)
             except RuntimeError:  # the loop is closed
                 return
 
-    def _live(self) -> None:
-        self._alive = True
+    def _heartbeat(self) -> None:
+        self._heartbeat_seen = True
 
-    def _tell(self, ident: int) -> None:
-        """Log where a thread is, unless that was done a moment ago."""
+    def _report(self, ident: int) -> None:
+        """Log where a thread is, unless that function was logged recently."""
         frames = list(_frames(ident))
         if not frames:
             return
-        # Code of a plugin's author, else the gateway's own, else what is innermost.
+        # The innermost frame of a plugin, or else of the gateway, or else of all.
         culprit = (
             next((each for each in frames if not _is_library(each) and not _is_gateway(each)), None)
             or next((each for each in frames if not _is_library(each)), None)
             or frames[0]
         )
-        place, now = _function(culprit), time.monotonic()
-        if now - self._told.get(place, -_AGAIN) < _AGAIN:
+        function, now = _function(culprit), time.monotonic()
+        if now - self._logged.get(function, -_LOG_INTERVAL) < _LOG_INTERVAL:
             return
-        if len(self._told) >= _MOST_PLACES:
-            self._told.clear()
-        self._told[place] = now
+        if len(self._logged) >= _MAX_FUNCTIONS:
+            self._logged.clear()
+        self._logged[function] = now
         facts = _facts(frames)
         if culprit is not frames[0]:
-            facts["inside"] = _place(frames[0])
-        with contextlib.suppress(Exception):  # a log that fails must not end the watch
+            facts["inside"] = _location(frames[0])
+        with contextlib.suppress(Exception):  # a failure to log must not stop the watchdog
             get_logger().warning(
-                "the event loop is blocked",
-                at=_place(culprit),
+                "event_loop_blocked",
+                at=_location(culprit),
                 **facts,
                 limit=LIMIT,
-                advice="all requests wait meanwhile: await something, or use asyncio.to_thread",
+                advice="all requests wait meanwhile; use await, or asyncio.to_thread",
             )
 
 
 def _is_idle(ident: int) -> bool:
-    """Whether a thread's loop waits for events."""
+    """Whether the loop of a thread waits for events."""
     frame = sys._current_frames().get(ident)
     return frame is None or frame.f_code.co_filename in _IDLE
 
@@ -184,27 +184,27 @@ def _function(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename} {frame.f_code.co_qualname}"
 
 
-def _place(frame: FrameType) -> str:
+def _location(frame: FrameType) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
 
 
 def _facts(frames: list[FrameType]) -> dict[str, Any]:
-    """Return the stage that runs in some frames, and its request, as far as they tell."""
+    """Return the stage that runs in these frames, and its request, as far as they show."""
     facts: dict[str, Any] = {}
     for frame in frames:
-        if frame.f_code is _LINKED:  # the innermost one: those further out wait for it
+        if frame.f_code is _STAGE_CODE:  # the innermost stage: outer ones wait for it
             request = frame.f_locals["request"]
             return {"stage": frame.f_locals["name"], "team": request.team, "request_id": request.id}
         if not facts and (found := _request(frame)) is not None:
             facts.update(team=found.team, request_id=found.id)
-    # In a filter or a deferred callback, for instance: its file is the stage's.
+    # Outside a stage's call, such as in a filter or a deferred callback: the module is the stage's.
     names = (str(each.f_globals.get("__name__", "")) for each in frames)
     name = next((name for name in names if name.startswith(("plugins.", "gateway_plugins_path."))), None)
     return facts if name is None else {"stage": name.rpartition(".")[2], **facts}
 
 
 def _request(frame: FrameType) -> Request | None:
-    """Return the request that a frame is about, if it is a stage's or writes an answer."""
+    """Return the request that a frame handles, if it runs a stage or writes a response."""
     names = frame.f_code.co_varnames
     if "request" in names and isinstance(request := frame.f_locals.get("request"), Request):
         return request

@@ -23,7 +23,7 @@ class AccessLog(Stage):
         bool, Meta(description="log tokens: streams are asked for their usage, which is hidden from clients")
     ] = True
 
-    above = ("caller",)  # a rejected request is an exchange, too
+    must_precede = ("caller",)  # a rejected request is an exchange, too
 
     @property
     def needs_usage(self) -> bool:
@@ -49,8 +49,8 @@ class AccessLog(Stage):
                 "ended_by": outcome.ended_by,
                 "error": outcome.error,
                 "first_byte_ms": None if outcome.first_byte is None else round(outcome.first_byte * 1000, 1),
-                "total_ms": round(outcome.total * 1000, 1),
-                "bytes": outcome.sent,
+                "total_ms": round(outcome.duration * 1000, 1),
+                "bytes": outcome.bytes_sent,
             }
             if (used := outcome.usage) is not None and self.usage:
                 facts["input_tokens"], facts["output_tokens"] = used.input_tokens, used.output_tokens

@@ -79,7 +79,7 @@ class ApiVersion(Stage):
         key = (request.operation, version)
         found = self._chosen.get(key)
         if found is None:
-            usable = [each for each in (version, *self.otherwise) if request.is_in(each)]
+            usable = [each for each in (version, *self.otherwise) if request.supported_in(each)]
             found = self._chosen[key] = usable[0] if usable else version
         return found
 

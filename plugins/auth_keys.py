@@ -20,7 +20,7 @@ class AuthKeys(Stage):
 
     def check(self, services: Services) -> Iterator[tuple[tuple[str, ...], str]]:
         # The default team may have none if it only handles requests that match no team.
-        if not services.keys and not services.claims and (services.team != "default" or services.teams == 1):
+        if not services.keys and not services.claims and (services.team != "default" or services.team_count == 1):
             problem = f"team {services.team!r} has no keys and no claims, so no client can use it"
             yield (), f"{problem}; create a key: gateway keys new --team {services.team}"
 
@@ -59,7 +59,7 @@ class AuthKeys(Stage):
             if identity.has(self._claims):
                 return
         request.notes["key"] = key.digest
-        raise rejection(request, "token of no member" if identity else request.unidentified or "unknown key")
+        raise rejection(request, "token of no member" if identity else request.identity_error or "unknown key")
 
 
 def rejection(request: Request, reason: str) -> ApiError:

@@ -72,13 +72,13 @@ class Balance(Stage):
 
     needs = ("deployment",)
     provides = ("choice",)
-    above = ("api_version",)  # a resource may have its own
+    must_precede = ("api_version",)  # a resource may have its own
 
     async def start(self, services: Services) -> None:
         budget: RetryBudget = services.store.setdefault("budget", RetryBudget(self.reserve))
         limits = RetryLimits(
             # (Slightly sooner, so that it ends an attempt and not the whole exchange.)
-            min(self.deadline or math.inf, 0.98 * services.deadline),
+            min(self.deadline or math.inf, 0.98 * services.first_byte_timeout),
             self.silence,
             self.attempts,
             self.wait,

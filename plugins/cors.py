@@ -80,7 +80,7 @@ class Cors(Stage):
         if "*" in self.expose and self.credentials:
             yield ("expose", self.expose.index("*")), "'*' has no effect if `credentials` is true; list the names"
 
-    above = ("caller",)  # a preflight has no key
+    must_precede = ("caller",)  # a preflight has no key
 
     async def start(self, services: Services) -> None:
         self.idle = not self.origins

@@ -61,7 +61,7 @@ class EmbeddingsSplit(Stage):
             raise ApiError(400, f"`input` has more than {limit} entries; send it in several requests", param="input")
         parts = [spans[start : start + self.most_inputs] for start in range(0, len(spans), self.most_inputs)]
         change = f"input: sent in {len(parts)} parts"
-        request.adapted(change)
+        request.record_adaptation(change)
         request.count(self.id)
         try:
             response = await self._merged(request, call_next, value, parts)
@@ -105,7 +105,7 @@ class EmbeddingsSplit(Stage):
             partial.set_fields({**fields, "input": b"[%b]" % value[part[0][0] : part[-1][1]]})
             response = await call_next(partial)
             if response.error is not None or response.status != 200:
-                request.adapted(f"input: part {number} of {len(parts)} failed")
+                request.record_adaptation(f"input: part {number} of {len(parts)} failed")
                 return response
             try:
                 body = await response.read(left)
@@ -116,7 +116,7 @@ class EmbeddingsSplit(Stage):
                 left = 0
             left -= len(body)
             if left <= 0:
-                request.adapted(f"input: part {number} of {len(parts)} failed")
+                request.record_adaptation(f"input: part {number} of {len(parts)} failed")
                 raise UpstreamError(
                     f"the responses to `input` exceed {MAX_TOTAL} bytes at part {number} of {len(parts)}; send fewer "
                     "inputs in a request, or use `encoding_format` base64"
@@ -137,7 +137,7 @@ class EmbeddingsSplit(Stage):
                 raise UpstreamError(
                     f"Azure's response to part {number} of {len(parts)} of `input` cannot be merged: {exc}"
                 ) from None
-        request.hold(MAX_TOTAL - left)  # until all responses are merged
+        request.reserve_memory(MAX_TOTAL - left)  # until all responses are merged
         first["data"] = msgspec.Raw(msgspec.json.encode(data))
         first["usage"] = msgspec.Raw(msgspec.json.encode(usage))
         response.body = msgspec.json.encode(first)

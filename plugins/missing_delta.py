@@ -24,14 +24,14 @@ class MissingDelta(Stage):
         Meta(description="choices without a delta: complete with an empty one, drop, or keep unchanged"),
     ] = "complete"
 
-    above = ("events",)
+    must_precede = ("events",)
 
     async def start(self, services: Services) -> None:
         self.idle = self.choice == "keep"
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if response.event_stream and request.operation == "chat.completions":
+        if response.is_event_stream and request.operation == "chat.completions":
             response.pipe(Deltas(partial(request.count, self.id), drop=self.choice == "drop"))
         return response
 
@@ -45,7 +45,7 @@ class Deltas(EventFilter):
         self._count = count
         self._drop = drop
         self._id: str | None = None
-        self.finds: Sequence[bytes] = EventFilter.finds  # until the stream's id is known
+        self.contains: Sequence[bytes] = EventFilter.contains  # until the stream's id is known
 
     def event(self, event: Event) -> Event | None:
         chunk = event.json()
@@ -53,7 +53,7 @@ class Deltas(EventFilter):
             return event
         if self._id is None and isinstance(own := chunk.get("id"), str) and own:
             self._id = own
-            self.finds = EMPTY
+            self.contains = EMPTY
         if not any(lacks_delta(choice) for choice in choices):
             return event
         self._count()

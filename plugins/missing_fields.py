@@ -25,12 +25,12 @@ class MissingFields(Stage):
     content, waits for the next one. If no chunk has them, the stage generates them.
     """
 
-    above = ("events",)
+    must_precede = ("events",)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         kind = OBJECTS.get(request.operation or "")
-        if kind is not None and response.event_stream:
+        if kind is not None and response.is_event_stream:
             generated = {
                 "id": f"chatcmpl-{request.id}" if kind == "chat.completion.chunk" else f"cmpl-{request.id}",
                 "object": kind,
@@ -49,7 +49,7 @@ class Fill(EventFilter):
         self._generated = generated
         self._known: dict[str, Any] | None = None
         self._held: list[Event] = []
-        self.finds: Sequence[bytes] = EventFilter.finds  # until the stream's id is known
+        self.contains: Sequence[bytes] = EventFilter.contains  # until the stream's id is known
 
     def event(self, event: Event) -> Event | list[Event] | None:
         chunk = event.json()
@@ -59,7 +59,7 @@ class Fill(EventFilter):
         if chunk.get("id"):
             if self._known is None or self._known is self._generated:
                 self._known = {name: chunk.get(name) or self._generated[name] for name in FIELDS}
-                self.finds = EMPTY
+                self.contains = EMPTY
         elif self._known is None:
             if not has_content(chunk) and len(self._held) < MAX_HELD:
                 self._held.append(event)

@@ -23,7 +23,7 @@ class ModelEcho(Stage):
         response = await call_next(request)
         if model is None or response.error is not None or response.status >= 400:
             return response
-        if response.event_stream:
+        if response.is_event_stream:
             response.pipe(EchoEvents(model))
         elif response.media_type == "application/json" and length(response) <= MAX_BODY:
             content = with_model(await response.read_json(), model)
@@ -43,7 +43,7 @@ def length(response: Response) -> float:
 class EchoEvents(EventFilter):
     """Puts the client's name of the model in events."""
 
-    finds = (b'"model"',)
+    contains = (b'"model"',)
 
     def __init__(self, model: str) -> None:
         self._model = model

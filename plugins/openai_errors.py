@@ -23,7 +23,7 @@ class OpenAIErrors(Stage):
     tells an unknown deployment from an api-version that lacks the operation.
     """
 
-    above = ("errors",)  # converts the errors that are found in streams, too
+    must_precede = ("errors",)  # converts the errors that are found in streams, too
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
@@ -82,7 +82,7 @@ def openai_error(request: Request, status: int, body: ErrorBody) -> dict[str, An
 
 def sent_target(request: Request) -> Target:
     """Return the target that the request was sent to: a stage below may have chosen it."""
-    return request.sent_to or request.target
+    return request.last_target or request.target
 
 
 def keep_original(error: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -95,9 +95,9 @@ def not_found_message(request: Request) -> str:
     """Explain "Resource not found": Azure says it of an unknown path and of an unknown api-version alike."""
     version = sent_target(request).api_version or ""
     problem = f"Azure has nothing at the path of {request.operation} with api-version {version}. "
-    preview = "preview" in request.api_versions and not version.endswith("preview") and version != "v1"
+    preview = "preview" in request.supported_versions and not version.endswith("preview") and version != "v1"
     if preview:
-        return problem + f"The api-version is the likely cause: the operation needs {request.api_versions}."
+        return problem + f"The api-version is the likely cause: the operation needs {request.supported_versions}."
     return problem + (
         "That api-version has the operation, so the likely cause is the resource: its endpoint has another base path, "
         "or its region does not offer the operation."

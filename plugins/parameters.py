@@ -136,7 +136,7 @@ class Parameters(Stage):
         changes = adapt(fields, plan)
         request.set_fields(fields)
         for change in changes:
-            request.adapted(change)
+            request.record_adaptation(change)
         request.count(self.id)
         response = await call_next(request)
         if self.header:

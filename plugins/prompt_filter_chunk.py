@@ -24,14 +24,14 @@ class PromptFilterChunk(Stage):
         Meta(description="the chunk: drop, merge its results into the next chunk with choices, or keep unchanged"),
     ] = "drop"
 
-    above = ("events",)
+    must_precede = ("events",)
 
     async def start(self, services: Services) -> None:
         self.idle = self.chunk == "keep"
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if response.event_stream and request.operation in ("chat.completions", "completions"):
+        if response.is_event_stream and request.operation in ("chat.completions", "completions"):
             count = partial(request.count, self.id)
             response.pipe(Drop(count) if self.chunk == "drop" else Merge(count))
         return response
@@ -40,7 +40,7 @@ class PromptFilterChunk(Stage):
 class Drop(EventFilter):
     """Drops the chunk."""
 
-    finds = (b'"prompt_',)
+    contains = (b'"prompt_',)
 
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
@@ -58,18 +58,18 @@ class Merge(EventFilter):
     def __init__(self, count: Callable[[], None]) -> None:
         self._count = count
         self._held: list[Event] = []
-        self.finds: Sequence[bytes] = Drop.finds
+        self.contains: Sequence[bytes] = Drop.contains
 
     def event(self, event: Event) -> Event | list[Event] | None:
         chunk = event.json()
         if prompt_results(chunk):
             self._held.append(event)
-            self.finds = EventFilter.finds  # the next event, whatever it is
+            self.contains = EventFilter.contains  # the next event, whatever it is
             return None
         if not event.data.strip():
             return event  # a comment: wait for the next event
         held, self._held = self._held, []
-        self.finds = Drop.finds
+        self.contains = Drop.contains
         if not isinstance(chunk, dict) or not chunk.get("choices"):
             return [*held, event]  # an error, or the end: no chunk to merge into
         merged: dict[str, list[Any]] = {}

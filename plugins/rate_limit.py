@@ -235,7 +235,7 @@ class RateLimit(LimitSettings, Stage):
         units = {quota.unit for quota in self._quotas}
         self._estimates = bool(units & {"tokens", "spend"})
         if self._estimates:
-            await services.prepare_tokens()
+            await services.load_tokenizers()
         try:
             await self._counters.take([])  # connects to a remote store before the first request
         except CountersUnavailable as exc:
@@ -253,9 +253,13 @@ class RateLimit(LimitSettings, Stage):
 
     async def before_body(self, request: Request) -> None:
         """Take the slots of `in_flight`: a caller cannot send more bodies at once than it can have requests."""
-        if not self._any_before_body or self.id in request.taken or (self._key_before_body and request.caller is None):
+        if (
+            not self._any_before_body
+            or self.id in request.reservations
+            or (self._key_before_body and request.caller is None)
+        ):
             return
-        who = (request.caller or "", request.client if self._by_client else "", "")
+        who = (request.caller or "", request.client_address if self._by_client else "", "")
         charges = [charge for charge in self._charges_of(request, who) if charge.quota.before_body]
         started = self._clock() if self.wait else 0.0
         try:
@@ -265,15 +269,15 @@ class RateLimit(LimitSettings, Stage):
             return
         self._admit(request, charges, decision, started)
         request.defer(lambda outcome: self._settle(charges, decision, (), outcome))
-        request.taken[self.id] = True
+        request.reservations[self.id] = True
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         model = (await request.model() or "").strip() if self._by_model else ""
-        who = (request.caller or "", request.client if self._by_client else "", model)
+        who = (request.caller or "", request.client_address if self._by_client else "", model)
         charges = self._charges_of(request, who)
         if self._any_before_body:
-            taken = request.taken.get(self.id, False)
-            request.taken[self.id] = False
+            taken = request.reservations.get(self.id, False)
+            request.reservations[self.id] = False
             if taken:
                 charges = [charge for charge in charges if not charge.quota.before_body]
         prices: list[Price] = []

@@ -43,7 +43,7 @@ class ResourceIds(Stage):
     """
 
     needs = ("deployment",)
-    above = ("choice",)  # the id decides, and not the load
+    must_precede = ("choice",)  # the id decides, and not the load
 
     def __post_init__(self) -> None:
         self._resources: dict[str, Any] = {}
@@ -62,11 +62,11 @@ class ResourceIds(Stage):
         await self._route(request)
         response = await call_next(request)
         # A stage below may have chosen another resource than the target names.
-        target = request.sent_to
+        target = request.last_target
         mark = self._marks.get(target.resource.name) if target is not None and target.resource is not None else None
         if mark is None or response.error is not None or "content" in (request.operation or "").split("."):
             return response  # the content of a file is the user's
-        if response.event_stream or response.status == 101:
+        if response.is_event_stream or response.status == 101:
             response.pipe(MarkEvents(mark.encode()))
             if response.status == 101:
                 response.pipe(UnmarkEvents(mark.encode(), frozenset(map(str.encode, self._resources))), direction="up")
@@ -153,7 +153,7 @@ class UnmarkEvents(EventFilter):
     def __init__(self, mark: bytes, known: frozenset[bytes]) -> None:
         self._mark = mark
         self._known = known
-        self.finds = [b"." + each + b'"' for each in known]
+        self.contains = [b"." + each + b'"' for each in known]
 
     def event(self, event: Event) -> Event:
         def unmarked(match: re.Match[bytes]) -> bytes:

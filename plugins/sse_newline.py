@@ -26,7 +26,7 @@ class SseNewline(Stage):
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if response.event_stream:
+        if response.is_event_stream:
             response.pipe(CompleteEvents(partial(request.count, self.id)))
         return response
 
@@ -34,7 +34,7 @@ class SseNewline(Stage):
 class CompleteEvents(Filter):
     """Tracks lines just enough to recognize `[DONE]` and an open event; keeps only the start of a line."""
 
-    finds = (b"[DONE]",)
+    contains = (b"[DONE]",)
 
     def __init__(self, count: Callable[[], None] = lambda: None) -> None:
         self._count = count

@@ -22,16 +22,16 @@ class StreamErrors(Stage):
         Meta(ge=0, le=60, description="seconds that the response's head waits for the first event"),
     ] = 10.0
 
-    above = ("events",)  # reads whole events
+    must_precede = ("events",)  # reads whole events
     provides = ("errors",)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if response.status != 200 or response.error is not None or not response.event_stream:
+        if response.status != 200 or response.error is not None or not response.is_event_stream:
             return response
         if (error := await response.opening_error(self.wait)) is not None:
             request.count(self.id)
-            return response.told_as_error(error)
+            return response.error_response(error)
         response.pipe(BreakOff(request, self.id))
         return response
 
@@ -39,14 +39,14 @@ class StreamErrors(Stage):
 class BreakOff(EventFilter):
     """Ends a stream at an error."""
 
-    finds = (b'"error"', b'"statusCode"')
+    contains = (b'"error"', b'"statusCode"')
 
     def __init__(self, request: Request, name: str) -> None:
         self._request = request
         self._name = name
 
     def event(self, event: Event) -> Event:
-        found = StreamError.of(event.json())
+        found = StreamError.from_event(event.json())
         if found is None:
             return event
         self._request.count(self._name)

@@ -30,18 +30,18 @@ class StripAzureFields(Stage):
     async def start(self, services: Services) -> None:
         self.idle = not self.fields
         self._names = frozenset(self.fields)
-        self.finds = tuple(json.dumps(name).encode() for name in self.fields)
+        self.contains = tuple(json.dumps(name).encode() for name in self.fields)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
         if response.error is not None or response.status >= 400:
             return response
-        if response.event_stream:
-            response.pipe(Strip(self.finds, self.stripped, partial(request.count, self.id)))
+        if response.is_event_stream:
+            response.pipe(Strip(self.contains, self.stripped, partial(request.count, self.id)))
         elif response.media_type == "application/json" and "content" not in (request.operation or "").split("."):
             body = await response.read(MAX_BODY)
             if (
-                any(name in body for name in self.finds)
+                any(name in body for name in self.contains)
                 and (stripped := self.stripped(await response.read_json(MAX_BODY))) is not None
             ):
                 response.set_json(stripped)
@@ -70,11 +70,11 @@ class Strip(EventFilter):
 
     def __init__(
         self,
-        finds: Sequence[bytes],
+        contains: Sequence[bytes],
         stripped: Callable[[Any], dict[str, Any] | None],
         count: Callable[[], None],
     ) -> None:
-        self.finds = finds
+        self.contains = contains
         self._stripped = stripped
         self._count = count
 

@@ -18,6 +18,6 @@ class Typewriter(Stage):
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
         response = await call_next(request)
-        if response.event_stream:
+        if response.is_event_stream:
             response.pace = self.delay
         return response

@@ -556,12 +556,12 @@ async def test_a_body_does_not_wait_for_the_collector(start_gateway: StartGatewa
 
 
 async def test_what_a_stage_holds_is_given_back_though_it_fails() -> None:
-    """A stage counts what it keeps with `request.hold`; `let_go` gives some back before the end."""
+    """A stage counts what it keeps with `request.reserve_memory`; `release_memory` gives some back before the end."""
 
     class Keeps(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
-            request.hold(3000)
-            request.let_go(1000)
+            request.reserve_memory(3000)
+            request.release_memory(1000)
             held.append(BUDGETS.memory.held)
             raise ZeroDivisionError
 
@@ -570,15 +570,15 @@ async def test_what_a_stage_holds_is_given_back_though_it_fails() -> None:
     assert held == [2000]
 
 
-async def test_nothing_is_held_when_the_exchange_is_over() -> None:
-    """What would be held then, nobody would give back; to give back what was given back already does nothing."""
+async def test_nothing_is_reserved_after_the_end_of_the_exchange() -> None:
+    """A reservation would never be released; to release memory that is already released does nothing."""
     exchange = Exchange()
-    exchange.hold(10)
-    exchange.hold_on_disk(5)
+    exchange.reserve_memory(10)
+    exchange.reserve_disk(5)
     exchange.finish()
-    exchange.let_go(10)
-    exchange.let_go_of_disk(5)
-    for hold in (exchange.hold, exchange.hold_on_disk):
+    exchange.release_memory(10)
+    exchange.release_disk(5)
+    for hold in (exchange.reserve_memory, exchange.reserve_disk):
         with pytest.raises(RuntimeError):
             hold(1)
 

@@ -1,8 +1,8 @@
 # ruff: noqa: E501 -- the cases read best one a line
-"""With `unmapped: refuse`, no deployment is reached but those that the map names, by whatever place or trick.
+"""With `unmapped: refuse`, no request reaches a deployment that is not in the map, by any location or trick.
 
-Each case names the deployment `secret` where some reader of HTTP, forms or JSON might find it. It is refused, or it
-goes on without that name: the fake Azure must not see it.
+Each case names the deployment `secret` where some parser of HTTP, forms or JSON might find it. The request is refused, or
+it is sent without that name: the fake Azure must not see it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import pytest
 
 from gateway.testing import FakeAzure
-from tests.azure.test_model_field import BOUNDARY, HEADERS
+from tests.azure.test_deployment_field import BOUNDARY, HEADERS
 from tests.conftest import KEY, StartGateway, raw_request
 
 YAML = """
@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 async def test_an_unmapped_deployment_is_not_reached(case: str, start_gateway: StartGateway) -> None:
-    """Nor does such a request bring a 5xx about."""
+    """The request does not cause a 5xx either."""
     path, content_type, body = CASES[case]
     async with FakeAzure(deployments=("secret", "gpt-4o", "whisper-1")) as azure:
         gateway = await start_gateway(azure.endpoint, YAML)
@@ -127,7 +127,7 @@ async def test_an_unmapped_deployment_is_not_reached(case: str, start_gateway: S
 
 
 async def test_the_image_tool_s_deployment_is_mapped(start_gateway: StartGateway) -> None:
-    """Azure's Responses API takes it from a header."""
+    """Azure's Responses API reads it from a header."""
     async with FakeAzure() as azure:
         gateway = await start_gateway(
             azure.endpoint, YAML.replace("{gpt-4o: gpt-4o,", "{gpt-4o: gpt-4o, paint: my-paint,")
@@ -162,7 +162,7 @@ async def test_the_image_tool_s_deployment_is_mapped(start_gateway: StartGateway
     ],
 )
 async def test_odd_json_is_no_5xx(path: str, body: bytes, start_gateway: StartGateway) -> None:
-    """It is sent on, or refused."""
+    """It is sent to Azure, or refused."""
     async with FakeAzure() as azure:
         gateway = await start_gateway(azure.endpoint, YAML)
         async with gateway.post(path, None, data=body, headers={"Content-Type": JSON}) as answer:

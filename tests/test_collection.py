@@ -69,7 +69,9 @@ def test_what_a_family_has_of_different_kinds_is_in_it(name: str) -> None:
 def test_a_comment_says_which_api_version_has_it(call: Call) -> None:
     """As in the operation table. A JSON body is valid JSON, and each call has its key in the same header."""
     row = operation_of(call)
-    assert call.note.endswith(f" Needs {'no api-version: the gateway answers' if row.local else row.versions}.")
+    assert call.note.endswith(
+        f" Needs {'no api-version: the gateway answers' if row.local else row.supported_versions}."
+    )
     assert call.headers[0] == ("Authorization", "Bearer {{key}}")
     if call.body and call.boundary is None:
         assert isinstance(json.loads(call.body), dict)

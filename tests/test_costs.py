@@ -80,7 +80,7 @@ class Line:
     def __init__(self, server: Server) -> None:
         self.server = server
         loop = asyncio.get_running_loop()
-        connector = server.upstream._connector
+        connector = server.upstream._connections
         resource = next(iter(server.teams.default.services.values())).resource
         assert resource is not None
         destination = connector.destination(resource)

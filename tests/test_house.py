@@ -22,8 +22,6 @@ TESTED_ELSEWHERE = {
     "config/identity": "a part of test_oidc",
     "testing/azure": "a part of test_testing",
     "azure/request_view": "types only",
-    "request": "a part of test_messages",
-    "response": "a part of test_messages",
     "transport/response_head": "a part of test_server",
     "limits/counters": "types only",
     "__init__": "the public API, pinned here",

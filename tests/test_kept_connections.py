@@ -205,7 +205,7 @@ async def scenario(folder: Path, authority: trustme.CA | None) -> list[str]:
                 answer = await second_client(gateway.address.port, str(number))
             if not answer.startswith(b"HTTP/1.1 200 ") or not answer.endswith(b'{"nonce": "%d"}' % number):
                 wrong.append(f"{name}/{size}, {how}: {answer[:60]!r}")
-            for destination in gateway.upstream._connector._destinations.values():
+            for destination in gateway.upstream._connections._destinations.values():
                 wrong += [f"{name}/{size}, {how}: not clean" for wire in destination.idle if not wire.is_clean()]
         for task in upstream._tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""Log events, as lines."""
+"""Log events and how they are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway import logs
 
 
 def test_json_lines() -> None:
-    """One JSON object a line; hostile text cannot break out of it."""
+    """One JSON object per line; hostile text cannot break out of it."""
     stream = io.StringIO()
     logs.configure("info", "auto", stream)
     logs.get_logger().info("exchange", model='x\n{"event": "forged"}\x1b[2J', number=1)
@@ -25,7 +25,7 @@ def test_json_lines() -> None:
 
 
 def test_text_for_people_is_printable() -> None:
-    """Control characters of a client's text do not steer the terminal."""
+    """Control characters in a client's text do not control the terminal."""
     stream = io.StringIO()
     logs.configure("info", "text", stream)
     logs.get_logger().info("exchange", model="x\n\x1b[2Jforged")
@@ -33,8 +33,8 @@ def test_text_for_people_is_printable() -> None:
     assert len(stream.getvalue().splitlines()) == 1
 
 
-def test_masking() -> None:
-    """Every occurrence in every text, also in lists."""
+def test_redaction() -> None:
+    """Every occurrence in every text, including lists."""
     facts = {"message": "key sk-1 of sk-1", "frames": ["at sk-1"], "number": 1}
     assert logs.redacted(facts, ["sk-1"]) == {"message": "key *** of ***", "frames": ["at ***"], "number": 1}
 
@@ -51,8 +51,8 @@ class Writes(io.StringIO):
         return super().write(text)
 
 
-async def test_lines_leave_together() -> None:
-    """The first is written at once, those close behind it are one write; none is lost, and their order stays."""
+async def test_events_are_written_in_batches() -> None:
+    """The first is written immediately, those shortly after it in one write; none is lost, and the order stays."""
     stream = Writes()
     logs.configure("info", "json", stream)
     logger = logs.get_logger().bind(team="a")
@@ -68,8 +68,8 @@ async def test_lines_leave_together() -> None:
     assert {line["team"] for line in lines} == {"a"}
 
 
-async def test_errors_leave_at_once_with_all_before_them() -> None:
-    """A warning or an error waits for nothing: the process may be about to end."""
+async def test_errors_are_written_immediately_after_queued_events() -> None:
+    """A warning or an error is not queued: the process may be about to end."""
     for level in ("warning", "error", "critical"):
         stream = Writes()
         logs.configure("info", "json", stream)
@@ -78,8 +78,8 @@ async def test_errors_leave_at_once_with_all_before_them() -> None:
         assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["first", "second"]
 
 
-async def test_what_waits_is_bounded() -> None:
-    """Very many events do not wait: they leave by the 256 behind the first."""
+async def test_the_queue_is_bounded() -> None:
+    """After the first event, every 256 events are written without waiting for the timer."""
     stream = Writes()
     logs.configure("info", "json", stream)
     for number in range(600):
@@ -88,8 +88,8 @@ async def test_what_waits_is_bounded() -> None:
     assert len(stream.getvalue().splitlines()) == 513
 
 
-async def test_an_event_s_time_is_when_it_happened() -> None:
-    """Not when it is written; and events of all levels stay in their order."""
+async def test_the_timestamp_is_that_of_the_event() -> None:
+    """Not that of the write; and events of all levels stay in order."""
     stream = Writes()
     logs.configure("info", "json", stream)
     logger = logs.get_logger()
@@ -106,8 +106,8 @@ async def test_an_event_s_time_is_when_it_happened() -> None:
     assert before <= times[0] <= times[2] <= datetime.now(UTC)
 
 
-def test_what_waits_is_written_when_the_process_ends() -> None:
-    """Also where it ends in the middle of an exception."""
+def test_queued_events_are_written_when_the_process_ends() -> None:
+    """Even if an exception ends it."""
     program = """
 import asyncio
 from gateway import logs
@@ -125,7 +125,7 @@ asyncio.run(main())
 
 
 def test_a_log_that_cannot_be_written_harms_nothing() -> None:
-    """A closed pipe, a full disk or text that no encoding has: the event is lost or escaped, nothing is raised."""
+    """A closed pipe, a full disk, text without an encoding: the event is lost or escaped, nothing is raised."""
 
     class Full(io.StringIO):
         def write(self, text: str) -> int:

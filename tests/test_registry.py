@@ -1,4 +1,4 @@
-"""From a stage's name to its class: built-in, by path, by entry point, literal; nothing shadows anything."""
+"""The registry finds a stage's class: built-in, by path, by entry point, or literal; nothing shadows anything."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class {name}(Stage):
 
 
 def install(folder: Path, name: str, stage: str, class_name: str) -> Path:
-    """Install a tiny distribution with an entry point into a folder of its own, as pip would."""
+    """Install a tiny distribution with an entry point into a folder, as pip would."""
     source = folder / "source"
     source.mkdir()
     (source / f"{name}.py").write_text(STAGE.format(doc="Say something.", name=class_name, header=stage))
@@ -54,10 +54,10 @@ def install(folder: Path, name: str, stage: str, class_name: str) -> Path:
 
 
 @pytest.mark.slow
-async def test_a_stranger_s_stages(
+async def test_stages_of_a_package_and_of_a_folder(
     tmp_path: Path, start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An installed package with an entry point, and one file in a folder of `plugins_path`, both listed by name."""
+    """An installed package with an entry point, and a file in a folder of `plugins_path`, are listed by name."""
     monkeypatch.syspath_prepend(install(tmp_path, "stranger_package", "greeting", "Greeting"))
     yaml = """
 plugins_path: mine
@@ -71,14 +71,14 @@ pipeline: [greeting, one_file: bye, stranger_package:Greeting as again, auth_pas
         assert answer.headers["x-greeting"] == "hello"
         assert answer.headers["x-one-file"] == "bye"
     assert {"greeting", "rate_limit"} <= set(Registry().names())
-    # Two answers for one name are an error that names both.
+    # Two stages with one name are an error that names both.
     (tmp_path / "mine" / "greeting.py").write_text(one_file)
     with pytest.raises(UnknownStage, match=r"greeting\.py and the entry point stranger_package:Greeting"):
         Registry([tmp_path / "mine"]).find("greeting")
 
 
-def test_a_package_that_is_installed_meanwhile_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Entry points are read again when a folder of `sys.path` has changed, and no name stays that is gone."""
+def test_a_package_that_is_installed_later_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entry points are read again after a change in a folder of `sys.path`, and removed names disappear."""
     monkeypatch.syspath_prepend(tmp_path)
     assert "late" not in Registry().names()
     metadata = tmp_path / "late_package-1.dist-info"
@@ -90,8 +90,8 @@ def test_a_package_that_is_installed_meanwhile_is_found(tmp_path: Path, monkeypa
     assert "late" not in Registry().names()
 
 
-def test_built_in_stages_load_beside_another_plugins_folder(tmp_path: Path) -> None:
-    """A `plugins/` of the working directory's own, even one that is imported first, does not stand in for ours."""
+def test_built_in_stages_load_despite_another_plugins_folder(tmp_path: Path) -> None:
+    """A `plugins/` in the working directory, even one that is imported first, does not replace the built-in one."""
     files = {
         "plugins/__init__.py": "",
         "plugins/rate_limit.py": "raise RuntimeError('the wrong one')",
@@ -109,21 +109,21 @@ def test_built_in_stages_load_beside_another_plugins_folder(tmp_path: Path) -> N
     ("name", "words"),
     [
         ("rate_limits", "did you mean 'rate_limit'"),
-        ("Rate-Limit", "no stage's name"),
+        ("Rate-Limit", "is not a valid name of a stage"),
         ("nothing", "there is no stage 'nothing'"),
         ("gateway.stage:compile_pipeline", "not a subclass"),
         ("gateway.stage:Nothing", "has no 'Nothing'"),
         ("no.such:Thing", "No module named"),
     ],
 )
-def test_what_is_not_found_says_so(name: str, words: str) -> None:
-    """With the nearest name there is."""
+def test_an_unknown_name_is_an_error(name: str, words: str) -> None:
+    """With the most similar name."""
     with pytest.raises(UnknownStage, match=words):
         Registry().find(name)
 
 
 def test_a_stage_with_settings_must_be_a_dataclass(tmp_path: Path) -> None:
-    """The usual slip of a first plugin gets a message that mends it."""
+    """The usual mistake in a first plugin gets a message with the fix."""
     (tmp_path / "slip.py").write_text("from gateway import Stage\nclass Slip(Stage):\n    limit: int = 3\n")
     with pytest.raises(UnknownStage, match="put @dataclass above"):
         Registry([tmp_path]).find("slip")

@@ -96,7 +96,7 @@ def use(running: Running) -> None:
     """Look up the destination of every resource, as a request does."""
     server = running.gateway.server
     for resource in server.teams.resources:
-        server.upstream._connector.destination(resource)
+        server.upstream._connections.destination(resource)
 
 
 @pytest.mark.parametrize("part", [*(pytest.param(each, marks=pytest.mark.slow) for each in PARTS), "all"])
@@ -132,7 +132,7 @@ async def test_memory_after_many_reloads_is_as_after_one(
         await until(lambda: not grown(after[0]), 20)
     assert not grown(after[0])
     assert after[0]["Teams"] == 1
-    assert len(gateway.server.shared._spaces) <= 12
+    assert len(gateway.server.shared._state) <= 12
 
 
 def grown(before: Counter[str]) -> Counter[str]:
@@ -144,18 +144,18 @@ async def test_state_is_kept_while_a_configuration_has_its_stage(start: Start) -
     """The current one, one with running exchanges, or a prepared one; then the state is released."""
     running = await start()
     server = running.gateway.server
-    space = server.shared.space("soon", "mark")
+    space = server.shared.state_of("soon", "mark")
     services = {"mark": Services("soon", "mark", shared=server.shared)}
     soon = Team("soon", [Stage()], server.teams.default.target, services=services)
     soon.stages[0].id = "mark"
     prepared = await server.prepare(Teams(soon, shared=server.shared), server.settings)
     server.generations._release_unused()
-    assert server.shared.space("soon", "mark") is space
+    assert server.shared.state_of("soon", "mark") is space
     await server.discard(prepared)
-    assert server.shared.space("soon", "mark") is not space
-    kept = server.shared.space("default", "mark")
+    assert server.shared.state_of("soon", "mark") is not space
+    kept = server.shared.state_of("default", "mark")
     server.generations._release_unused()
-    assert server.shared.space("default", "mark") is kept
+    assert server.shared.state_of("default", "mark") is kept
 
 
 async def test_counters_are_closed_when_no_configuration_names_their_store() -> None:
@@ -166,15 +166,15 @@ async def test_counters_are_closed_when_no_configuration_names_their_store() -> 
         async def close(self) -> None:
             closed.append(self)
 
-    first: WaitQueue | None = shared.counters_at("a", Counted)
-    assert shared.counters_at("a", Counted) is first
+    first: WaitQueue | None = shared.counters_of("a", Counted)
+    assert shared.counters_of("a", Counted) is first
     await shared.close_unused()
     assert closed == []
     del first
     gc.collect()
     await shared.close_unused()
     assert len(closed) == 1
-    second: Any = shared.counters_at("a", Counted)
+    second: Any = shared.counters_of("a", Counted)
     await shared.close()
     assert len(closed) == 2
     assert second.store is closed[1]
@@ -186,7 +186,7 @@ async def test_a_connection_in_use_is_closed_when_its_destination_is_forgotten(s
     running = await start()
     await running.name(json=CHAT)
     upstream = running.gateway.server.upstream
-    (destination,) = upstream._connector._destinations.values()
+    (destination,) = upstream._connections._destinations.values()
     (wire,) = destination.idle
     async with running.gateway.post(json={**CHAT, "stream": True}) as answer:
         assert destination.idle == []
@@ -195,7 +195,7 @@ async def test_a_connection_in_use_is_closed_when_its_destination_is_forgotten(s
     await until(lambda: not wire.is_connected())
     assert destination.idle == []
     await running.name(json=CHAT)
-    (other,) = upstream._connector._destinations.values()
+    (other,) = upstream._connections._destinations.values()
     assert other is not destination
     (idle,) = other.idle
     upstream.keep([])

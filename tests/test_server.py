@@ -437,7 +437,7 @@ from gateway import Next, Request, Response, Stage
 class Who(Stage):
     "Tell the client its address."
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        return Response.json({"client": request.client})
+        return Response.json({"client": request.client_address})
 """
     yaml = """
 trusted_proxies: %s

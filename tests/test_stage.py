@@ -24,7 +24,7 @@ pytestmark = pytest.mark.both_loops
 
 @dataclass
 class Tag(Stage):
-    """Write down when it sees the request and the response."""
+    """Record when it sees the request and the response."""
 
     name: str
     trace: list[str]
@@ -49,7 +49,7 @@ class Refuse(Stage):
 
 
 async def test_stages_above_a_refusal_get_a_response() -> None:
-    """An ApiError becomes its OpenAI-shaped answer at the link where it was raised."""
+    """An ApiError becomes a response in OpenAI's shape at the link that raised it."""
     trace: list[str] = []
     sent = await post(Tag("a", trace), Refuse(), Tag("never", trace))
     assert trace == ["a down", "a up 403"]
@@ -75,8 +75,8 @@ class Nothing(Stage):
 
 
 @pytest.mark.parametrize("stage", [Bug(), Nothing()])
-async def test_a_bug_is_a_500_that_tells_the_client_nothing(stage: Stage) -> None:
-    """The log names the stage and the place, with the key masked; the client gets an id to report."""
+async def test_a_bug_is_a_500_without_details_for_the_client(stage: Stage) -> None:
+    """The log has the stage, the file and the line, with the key redacted; the client gets a request id to report."""
     trace: list[str] = []
     with capture_logs() as events:
         sent = await post(Tag("a", trace), stage, headers={"Authorization": "Bearer sk-secret-1"})
@@ -108,7 +108,7 @@ async def test_defer_runs_once_last_registered_first() -> None:
 
 
 async def test_registering_after_the_end_is_an_error() -> None:
-    """A callback that could never run is refused loudly."""
+    """A callback that could never run raises an error."""
     kept: list[Request] = []
 
     class Keep(Stage):
@@ -117,12 +117,12 @@ async def test_registering_after_the_end_is_an_error() -> None:
             return await call_next(request)
 
     await post(Keep())
-    with pytest.raises(RuntimeError, match="over"):
+    with pytest.raises(RuntimeError, match="the exchange has ended"):
         kept[0].defer(lambda outcome: None)
 
 
 async def test_a_second_call_after_buffering() -> None:
-    """With the body buffered, a copy can go down again, to another target; the original is untouched."""
+    """With a buffered body, a copy can be sent to another target; the original stays unchanged."""
 
     class Retry(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -147,7 +147,7 @@ async def test_a_second_call_after_buffering() -> None:
 
 
 async def test_buffering_above_the_limit_is_a_413() -> None:
-    """What a stage may keep is bounded by what it asks for."""
+    """The stage sets the limit of what it buffers."""
 
     class Keep(Stage):
         async def __call__(self, request: Request, call_next: Next) -> Response:
@@ -177,8 +177,8 @@ class Twice(Stage):
 
 
 @pytest.mark.parametrize("buffer", [True, False])
-async def test_second_call_on_the_wire(buffer: bool, start_gateway: StartGateway) -> None:
-    """Unbuffered, a streamed body is gone: a 500 for the author to mend. The first answer's connection is closed."""
+async def test_a_second_call_of_a_streamed_body_is_a_500(buffer: bool, start_gateway: StartGateway) -> None:
+    """The body was not buffered: a bug of the stage's author. The connection of the first response is closed."""
     yaml = f"""
 plugins_path: mine
 resources: {{azure: {{endpoint: "${{ENDPOINT}}"}}}}
@@ -252,10 +252,8 @@ pipeline: [access_log, hang as stuck: {where}, auth_passthrough, model_map, api_
 
 
 @pytest.mark.parametrize("where", ["child", "group"])
-async def test_deadline_also_where_a_stage_calls_on_in_a_task_of_its_own(
-    where: str, start_gateway: StartGateway
-) -> None:
-    """`wait_for`, groups and the like: the client still gets its 504."""
+async def test_deadline_if_a_stage_calls_the_next_one_in_its_own_task(where: str, start_gateway: StartGateway) -> None:
+    """With `wait_for`, task groups and the like the client still gets its 504."""
 
     async def silent(seen: Seen, request: web.BaseRequest) -> None:
         await asyncio.sleep(3600)
@@ -274,7 +272,7 @@ pipeline: [access_log, hang: {where}, auth_passthrough, model_map, api_version]
 
 
 async def test_a_stage_that_swallows_cancellation_does_no_harm(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Its answer goes nowhere when the client has left, and its exchange still ends once."""
+    """Its response is dropped if the client has disconnected, and its exchange still ends once."""
     yaml = """
 plugins_path: mine
 resources: {azure: {endpoint: "${ENDPOINT}"}}
@@ -290,7 +288,7 @@ pipeline: [access_log, hang: swallow, auth_passthrough, model_map, api_version]
 
 
 async def test_filters_of_stages_run_from_azure_upwards() -> None:
-    """The stage nearest Azure pipes first, so its filter runs first."""
+    """The stage nearest to Azure adds its filter first, so that it runs first."""
 
     @dataclass
     class Add(Stage):
@@ -328,8 +326,8 @@ async def test_a_stage_may_read_and_replace_the_body() -> None:
     assert (await post(Shout(), response=lambda request: Response(200, pieces()))).body == b"AB"
 
 
-async def test_a_filter_that_fails_on_the_last_piece_is_seen(start_gateway: StartGateway) -> None:
-    """Also where the end of the stream came in the same read: the client must not wait for ever."""
+async def test_a_filter_that_fails_on_the_last_bytes_is_visible(start_gateway: StartGateway) -> None:
+    """Even if the end of the stream arrived in the same read: the client must not wait forever."""
     stage = """
 from gateway import Filter, Stage
 
@@ -448,7 +446,7 @@ async def nowhere(request: Request) -> Response:
 
 
 async def test_stages_start_in_order_and_stop_in_reverse() -> None:
-    """One that fails to stop does not keep the others from it."""
+    """If one fails to stop, the others still stop."""
     trace: list[str] = []
     teams = Teams(team("default", Life("a", trace), Life("b", trace, fails="stop"), Life("c", trace)))
     await teams.start(nowhere)
@@ -457,7 +455,7 @@ async def test_stages_start_in_order_and_stop_in_reverse() -> None:
 
 
 async def test_stop_also_when_start_failed_half_way() -> None:
-    """Whatever was started, and what failed in the middle of it, is stopped, in every team."""
+    """All started stages, and the one that failed to start, are stopped, in every team."""
     trace: list[str] = []
     teams = Teams(
         team("default", Life("a", trace)),
@@ -558,8 +556,8 @@ pipeline: [order, auth_passthrough, model_map, api_version]
     assert order == ["after call_next", "deferred"]
 
 
-async def test_what_outlives_its_exchange_cannot_open_a_connection() -> None:
-    """A task that goes on after the end has its connection closed at once."""
+async def test_a_task_that_outlives_its_exchange_cannot_open_a_connection() -> None:
+    """Its connection is closed immediately."""
     from gateway.exchange import Exchange
 
     class Connection:
@@ -571,12 +569,12 @@ async def test_what_outlives_its_exchange_cannot_open_a_connection() -> None:
     exchange = Exchange()
     exchange.finish()
     late = Connection()
-    exchange.own(late)
+    exchange.own_upstream(late)
     assert late.closed == 1
 
 
 async def test_a_log_that_cannot_be_written_stops_no_callback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots are given back whatever happens to the log."""
+    """Slots are released even if logging fails."""
 
     class Broken:
         def error(self, *args: object, **kwargs: object) -> None:
@@ -599,7 +597,7 @@ async def test_a_log_that_cannot_be_written_stops_no_callback(monkeypatch: pytes
 
 
 async def test_secrets_of_stages_and_clients_stay_out_of_the_log(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A failing callback is named without its stage's settings; a failing filter's text without the key."""
+    """A failing callback is logged without its stage's settings, a failing filter's error without the key."""
     stage = """
 from dataclasses import dataclass
 from typing import Annotated
@@ -640,8 +638,8 @@ pipeline: [leaky: STAGESECRET, auth_passthrough, model_map, api_version]
     assert "azure-key" not in logged
 
 
-async def test_a_stage_with_nothing_to_do_is_left_out() -> None:
-    """What it finds when it starts decides; it costs no request anything then."""
+async def test_an_idle_stage_is_skipped() -> None:
+    """The stage decides in `start`; requests then have no cost for it."""
 
     class Perhaps(Stage):
         def __init__(self, *, idle: bool) -> None:
@@ -671,10 +669,10 @@ class AskedFirst(Stage):
         TRACE.append(f"{self.id} {request.caller is not None}")
         if request.headers.get("x-refuse") == self.id:
             raise ApiError(429, "not now")
-        request.taken[self.id] = len(TRACE)
+        request.reservations[self.id] = len(TRACE)
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        request.notes[self.id] = request.taken.get(self.id)
+        request.notes[self.id] = request.reservations.get(self.id)
         return await call_next(request)
 """
 ASKED_FIRST_YAML = """
@@ -691,7 +689,7 @@ pipeline:
 
 
 async def late_body(port: int, body: bytes, head: str = "") -> bytes:
-    """Send a request whose body follows its head after a while; only its first byte where it is refused."""
+    """Send a request whose body follows its head after a while; only its first byte if it is refused."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer azure-key\r\nConnection: close\r\n"
@@ -704,20 +702,20 @@ async def late_body(port: int, body: bytes, head: str = "") -> bytes:
     return answer
 
 
-async def test_stages_are_asked_once_before_a_body_is_read(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """All of them, in their order, when the first reader wants a body that has not arrived; never for one that has."""
+async def test_before_body_is_called_once(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """On all stages in order, before the first read of a body that has not arrived; never for one that has."""
     gateway = await start_gateway(azure.endpoint, ASKED_FIRST_YAML, {"mine/asked_first.py": ASKED_FIRST})
     trace = trace_of(gateway)
     assert (await raw_request(gateway.port, chat_request())).startswith(b"HTTP/1.1 200")
     assert trace == []
     assert (await late_body(gateway.port, json.dumps(CHAT).encode())).startswith(b"HTTP/1.1 200")
     assert trace == ["one True", "two True"]
-    # The reader was model_map: what a stage below it took is there when the request comes to it.
+    # The reader was model_map: the reservation of a stage below it exists when the request gets there.
     assert (gateway.exchanges()[-1].get("one"), gateway.exchanges()[-1]["two"]) == (None, 2)
 
 
 async def test_a_stage_refuses_a_body_before_it_is_read(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Its client is answered though it has sent one byte, and the stages after it are not asked."""
+    """The client gets the error after sending one byte, and later stages are not called."""
     gateway = await start_gateway(azure.endpoint, ASKED_FIRST_YAML, {"mine/asked_first.py": ASKED_FIRST})
     trace = trace_of(gateway)
     answer = await late_body(gateway.port, json.dumps(CHAT).encode(), "x-refuse: one\r\n")
@@ -727,7 +725,7 @@ async def test_a_stage_refuses_a_body_before_it_is_read(start_gateway: StartGate
 
 
 def trace_of(gateway: Gateway) -> list[str]:
-    """Return what the stages of `ASKED_FIRST` write down."""
+    """Return the records of the stages of `ASKED_FIRST`."""
     stage = next(stage for stage in gateway.server.teams.default.stages if stage.id == "one")
     trace: list[str] = sys.modules[type(stage).__module__].TRACE
     trace.clear()

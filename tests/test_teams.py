@@ -1,4 +1,4 @@
-"""Whose request it is: by path prefix, host name, key digest, else the default team's."""
+"""The team of a request: by path prefix, host name or key digest, else the default team."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def azure_with_teams(azure: FakeAzure) -> FakeAzure:
 async def test_team_of_a_request(
     path: str, host: str, key: str, deployment: str, start_gateway: StartGateway, azure_with_teams: FakeAzure
 ) -> None:
-    """The path decides, then the host, then the key."""
+    """The path decides first, then the host, then the key."""
     azure_with_teams.api_key = key
     gateway = await start_gateway(azure_with_teams.endpoint, YAML, FILES)
     async with gateway.post(f"{path}/chat/completions", BODY, key=key, headers={"Host": host}) as answer:
@@ -58,7 +58,7 @@ async def test_team_of_a_request(
 async def test_a_key_of_one_team_on_another_s_url_is_a_401(
     path: str, host: str, start_gateway: StartGateway, azure_with_teams: FakeAzure
 ) -> None:
-    """A key that belongs to a team does not work where another team is addressed."""
+    """A key of one team does not work on the URL of another team."""
     gateway = await start_gateway(azure_with_teams.endpoint, YAML, FILES)
     async with gateway.post(f"{path}/chat/completions", BODY, key="key-of-key", headers={"Host": host}) as answer:
         assert answer.status == 401
@@ -67,7 +67,7 @@ async def test_a_key_of_one_team_on_another_s_url_is_a_401(
 
 
 async def test_a_prefix_of_no_team_is_a_404(start_gateway: StartGateway, azure_with_teams: FakeAzure) -> None:
-    """It is not the default team's."""
+    """The default team does not get the request."""
     gateway = await start_gateway(azure_with_teams.endpoint, YAML, FILES)
     for path in ("/nobody/v1/chat/completions", "/research/x/v1/models", "//v1/models"):
         async with gateway.post(path, BODY) as answer:
@@ -75,7 +75,7 @@ async def test_a_prefix_of_no_team_is_a_404(start_gateway: StartGateway, azure_w
 
 
 async def test_models_of_each_team(start_gateway: StartGateway, azure_with_teams: FakeAzure) -> None:
-    """`/v1/models` is the team's own map."""
+    """`/v1/models` lists the team's own map."""
     files = {**FILES, "teams/host.yaml": "match: {host: s}\nchange: {model_map: {models: {only-here: host}}}\n"}
     gateway = await start_gateway(azure_with_teams.endpoint, YAML, files)
     async with gateway.session.get(gateway.url + "/v1/models", headers={"Host": "s", "api-key": "k"}) as answer:

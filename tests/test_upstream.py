@@ -1,4 +1,4 @@
-"""One exchange with Azure: what is sent, what is believed, and what a client sees when Azure breaks."""
+"""The exchange with Azure: the request sent, the response accepted, and the client's view of failures."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def answers() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("row", answers(), ids=lambda row: row["id"])
-async def test_answer_by_the_letter(row: dict[str, Any], start_gateway: StartGateway) -> None:
-    """A broken answer becomes a 502 or a 504, or is visibly cut; a good one arrives; none looks whole but is not."""
+async def test_scripted_responses(row: dict[str, Any], start_gateway: StartGateway) -> None:
+    """A broken response becomes a 502 or a 504, or is visibly truncated; no truncated response looks complete."""
     reset = row["id"].startswith("rst")
     async with raw_upstream(row["raw"].encode("latin-1"), reset=reset) as upstream:
         gateway = await start_gateway(upstream.endpoint, timeouts={"first_byte": 0.5, "idle": 0.5})
@@ -90,7 +90,7 @@ async def test_answer_by_the_letter(row: dict[str, Any], start_gateway: StartGat
 
 
 async def test_refused_and_unresolvable_resources_are_502(start_gateway: StartGateway) -> None:
-    """A port that nobody listens on and a host that is not there are 502s, told apart in the message."""
+    """A closed port and an unknown host are 502s with different messages."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -108,12 +108,12 @@ async def test_refused_and_unresolvable_resources_are_502(start_gateway: StartGa
 
 
 async def test_connect_timeout_is_504(start_gateway: StartGateway) -> None:
-    """A resource that does not take the connection is a 504 after `timeouts.connect`."""
+    """A resource that does not accept the connection is a 504 after `timeouts.connect`."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         port = listener.getsockname()[1]
-        # Fill the backlog, so that the next connection is not taken.
+        # Fill the backlog, so that the next connection is not accepted.
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -126,8 +126,8 @@ async def test_connect_timeout_is_504(start_gateway: StartGateway) -> None:
             filler.close()
 
 
-async def test_no_answer_in_time_is_504(start_gateway: StartGateway) -> None:
-    """A resource that takes the request and says nothing, or half a head, is a 504 after `timeouts.first_byte`."""
+async def test_no_response_in_time_is_504(start_gateway: StartGateway) -> None:
+    """A resource that accepts the request and sends nothing, or half a head, is a 504 after `timeouts.first_byte`."""
     for answer_bytes in (b"", b"HTTP/1.1 200 OK\r\nContent-"):
         async with raw_upstream(answer_bytes, keep_open=True) as upstream:
             gateway = await start_gateway(upstream.endpoint, timeouts={"first_byte": 0.3})
@@ -149,8 +149,8 @@ async def test_no_answer_in_time_is_504(start_gateway: StartGateway) -> None:
     ],
 )
 @pytest.mark.parametrize("how", ["reset", "eof", "stall"])
-async def test_stream_that_breaks_says_so(sent: bytes, how: str, start_gateway: StartGateway) -> None:
-    """A stream broken in the middle ends with an `error` event of its own and without the last chunk."""
+async def test_a_broken_stream_ends_with_an_error_event(sent: bytes, how: str, start_gateway: StartGateway) -> None:
+    """A stream that breaks in the middle ends with an `error` event and without the last chunk."""
     answer_bytes = SSE + (chunk(sent) if sent else b"")
     async with raw_upstream(answer_bytes, reset=how == "reset", keep_open=how == "stall") as upstream:
         gateway = await start_gateway(upstream.endpoint, timeouts={"idle": 0.3})
@@ -174,7 +174,7 @@ async def test_stream_that_breaks_says_so(sent: bytes, how: str, start_gateway: 
 
 
 async def test_broken_stream_is_a_reset_for_http_1_0(start_gateway: StartGateway) -> None:
-    """Where the connection's end is the body's end, a broken stream does not end like a whole one."""
+    """If the end of the connection ends the body, a broken stream ends with a reset, unlike a complete one."""
     async with raw_upstream(SSE + chunk(b"data: 1\n\n")) as upstream:
         gateway = await start_gateway(upstream.endpoint)
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
@@ -196,8 +196,8 @@ async def test_broken_stream_is_a_reset_for_http_1_0(start_gateway: StartGateway
 
 
 @pytest.mark.parametrize("length", [1, 20, 200])
-async def test_late_extra_answer_never_reaches_the_next_caller(length: int, start_gateway: StartGateway) -> None:
-    """Bytes that arrive on an idle pooled connection close it: they would be the next caller's answer."""
+async def test_late_extra_bytes_never_reach_the_next_caller(length: int, start_gateway: StartGateway) -> None:
+    """Bytes that arrive on an idle pooled connection close it: the next caller would get them."""
     late = b'HTTP/1.1 200 OK\r\nContent-Length: 16\r\n\r\n{"stolen": true}'[:length]
     sent = asyncio.Event()
 
@@ -224,15 +224,15 @@ async def test_late_extra_answer_never_reaches_the_next_caller(length: int, star
 
 @pytest.mark.parametrize("extra", [b"HTTP/1.1 200 OK\r\nX: ", OK, b"HTTP/1.1", b"\r\n"])
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_extra_bytes_behind_an_answer_end_the_connection(
+async def test_extra_bytes_after_a_response_end_the_connection(
     extra: bytes, chunked: bool, start_gateway: StartGateway
 ) -> None:
-    """A connection whose answer was followed by anything, even half a head, is not used again."""
+    """A connection with any bytes after the response, even half a head, is not reused."""
     answer_bytes = OK
     if chunked:
         answer_bytes = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
     if chunked and extra == b"\r\n":
-        return  # an empty line behind the last chunk cannot be told from a trailer's end; it does no harm
+        return  # an empty line after the last chunk looks like the end of a trailer; it does no harm
     async with raw_upstream(answer_bytes + extra, OK, keep_open=True) as upstream:
         gateway = await start_gateway(upstream.endpoint)
         for _ in range(2):
@@ -241,8 +241,8 @@ async def test_extra_bytes_behind_an_answer_end_the_connection(
         assert upstream.connections == 2
 
 
-async def test_clean_connections_are_used_again(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """Answers that end where their bytes end leave their connection to the next request, streams too."""
+async def test_clean_connections_are_reused(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """If a response ends with no bytes left over, the next request reuses the connection; streams too."""
     gateway = await start_gateway(azure.endpoint)
     for stream in (False, True, False, True):
         async with gateway.post(json={**CHAT, "stream": stream}) as answer:
@@ -251,8 +251,8 @@ async def test_clean_connections_are_used_again(start_gateway: StartGateway, azu
 
 
 async def test_stale_connection_is_replaced(start_gateway: StartGateway) -> None:
-    """A pooled connection that Azure closed just now does not cost the client its request."""
-    async with raw_upstream(OK) as upstream:  # closes after each answer, without saying so
+    """A pooled connection that Azure has just closed does not fail the client's request."""
+    async with raw_upstream(OK) as upstream:  # closes after each response, without `Connection: close`
         gateway = await start_gateway(upstream.endpoint)
         for _ in range(20):
             async with gateway.post() as answer:
@@ -261,7 +261,7 @@ async def test_stale_connection_is_replaced(start_gateway: StartGateway) -> None
 
 
 async def test_stale_connection_found_while_sending(start_gateway: StartGateway) -> None:
-    """The same where Azure takes the request on the old connection and then closes it without a byte."""
+    """Even if Azure reads the request on the old connection and then closes it without a byte."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await upstream.request(reader)
@@ -277,16 +277,16 @@ async def test_stale_connection_found_while_sending(start_gateway: StartGateway)
         assert upstream.connections == 4
 
 
-async def test_a_kept_connection_that_fails_is_replaced_once_and_only_where_twice_does_no_harm(
+async def test_a_failed_idle_connection_is_replaced_once_and_only_for_idempotent_requests(
     start_gateway: StartGateway,
 ) -> None:
-    """Azure may have taken the request before it closed the connection: it is no other that is processed again."""
+    """Azure may have processed the request before it closed the connection."""
     taken: list[bytes] = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await upstream.request(reader)
         if b"quiet" in upstream.heads[-1]:
-            await asyncio.sleep(0.1)  # so that each of them has a connection of its own
+            await asyncio.sleep(0.1)  # so that each uses its own connection
             writer.write(OK)
             await upstream.request(reader)
         taken.append(upstream.heads[-1])
@@ -307,10 +307,10 @@ async def test_a_kept_connection_that_fails_is_replaced_once_and_only_where_twic
             assert len(taken) == times
 
 
-async def test_what_must_not_be_sent_twice_goes_out_on_no_old_connection(
+async def test_requests_that_are_not_idempotent_use_no_long_idle_connection(
     start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Azure may be closing one that has been idle; anything else takes it, since it can be sent again."""
+    """Azure may be closing it; idempotent requests use it, because they can be sent again."""
     async with raw_upstream(OK, OK, OK, OK, keep_open=True) as upstream:
         gateway = await start_gateway(upstream.endpoint)
         for fresh, body, connections in (
@@ -322,8 +322,8 @@ async def test_what_must_not_be_sent_twice_goes_out_on_no_old_connection(
             assert upstream.connections == connections
 
 
-async def test_fresh_connection_that_fails_is_not_tried_again(start_gateway: StartGateway) -> None:
-    """A request may have been worked on where a new connection broke: it is sent once."""
+async def test_a_failed_new_connection_is_not_retried(start_gateway: StartGateway) -> None:
+    """Azure may have processed the request on a new connection that broke: it is sent once."""
     async with raw_upstream(b"") as upstream:
         gateway = await start_gateway(upstream.endpoint)
         async with gateway.post() as answer:
@@ -335,7 +335,7 @@ async def test_fresh_connection_that_fails_is_not_tried_again(start_gateway: Sta
 async def test_redirects_are_neither_followed_nor_passed_on(
     status: int, start_gateway: StartGateway, azure: FakeAzure
 ) -> None:
-    """A redirect would take the key along: the gateway never goes there, and a client is not sent there either."""
+    """A redirect would forward the key: neither the gateway follows it nor does the client get it."""
     location = f"{azure.endpoint}/openai/deployments/gpt-4o/chat/completions?api-version=2024-10-21"
     for more in ("Content-Length: 0\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"):
         raw = f"HTTP/1.1 {status} T\r\nLocation: {location}\r\n{more}"
@@ -352,8 +352,8 @@ async def test_redirects_are_neither_followed_nor_passed_on(
     assert not azure.requests
 
 
-async def test_interim_answers_are_skipped(start_gateway: StartGateway) -> None:
-    """1xx answers before the real one do not disturb it."""
+async def test_interim_responses_are_skipped(start_gateway: StartGateway) -> None:
+    """1xx responses before the final one are ignored."""
     async with raw_upstream(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 E\r\nLink: </a>\r\n\r\n" + OK) as upstream:
         gateway = await start_gateway(upstream.endpoint)
         async with gateway.post() as answer:
@@ -380,8 +380,8 @@ pipeline: [access_log, auth_passthrough, fixed_deployment: gpt-4o, api_version]
 """
 
 
-async def test_body_nobody_asks_for_streams_through(start_gateway: StartGateway, azure: FakeAzure) -> None:
-    """A body that no stage reads goes up as it comes, with its length or in chunks."""
+async def test_an_unread_body_streams_through(start_gateway: StartGateway, azure: FakeAzure) -> None:
+    """A body that no stage reads is forwarded as it arrives, with its length or in chunks."""
     gateway = await start_gateway(azure.endpoint, UPLOAD_YAML, {"mine/fixed_deployment.py": UPLOAD_STAGE})
     body = json.dumps({**CHAT, "user": "x" * 300_000}).encode()
 
@@ -398,8 +398,8 @@ async def test_body_nobody_asks_for_streams_through(start_gateway: StartGateway,
     assert azure.requests[1].headers.get("transfer-encoding") == "chunked"
 
 
-async def test_answer_before_the_upload_ends(start_gateway: StartGateway) -> None:
-    """An upstream that answers while the body is still coming is heard; the rest of the body is not sent."""
+async def test_a_response_before_the_upload_ends(start_gateway: StartGateway) -> None:
+    """A response during the upload is passed on; the rest of the body is not sent."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -424,8 +424,8 @@ async def test_answer_before_the_upload_ends(start_gateway: StartGateway) -> Non
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "until close"])
 @pytest.mark.parametrize("size", [0, 10, 3_000_000])
-async def test_plain_answers_of_every_framing_and_size(framing: str, size: int, start_gateway: StartGateway) -> None:
-    """JSON with a length, in chunks, or until the connection closes arrives whole; empty ones too."""
+async def test_plain_responses_of_every_framing_and_size(framing: str, size: int, start_gateway: StartGateway) -> None:
+    """JSON with a length, in chunks, or until the connection closes arrives complete; empty bodies too."""
     body = b"x" * size
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     if framing == "length":
@@ -442,8 +442,8 @@ async def test_plain_answers_of_every_framing_and_size(framing: str, size: int, 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 @pytest.mark.parametrize("size", [10, 3_000_000])
-async def test_plain_answers_that_are_cut_are_seen_to_be(framing: str, size: int, start_gateway: StartGateway) -> None:
-    """A small one becomes a 502, a large one ends short of its length or without its last chunk."""
+async def test_truncated_plain_responses_are_visible(framing: str, size: int, start_gateway: StartGateway) -> None:
+    """A small one becomes a 502; a large one ends before its length or without its last chunk."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
     body = b"x" * (size // 2)
     raw = head + (b"Content-Length: %d\r\n\r\n" % size + body)
@@ -465,8 +465,8 @@ async def test_plain_answers_that_are_cut_are_seen_to_be(framing: str, size: int
         assert gateway.exchanges()[0]["ended_by"] == "upstream"
 
 
-async def test_answers_without_a_body(start_gateway: StartGateway) -> None:
-    """204 and 304 end with their head, whatever length they claim."""
+async def test_responses_without_a_body(start_gateway: StartGateway) -> None:
+    """204 and 304 end with their head, whatever their Content-Length."""
     for raw in (b"HTTP/1.1 204 No\r\n\r\n", b"HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n"):
         async with raw_upstream(raw) as upstream:
             gateway = await start_gateway(upstream.endpoint)
@@ -484,10 +484,10 @@ async def test_answers_without_a_body(start_gateway: StartGateway) -> None:
         (b"HTTP/1.1 103 Early\r\nContent-Length: 9\r\n\r\nHTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\n", []),
     ],
 )
-async def test_what_has_no_body_has_no_length_of_one(
+async def test_responses_without_a_body_have_no_length(
     raw: bytes, length: list[bytes], start_gateway: StartGateway
 ) -> None:
-    """204 carries none at all, 205 that of nothing (RFC 9110, 8.6, 15.3.6); the next response is found where it is."""
+    """204 has no Content-Length, 205 has 0 (RFC 9110, 8.6, 15.3.6); the next response is parsed correctly."""
     async with raw_upstream(raw) as upstream:
         gateway = await start_gateway(upstream.endpoint)
         answer = await raw_request(gateway.port, chat_request())
@@ -518,7 +518,7 @@ pipeline: [auth_passthrough, model_map: {models: {gpt-4: gpt-4o}}, api_version: 
 
 
 async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of an unknown authority, for another name, or out of date is a 502 that says which; a good one is used."""
+    """An unknown authority, another name or an expired certificate is a 502 that says which."""
     authority = trustme.CA()
     context = ssl.create_default_context()
     authority.configure_trust(context)
@@ -552,8 +552,8 @@ async def test_tls_is_verified(start_gateway: StartGateway, monkeypatch: pytest.
         server.close()
 
 
-async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
-    """What aiohttp keeps private and connection_pool.py relies on; an upgrade that moves it must fail here first."""
+async def test_aiohttp_still_has_the_private_names_that_the_gateway_uses() -> None:
+    """connection_pool.py relies on private parts of aiohttp; an upgrade that moves them must fail here first."""
     import ast
     import inspect
 
@@ -572,18 +572,16 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
         "TCPConnector.connect() takes other arguments: connection_pool.py calls it"
     )
     made = inspect.signature(ConnectionKey).parameters
-    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], (
-        "ConnectionKey's fields moved: connection_pool.py makes one"
-    )
-    assert len(made) == 8, "ConnectionKey has other fields: connection_pool.py makes one"
-    # What the connector asks of a request, and of a protocol: those that stand in must have it.
+    assert list(made)[:4] == ["host", "port", "is_ssl", "ssl"], "ConnectionKey's fields moved: connector.py makes one"
+    assert len(made) == 8, "ConnectionKey has other fields: connector.py makes one"
+    # The attributes of a request and of a protocol that the connector reads: the substitutes must have them.
     tree = ast.parse(inspect.getsource(module))
     asked: dict[str, set[str]] = {"req": set(), "proto": set(), "protocol": set()}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in asked:
             asked[node.value.id].add(node.attr)
     destination = Destination(Resource("east", "https://east.invalid"), ssl.create_default_context())
-    # Those of these that only a proxy's or a unix socket's connection needs.
+    # Those of them that only the connection of a proxy or a Unix socket needs.
     elsewhere = {
         "headers",
         "proxy_auth",
@@ -608,7 +606,7 @@ async def test_aiohttp_still_has_what_the_wire_path_uses() -> None:
     "junk", [b"zz\r\n", b"3\r\nabcXX\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"0\r\nbad trailer\r\n\r\n"]
 )
 async def test_junk_inside_a_stream_ends_it_at_once(junk: bytes, start_gateway: StartGateway) -> None:
-    """Bytes that are no chunk, after the answer has begun: an error event now, not when a timer runs out."""
+    """An invalid chunk in a response causes an error event immediately, without waiting for a timeout."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await upstream.request(reader)
@@ -634,8 +632,8 @@ async def test_junk_inside_a_stream_ends_it_at_once(junk: bytes, start_gateway: 
         await gateway.idle()
 
 
-async def test_an_upstream_that_takes_no_upload_is_given_up(start_gateway: StartGateway) -> None:
-    """An upload that Azure does not read does not wait for ever, nor after its client has left."""
+async def test_an_upload_that_azure_does_not_read_times_out(start_gateway: StartGateway) -> None:
+    """It does not wait forever, nor after its client has disconnected."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(30)
@@ -649,8 +647,8 @@ async def test_an_upstream_that_takes_no_upload_is_given_up(start_gateway: Start
         await gateway.idle()
 
 
-async def test_client_that_leaves_an_upload_that_azure_does_not_take(start_gateway: StartGateway) -> None:
-    """Its connection to Azure is closed soon, though the gateway was not reading from it."""
+async def test_a_client_that_leaves_an_upload_that_azure_does_not_read(start_gateway: StartGateway) -> None:
+    """Its connection to Azure is closed soon, even though the gateway was not reading from it."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(30)
@@ -670,7 +668,7 @@ async def test_client_that_leaves_an_upload_that_azure_does_not_take(start_gatew
 
 
 @pytest.mark.parametrize("raw_body", [b"1\r\n:\r\n" * 100_000, chunk(b"data: " + b"x" * 10_000_000 + b"\n\n")])
-async def test_streams_of_odd_shapes_arrive_whole(raw_body: bytes, start_gateway: StartGateway) -> None:
+async def test_streams_of_unusual_shapes_arrive_complete(raw_body: bytes, start_gateway: StartGateway) -> None:
     """A hundred thousand chunks of one byte; one event of ten megabytes."""
     async with raw_upstream(SSE + raw_body + b"0\r\n\r\n") as upstream:
         gateway = await start_gateway(upstream.endpoint)
@@ -680,7 +678,7 @@ async def test_streams_of_odd_shapes_arrive_whole(raw_body: bytes, start_gateway
 
 
 async def test_compressed_streams(start_gateway: StartGateway) -> None:
-    """Where Azure compresses events though it was asked not to, filters and clients get the text."""
+    """If Azure compresses events against the request, filters and clients get plain text."""
     text = b"data: 1\n\ndata: [DONE]\n"
     packed = gzip.compress(text)
     coded = SSE.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")

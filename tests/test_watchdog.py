@@ -1,4 +1,4 @@
-"""The watchdog: code that blocks the event loop is named in the log."""
+"""The watchdog: the log names code that blocks the event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gateway.process.event_loop import loop_factory
 from gateway.testing import FakeAzure
 from tests.conftest import CHAT, KEY, Gateway, StartGateway, until
 
-# The blocking calls end when the log names them, or, against a hang, after a while.
+# The blocking calls end when the log names them, or after a timeout.
 STAGE = """
 import re, time
 from dataclasses import dataclass
@@ -70,12 +70,12 @@ pipeline:
   - model_map: {unmapped: own_name_without_dots}
   - api_version: 2024-10-21
 """
-BLOCKED = "the event loop is blocked"
+BLOCKED = "event_loop_blocked"
 
 
 @pytest.fixture
 async def start(start_gateway: StartGateway, azure: FakeAzure, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
-    """Start a gateway with a watchdog; the stage stops blocking when it is named."""
+    """Start a gateway with a watchdog; the stage stops blocking when it is logged."""
     running: list[Gateway] = []
 
     async def started(how: str) -> Gateway:
@@ -102,7 +102,7 @@ def blocked(gateway: Gateway) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("how", "line"), [("sleep", "in wait_by_sleeping"), ("c", "in wait_in_c")])
 async def test_a_stage_that_blocks_is_named(how: str, line: str, start: Any, tmp_path: Path) -> None:
-    """By its id, its team and file:line, whether it sleeps or a function in C keeps the interpreter's lock."""
+    """By its id, its team and file:line, whether it sleeps or a C function holds the GIL."""
     gateway = await start(how)
     async with gateway.post(json=CHAT, headers={"api-key": KEY, "x-request-id": "r-1"}) as answer:
         assert answer.status == 200
@@ -119,7 +119,7 @@ async def test_a_stage_that_blocks_is_named(how: str, line: str, start: Any, tmp
 
 
 async def test_a_filter_that_blocks_is_named(start: Any, azure: FakeAzure) -> None:
-    """By the file of its stage, and by the team and the request whose stream it is in."""
+    """By the file of its stage, and by the team and the request of its stream."""
     azure.words = ["x"] * 3
     gateway = await start("filter")
     async with gateway.post(json={**CHAT, "stream": True}, headers={"api-key": KEY, "x-request-id": "r-2"}) as answer:
@@ -133,7 +133,7 @@ async def test_a_filter_that_blocks_is_named(start: Any, azure: FakeAzure) -> No
 
 
 async def test_a_healthy_loop_is_not_named(start: Any, azure: FakeAzure) -> None:
-    """However long requests wait for Azure, and while nothing runs; the watchdog looks all the same."""
+    """However long requests wait for Azure, and while nothing runs; the watchdog still checks."""
     azure.words, azure.delay = ["x"] * 20, 0.03
     gateway = await start("never")
     looks: list[bool] = []
@@ -152,7 +152,7 @@ async def test_a_healthy_loop_is_not_named(start: Any, azure: FakeAzure) -> None
 
 
 async def test_it_sleeps_while_nothing_runs_and_a_request_wakes_it(start: Any, azure: FakeAzure) -> None:
-    """An idle gateway is looked at once a second."""
+    """It checks an idle gateway once a second."""
     gateway = await start("never")
     dog = gateway.server.watchdog
     await until(lambda: dog.asleep)
@@ -163,8 +163,8 @@ async def test_it_sleeps_while_nothing_runs_and_a_request_wakes_it(start: Any, a
     await until(lambda: dog.asleep)
 
 
-async def test_one_function_is_named_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another function is named at once; those that are remembered are bounded."""
+async def test_one_function_is_logged_once_per_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another function is logged immediately; the number of remembered functions is bounded."""
     events: list[str] = []
 
     class Log:
@@ -172,7 +172,7 @@ async def test_one_function_is_named_once_in_a_while(monkeypatch: pytest.MonkeyP
             events.append(named[-1])
 
     monkeypatch.setattr(watchdog, "get_logger", Log)
-    monkeypatch.setattr(watchdog, "_MOST_PLACES", 2)
+    monkeypatch.setattr(watchdog, "_MAX_FUNCTIONS", 2)
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     here = iter(["a", "a", "b", "a", "a", "c"])
@@ -187,15 +187,15 @@ async def test_one_function_is_named_once_in_a_while(monkeypatch: pytest.MonkeyP
     dog = watchdog.Watchdog([])
     for step in (0, 5, 0, 4, 1, 0):  # seconds since the last one
         now += step
-        dog._tell(0)
+        dog._report(0)
     assert events == ["a", "b", "a", "c"]
-    assert len(dog._told) <= 2
+    assert len(dog._logged) <= 2
 
 
 def test_it_works_with_every_loop_and_ends_with_it(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On asyncio's own and on uvloop; a thread that watches a loop which is closed ends by itself."""
+    """On asyncio's loop and on uvloop; the thread ends by itself when its loop is closed."""
     logs.configure("info", "json", sys.stderr)
     for factory in (asyncio.SelectorEventLoop, loop_factory()):
         dog = watchdog.Watchdog([object()])
@@ -204,15 +204,15 @@ def test_it_works_with_every_loop_and_ends_with_it(
             dog.start()
             await asyncio.sleep(0.05)
             end = time.monotonic() + 60
-            while not dog._told and time.monotonic() < end:
+            while not dog._logged and time.monotonic() < end:
                 time.sleep(0.1)  # noqa: ASYNC251 -- as a stage should not
 
         with asyncio.Runner(loop_factory=factory) as runner:
             runner.run(block())
         thread = dog._thread
         assert thread is not None
-        assert list(dog._told)
-        assert all("test_watchdog.py " in each for each in dog._told)
+        assert list(dog._logged)
+        assert all("test_watchdog.py " in each for each in dog._logged)
         dog.stop()
         assert not thread.is_alive()
     assert capfd.readouterr().err.count(BLOCKED) == 2

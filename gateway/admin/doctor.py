@@ -203,7 +203,7 @@ class _Doctor:
         exchange = Exchange()
         target = Target(planned.resource, planned.deployment, version, self._credential)
         request = _request(operation, target, {"model": planned.deployment, **body}, exchange)
-        request.begin_by = time.monotonic() + self._seconds
+        request.first_byte_deadline = time.monotonic() + self._seconds
         started = time.monotonic()
         try:
             async with asyncio.timeout(self._seconds):
@@ -302,7 +302,7 @@ async def _read_stream(response: Response, started: float) -> tuple[float, bool]
     first = 0.0
     splitter = EventSplitter()
     asynchronous = False
-    async for piece in response.pieces():
+    async for piece in response.raw_chunks():
         first = first or _ms(started)
         for each in splitter.feed(piece):
             content = Event(each).json()

@@ -1,4 +1,4 @@
-"""Which requests may be sent twice: where the first time may have been the one that worked."""
+"""Which requests are idempotent: they may be sent again, even if Azure may have processed the first one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ("is_idempotent", "seems_idempotent")
 
-# What makes an answer, costs tokens, and leaves nothing behind.
-_ANSWERS = frozenset({
+# Operations that use tokens but store nothing.
+_STATELESS = frozenset({
     "audio.speech",
     "audio.transcriptions",
     "audio.translations",
@@ -29,38 +29,38 @@ _ANSWERS = frozenset({
 
 
 def seems_idempotent(request: RequestView, body: bytes) -> bool:
-    """Whether a request is repeatable at first sight: without a look at its fields."""
+    """Whether a request is idempotent, decided quickly, without parsing its fields; False if unsure."""
     if request.operation == "chat.completions":
         return b'"store"' not in body
-    return request.method in ("GET", "HEAD") or request.operation in _ANSWERS
+    return request.method in ("GET", "HEAD") or request.operation in _STATELESS
 
 
 async def is_idempotent(request: RequestView) -> bool:
-    """Whether a request does no harm if it is processed twice; see `Request.repeatable`."""
-    if request.method in ("GET", "HEAD") or request.operation in _ANSWERS:
+    """Whether a request can be processed twice without harm; see `Request.is_idempotent`."""
+    if request.method in ("GET", "HEAD") or request.operation in _STATELESS:
         return True
     if request.operation not in ("chat.completions", "responses"):
         return False
     try:
         fields = await request.fields("store", "tools", "background")
-    except ApiError:  # it is no JSON, and Azure will say so
+    except ApiError:  # not JSON: Azure will reject it
         return True
     store = fields.get("store", b"null")
     if request.operation == "chat.completions":
-        return store in (b"false", b"null")  # stored where it is asked for; responses are where it is not declined
+        return store in (b"false", b"null")  # completions are stored on request; responses unless `store` is false
     background = fields.get("background", b"null")
-    return store == b"false" and background in (b"false", b"null") and _tools_do_nothing(fields.get("tools", b"null"))
+    return (
+        store == b"false" and background in (b"false", b"null") and _tools_run_on_client(fields.get("tools", b"null"))
+    )
 
 
-def _tools_do_nothing(given: bytes) -> bool:
-    """Whether Azure runs none of a response's tools itself: those of others' servers do what they like."""
+def _tools_run_on_client(raw: bytes) -> bool:
+    """Whether Azure runs none of the tools itself: a tool on another server may have side effects."""
     try:
-        listed = decode_json(given, msgspec.json.decode)
+        tools = decode_json(raw, msgspec.json.decode)
     except ApiError:
         return False
-    if listed is None:
+    if tools is None:
         return True
-    kinds = (
-        [each.get("type") if isinstance(each, dict) else None for each in listed] if isinstance(listed, list) else [0]
-    )
+    kinds = [each.get("type") if isinstance(each, dict) else None for each in tools] if isinstance(tools, list) else [0]
     return all(kind in ("function", "custom") for kind in kinds)

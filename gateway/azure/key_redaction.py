@@ -1,6 +1,6 @@
-"""Errors of Azure that quote the resource's key: it is masked before stages, logs and clients see them.
+"""Redaction: masks the resource's key in Azure's errors before stages, logs and clients see them.
 
-Some proxies and API gateways say which key they refuse. The key that the client itself presented is not masked.
+Some proxies and API gateways quote the key that they reject. The client's own key is not masked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from gateway.auth.credentials import key_protocols
 from gateway.azure.resources import Target
 from gateway.protocol.headers import Headers
 
-__all__ = ("MASK", "redact_headers", "redact_pieces", "secrets_of")
+__all__ = ("MASK", "redact_chunks", "redact_headers", "secrets_of")
 
 MASK = b"***"
 
@@ -24,22 +24,22 @@ def redact_headers(headers: Headers, secret: bytes) -> None:
             headers.set(name, value.replace(text, MASK.decode()))
 
 
-async def redact_pieces(pieces: AsyncIterator[bytes], secret: bytes) -> AsyncIterator[bytes]:
-    """Return a body with the secret masked, wherever its pieces are cut."""
-    kept = b""
-    async for data in pieces:
-        kept = (kept + data).replace(secret, MASK)
-        # The end may be the beginning of another one.
-        sure = max(0, len(kept) - len(secret) + 1)
-        if sure:
-            yield kept[:sure]
-            kept = kept[sure:]
-    if kept:
-        yield kept
+async def redact_chunks(chunks: AsyncIterator[bytes], secret: bytes) -> AsyncIterator[bytes]:
+    """Return a body with the secret masked, even if it is split across chunks."""
+    buffered = b""
+    async for data in chunks:
+        buffered = (buffered + data).replace(secret, MASK)
+        # The last bytes may be the beginning of the secret.
+        safe = max(0, len(buffered) - len(secret) + 1)
+        if safe:
+            yield buffered[:safe]
+            buffered = buffered[safe:]
+    if buffered:
+        yield buffered
 
 
 def secrets_of(headers: Headers, target: Target | None) -> list[str]:
-    """Return what must not be printed if some text holds it: every value of a request that may be a key."""
+    """Return the secrets to redact in any text about a request: every value that may be a key."""
     found = [value for name, value in headers if name.lower() in ("authorization", "api-key", "x-api-key")]
     found += [value.rpartition(" ")[2] for value in found]
     for value in headers.getall("sec-websocket-protocol"):

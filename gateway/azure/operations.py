@@ -1,6 +1,6 @@
-"""The operation table: what a client can ask for, where `model` sits in it, and where Azure has it.
+"""The operation table: the operations of the API, where each has its `model`, and its path at Azure.
 
-The table itself is `operations.txt`, data and not code; this file gives its lines a type, and finds them.
+The table itself is `operations.txt`; this file parses its lines and looks them up.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from gateway.errors import ApiError
 
 __all__ = ("BY_NAME", "OPERATIONS", "Operation", "bad_id", "find_operation", "plain_path", "unknown_operation")
 
-# Where the model's name can sit; JSON paths besides these hold a dot (`session.model`).
-_PLACES = frozenset({"body", "form", "session", "lines", "evals", "query", "path", "frame", "session.model"})
+# Where an operation can have the model's name; a JSON path has a dot (`session.model`).
+_MODEL_LOCATIONS = frozenset({"body", "form", "session", "lines", "evals", "query", "path", "frame", "session.model"})
 
 Classic = Literal["deployment", "resource"]
 
-# An id in a path: resp_..., file-..., ftjob-..., or the name of a fine-tuned model, with its colons. It can mean
-# only one segment of a path to any server: nothing in it is decoded, cut off or resolved.
+# An id in a path: resp_..., file-..., ftjob-..., or the name of a fine-tuned model, with its colons. Every server reads
+# it as one segment of a path: nothing in it can be decoded, cut off (`;`) or resolved (`..`).
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:~=-]{0,511}")
 
 
@@ -31,11 +31,11 @@ _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:~=-]{0,511}")
 class Operation:
     """One line of the table.
 
-    `model` is where the model's name sits, or None; `needs_model` says that it may not be left out,
-    `drops_model` that it must not stay in the body where the path names the deployment.
-    `classic` and `v1` are None where Azure does not have it; `classic_path` is its path below
-    `/openai` or `/openai/deployments/{deployment}`. `previews` says that of the dated api-versions only previews
-    have it. `local` is answered by the gateway itself.
+    `model` is the location of the model's name, or None; `needs_model` means that the model is required, `drops_model`
+    that Azure rejects it in the body if the path names the deployment. `classic` is None and `v1` False if Azure does
+    not have the operation there; `classic_path` is its path below `/openai` or `/openai/deployments/{deployment}`.
+    `previews` means that only the previews among the dated api-versions have it. The gateway itself answers `local`
+    operations.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Operation:
 
     @property
     def has_ids(self) -> bool:
-        """Whether its path holds ids that go on to Azure."""
+        """Whether its path has ids that are sent to Azure."""
         return "{" in self.path and not self.local
 
     @property
     def on_azure(self) -> bool:
-        """Whether Azure has it, or the gateway answers in its place."""
+        """Whether Azure has it, or the gateway answers it."""
         return self.local or self.v1 or self.classic is not None
 
-    def is_in(self, version: str) -> bool:
-        """Whether an api-version (`2024-10-21`, `v1`) is known to have it, or not known to lack it."""
+    def supported_in(self, version: str) -> bool:
+        """Whether an api-version (`2024-10-21`, `v1`) has it, as far as is known."""
         if self.local:
             return True
         if version == "v1":
@@ -74,37 +74,37 @@ class Operation:
         return self.since is None or version[:10] >= self.since[:10]
 
     @property
-    def versions(self) -> str:
-        """The api-versions that have it, in words."""
+    def supported_versions(self) -> str:
+        """The api-versions that have it, as text for people."""
         later = "a later preview" if self.previews else "later"
         dated = f"{self.since} or {later}" if self.since is not None else "a dated api-version"
         return ", or ".join(([dated] if self.classic is not None else []) + (["v1"] if self.v1 else []))
 
 
-def _read(text: str) -> Iterator[Operation]:
+def _parse(text: str) -> Iterator[Operation]:
     for line in text.splitlines():
         if not line or line.startswith("#"):
             continue
         name, method, path, model, streams, classic, v1, since, evidence = re.split(r" {2,}", line)
-        place = model.rstrip("?!")
-        if place not in _PLACES | {"-"}:
-            raise ValueError(f"operations.txt: {name}: {model!r} is no place of a model")
-        where: Classic | None = None
+        location = model.rstrip("?!")
+        if location not in _MODEL_LOCATIONS | {"-"}:
+            raise ValueError(f"operations.txt: {name}: {model!r} is not a location of a model")
+        located: Classic | None = None
         if classic in ("deployment", "resource"):
-            where = "deployment" if classic == "deployment" else "resource"
+            located = "deployment" if classic == "deployment" else "resource"
         elif classic.startswith("/"):
-            where = "resource"
+            located = "resource"
         elif classic not in ("-", "gateway"):
-            raise ValueError(f"operations.txt: {name}: {classic!r} is no place of an operation")
+            raise ValueError(f"operations.txt: {name}: {classic!r} is not a location of an operation")
         yield Operation(
             name=name,
             method=method,
             path=path,
-            model=None if place == "-" else place,
-            needs_model=place != "-" and not model.endswith("?"),
+            model=None if location == "-" else location,
+            needs_model=location != "-" and not model.endswith("?"),
             drops_model=model.endswith("!"),
             streams=streams == "sse",
-            classic=where,
+            classic=located,
             classic_path=classic if classic.startswith("/") else path,
             v1=v1 == "yes",
             since=None if since == "-" else since.rstrip("!"),
@@ -114,14 +114,14 @@ def _read(text: str) -> Iterator[Operation]:
         )
 
 
-OPERATIONS = tuple(_read(Path(__file__).with_name("operations.txt").read_text(encoding="utf-8")))
+OPERATIONS = tuple(_parse(Path(__file__).with_name("operations.txt").read_text(encoding="utf-8")))
 
 BY_NAME = {row.name: row for row in OPERATIONS}
 _METHODS = {row.method for row in OPERATIONS}
 _EXACT = {(row.method, row.path): row for row in OPERATIONS if "{" not in row.path}
 
-# Those with parameters by method and number of segments, the ones with fewer parameters first: `/threads/runs`
-# is none of `/threads/{thread_id}`.
+# Paths with parameters, by method and number of segments, those with fewer parameters first: `/threads/runs` is not
+# `/threads/{thread_id}`.
 _WITH_PARAMETERS: dict[tuple[str, int], list[tuple[tuple[str | None, ...], Operation]]] = {}
 for _row in sorted(OPERATIONS, key=lambda row: row.path.count("{")):
     if "{" in _row.path:
@@ -146,7 +146,7 @@ _find_short = lru_cache(maxsize=1024)(_find)
 
 
 def plain_path(operation: Operation, path: str) -> str | None:
-    """Return an operation's path with the ids of a client's path, decoded once; None if one of them can be no id."""
+    """Return the operation's path with the ids of a client's path, decoded once; None if one of them is not valid."""
     ids = _ids(operation, path)
     if ids is None or not all(_ID.fullmatch(each) for each in ids.values()):
         return None
@@ -156,21 +156,21 @@ def plain_path(operation: Operation, path: str) -> str | None:
 
 
 def bad_id(operation: Operation, path: str) -> ApiError:
-    """Return the error for a path in which something is no id."""
+    """Return the error for a path with an invalid id."""
     name, value = next(
         ((name, value) for name, value in (_ids(operation, path) or {}).items() if not _ID.fullmatch(value)), ("id", "")
     )
     name = name.strip("{}")
     return ApiError(
         400,
-        f"{value[:80]!r} cannot be the {name} of {operation.name}: ids are of letters, digits and . _ : ~ = -",
+        f"{value[:80]!r} is not a valid {name} of {operation.name}: ids consist of letters, digits and . _ : ~ = -",
         param=name,
         code="invalid_id",
     )
 
 
 def _ids(operation: Operation, path: str) -> dict[str, str] | None:
-    """Return what stands in a path where an operation's path has its parameters; None if it is another path."""
+    """Return the values of the path parameters, decoded; None if the path is not the operation's."""
     segments, parts = operation.path.split("/"), path.split("/")
     if len(segments) != len(parts):
         return None
@@ -181,7 +181,7 @@ def _ids(operation: Operation, path: str) -> dict[str, str] | None:
 
 
 def unknown_operation(method: str, path: str) -> ApiError:
-    """Return the error for what no line of the table answers, or for what Azure does not have."""
+    """Return the error for a request that is in no line of the table, or that Azure does not have."""
     row = find_operation(method, path)
     if row is not None and row.method != "WS":
         return ApiError(404, f"Azure OpenAI does not have the operation {row.name}", code="operation_not_supported")
@@ -198,20 +198,20 @@ def unknown_operation(method: str, path: str) -> ApiError:
         if found.method == "WS" and found.on_azure:
             return ApiError(
                 426,
-                f"{found.name} is a WebSocket: open one to this URL (ws:// or wss://); a proxy on the way must pass "
-                "the headers Upgrade and Connection on",
+                f"{found.name} is a WebSocket: open one to this URL (ws:// or wss://); a proxy in between must forward "
+                "the headers Upgrade and Connection",
                 headers={"upgrade": "websocket"},
                 code="upgrade_required",
             )
         message = f"Azure OpenAI does not have the operation {found.name}"
         return ApiError(404, message, code="operation_not_supported")
     for right, why in (
-        (path.rstrip("/"), "leave the slash at the end out"),
-        (path.removeprefix("/v1"), "the base URL has a /v1 too many"),
+        (path.rstrip("/"), "remove the slash at the end"),
+        (path.removeprefix("/v1"), "the base URL has one /v1 too many"),
     ):
         if right != path and any(find_operation(each, right) for each in _METHODS):
             return ApiError(404, f"there is nothing at /v1{path}; {why}", code="unknown_url")
     family = path.split("/")[1] if "/" in path else ""
     offered = [f"{row.method} /v1{row.path}" for row in OPERATIONS if row.on_azure and row.path.split("/")[1] == family]
-    hint = f"of /v1/{family} there is {', '.join(offered)}" if offered else "the OpenAI API has nothing of this name"
+    hint = f"/v1/{family} has {', '.join(offered)}" if offered else "the OpenAI API has no such URL"
     return ApiError(404, f"this gateway does not offer {method} /v1{path}; {hint}", code="unknown_url")

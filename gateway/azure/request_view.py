@@ -1,4 +1,4 @@
-"""What the readers of a request's model, batch lines and side effects need of a request: a part of `Request`."""
+"""The part of `Request` that this wing uses, as a protocol, so that it does not import `Request`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ("ExchangeView", "RequestView")
 
 
 class ExchangeView(BodyAccount, Protocol):
-    """The exchange of a request: it accounts for kept bytes, and runs callbacks at its end."""
+    """The exchange of a request: it counts buffered bytes, and runs callbacks at its end."""
 
     def defer(self, callback: Callable[[Any], None]) -> None:
-        """Run a callback once, when the exchange is over."""
+        """Run a callback once, when the exchange ends."""
 
 
 class RequestView(Protocol):
@@ -31,10 +31,10 @@ class RequestView(Protocol):
     headers: Headers
     target: Target
     notes: dict[str, object]
-    _row: Operation | None
-    _model_set: str | None
+    _operation: Operation | None
+    _path_model: str | None
     _json: dict[str, Any] | None
-    _json_set: bool
+    _json_replaced: bool
     _form: FormReader | None
     _body: Body
 
@@ -43,11 +43,11 @@ class RequestView(Protocol):
 
     @property
     def holder(self) -> str:
-        """Whose share of the budgets it uses."""
+        """The owner of the memory that it uses."""
 
     @property
-    def sent_to(self) -> Target | None:
-        """Where it was last sent."""
+    def last_target(self) -> Target | None:
+        """The target of the last attempt at Azure."""
 
     async def body(self) -> bytes:
         """Return the body's bytes."""

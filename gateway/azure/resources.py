@@ -23,9 +23,9 @@ __all__ = ("Deployment", "Pool", "Resource", "ResourceTimeouts", "Target", "Tls"
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How a resource is spoken to over TLS, where not as usual: files in PEM.
+    """TLS files of one resource, in PEM, if it needs others than the system's.
 
-    `digest` is that of their content, so that changed files are another `Tls`.
+    `digest` is the digest of their content, so that changed files make a different `Tls`.
     """
 
     ca: Path | None = None
@@ -34,29 +34,30 @@ class Tls:
     digest: str = ""
 
     def context(self) -> ssl.SSLContext:
-        """Return a context with these files. Raises OSError, as ssl.SSLError is one, where they are bad."""
+        """Return a context with these files. Raises OSError (ssl.SSLError is one) if they are invalid."""
         context = ssl.create_default_context(cafile=self.ca)
         if self.certificate is not None:
-            # (Without the function, OpenSSL would ask for a passphrase on the terminal.)
+            # Without `password`, OpenSSL would prompt for a passphrase on the terminal.
             context.load_cert_chain(self.certificate, self.key, password=lambda: b"")
         return context
 
 
 @dataclass(frozen=True)
 class ResourceTimeouts:
-    """How long, in seconds, the gateway waits for one resource; what is left out is as for all."""
+    """Timeouts of one resource, in seconds; None means the gateway's own."""
 
-    connect: Annotated[float | None, Meta(gt=0, description="for a connection to it, TLS included")] = None
-    first_byte: Annotated[float | None, Meta(gt=0, description="for it to begin to answer")] = None
-    idle: Annotated[float | None, Meta(gt=0, description="for the next bytes of an answer that has begun")] = None
+    connect: Annotated[float | None, Meta(gt=0, description="connect timeout, in seconds, including TLS")] = None
+    first_byte: Annotated[
+        float | None, Meta(gt=0, description="timeout, in seconds, for the first byte of the response")
+    ] = None
+    idle: Annotated[float | None, Meta(gt=0, description="idle timeout, in seconds, between response bytes")] = None
 
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """One Azure OpenAI endpoint, as the configuration names it.
+    """One Azure OpenAI endpoint of the configuration.
 
-    Its own credential is either a key, or the tokens of an Entra identity. `api_version` is what it is asked with,
-    where no stage says else.
+    Its own credential is a key, or the tokens of an Entra identity. `api_version` applies unless a stage sets another.
     """
 
     name: str
@@ -71,13 +72,13 @@ class Resource:
 
     @property
     def has_credential(self) -> bool:
-        """Whether it has one of its own, and can be asked without the client's."""
+        """Whether it has a credential of its own, and so does not need the client's."""
         return self.credential is not None or self.tokens is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """One deployment of a pool. The lowest `priority` is asked first; those of one share by `weight`."""
+    """One deployment of a pool. The lowest `priority` is used first; equal ones share requests by `weight`."""
 
     resource: Resource
     name: str
@@ -90,21 +91,21 @@ class Deployment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Deployments of one model, of which any may answer, in the order of their priorities."""
+    """Interchangeable deployments of one model, in the order of their priorities."""
 
     name: str
     deployments: tuple[Deployment, ...]
 
     def within(self, resource: Resource) -> Deployment | None:
-        """Return its first deployment in a resource, or None."""
+        """Return the first deployment in a resource, or None."""
         return next((each for each in self.deployments if each.resource.name == resource.name), None)
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where a request goes. Stages replace it whole: `request.target = request.target.replace(deployment="x")`.
+    """The destination of a request. Stages replace it: `request.target = request.target.replace(deployment="x")`.
 
-    `credential` is None where the resource's own is to be used. Of a `pool`, the stage `balance` picks the deployment;
-    where the resource is known already, it is the pool's deployment there.
+    A `credential` of None means the resource's own. If `pool` is set and `resource` is not, the stage `balance` selects
+    one of its deployments; with both, the target is the pool's deployment in that resource.
     """
 
     resource: Resource | None = None
@@ -115,42 +116,44 @@ class Target(msgspec.Struct, frozen=True):
 
     @property
     def is_v1(self) -> bool:
-        """Whether it is asked on Azure's v1 API, which has no deployments in its paths."""
+        """Whether it uses Azure's v1 API, which has no deployments in its paths."""
         return self.api_version == "v1"
 
     def replace(self, **fields: Any) -> Target:
-        """Return this target with other values in some of its fields."""
+        """Return a copy with some fields changed."""
         return msgspec.structs.replace(self, **fields)
 
-    def to(self, found: Target) -> Target:
+    def routed_to(self, other: Target) -> Target:
         """Return this target with the resource, the deployment and the pool of another."""
-        return msgspec.structs.replace(self, resource=found.resource, deployment=found.deployment, pool=found.pool)
+        return msgspec.structs.replace(self, resource=other.resource, deployment=other.deployment, pool=other.pool)
 
     def within(self, resource: Resource) -> Target | None:
-        """Return this target with the deployment that it has in a resource, or None where it has none there."""
+        """Return this target with its deployment in a resource, or None if it has none there."""
         if self.pool is None:
             return self if self.resource is not None and self.resource.name == resource.name else None
-        there = self.pool.within(resource)
-        return self.replace(resource=there.resource, deployment=there.name) if there is not None else None
+        deployment = self.pool.within(resource)
+        if deployment is None:
+            return None
+        return self.replace(resource=deployment.resource, deployment=deployment.name)
 
-    def settled(self, preferred: Resource | None) -> Target:
-        """Return this target in one of the resources of its pool, if it has one: the preferred one, else the first."""
+    def pinned(self, preferred: Resource | None) -> Target:
+        """Return this target in one resource of its pool, if it has one: the preferred resource, or else the first."""
         if self.pool is None or self.resource is not None:
             return self
-        there = self.within(preferred) if preferred is not None else None
+        in_preferred = self.within(preferred) if preferred is not None else None
         first = self.pool.deployments[0]
-        return there or self.replace(resource=first.resource, deployment=first.name)
+        return in_preferred or self.replace(resource=first.resource, deployment=first.name)
 
     @property
     def resources(self) -> Sequence[Resource | None]:
-        """The resources that it may be in; None stands for one that is not known."""
+        """The resources that it may use; None means a resource that is not known yet."""
         if self.pool is None or self.resource is not None:
             return (self.resource,)
         return [each.resource for each in self.pool.deployments]
 
 
 def common_resource(targets: Iterable[Target]) -> Resource | None:
-    """Return the first resource in which all of some targets are, or None."""
+    """Return the first resource that has all these targets, or None."""
     first, *others = targets
     for resource in first.resources:
         if resource is not None and all(each.within(resource) is not None for each in others):

@@ -1,7 +1,7 @@
-"""URLs: what a client's path says, and where the exchange is at its Azure resource.
+"""URLs: parse the client's path, and build the path at the Azure resource.
 
-OpenAI's paths begin with `/v1`; clients that know Azure say `/openai/v1`, `/openai/deployments/{deployment}` or
-`/openai`. All of them may stand behind a team's prefix, and all of them mean the same operations.
+OpenAI's paths begin with `/v1`; Azure clients use `/openai/v1`, `/openai/deployments/{deployment}` or `/openai`. All of
+these may follow a team's prefix, and all mean the same operations.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from gateway.errors import ApiError
 
 __all__ = ("DEPLOYMENT", "ClientPath", "parse_client_path", "upstream_path")
 
-# A rule (no request may leave `/openai/deployments/`): Azure's own names, and nothing a path could misread.
+# A deployment's name: as Azure allows, and never a way out of `/openai/deployments/`.
 DEPLOYMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-# Query parameters that would choose the api-version or a credential; those are the gateway's to choose.
-_OURS = frozenset({"api-version", "api-key", "subscription-key"})
+# Query parameters that select the api-version or a credential: the gateway sets these itself.
+_RESERVED = frozenset({"api-version", "api-key", "subscription-key"})
 
 
 class ClientPath(NamedTuple):
-    """What a path says: the team's prefix, OpenAI's path after `/v1`, and the model, where the path names it."""
+    """A parsed path: the team's prefix, OpenAI's path after `/v1`, and the model if the path names it."""
 
     prefix: str
     path: str
@@ -33,49 +33,49 @@ class ClientPath(NamedTuple):
 
 
 def parse_client_path(path: str) -> ClientPath | None:
-    """Read a client's path; None where it is no API's."""
-    # Only short ones are kept: what a client makes up must not fill the memory.
-    return _short_place(path) if len(path) <= 128 else _place(path)
+    """Parse a client's path; None if it is not a path of the API."""
+    # Cache short paths only, so that clients cannot fill the memory with made-up ones.
+    return _parse_cached(path) if len(path) <= 128 else _parse(path)
 
 
-def _place(path: str) -> ClientPath | None:
+def _parse(path: str) -> ClientPath | None:
     openai, azure = path.find("/v1/"), path.find("/openai/")
     if azure < 0 or 0 <= openai < azure:
         if openai < 0:
             return None
         prefix, path = path[:openai], path[openai + 3 :]
         if path.startswith("/engines/"):
-            # As the SDKs had it before 1.0, and LangChain for long after.
-            return _named(prefix, path[len("/engines") :])
+            # Used by the SDKs before 1.0, and by LangChain for long after.
+            return _with_model(prefix, path[len("/engines") :])
         return ClientPath(prefix, path, None)
     prefix, path = path[:azure], path[azure + len("/openai") :]
     if path.startswith("/deployments/"):
-        return _named(prefix, path[len("/deployments") :])
+        return _with_model(prefix, path[len("/deployments") :])
     return ClientPath(prefix, path[len("/v1") :] if path.startswith("/v1/") else path, None)
 
 
-_short_place = lru_cache(maxsize=1024)(_place)
+_parse_cached = lru_cache(maxsize=1024)(_parse)
 
 
-def _named(prefix: str, path: str) -> ClientPath | None:
-    """Read `/{model}/{operation}`."""
+def _with_model(prefix: str, path: str) -> ClientPath | None:
+    """Parse `/{model}/{operation}`."""
     _, name, rest = [*path.split("/", 2), ""][:3]
     return ClientPath(prefix, f"/{rest}", unquote(name)) if name and rest else None
 
 
 def upstream_path(operation: Operation, target: Target, path: str, query: str = "") -> str:
-    """Return the path and query that an exchange has at its resource, after the endpoint's base path.
+    """Return the path and query at the resource, after the endpoint's base path.
 
-    `path` is the client's, after `/v1`. `target` must have an api-version, and a deployment where the path
-    needs one. Raises ApiError 404 where the deployment's name cannot be one, or where this api-version does
-    not have the operation, and 400 where an id in the path cannot be one.
+    `path` is the client's, after `/v1`. `target` must have an api-version, and a deployment if the path needs one.
+    Raises ApiError 404 for an invalid name of a deployment, or if this api-version does not have the operation, and 400
+    for an invalid id in the path.
     """
     key = (operation.name, target.api_version, target.deployment)
-    before, own_path, version = _ways.get(key) or _find_way(key, operation, target)
-    found = f"{before}{own_path or _with_ids(operation, path)}{version}"
+    base, fixed_path, version = _routes.get(key) or _make_route(key, operation, target)
+    url = f"{base}{fixed_path or _with_ids(operation, path)}{version}"
     if query and (kept := other_query(query)):
-        return f"{found}{'&' if version else '?'}{kept}"
-    return found
+        return f"{url}{'&' if version else '?'}{kept}"
+    return url
 
 
 def _with_ids(operation: Operation, path: str) -> str:
@@ -85,39 +85,40 @@ def _with_ids(operation: Operation, path: str) -> str:
     return plain
 
 
-# What stands before and behind a path, and what stands in its place if it has no ids, once it was found to be right.
-_ways: dict[tuple[str, str | None, str | None], tuple[str, str, str]] = {}
-_MOST_WAYS = 1024
+# For each validated key: the base, the path if it has no ids (else ""), and the query with the api-version.
+_routes: dict[tuple[str, str | None, str | None], tuple[str, str, str]] = {}
+_MAX_ROUTES = 1024
 
 
-def _find_way(key: tuple[str, str | None, str | None], operation: Operation, target: Target) -> tuple[str, str, str]:
+def _make_route(key: tuple[str, str | None, str | None], operation: Operation, target: Target) -> tuple[str, str, str]:
     version = target.api_version or ""
     if operation.model and (operation.classic == "deployment" or target.deployment is not None):
         _check_name(target.deployment)
-    if not operation.is_in(version):
+    if not operation.supported_in(version):
         raise ApiError(
             404,
-            f"{operation.name} is not in Azure's api-version {version}, which this gateway is set to; it needs "
-            f"{operation.versions} (the operator sets it: the stage api_version, `otherwise` or `operations`)",
+            f"{operation.name} is not in Azure's api-version {version}, which this gateway uses; it needs "
+            f"{operation.supported_versions} (the operator can set that in the stage api_version: `otherwise` or "
+            "`operations`)",
             code="operation_not_supported",
         )
     if target.is_v1:
-        way = ("/openai/v1", "" if operation.has_ids else operation.path, "")
+        route = ("/openai/v1", "" if operation.has_ids else operation.path, "")
     else:
-        own_path = "" if operation.has_ids else operation.classic_path
+        fixed_path = "" if operation.has_ids else operation.classic_path
         deployment = f"/deployments/{target.deployment}" if operation.classic == "deployment" else ""
-        way = (f"/openai{deployment}", own_path, f"?api-version={version}")
-    if len(_ways) >= _MOST_WAYS:
-        _ways.clear()
-    _ways[key] = way
-    return way
+        route = (f"/openai{deployment}", fixed_path, f"?api-version={version}")
+    if len(_routes) >= _MAX_ROUTES:
+        _routes.clear()
+    _routes[key] = route
+    return route
 
 
 def _check_name(deployment: str | None) -> None:
     if not deployment or not DEPLOYMENT.fullmatch(deployment):
         raise ApiError(
             404,
-            f"{deployment!r} cannot be the name of an Azure deployment; map the model to one",
+            f"{deployment!r} is not a valid name of an Azure deployment; map the model to one",
             param="model",
             code="model_not_found",
         )
@@ -127,7 +128,7 @@ def other_query(query: str) -> str:
     """Return a client's query without the parameters that the gateway sets itself."""
     if not query:
         return ""
-    # Wherever one of them stands in a part: servers differ in what else they take for a separator.
+    # A reserved name anywhere in a part counts: some servers also split at other separators.
     return "&".join(
-        part for part in query.split("&") if part and not any(name in unquote_plus(part).lower() for name in _OURS)
+        part for part in query.split("&") if part and not any(name in unquote_plus(part).lower() for name in _RESERVED)
     )

@@ -112,7 +112,7 @@ class Attempts:
     def take_over(self, candidate: Candidate, trial: int, started: float, asked: int) -> None:
         """Make the first attempt the current one."""
         self._candidate, self._trial, self._started, self._asked = candidate, trial, started, asked
-        self._until = self._request.begin_by or self._deadline
+        self._until = self._request.first_byte_deadline or self._deadline
 
     async def _attempt(self, candidate: Candidate) -> Response:
         """Send the request to a deployment."""
@@ -124,14 +124,14 @@ class Attempts:
         request.target = target_of(request.target, candidate)
         tried = (*self._tried, candidate)
         self._until = self._context.stream_deadline(now, self._deadline, tried) if self._cut else self._deadline
-        request.begin_by = self._until
+        request.first_byte_deadline = self._until
         return await self._call_next(request)
 
     def _responded(self, response: Response) -> None:
         """Record that the current deployment responds."""
         now = monotonic()
         health = self._current().health
-        if response.body.__class__ is bytes and not response.event_stream:
+        if response.body.__class__ is bytes and not response.is_event_stream:
             health.succeeded(now, self._trial, response.headers.fields)
         else:
             health.response_started(now, self._trial, response.headers.fields)
@@ -243,7 +243,7 @@ class Attempts:
             return "the request refers to an object in this resource"
         if self._count >= self._limits.attempts:
             return "the limit of attempts is reached"
-        if failure.retry == "if_idempotent" and not await self._request.repeatable():
+        if failure.retry == "if_idempotent" and not await self._request.is_idempotent():
             return "the request may have been processed and is not idempotent"
         if not self._kept and not failure.before_body:
             return "the body is larger than `keep`"
@@ -310,7 +310,7 @@ class Attempts:
 
     async def _inspect(self, response: Response) -> tuple[Response, AttemptFailure | None]:
         """Return a response, and the failure that it means; None if another deployment would respond the same."""
-        if response.status == 200 and response.error is None and response.event_stream:
+        if response.status == 200 and response.error is None and response.is_event_stream:
             response, failure = await self._inspect_stream(response)
         else:
             own = self._request.target.credential is None and self._current().deployment.resource.has_credential
@@ -347,9 +347,9 @@ class Attempts:
         failure = None if found is None else of_status(response, found.status, found.message)
         if found is None or failure is None:
             return response, None
-        if found.of_response_api and failure.retry == "always":
+        if found.from_responses_api and failure.retry == "always":
             failure.retry = "if_idempotent"  # a response was created, and may be stored
-        return response.told_as_error(found), failure
+        return response.error_response(found), failure
 
     def _at_most(self, seconds: float) -> float:
         """Return a number of seconds, or the time until the deadline if that is less."""

@@ -58,13 +58,13 @@ class Retrier:
         known, it goes only there, because it refers to an object in it. Restores the request's target before it
         returns.
         """
-        budget, limits, target, begin_by = self.budget, self.limits, request.target, request.begin_by
+        budget, limits, target, begin_by = self.budget, self.limits, request.target, request.first_byte_deadline
         if budget.left < self._capacity:
             budget.left = min(budget.left + limits.retries, self._capacity)
         # (As `buffer_up_to` does, which is another call, and a coroutine.)
-        body = None if request._json_set else request._body.keep()
+        body = None if request._json_replaced else request._body.keep()
         kept = body is not None or await request.buffer_up_to(limits.keep)
-        saved, now = request.saved(), monotonic()
+        saved, now = request.snapshot(), monotonic()
         deadline = now + limits.deadline
         if begin_by is not None and begin_by < deadline:
             deadline = begin_by
@@ -82,7 +82,9 @@ class Retrier:
                 # (A body that has not arrived may take as long as its client likes.)
                 trial = health.begin_trial(now, exclusive=kept)
             request.target = target_of(target, candidate)
-            request.begin_by = deadline if not cut else self._context.stream_deadline(now, deadline, (candidate,))
+            request.first_byte_deadline = (
+                deadline if not cut else self._context.stream_deadline(now, deadline, (candidate,))
+            )
             try:
                 response = await call_next(request)
             except BaseException:
@@ -95,17 +97,17 @@ class Retrier:
                 response.status < 400
                 and response.body.__class__ is bytes
                 and response.error is None
-                and not response.event_stream
+                and not response.is_event_stream
             ):
                 health.succeeded(monotonic(), trial, response.headers.fields)
                 health.in_flight -= 1
-                request.target, request.begin_by = target, begin_by
+                request.target, request.first_byte_deadline = target, begin_by
                 return response
         attempts = Attempts(self._context, request, call_next, saved, key, deadline, kept=kept, pinned=pinned, cut=cut)
         if candidate is not None:
             attempts.take_over(candidate, trial, now, asked)
         response = await attempts.run(response)
-        request.target, request.begin_by = target, begin_by
+        request.target, request.first_byte_deadline = target, begin_by
         return response
 
     def _in(self, resource: Resource) -> Candidate:

@@ -199,9 +199,9 @@ class Body:
                 if (length := self._source.length) is not None and length > UNCOUNTED:
                     if limit is not None and length > limit:
                         raise body_too_large(limit)
-                    self.account.hold(length)
+                    self.account.reserve_memory(length)
                     if length > _MAX_COUNTED_AHEAD:
-                        self.account.let_go(length)  # the budget suffices: it is counted while it arrives
+                        self.account.release_memory(length)  # the budget suffices: it is counted while it arrives
             self._streamed = True
             if isinstance(self._source, _Replay):
                 self._source.replace(0, 0, b"")
@@ -224,7 +224,7 @@ class Body:
             if limit is not None and size > limit:
                 raise body_too_large(limit)
             if size > UNCOUNTED:
-                account.hold(size - held)
+                account.reserve_memory(size - held)
                 held = size
             whole.write(piece)
         return whole.getvalue()

@@ -19,18 +19,18 @@ DISK_THREADS = ThreadPoolExecutor(4, "spool")
 
 
 class ByteAccount(Protocol):
-    """Counts the kept bytes against a budget: the exchange. `hold` and `hold_on_disk` raise ApiError."""
+    """Counts the kept bytes against a budget: the exchange. `reserve_memory` and `reserve_disk` raise ApiError."""
 
-    def hold(self, size: int) -> None:
+    def reserve_memory(self, size: int) -> None:
         """Add bytes in memory, before they are kept."""
 
-    def let_go(self, size: int) -> None:
+    def release_memory(self, size: int) -> None:
         """Subtract bytes in memory."""
 
-    def hold_on_disk(self, size: int) -> None:
+    def reserve_disk(self, size: int) -> None:
         """Add bytes on disk, before they are written."""
 
-    def let_go_of_disk(self, size: int) -> None:
+    def release_disk(self, size: int) -> None:
         """Subtract bytes on disk."""
 
 
@@ -51,16 +51,16 @@ class SpooledFile:
     async def write(self, data: bytes) -> None:
         """Append bytes. Raises OSError if the disk fails, and ApiError if a budget is exhausted."""
         if self._account is not None:
-            self._account.hold(len(data))
+            self._account.reserve_memory(len(data))
         self.size += len(data)
         self._data += data
         if (size := len(self._data)) > (_MAX_PIECE if self._file is not None else self._in_memory):
             if self._account is not None:
-                self._account.hold_on_disk(size)
+                self._account.reserve_disk(size)
             self._on_disk += size
             await asyncio.get_running_loop().run_in_executor(DISK_THREADS, self._to_file)
             if self._account is not None:
-                self._account.let_go(size)
+                self._account.release_memory(size)
 
     def _to_file(self) -> None:
         with self.lock:
@@ -116,8 +116,8 @@ class SpooledFile:
     def close(self) -> None:
         """Release the bytes; the file is deleted when no thread uses it."""
         if self._account is not None and not self._closed:
-            self._account.let_go(self.size - self._on_disk)
-            self._account.let_go_of_disk(self._on_disk)
+            self._account.release_memory(self.size - self._on_disk)
+            self._account.release_disk(self._on_disk)
         self._closed = True
         if self._file is None and not self.lock.locked():
             self._data = bytearray()

@@ -142,10 +142,10 @@ def _load(reader: Reader, path: Path, root: MappingNode, shared: Shared, *, cors
             resources=resources,
             pools=pools,
             prices=_read_prices(main, root),
-            teams=1 + len(files),
-            deadline=main.timeouts.first_byte,
+            team_count=1 + len(files),
+            first_byte_timeout=main.timeouts.first_byte,
             shared=shared,
-            store_of_limits=counters,
+            limit_counters=counters,
         ),
     )
     default = builder.default()
@@ -201,4 +201,4 @@ def _read_prices(main: GatewayFile, root: MappingNode) -> Prices:
 def _make_issuers(issuers: Sequence[Issuer], shared: Shared) -> Issuers | None:
     if not issuers:
         return None
-    return Issuers(issuers, shared.session, cache=shared.space("", "identity"))
+    return Issuers(issuers, shared.session, cache=shared.state_of("", "identity"))

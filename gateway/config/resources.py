@@ -65,7 +65,7 @@ def read_resources(reader: Reader, node: Any, shared: Shared) -> dict[str, Resou
             if identity is None:
                 credential = Credential("unknown")  # so that a missing credential is not reported, too
         if identity is not None and identity not in tokens:
-            tokens[identity] = EntraTokens(identity, shared.session, cache=shared.space("", "entra"))
+            tokens[identity] = EntraTokens(identity, shared.session, cache=shared.state_of("", "entra"))
         proxy = None
         if settings.proxy and settings.proxy.strip():
             try:

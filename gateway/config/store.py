@@ -37,7 +37,7 @@ def counters_of(shared: Shared, store: RedisUrl | None) -> WaitQueue | None:
         return None
     import redis.asyncio  # noqa: F401, PLC0415 -- an extra, loaded here so that no request waits for the import
 
-    return shared.counters_at(store, lambda: RedisCounters(store))
+    return shared.counters_of(store, lambda: RedisCounters(store))
 
 
 def _unreadable(path: Path) -> str | None:

@@ -25,11 +25,11 @@ class Filter:
     """A filter that a stage puts on a response's bytes: no I/O, no clock, one instance per response.
 
     It is fed all bytes, with one exception. While it is `between` events, it may not be fed whole events in lines that
-    end with LF and that have none of `finds` in them: it must leave those as they are, and stay unchanged itself.
+    end with LF and that have none of `contains` in them: it must leave those as they are, and stay unchanged itself.
     """
 
     between: bool = False
-    finds: Sequence[bytes] = ()
+    contains: Sequence[bytes] = ()
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes from Azure (or from the filter before) and return the bytes to pass on."""
@@ -56,15 +56,15 @@ class FilterFailed(Exception):
 class EventFilter:
     """A filter on server-sent events. Give it one event, get back that event, others, or None to drop it.
 
-    It sees the events that have one of `finds` in their bytes, or lack one of `lacks`; by default, all events. A stream
-    in which no filter wants anything is not even split into events. `event` may change both for later events.
+    It sees the events that have one of `contains` in their bytes, or lack one of `lacks`; by default, all events. A
+    stream in which no filter wants anything is not even split into events. `event` may change both for later events.
     """
 
-    finds: Sequence[bytes] = (b"",)
+    contains: Sequence[bytes] = (b"",)
     lacks: Sequence[bytes] = ()
 
     def __init_subclass__(cls) -> None:
-        for name in ("finds", "lacks"):
+        for name in ("contains", "lacks"):
             if isinstance(getattr(cls, name), bytes | str):
                 raise TypeError(f"{cls.__name__}.{name} must be a tuple: {name} = (b'...',) with a comma")
 
@@ -79,7 +79,7 @@ class EventFilter:
 
 def wanted(each: EventFilter, raw: bytes) -> bool:
     """Whether a filter wants to see an event."""
-    return any(needle in raw for needle in each.finds) or any(needle not in raw for needle in each.lacks)
+    return any(needle in raw for needle in each.contains) or any(needle not in raw for needle in each.lacks)
 
 
 def run_filters(filters: Sequence[EventFilter], event: Event, first: int = 0) -> Iterator[Event]:
@@ -120,9 +120,9 @@ class _Events(Filter):
         return len(self._splitter.rest)
 
     def _collect_needles(self) -> None:
-        """Collect `finds` and `lacks` of all filters."""
-        needles = [needle for each in self._filters for needle in each.finds]
-        needles += self._before.finds if self._before is not None else ()
+        """Collect `contains` and `lacks` of all filters."""
+        needles = [needle for each in self._filters for needle in each.contains]
+        needles += self._before.contains if self._before is not None else ()
         self._finds = tuple(dict.fromkeys(needles))
         self._lacks = tuple(dict.fromkeys(needle for each in self._filters for needle in each.lacks))
 

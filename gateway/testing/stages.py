@@ -149,7 +149,9 @@ class Running:
             target=self._target,
             exchange=exchange,
             address=lambda: client,
-            judgement=TokenVerification(reason=identity) if isinstance(identity, str) else TokenVerification(identity),
+            verification=TokenVerification(reason=identity)
+            if isinstance(identity, str)
+            else TokenVerification(identity),
         )
         exchange.request = request
         self._reached = None

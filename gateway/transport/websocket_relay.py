@@ -138,7 +138,7 @@ class WebSocketRelay:
             self._exchange.count("messages_down", self._azure.messages)
             for side in self._sides:
                 self.scheduler.remove(side)
-                self._exchange.let_go(side.held)
+                self._exchange.release_memory(side.held)
                 side.held = 0
             self._connection.stop_relay()
             self._upstream.end_relay(_CLOSE_TIMEOUT)
@@ -279,12 +279,12 @@ class WebSocketRelay:
         more = size - side.held
         if more > 0:
             try:
-                self._exchange.hold(more)
+                self._exchange.reserve_memory(more)
             except ApiError as exc:
                 self._fail(exc, code=1013)
                 return False
         elif more < 0:
-            self._exchange.let_go(-more)
+            self._exchange.release_memory(-more)
         side.held = size
         return True
 

@@ -71,7 +71,7 @@ class HideUsage(Filter):
     An event with JSON is held until it is complete; everything else passes at once.
     """
 
-    finds = (b'"usage"',)
+    contains = (b'"usage"',)
 
     def __init__(self) -> None:
         self._held = b""  # an incomplete event with JSON

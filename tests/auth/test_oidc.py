@@ -654,9 +654,9 @@ async def test_reading_an_identity_that_cannot_be_verified_is_an_error() -> None
         sent = await run.post()
     request = sent.reached
     assert request is not None
-    assert (request.identity, request.unidentified) == (None, None)
-    request._judgement = TokenVerification(reason="token that cannot be verified", retry_after=0.2)
+    assert (request.identity, request.identity_error) == (None, None)
+    request._verification = TokenVerification(reason="token that cannot be verified", retry_after=0.2)
     with pytest.raises(ApiError) as raised:
         _ = request.copy().identity
     assert (raised.value.status, raised.value.headers) == (503, {"retry-after": "1"})
-    assert request.unidentified == "token that cannot be verified"
+    assert request.identity_error == "token that cannot be verified"

@@ -1,4 +1,4 @@
-"""Batch files: the models in their lines become deployments on the way up."""
+"""Batch files: the model in each line becomes its deployment."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 from gateway import ApiError
 from gateway.azure import batch_files as batch
-from gateway.azure.batch_files import _Lines, _Made, _pieces
+from gateway.azure.batch_files import _chunks, _FileSource, _LineMapper
 from gateway.azure.resources import Target
 from gateway.testing import FakeAzure
-from tests.azure.test_model_field import HEADERS, form
+from tests.azure.test_deployment_field import HEADERS, form
 from tests.body.test_spooled_file import open_files
 from tests.conftest import StartGateway, until
 
@@ -51,7 +51,7 @@ async def upload(
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("first", ["purpose", "file"])
 async def test_10_000_lines(version: str, first: str, start_gateway: StartGateway) -> None:
-    """Each with its deployment, in their order, all else as it was; the purpose may come behind the file."""
+    """Each gets its deployment; the order and all other bytes stay, and the purpose may follow the file."""
     lines = [line(number, "gpt-4o" if number % 3 else "o3") for number in range(10_000)]
     file = "\n".join(lines).encode()
     fields: dict[str, str | bytes] = {"purpose": "batch", "file": file}
@@ -77,7 +77,7 @@ async def test_10_000_lines(version: str, first: str, start_gateway: StartGatewa
 
 
 async def test_the_models_choose_the_resource(start_gateway: StartGateway) -> None:
-    """A file whose models are in another resource goes there; one that is in two is refused, by its line."""
+    """A file goes to the resource of its models; a line with a model in another resource is an error."""
     async with FakeAzure() as east, FakeAzure() as west:
         status, _, _ = await upload(start_gateway, east, west, purpose="batch", file=line(1, "far").encode())
         assert (status, len(east.requests), len(west.requests)) == (200, 0, 1)
@@ -103,10 +103,10 @@ async def test_the_models_choose_the_resource(start_gateway: StartGateway) -> No
         ("[" * 100_000, "not a JSON object", 400),
     ],
 )
-async def test_a_line_that_cannot_be_used_is_named(
+async def test_an_invalid_line_is_named_in_the_error(
     second: str, why: str, status: int, start_gateway: StartGateway
 ) -> None:
-    """And nothing is uploaded."""
+    """Nothing is uploaded."""
     async with FakeAzure() as east, FakeAzure() as west:
         file = f"{line(1)}\r\n{second}\r\n{line(3)}".encode()
         got, content, _ = await upload(start_gateway, east, west, purpose="batch", file=file)
@@ -117,7 +117,7 @@ async def test_a_line_that_cannot_be_used_is_named(
         assert not east.requests
 
 
-async def test_a_line_keeps_half_a_surrogate_pair(start_gateway: StartGateway) -> None:
+async def test_a_line_keeps_a_lone_surrogate(start_gateway: StartGateway) -> None:
     """JSON allows it, and JavaScript sends it."""
     async with FakeAzure() as east, FakeAzure() as west:
         half = rb'{"custom_id":"1","body":{"model":"gpt-4o","x":"\ud83d"}}'
@@ -126,13 +126,13 @@ async def test_a_line_keeps_half_a_surrogate_pair(start_gateway: StartGateway) -
         assert rb'{"custom_id":"1","body":{"model":"prod-4o","x":"\ud83d"}}' in east.requests[0].body
 
 
-async def test_what_a_line_may_be_is_bounded(start_gateway: StartGateway) -> None:
-    """Its length, its model's name, and the number of lines; an error does not repeat what is too long."""
+async def test_lines_are_bounded(start_gateway: StartGateway) -> None:
+    """In length, in the length of the model's name, and in number; an error does not quote text that is too long."""
     async with FakeAzure() as east, FakeAzure() as west:
         for file, why in (
-            (line(1, "m" * 2_000_000).encode(), "line 1 of the batch file cannot be used: `model` must be 1 to 256"),
-            (line(1, input="x" * 17_000_000).encode(), "line 1 of the batch file cannot be used: it is longer than"),
-            (b"\n" * 200_001, "it is one of more than 200000"),
+            (line(1, "m" * 2_000_000).encode(), "line 1 of the batch file is invalid: `model` must be 1 to 256"),
+            (line(1, input="x" * 17_000_000).encode(), "line 1 of the batch file is invalid: it is longer than"),
+            (b"\n" * 200_001, "the file has more than 200000 lines"),
         ):
             status, content, _ = await upload(start_gateway, east, west, purpose="batch", file=file)
             assert status == 400
@@ -141,22 +141,22 @@ async def test_what_a_line_may_be_is_bounded(start_gateway: StartGateway) -> Non
         assert not east.requests
 
 
-async def test_a_client_that_leaves_while_its_file_is_read_leaves_nothing(start_gateway: StartGateway) -> None:
+async def test_a_client_that_disconnects_leaves_no_thread_and_no_file(start_gateway: StartGateway) -> None:
     """The thread stops, and no file stays open."""
     async with FakeAzure() as east, FakeAzure() as west:
         gateway = await start_gateway(east.endpoint, YAML.replace("VERSION", "v1"), env={"WEST": west.endpoint})
         before = open_files()
         data = form(purpose="batch", file=f"{line(1)}\n".encode() * 150_000)
         post = asyncio.create_task(gateway.post("/v1/files", None, data=io.BytesIO(data), headers=HEADERS).__aenter__())
-        await until(lambda: batch._waiting)
+        await until(lambda: batch._queued)
         post.cancel()
         await gateway.idle()
-        await until(lambda: not batch._waiting and open_files() == before)
+        await until(lambda: not batch._queued and open_files() == before)
         assert not east.requests
 
 
-async def test_one_caller_never_takes_all_places() -> None:
-    """Above its half a caller is told to come back, and the files of others are read."""
+async def test_one_caller_cannot_fill_the_queue() -> None:
+    """Above half of the queue, one caller gets a 503, and the files of others are still processed."""
     go_on = threading.Event()
 
     def find(name: str) -> Target:
@@ -165,7 +165,7 @@ async def test_one_caller_never_takes_all_places() -> None:
 
     def read(holder: str) -> asyncio.Task[IO[bytes]]:
         body = line(1).encode()
-        return asyncio.create_task(batch._in_thread(body, 0, len(body), _Lines(find), holder))
+        return asyncio.create_task(batch._in_thread(body, 0, len(body), _LineMapper(find), holder))
 
     greedy = [read("one") for _ in range(20)]
     await asyncio.sleep(0)
@@ -180,11 +180,11 @@ async def test_one_caller_never_takes_all_places() -> None:
     statuses = [cast(ApiError, each.exception()).status for each in (*greedy, other)]
     assert statuses == [404] * 8 + [503] * 12 + [404]
     assert len(refused) == 12
-    assert not batch._waiting
+    assert not batch._queued
 
 
 async def test_line_ends_blank_lines_and_a_byte_order_mark_do_no_harm(start_gateway: StartGateway) -> None:
-    """They stay, but for the mark."""
+    """They stay, except the byte order mark."""
     async with FakeAzure() as east, FakeAzure() as west:
         file = b"\xef\xbb\xbf" + f"{line(1)}\r\n\r\n{line(2)}\r\n".encode()
         status, _, event = await upload(start_gateway, east, west, purpose="batch", file=file)
@@ -193,8 +193,8 @@ async def test_line_ends_blank_lines_and_a_byte_order_mark_do_no_harm(start_gate
         assert b"}\r\n\r\n{" in east.requests[0].body
 
 
-async def test_a_stage_can_look_at_every_model(start_gateway: StartGateway) -> None:
-    """Of a batch file too, small or on disk, before or after they are mapped; what it looks at is sent all the same."""
+async def test_a_stage_can_read_every_model(start_gateway: StartGateway) -> None:
+    """In a batch file, small or on disk, before or after mapping; the file is sent afterwards."""
     stage = """
 from gateway import ApiError, Stage
 
@@ -223,7 +223,7 @@ class Allowed(Stage):
 
 
 async def test_a_batch_can_be_sent_twice(start_gateway: StartGateway) -> None:
-    """A stage that keeps the body may ask again, small or on disk: each copy is mapped from what came."""
+    """A stage that keeps the body can send it again, small or on disk: each copy maps the original body."""
     stage = """
 from gateway import Stage
 
@@ -246,8 +246,8 @@ class Twice(Stage):
             assert one.body.count(b'"model":"prod-4o"') == count
 
 
-async def test_other_files_go_up_as_they_are(start_gateway: StartGateway) -> None:
-    """Whatever is in them, to the team's resource."""
+async def test_other_files_are_uploaded_unchanged(start_gateway: StartGateway) -> None:
+    """Whatever they contain, to the team's resource."""
     async with FakeAzure() as east, FakeAzure() as west:
         for fields in (
             {"purpose": "assistants", "file": line(1).encode()},
@@ -260,9 +260,9 @@ async def test_other_files_go_up_as_they_are(start_gateway: StartGateway) -> Non
         assert not west.requests
 
 
-async def test_a_file_that_lost_bytes_is_never_taken_for_whole() -> None:
-    """The new lines come in pieces and end where they end; a file that is shorter than it was is an error."""
-    made = _Made(io.BytesIO(b"x" * 600_000))
+async def test_a_truncated_file_is_an_error() -> None:
+    """The rewritten form is read in chunks to its end; a file that has become shorter raises an error."""
+    made = _FileSource(io.BytesIO(b"x" * 600_000))
     parts = []
     while (part := await made.read()) is not None:
         assert part
@@ -270,7 +270,7 @@ async def test_a_file_that_lost_bytes_is_never_taken_for_whole() -> None:
     assert b"".join(parts) == b"x" * 600_000
     assert await made.read() is None
     file = io.BytesIO(b"x" * 600_000)
-    cut = _Made(file)
+    cut = _FileSource(file)
     await cut.read()
     file.truncate(300_000)
     with pytest.raises(OSError, match="shorter"):
@@ -279,4 +279,4 @@ async def test_a_file_that_lost_bytes_is_never_taken_for_whole() -> None:
     with pytest.raises(ValueError, match="closed"):
         await cut.read()
     with pytest.raises(OSError, match="shorter"):
-        list(_pieces(io.BytesIO(b"x" * 10), 11))
+        list(_chunks(io.BytesIO(b"x" * 10), 11))

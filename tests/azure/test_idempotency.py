@@ -1,4 +1,4 @@
-"""Which requests may be sent twice."""
+"""Idempotent requests, which may be sent twice."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SAFE = {
 
 
 class Ask(Stage):
-    """Notes whether the request is repeatable."""
+    """Notes whether the request is idempotent."""
 
     answers: bool
 
     async def __call__(self, request: Request, call_next: Next) -> Response:
-        self.answers = await request.repeatable()
+        self.answers = await request.is_idempotent()
         return await call_next(request)
 
 
 async def asked(method: str, path: str, body: Any = None) -> bool:
-    """Return whether a request is repeatable."""
+    """Return whether a request is idempotent."""
     stage = Ask()
     await send([stage], method, path, json=body)
     return stage.answers
@@ -36,7 +36,7 @@ async def asked(method: str, path: str, body: Any = None) -> bool:
 
 @pytest.mark.parametrize("row", [row for row in OPERATIONS if row.on_azure], ids=lambda row: row.name)
 async def test_every_operation(row: Any) -> None:
-    """What reads, opens a WebSocket, or makes an answer that nobody keeps; whatever is not known to be so is not."""
+    """Requests that read, open a WebSocket, or have an unstored response are idempotent; all others are not."""
     path = row.path
     for name in ("{", "}"):
         path = path.replace(name, "")
@@ -62,6 +62,6 @@ async def test_every_operation(row: Any) -> None:
         ("/responses", {"store": False, "background": True}, False),
     ],
 )
-async def test_what_stays_is_not(path: str, body: Any, repeatable: bool) -> None:
-    """Chats are stored where it is asked for, responses where it is not declined; tools may do anything."""
+async def test_a_stored_response_is_not_idempotent(path: str, body: Any, repeatable: bool) -> None:
+    """Completions are stored on request, responses unless `store` is false; tools may have side effects."""
     assert await asked("POST", path, body) == repeatable

@@ -1,4 +1,4 @@
-"""Errors that quote the key of the resource."""
+"""Errors that quote the key of the resource are redacted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.azure.key_redaction import redact_headers, redact_pieces
+from gateway.azure.key_redaction import redact_chunks, redact_headers
 from gateway.protocol.headers import Headers
 from tests.conftest import CHAT, KEY, StartGateway, raw_upstream
 
@@ -23,8 +23,8 @@ pipeline: [access_log, model_map: {unmapped: own_name_without_dots}, api_version
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["ab", "abab", "a", "b", "c", "bab"]), max_size=30))
-def test_it_is_found_wherever_pieces_are_cut(pieces: list[str]) -> None:
-    """As if the body had come in one piece; and nothing else changes."""
+def test_a_secret_split_across_chunks_is_redacted(pieces: list[str]) -> None:
+    """As if the body had come in one chunk; nothing else changes."""
     import asyncio
 
     async def cut() -> AsyncIterator[bytes]:
@@ -32,14 +32,14 @@ def test_it_is_found_wherever_pieces_are_cut(pieces: list[str]) -> None:
             yield piece.encode()
 
     async def read() -> bytes:
-        return b"".join([piece async for piece in redact_pieces(cut(), b"abc")])
+        return b"".join([piece async for piece in redact_chunks(cut(), b"abc")])
 
     whole = "".join(pieces).encode()
     assert asyncio.run(read()) == whole.replace(b"abc", b"***")
 
 
 def test_header_fields_are_masked() -> None:
-    """Only those that hold it change."""
+    """Only fields with the secret change."""
     headers = Headers({"www-authenticate": f"Bearer error={SECRET}", "x-other": "stays"})
     redact_headers(headers, SECRET.encode())
     assert dict(headers) == {"www-authenticate": "Bearer error=***", "x-other": "stays"}
@@ -48,7 +48,7 @@ def test_header_fields_are_masked() -> None:
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("status", [400, 401, 403, 500])
 async def test_an_error_that_quotes_the_stored_key(status: int, chunked: bool, start_gateway: StartGateway) -> None:
-    """Neither the client nor the log has it, whichever stages there are."""
+    """Neither the client nor the log gets it, whichever stages there are."""
     body = json.dumps({"error": {"message": f"the key {SECRET} is not valid ({SECRET})", "code": str(status)}}).encode()
     head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nX-Detail: key={SECRET}\r\n"
     if chunked:
@@ -66,8 +66,8 @@ async def test_an_error_that_quotes_the_stored_key(status: int, chunked: bool, s
     assert SECRET not in json.dumps(gateway.events, default=str)
 
 
-async def test_the_client_s_own_key_is_its_own(start_gateway: StartGateway) -> None:
-    """What it presented itself it may read."""
+async def test_the_client_s_own_key_is_not_redacted(start_gateway: StartGateway) -> None:
+    """The client may read the key that it sent."""
     body = json.dumps({"error": {"message": f"the key {KEY} is not valid"}}).encode()
     raw = b"HTTP/1.1 401 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     async with raw_upstream(raw) as upstream:
@@ -76,8 +76,8 @@ async def test_the_client_s_own_key_is_its_own(start_gateway: StartGateway) -> N
             assert KEY in await answer.text()
 
 
-async def test_a_refused_websocket_that_quotes_it(start_gateway: StartGateway) -> None:
-    """The answer to a handshake is an error like any other."""
+async def test_a_refused_handshake_that_quotes_the_key(start_gateway: StartGateway) -> None:
+    """The response to a WebSocket handshake is an error like any other."""
     body = json.dumps({"error": {"message": f"the key {SECRET} is not valid"}}).encode()
     raw = b"HTTP/1.1 401 X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     async with raw_upstream(raw) as upstream:
@@ -110,8 +110,8 @@ pipeline:
 
 
 @pytest.mark.parametrize(("model", "balance"), [("azure/m", ""), ("pool:p", "- balance: {wait: 0}")])
-async def test_an_error_with_which_a_stream_begins(model: str, balance: str, start_gateway: StartGateway) -> None:
-    """It becomes an answer of its own, by a stage or in a pool, and is masked as that would be; so is the log."""
+async def test_an_error_at_the_beginning_of_a_stream(model: str, balance: str, start_gateway: StartGateway) -> None:
+    """A stage or a pool turns it into an error response, which is redacted like any other; so is the log."""
     error = {"error": {"message": f"the key {SECRET} has no quota", "code": "429", "type": "requests"}}
     event = b"data: " + json.dumps(error).encode() + b"\n\n"
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(event)

@@ -1,4 +1,4 @@
-"""The operation table: every line is found by what a client sends, and by nothing else."""
+"""The operation table: a request finds its line, and no other request does."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ def filled(row: Operation) -> str:
 
 
 def test_every_line_is_found_by_its_method_and_path() -> None:
-    """And says where it was seen that Azure has it, or that it has not."""
+    """Each line has its evidence that Azure has the operation, or does not have it."""
     for row in OPERATIONS:
         assert find_operation(row.method, filled(row)) is row
         assert row.evidence
         assert row.on_azure or (row.model is None and row.since is None)
 
 
-def test_no_two_lines_are_one() -> None:
-    """Neither by name, nor by method and path whatever their parameters are called."""
+def test_lines_are_unique() -> None:
+    """By name, and by method and path, whatever the names of the parameters."""
     assert len({row.name for row in OPERATIONS}) == len(OPERATIONS)
     assert len({(row.method, re.sub(r"\{\w+\}", "{}", row.path)) for row in OPERATIONS}) == len(OPERATIONS)
 
 
-def test_a_parameter_gives_way_to_a_word() -> None:
-    """`/threads/runs` is an operation of its own, and no thread."""
+def test_a_fixed_segment_is_preferred_to_a_parameter() -> None:
+    """`/threads/runs` is an operation, and not the thread `runs`."""
     for method, path, name in (
         ("POST", "/threads/runs", "threads.create_and_run"),
         ("POST", "/threads/t1", "threads.update"),
@@ -46,12 +46,12 @@ def test_a_parameter_gives_way_to_a_word() -> None:
     ("method", "path"),
     [("PUT", "/chat/completions"), ("POST", "/models"), ("GET", "/models/"), ("GET", "/models/a/b"), ("GET", "")],
 )
-def test_what_is_no_operation_is_not_found(method: str, path: str) -> None:
-    """Not by another method, and not with an empty parameter."""
+def test_other_requests_find_no_operation(method: str, path: str) -> None:
+    """Such as one with another method, or with an empty parameter."""
     assert find_operation(method, path) is None
 
 
-def test_what_azure_lacks_is_named() -> None:
+def test_an_operation_that_azure_lacks_is_named() -> None:
     """A 404 that names the operation; a wrong method is a 405 with the right ones; a wrong path lists its family."""
     error = unknown_operation("POST", "/moderations")
     assert (error.status, error.code) == (404, "operation_not_supported")
@@ -74,20 +74,20 @@ def test_what_azure_lacks_is_named() -> None:
         ("GET", "/responses", 405, "GET is not allowed on /v1/responses; use POST"),
         ("GET", "/realtime", 426, "realtime.connect is a WebSocket"),
         ("GET", "/live/sessions", 404, "Azure OpenAI does not have the operation live.sessions.connect"),
-        ("POST", "/chat/completions/", 404, "leave the slash at the end out"),
-        ("POST", "/embeddings/", 404, "leave the slash at the end out"),
-        ("POST", "/v1/chat/completions", 404, "the base URL has a /v1 too many"),
+        ("POST", "/chat/completions/", 404, "remove the slash at the end"),
+        ("POST", "/embeddings/", 404, "remove the slash at the end"),
+        ("POST", "/v1/chat/completions", 404, "the base URL has one /v1 too many"),
     ],
 )
-def test_what_is_nearly_right_is_told_what_would_be(method: str, path: str, status: int, words: str) -> None:
-    """A method that only Azure lacks, a WebSocket, a slash or a /v1 too many."""
+def test_an_almost_correct_request_gets_a_hint(method: str, path: str, status: int, words: str) -> None:
+    """For a method that only Azure lacks, a WebSocket, or one slash or /v1 too many."""
     error = unknown_operation(method, path)
     assert error.status == status
     assert words in error.message
 
 
-def test_what_is_known_of_api_versions() -> None:
-    """A dated one has what is as old as it; v1 is none of them."""
+def test_an_api_version_supports_an_operation() -> None:
+    """A dated version has operations that are as old as itself; v1 is independent of dates."""
     for name, version, there in (
         ("chat.completions", "2024-10-21", True),
         ("responses", "2025-02-01-preview", False),
@@ -100,16 +100,18 @@ def test_what_is_known_of_api_versions() -> None:
         ("moderations", "v1", False),
         ("moderations", "2024-10-21", False),
     ):
-        assert BY_NAME[name].is_in(version) is there, (name, version)
+        assert BY_NAME[name].supported_in(version) is there, (name, version)
 
 
-def test_what_only_previews_have() -> None:
-    """Of the dated api-versions; v1 is its own matter."""
+def test_an_operation_of_previews_only() -> None:
+    """Among the dated api-versions; v1 is independent of that."""
     row = BY_NAME["realtime.connect"]
-    assert [row.is_in(version) for version in ("2024-10-21", "2024-10-01-preview", "2025-04-01-preview", "v1")] == [
+    assert [
+        row.supported_in(version) for version in ("2024-10-21", "2024-10-01-preview", "2025-04-01-preview", "v1")
+    ] == [
         False,
         True,
         True,
         True,
     ]
-    assert row.versions == "2024-10-01-preview or a later preview, or v1"
+    assert row.supported_versions == "2024-10-01-preview or a later preview, or v1"

@@ -1,4 +1,4 @@
-"""Errors inside streams of status 200, and what comes before them."""
+"""Errors inside streams of status 200, and the events before them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIMIT = {"error": {"code": "429", "message": "Try again in 2 seconds."}}
 
 
 def found(*events: Any, responses: bool = False) -> tuple[bool, int | None]:
-    """Return whether these events are enough to tell, and the status of the error that they begin with."""
+    """Return whether these events are enough to decide, and the status of the error at their beginning."""
     data = b"".join(event(each) for each in events)
     beginning = StreamBeginning(responses=responses)
     enough = beginning.is_enough(data)
@@ -45,12 +45,12 @@ def found(*events: Any, responses: bool = False) -> tuple[bool, int | None]:
         ([CREATED, {"type": "response.failed", "response": {"error": {"code": "invalid_prompt"}}}], True, (True, 400)),
     ],
 )
-def test_what_a_stream_begins_with(events: list[Any], responses: bool, told: tuple[bool, int | None]) -> None:
-    """Findings and the events that only say that a response has begun are no beginning, errors are."""
+def test_the_beginning_of_a_stream(events: list[Any], responses: bool, told: tuple[bool, int | None]) -> None:
+    """Filter results and events that only announce a response are skipped; errors are found."""
     assert found(*events, responses=responses) == told
 
 
-def test_it_is_the_same_however_the_bytes_come() -> None:
+def test_it_does_not_depend_on_how_the_stream_is_split() -> None:
     """Fed byte by byte, with any of the line endings."""
     for newline in (b"\n", b"\r\n", b"\r"):
         data = (event(CREATED) + event(FAILED)).replace(b"\n", newline)
@@ -62,16 +62,16 @@ def test_it_is_the_same_however_the_bytes_come() -> None:
         assert (error.status, error.message) == (429, "slow down")
 
 
-def test_an_error_without_an_end_is_one() -> None:
-    """Also where a gateway on the way sends plain JSON, whatever it calls it."""
+def test_an_error_without_a_blank_line_is_found() -> None:
+    """Even if a gateway in between sends plain JSON, whatever its Content-Type."""
     for data in (b"data: " + json.dumps(LIMIT).encode(), json.dumps(LIMIT, indent=1).encode()):
         error = StreamBeginning().error_in(data)
         assert error is not None
         assert error.error == LIMIT["error"]
 
 
-def test_an_error_that_says_nothing_has_a_message() -> None:
-    """And means a 500."""
-    error = StreamError.of_response({"type": "response.failed", "response": {"error": None}})
+def test_an_empty_error_gets_a_message() -> None:
+    """Its status is 500."""
+    error = StreamError.from_response_event({"type": "response.failed", "response": {"error": None}})
     assert error is not None
     assert (error.status, error.message) == (500, "Azure ended the stream with an error and no reason")

@@ -1,4 +1,4 @@
-"""What a client's path says, and the URL of an exchange."""
+"""Parsing a client's path, and the URL at the resource."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ CHAT = BY_NAME["chat.completions"]
         ("/", None),
     ],
 )
-def test_openai_s_and_azure_s_paths_say_the_same(path: str, place: tuple[str, str, str | None] | None) -> None:
-    """A prefix for the team, the path of the operation, and the model where the path names it."""
+def test_openai_s_and_azure_s_paths_are_parsed_alike(path: str, place: tuple[str, str, str | None] | None) -> None:
+    """Into the team's prefix, the path of the operation, and the model if the path names it."""
     assert parse_client_path(path) == place
 
 
@@ -64,12 +64,12 @@ def test_openai_s_and_azure_s_paths_say_the_same(path: str, place: tuple[str, st
     ],
 )
 def test_classic_and_v1_urls(version: str, query: str, path: str) -> None:
-    """The api-version and the key are never the client's to choose."""
+    """The client never selects the api-version or the key."""
     assert upstream_path(CHAT, Target(deployment="d", api_version=version), "/chat/completions", query) == path
 
 
 def test_operations_without_a_deployment_are_at_the_resource() -> None:
-    """With their ids as the client wrote them; one is at another path on the classic API."""
+    """With the client's ids; one operation has another path on the classic API."""
     target = Target(api_version="2025-04-01-preview")
     path = "/threads/thread_1/messages"
     assert upstream_path(BY_NAME["threads.messages.list"], target, path, "limit=2") == (
@@ -82,8 +82,8 @@ def test_operations_without_a_deployment_are_at_the_resource() -> None:
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "a b", "", "a%2fb", "-a", "a" * 65, "a?b", "a#b", "é", None])
-def test_a_deployment_s_name_cannot_leave_its_place_in_the_path(name: str | None) -> None:
-    """A rule: anything but a plain name is a 404."""
+def test_a_deployment_s_name_cannot_leave_its_segment_of_the_path(name: str | None) -> None:
+    """Anything but a plain name is a 404."""
     with pytest.raises(ApiError) as caught:
         upstream_path(CHAT, Target(deployment=name, api_version="2024-10-21"), "/chat/completions")
     assert (caught.value.status, caught.value.code) == (404, "model_not_found")
@@ -100,8 +100,8 @@ def test_a_deployment_s_name_cannot_leave_its_place_in_the_path(name: str | None
         ("audio.translations", "2023-05-15", "it needs 2023-09-01-preview or later"),
     ],
 )
-def test_an_api_version_without_the_operation_says_which_has_it(name: str, version: str, needed: str) -> None:
-    """Before anything is sent: Azure itself would only say that the resource was not found."""
+def test_the_error_for_an_unsupported_api_version_names_supported_ones(name: str, version: str, needed: str) -> None:
+    """Before anything is sent: Azure itself would only respond that the resource was not found."""
     with pytest.raises(ApiError) as caught:
         upstream_path(BY_NAME[name], Target(deployment="d", api_version=version), BY_NAME[name].path)
     assert (caught.value.status, caught.value.code) == (404, "operation_not_supported")
@@ -110,7 +110,7 @@ def test_an_api_version_without_the_operation_says_which_has_it(name: str, versi
 
 
 def test_the_first_api_version_of_an_operation_has_it() -> None:
-    """And so have those after it, previews or not."""
+    """Later ones have it too, previews or not."""
     for version in ("2025-03-01-preview", "2025-04-01-preview"):
         assert upstream_path(BY_NAME["responses"], Target(api_version=version), "/responses")
 
@@ -133,8 +133,8 @@ WITH_IDS = [row for row in OPERATIONS if row.on_azure and row.has_ids]
         "1",
     ],
 )
-def test_ids_as_they_are_in_use(name: str) -> None:
-    """Letters, digits and a few more characters, as they are or escaped; Azure is sent them plain."""
+def test_valid_ids(name: str) -> None:
+    """Letters, digits and a few more characters, plain or escaped; they are sent to Azure unescaped."""
     target = Target(api_version="v1")
     escaped = "".join(f"%{ord(each):02x}" if each in ":~=" else each for each in name)
     for written in (name, escaped):
@@ -173,8 +173,8 @@ def test_ids_as_they_are_in_use(name: str) -> None:
         "x" * 513,
     ],
 )
-def test_nothing_else_is_an_id(name: str) -> None:
-    """A 400 that names it: what servers might decode, resolve or cut off never reaches Azure."""
+def test_invalid_ids(name: str) -> None:
+    """A 400 that names the id: text that servers could decode, resolve or cut off never reaches Azure."""
     with pytest.raises(ApiError) as caught:
         upstream_path(FILES, Target(api_version="v1"), f"/files/{name}")
     assert (caught.value.status, caught.value.code, caught.value.param) == (400, "invalid_id", "file_id")
@@ -186,8 +186,8 @@ def test_nothing_else_is_an_id(name: str) -> None:
     st.sampled_from(WITH_IDS),
     st.lists(st.text(st.sampled_from("aZ09._:~=-%;/?#@&+*\\ \x00é23fFeEcC"), max_size=12), min_size=6, max_size=6),
 )
-def test_whatever_comes_the_path_has_the_segments_of_its_operation(row: Operation, ids: list[str]) -> None:
-    """By two parsers that are not ours: as many segments, the fixed ones as they are, the others plain names."""
+def test_any_path_has_the_segments_of_its_operation(row: Operation, ids: list[str]) -> None:
+    """By two independent parsers: the same number of segments, fixed ones unchanged, others plain names."""
     parts = iter(ids)
     path = "/".join(next(parts) if segment.startswith("{") else segment for segment in row.path.split("/"))
     target = Target(deployment="d", api_version="v1" if row.v1 else "2099-01-01-preview")
@@ -206,14 +206,14 @@ def test_whatever_comes_the_path_has_the_segments_of_its_operation(row: Operatio
 
 
 def test_a_path_of_another_operation_is_refused() -> None:
-    """A stage that changes the path cannot leave the operation's."""
+    """A stage that changes the path cannot leave the operation."""
     for path in ("/files", "/files/a/content", "/batches/a", "/files/a/"):
         with pytest.raises(ApiError):
             upstream_path(FILES, Target(api_version="v1"), path)
 
 
-def test_stages_see_the_ids_that_azure_is_sent() -> None:
-    """An id that is written with escapes is decoded before any stage decides on it; what is no id stays as it came."""
+def test_stages_see_the_ids_that_are_sent_to_azure() -> None:
+    """An escaped id is decoded before any stage reads it; an invalid id stays unchanged."""
     for written, seen in (("file%2D1%3a2", "file-1:2"), ("file%252D1", "file%252D1"), ("a%3Fb", "a%3Fb")):
         request = Request(
             id="r", operation=FILES, method="GET", path=f"/files/{written}", headers=Headers(), body=Body(b""),

@@ -21,7 +21,7 @@ from gateway.testing import FakeAzure
 from gateway.transport import client_connection as connection
 from gateway.transport.client_connection import ClientConnection, IncomingRequest
 from gateway.transport.write_buffer import WriteBuffer
-from tests.azure.test_model_field import BOUNDARY, form
+from tests.azure.test_deployment_field import BOUNDARY, form
 from tests.conftest import KEY, Gateway, StartGateway, chat_request, raw_request, until
 from tests.test_costs import Pipe, settle
 

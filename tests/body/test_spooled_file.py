@@ -64,19 +64,19 @@ class Account:
         self.memory = self.disk = self.most_in_memory = 0
         self._room = disk
 
-    def hold(self, size: int) -> None:
+    def reserve_memory(self, size: int) -> None:
         self.memory += size
         self.most_in_memory = max(self.most_in_memory, self.memory)
 
-    def let_go(self, size: int) -> None:
+    def release_memory(self, size: int) -> None:
         self.memory -= size
 
-    def hold_on_disk(self, size: int) -> None:
+    def reserve_disk(self, size: int) -> None:
         if self.disk + size > self._room:
             raise ApiError(503, "full")
         self.disk += size
 
-    def let_go_of_disk(self, size: int) -> None:
+    def release_disk(self, size: int) -> None:
         self.disk -= size
 
 

@@ -152,9 +152,9 @@ async def test_the_log_has_the_reason(start_gateway: StartGateway, azure: FakeAz
 def test_a_team_without_keys_and_claims_is_a_mistake() -> None:
     """No client could use it; but the default team may only handle requests that match no team."""
     for services, wrong in (
-        (Services(team="research", stage="auth_keys", teams=3), True),
+        (Services(team="research", stage="auth_keys", team_count=3), True),
         (Services(team="default", stage="auth_keys"), True),
-        (Services(team="default", stage="auth_keys", teams=2), False),
+        (Services(team="default", stage="auth_keys", team_count=2), False),
         (Services(team="research", stage="auth_keys", claims={"roles": ("research",)}), False),
         (Services(team="research", stage="auth_keys", keys={each.digest: each for each in KEYS}), False),
     ):

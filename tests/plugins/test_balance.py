@@ -711,7 +711,8 @@ async def test_the_deadline_includes_the_stages_below(start_gateway: StartGatewa
     assert sum(counted(regions).values()) < 8
     above = (
         "import time\nfrom gateway import Stage\n\n\nclass Hurry(Stage):\n"
-        "    async def __call__(self, request, call_next):\n        request.begin_by = time.monotonic() + 0.2\n"
+        "    async def __call__(self, request, call_next):\n"
+        "        request.first_byte_deadline = time.monotonic() + 0.2\n"
         "        return await call_next(request)\n"
     )
     yaml = pool_yaml(regions, top="plugins_path: mine").replace("  - balance", "  - hurry\n  - balance")

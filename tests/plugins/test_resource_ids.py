@@ -14,7 +14,7 @@ from aiohttp import web
 
 from gateway.testing import FakeAzure, Seen
 from plugins.resource_ids import mark_of, marked
-from tests.azure.test_model_field import BOUNDARY, HEADERS, form
+from tests.azure.test_deployment_field import BOUNDARY, HEADERS, form
 from tests.conftest import KEY, Gateway, StartGateway
 
 YAML = """

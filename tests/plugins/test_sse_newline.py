@@ -199,7 +199,7 @@ def test_leaving_it_out_where_it_has_nothing_to_do_changes_nothing(parts: list[b
     """Before event filters, it does not get data that it would leave alone: the stream and the count are the same."""
 
     class Mark(EventFilter):
-        finds = (b"y",)
+        contains = (b"y",)
 
         def event(self, event: Event) -> list[Event]:
             return [event, Event(b"data: after\n\n")]

@@ -51,7 +51,7 @@ async def test_chunks_lose_them_at_every_split() -> None:
     """In the chunk and its choices; chunks without them keep their bytes."""
     stage = await stripper()
     chunks = [PROMPT, {**PLAIN[1], "obfuscation": "kK"}, findings(), USAGE]
-    for pieces, out in every_split(stream(*chunks), lambda: Strip(stage.finds, stage.stripped, Count())):
+    for pieces, out in every_split(stream(*chunks), lambda: Strip(stage.contains, stage.stripped, Count())):
         assert contents(out) == without(chunks), pieces
         assert out.endswith(stream(USAGE))
 
@@ -60,8 +60,8 @@ async def test_chunks_lose_them_at_every_split() -> None:
 def test_where_reads_end_makes_no_difference(data: bytes, places: list[int]) -> None:
     """For any chunks."""
     stage = StripAzureFields()
-    stage._names, stage.finds = frozenset(stage.fields), tuple(f'"{name}"'.encode() for name in stage.fields)
-    out = same_however_it_is_cut(data, places, lambda: Strip(stage.finds, stage.stripped, Count()))
+    stage._names, stage.contains = frozenset(stage.fields), tuple(f'"{name}"'.encode() for name in stage.fields)
+    out = same_however_it_is_cut(data, places, lambda: Strip(stage.contains, stage.stripped, Count()))
     assert contents(out) == without(contents(data))
 
 

@@ -70,7 +70,7 @@ class Mark(Stage):
         response = await call_next(request)
         response.headers.set("x-name", self.name)
         response.headers.set("x-seen", str(self.store["seen"]))
-        response.headers.set("x-client", request.client)
+        response.headers.set("x-client", request.client_address)
         response.headers.set("x-pid", str(os.getpid()))
         return response
 """
@@ -898,15 +898,15 @@ async def test_whatever_a_stage_does_when_it_starts_keeps_the_old_set(
 async def test_whatever_a_stage_does_when_it_stops_the_others_are_stopped(
     how: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of its team and of other teams; and the gateway can stop."""
-    monkeypatch.setattr("gateway.teams._STOPPING", 0.1)
+    """Those of its team and of other teams; and the gateway can be stopped."""
+    monkeypatch.setattr("gateway.teams._STOP_TIMEOUT", 0.1)
     yaml = ODD_YAML.replace("odd: well", f"odd: {how}")
     running = await start(yaml, **ODD_FILES)
     await running.reload(("mark: first", "mark: second"), yaml=yaml)
     assert await running.name() == "second"
     events = running.gateway.events
     await until(lambda: len([each for each in events if each["event"] == "mark stopped"]) == 2)
-    failed = [each for each in events if each["event"] == "a stage failed to stop"]
+    failed = [each for each in events if each["event"] == "stage_stop_failed"]
     assert {each["team"] for each in failed} == {"default", "b"}
     now = asyncio.Event()
     now.set()

@@ -140,12 +140,12 @@ def test_a_filter_sees_the_events_that_lack_something() -> None:
     """Each event of a read counts by itself, and the filter may change `lacks` from one event to the next."""
 
     class Lacking(EventFilter):
-        finds: Sequence[bytes] = ()
+        contains: Sequence[bytes] = ()
         lacks: Sequence[bytes] = (b"z",)
 
         def event(self, event: Event) -> None:
             if b"!" in event.raw:
-                self.lacks, self.finds = (), (b"z",)
+                self.lacks, self.contains = (), (b"z",)
 
     events = [b"data: %b\n\n" % text for text in (b"z1", b"y1", b"z2", b"!", b"z3", b"y2")]
     for pieces, out in every_split(b"".join(events), Lacking):
@@ -161,7 +161,7 @@ def test_replacement_events_before_a_failure_are_not_lost() -> None:
             return [Event(b"data: held\n\n"), event]
 
     class Fail(EventFilter):
-        finds = (b"bad",)
+        contains = (b"bad",)
 
         def event(self, event: Event) -> Event:
             raise ValueError("bad")
@@ -174,7 +174,7 @@ def test_replacement_events_before_a_failure_are_not_lost() -> None:
 def test_a_missing_comma_in_finds_is_an_error() -> None:
     """Bytes are a sequence too, of numbers, and each of those is in nearly every event."""
     with pytest.raises(TypeError, match="with a comma"):
-        type("Odd", (EventFilter,), {"finds": b"x"})
+        type("Odd", (EventFilter,), {"contains": b"x"})
 
 
 def test_a_replacement_has_the_type_of_the_event() -> None:
@@ -201,7 +201,7 @@ class Mark(EventFilter):
     def __init__(self, *, search: bool) -> None:
         self.asked: list[bytes] = []
         if search:
-            self.finds = (b"x",)
+            self.contains = (b"x",)
 
     def event(self, event: Event) -> Event | list[Event]:
         self.asked.append(event.raw)
@@ -232,7 +232,7 @@ def test_bytes_before_a_failure_are_not_lost(cuts: list[int], more: bool) -> Non
     """They run through the filters after it, at any cuts; then the failure is raised."""
 
     class Fail(EventFilter):
-        finds = (b"bad",)
+        contains = (b"bad",)
 
         def event(self, event: Event) -> Event:
             raise ValueError("bad")

@@ -94,7 +94,7 @@ async def test_a_client_is_told_that_the_gateway_is_overloaded(
         async def connect(destination: Destination, *args: object) -> object:
             raise aiohttp.ClientConnectorError(destination.connection_key, NONE) from NONE
 
-        monkeypatch.setattr(gateway.server.upstream._connector._connector, "connect", connect)
+        monkeypatch.setattr(gateway.server.upstream._connections._connector, "connect", connect)
         for _ in range(10):
             async with gateway.post(json=CHAT) as answer:
                 assert answer.status == 503
@@ -137,7 +137,7 @@ pipeline: [opens, auth_passthrough, {model_map: {unmapped: own_name}}, api_versi
     async with gateway.post(json=CHAT) as answer:
         assert (answer.status, (await answer.json())["error"]["code"]) == (503, "overloaded")
         assert "retry-after" in answer.headers
-    assert [each["stage"] for each in gateway.events if each["event"] == "a stage failed"] == ["opens"]
+    assert [each["stage"] for each in gateway.events if each["event"] == "stage_failed"] == ["opens"]
 
 
 def test_tls_files_that_cannot_be_opened_for_now(exhausted: None, tmp_path: Path) -> None:

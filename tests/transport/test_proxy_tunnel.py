@@ -329,7 +329,7 @@ async def test_a_stage_s_error_does_not_log_the_password(start_gateway: StartGat
     async with gateway.post() as answer:
         assert answer.status == 500
         assert "sesame" not in await answer.text()
-    assert [event["error"] for event in gateway.events if event["event"] == "a stage failed"] == ["RuntimeError"]
+    assert [event["error"] for event in gateway.events if event["event"] == "stage_failed"] == ["RuntimeError"]
     assert "sesame" not in str(gateway.events)
 
 
