@@ -216,12 +216,7 @@ class Teams:
             )
         if team is not None and team is not owner:
             # The same error as for any wrong key: it must not reveal that another team has this key.
-            raise ApiError(
-                401,
-                "this key is not valid here; ask the operator of this gateway for one",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
+            raise ApiError.invalid_key()
         return owner
 
     def _team_by_key(self, headers: Headers) -> Team | None:

@@ -1,4 +1,4 @@
-"""A slow and exact model of limits: every use is remembered, and drains away in the order in which it came."""
+"""A slow and exact model of limits: it remembers every use; uses drain in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.limits.token_bucket import Charge, Limit
 
 @dataclass
 class Use:
-    """One use: what of it still counts."""
+    """One use: `left` is the amount that still counts."""
 
     left: Fraction
     charge: Charge
@@ -21,7 +21,7 @@ class Use:
 
 @dataclass
 class Name:
-    """What was used under one name."""
+    """The uses of one name."""
 
     uses: list[Use] = field(default_factory=list)
     since: Fraction = Fraction(0)
@@ -33,13 +33,13 @@ class Name:
 
 
 class Model:
-    """The model: `take` and `settle` as stores have them, at times that are given."""
+    """The model: `take` and `settle` of stores, at given times."""
 
     def __init__(self) -> None:
         self.names: dict[str, Name] = {}
 
     def _at(self, charge: Charge, now: Fraction) -> Name:
-        """Let time pass under a name."""
+        """Return a name after time has passed."""
         name, limit = self.names.setdefault(charge.name, Name()), charge.limit
         if limit.period in ("day", "month"):
             day = datetime.datetime.fromtimestamp(float(now), datetime.UTC)
@@ -58,7 +58,7 @@ class Model:
         return name
 
     def _forgive(self, charge: Charge, name: Name) -> None:
-        """Nobody has to make up for more than ten minutes."""
+        """A debt of more than ten minutes is forgiven."""
         most = Fraction(charge.limit.max_level) + 10 * charge.limit.amount
         if charge.limit.period == "minute" and name.level > most:
             self._drain(name, name.level - most)
@@ -72,7 +72,7 @@ class Model:
         name.uses = [use for use in name.uses if use.left]
 
     def take(self, charges: list[Charge], now: Fraction) -> tuple[list[int], list[Use | None]]:
-        """Return the places without room, and what was taken for each charge."""
+        """Return the indexes of the charges without room, and the use taken for each charge."""
         names = [self._at(charge, now) for charge in charges]
         for charge, name in zip(charges, names, strict=True):
             self._forgive(charge, name)
@@ -92,7 +92,7 @@ class Model:
         return over, held
 
     def settle(self, held: list[Use | None], actual: list[float | None], now: Fraction) -> None:
-        """Let what was really used take the place of what was taken."""
+        """Replace the amounts that were taken with the amounts that were used."""
         for use, used in zip(held, actual, strict=True):
             if use is None or used is None:
                 continue
@@ -105,19 +105,19 @@ class Model:
                 name.uses = [each for each in name.uses if each.left]
 
     def level(self, charge: Charge, now: Fraction) -> Fraction:
-        """Return what counts as used under a charge's name."""
+        """Return the level of a charge's name."""
         name = self._at(charge, now)
         self._forgive(charge, name)
         return name.level
 
 
 def step_of(limit: Limit) -> tuple[Fraction, Fraction]:
-    """Return the seconds of a step, and what drains in it."""
+    """Return the seconds of a step, and the amount that drains in it."""
     rate = Fraction(limit.amount, 60)
     step = min(Fraction(10), Fraction(limit.capacity) / rate)
     return step, step * rate
 
 
 def close_to(level: float, exact: Fraction) -> bool:
-    """Whether a double is as near as doubles get."""
+    """Whether a float equals an exact value, within rounding errors."""
     return math.isclose(level, float(exact), rel_tol=1e-9, abs_tol=1e-6)

@@ -145,7 +145,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 
 # Pages that name the project's own files; the others name files of their readers.
-INSIDE = ("CONTRIBUTING.md", "docs/architecture.md", "tests/bench/README.md")
+INSIDE = ("CONTRIBUTING.md", "docs/architecture.md", "docs/performance.md", "tests/bench/README.md")
 
 
 @pytest.mark.parametrize("page", INSIDE)

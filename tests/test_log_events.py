@@ -13,23 +13,8 @@ from gateway.logs import EVENTS
 
 ROOT = Path(__file__).parents[1]
 
-# The sources whose events are checked: files, and folders with all files below them.
-PATHS = (
-    "gateway/azure",
-    "gateway/errors.py",
-    "gateway/exchange.py",
-    "gateway/fields.py",
-    "gateway/logs.py",
-    "gateway/registry.py",
-    "gateway/request.py",
-    "gateway/response.py",
-    "gateway/services.py",
-    "gateway/settings.py",
-    "gateway/stage.py",
-    "gateway/teams.py",
-    "gateway/upstream.py",
-    "gateway/watchdog.py",
-)
+# The folders whose events are checked.
+PATHS = ("gateway", "plugins")
 LEVELS = {"critical", "debug", "error", "exception", "info", "warning"}
 # Expressions that are a logger: `log`, `logger`, `self.logger`, `services.logger`, `get_logger()`, `logs.get_logger()`.
 LOGGER = re.compile(r"(\w+\.)*(_?log|_?logger|get_logger\(\))")

@@ -67,7 +67,7 @@ def check_order(
         # A second stage of a kind is a deliberate choice, and so is a second one of those that must be below it.
         first = all(type(other) is not type(stage) for _, other in stages[:index])
         below = {name for _, _, names in declared[index + 1 :] for name in names}
-        for name in names_of(reader, entry, stage, "above") if first else ():
+        for name in names_of(reader, entry, stage, "must_precede") if first else ():
             if name in seen and name not in below:
                 reader.mistake(entry.node, f"stage {entry.id!r} must be above {seen[name]!r}, which provides {name!r}")
         seen.update(dict.fromkeys(provides, entry.id))

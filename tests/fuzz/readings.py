@@ -1,8 +1,7 @@
-"""One reading of a connection's bytes: by `gateway/protocol/http1_*.py`, and by aiohttp's C parser (llhttp).
+"""Readings of a connection's bytes: by `gateway/protocol/http1_*.py`, and by aiohttp's C parser (llhttp), the judge.
 
-Both say where each head and each body ends, in bytes from the beginning. Where both accept a message they must agree
-on that; a reader that sees a boundary elsewhere lets a client smuggle a request past it, or hands one client the
-response of another.
+Both report the offsets at which heads and bodies end. If both accept a message, they must agree on these: a parser that
+sees a boundary elsewhere lets a client smuggle a request past it, or gives one client the response of another.
 """
 
 from __future__ import annotations

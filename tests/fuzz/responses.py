@@ -1,4 +1,4 @@
-"""What a client makes of the gateway's bytes: strict, and independent of `gateway/protocol/http1_*.py`."""
+"""A strict HTTP client parser for the gateway's responses, independent of the parsers in `gateway/protocol/`."""
 
 from __future__ import annotations
 

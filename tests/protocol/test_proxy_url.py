@@ -125,7 +125,7 @@ def test_the_shipped_configuration_takes_the_go_proxy_s_variables(env: dict[str,
 def test_the_value_of_a_variable_is_not_expanded_again(tmp_path: Path) -> None:
     """`${A:-${B}}` is B if A is not set; a value that looks like a variable stays unchanged."""
     yaml = YAML.replace('"PROXY"', '"${A:-${B:-http://${C}}}"')
-    assert "a `${` has no end" in _mistake(yaml, {}, tmp_path)
+    assert "a `${` has no closing `}`" in _mistake(yaml, {}, tmp_path)
     yaml = YAML.replace("PROXY", "http://${A:-${B}}:1")
     proxy = load(write_files(tmp_path, {"gateway.yaml": yaml}), {"B": "b.example"}).resources["azure"].proxy
     assert str(proxy) == "http://b.example:1"

@@ -1404,7 +1404,7 @@ BUDGET = MemoryBudget(400_000)
 
 class Memory(Stage):
     async def __call__(self, request, call_next):
-        request._exchange._memory = Hold(BUDGET, "a caller")
+        request._exchange._memory_hold = Hold(BUDGET, "a caller")
         return await call_next(request)
 """
 
