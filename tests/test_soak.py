@@ -75,12 +75,12 @@ def test_what_stays_as_it_was_is_no_growth() -> None:
     ("grown", "told"),
     [
         (replace(ROUND, tasks=9), "tasks: 8"),
-        (replace(ROUND, threads=3), "threads: 2"),
+        (replace(ROUND, threads=5), "threads: 2"),
         (replace(ROUND, descriptors=18), "descriptors: 15"),
     ],
 )
 def test_what_grew_is_told(grown: Census, told: str) -> None:
-    """One task, one thread, or three descriptors more are too many."""
+    """One more task is too many, or three more threads or descriptors."""
     (line,) = judge([ROUND] * 11 + [grown])
     assert line.startswith(told)
 
