@@ -2,8 +2,9 @@
 
 Each of twelve rounds has traffic, then silence: all connections are closed, and the gateway's process is inspected.
 Tasks, threads and descriptors must be as many as after the first round. Two more descriptors are accepted, for a file
-that is being read, and two more threads: a thread pool starts one when two jobs overlap, and keeps it. The minimum memory of the second half may be at most 10 % or 8 MB above that of the first half,
-without the first sixth, in which caches fill.
+that is being read, and two more threads: a thread pool starts one when two jobs overlap, and keeps it. The minimum
+memory of the second half may be at most 10 % or 8 MB above that of the first half, without the first sixth, in which
+caches fill.
 """
 
 from __future__ import annotations
