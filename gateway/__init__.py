@@ -23,7 +23,7 @@ from gateway.response import Response
 from gateway.services import Services
 from gateway.stage import Next, Stage
 from gateway.usage.prices import Price
-from gateway.usage.reported_usage import Usage
+from gateway.usage.usage_fields import Usage
 from gateway.version import __version__ as __version__
 
 __all__ = (

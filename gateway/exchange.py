@@ -18,7 +18,7 @@ import msgspec
 from gateway.limits.memory_budget import BUDGETS, Hold, MemoryBudget
 from gateway.logs import exception_fields, get_logger
 from gateway.usage.accounting import UsageMeter
-from gateway.usage.reported_usage import Usage
+from gateway.usage.usage_fields import Usage
 
 if TYPE_CHECKING:
     from gateway.azure.resources import Target

@@ -12,7 +12,8 @@ from gateway.auth.credentials import Credential, presented_key
 from gateway.auth.oidc import Identity, TokenVerification, verification_unavailable
 from gateway.azure.idempotency import is_idempotent
 from gateway.azure.model_field import SEVERAL, model_in, read_model
-from gateway.azure.operations import Operation, plain_path
+from gateway.azure.operations import Operation
+from gateway.azure.path_ids import plain_path
 from gateway.azure.resources import Target
 from gateway.azure.several_models import map_image_deployment, map_several, several_models
 from gateway.body.request_body import Body

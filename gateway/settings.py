@@ -87,7 +87,8 @@ class HealthSettings:
         Meta(
             gt=0,
             le=600,
-            description="interval, in seconds, of active probes, which replace the trial by a client's request",
+            description="interval, in seconds, of active probes of failing deployments; a failed probe postpones the "
+            "trial by a client's request, and a successful one allows it at once",
         ),
     ] = None
 

@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def must_precede(self) -> Iterable[str]:
-        """Names of which no stage above this one may be the provider: this stage must be above it."""
+        """Names that no stage above this one may provide: this stage must be above their providers."""
         return ()
 
     @property

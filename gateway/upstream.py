@@ -47,7 +47,7 @@ from gateway.transport.websocket_handshake import (
 )
 from gateway.usage.include_usage import STREAMED, HideUsage, request_stream_usage
 from gateway.usage.metered_operations import METERED, PROMPTED
-from gateway.usage.usage_reader import UsageReader
+from gateway.usage.usage_scanner import UsageScanner
 
 __all__ = ("Upstream",)
 
@@ -227,7 +227,7 @@ class Upstream:
         destination: Destination,
         head: bytes,
         body: bytes | Body,
-        reader: UsageReader | None,
+        reader: UsageScanner | None,
         *,
         upgrade: bool = False,
     ) -> UpstreamResponse:

@@ -19,6 +19,7 @@ DOCS = (ROOT / "docs" / "stages.md").read_text()
 
 # Core files without a test file of the same name, and where they are tested.
 TESTED_ELSEWHERE = {
+    "azure/path_ids": "a part of test_urls and test_request",
     "config/identity": "a part of test_oidc",
     "testing/azure": "a part of test_testing",
     "azure/request_view": "types only",
@@ -27,9 +28,9 @@ TESTED_ELSEWHERE = {
     "__init__": "the public API, pinned here",
     "__main__": "one line, run by test_cli",
     "version": "one line, read by test_cli",
-    "usage/response_text": "a part of test_usage_reader",
+    "usage/response_text": "a part of test_usage_scanner",
     "usage/metered_operations": "a table, checked by test_accounting",
-    "usage/reported_usage": "a part of test_usage_reader",
+    "usage/usage_fields": "a part of test_usage_scanner",
     "protocol/request_id": "a part of test_server and test_hostile",
     "limits/memory_counters": "a part of test_counters",
     "limits/token_bucket": "a part of test_counters",
@@ -54,7 +55,7 @@ TESTED_ELSEWHERE = {
     "balancing/failure_window": "a part of test_circuit_breaker",
     "balancing/retries": "a part of balance's tests",
     "balancing/retry_budget": "a part of balance's tests",
-    "balancing/retry_policy": "a part of balance's tests",
+    "balancing/failure_policy": "a part of balance's tests",
     "config/credentials": "a part of test_config",
     "config/pools": "a part of test_config",
     "services": "used by stages in test_stage",

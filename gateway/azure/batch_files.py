@@ -173,9 +173,10 @@ class _FileSource:
 
 
 class _LineMapper:
-    """Maps the models of lines, and makes sure that one resource has them all.
+    """Maps the models of lines, and ensures that all deployments are in one resource.
 
-    If the first model has a pool, that is the `preferred` resource, or the pool's first if the pool is not in it.
+    If the first model has a pool, this is `preferred`, or the resource of the pool's first deployment if the pool has
+    none in `preferred`.
     """
 
     def __init__(self, find: Callable[[str], Target], preferred: Resource | None = None) -> None:

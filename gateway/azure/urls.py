@@ -11,7 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote, unquote_plus
 
-from gateway.azure.operations import Operation, bad_id, plain_path
+from gateway.azure.operations import Operation
+from gateway.azure.path_ids import bad_id, plain_path
 from gateway.azure.resources import Target
 from gateway.errors import ApiError
 

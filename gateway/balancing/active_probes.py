@@ -1,4 +1,4 @@
-"""Active probes (`health: probe`): the gateway itself tests failing deployments, so that no client's request has to.
+"""Active probes (`health: probe`): the gateway tests failing deployments before it sends them a client's request.
 
 A probe asks the resource for its list of models, which costs no tokens. The response shows whether the resource is
 reachable and accepts the credential. If so, the next request may be the trial of the circuit breaker at once.

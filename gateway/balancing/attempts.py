@@ -1,7 +1,7 @@
 """The attempts of one request: the loop that follows the first attempt, if that one failed or returned a stream.
 
-The loop looks at each response (`retry_policy.py`), records it in the deployment's health, and sends the request again
-while the limits and the retry budget (`retry_budget.py`) allow that.
+The loop classifies each response (`failure_policy.py`), records it in the deployment's health, and sends the request
+again while the limits and the retry budget (`retry_budget.py`) allow that.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import msgspec
 
 from gateway.azure.resources import Target
+from gateway.balancing.failure_policy import AttemptFailure, of_error, of_response, of_status
 from gateway.balancing.retry_budget import RetryBudget, RetryLimits
-from gateway.balancing.retry_policy import AttemptFailure, of_error, of_response, of_status
 from gateway.balancing.selection import Candidate, Selector
 from gateway.errors import ApiError, UpstreamError, UpstreamTimeout
 from gateway.exchange import Outcome

@@ -20,7 +20,7 @@ class FailureWindow:
         """When the current part ends and `advance` is due."""
 
     def advance(self, now: float, seconds: float, responses: int) -> None:
-        """Add `responses` to the current part, and move on to the part of this moment in a window of `seconds`."""
+        """Add `responses` to the current part, then start the part of `now`; `seconds` is the length of the window."""
         self._responses[self._part] += responses
         part = seconds / _PARTS
         passed = int((now - self.advance_at) / part) + 1 if self.advance_at else _PARTS

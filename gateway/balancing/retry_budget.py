@@ -36,7 +36,7 @@ class RetryLimits:
 
 
 class RetryBudget:
-    """A token bucket for retries; the requests that share it may have different limits."""
+    """A token bucket for retries, which `Retrier.send` refills; requests that share it may have different limits."""
 
     def __init__(self, left: float) -> None:
         self.left = left

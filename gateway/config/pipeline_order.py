@@ -64,7 +64,8 @@ def check_order(
     provided = set(configured)
     seen: dict[str, str] = {}
     for index, ((entry, needs, provides), (_, stage)) in enumerate(zip(declared, stages, strict=True)):
-        # A second stage of a kind is a deliberate choice, and so is a second one of those that must be below it.
+        # Check only the first stage of each class: a further one is deliberate. If a stage further down also
+        # provides the name, the provider above is deliberate, too.
         first = all(type(other) is not type(stage) for _, other in stages[:index])
         below = {name for _, _, names in declared[index + 1 :] for name in names}
         for name in names_of(reader, entry, stage, "must_precede") if first else ():

@@ -24,8 +24,9 @@ __all__ = ("EventFilter", "Filter", "FilterChain", "FilterFailed", "chain_filter
 class Filter:
     """A filter that a stage puts on a response's bytes: no I/O, no clock, one instance per response.
 
-    It is fed all bytes, with one exception. While it is `between` events, it may not be fed whole events in lines that
-    end with LF and that have none of `contains` in them: it must leave those as they are, and stay unchanged itself.
+    It is fed all bytes, with one exception. While `between` is true, the gateway may skip the filter for complete
+    events whose lines end with LF and that contain none of `contains`. The filter must neither change such events nor
+    change its own state on them.
     """
 
     between: bool = False

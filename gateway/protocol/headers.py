@@ -90,7 +90,10 @@ class Headers:
     def of(
         cls, fields: list[Field], lines_to_azure: bytes | None = None, credential_fields: list[Field] | None = None
     ) -> Self:
-        """Return headers that hold this very list, and the results of the methods of these names, if known."""
+        """Return headers that use `fields` itself, without a copy.
+
+        `lines_to_azure` and `credential_fields` are the results of the methods of these names, if already computed.
+        """
         headers = cls.__new__(cls)
         headers.fields = fields
         headers._lines_to_azure = lines_to_azure

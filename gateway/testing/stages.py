@@ -33,7 +33,7 @@ from gateway.transport.websocket_messages import MessageEvent, error_event
 from gateway.usage.accounting import UsageMeter
 from gateway.usage.metered_operations import METERED
 from gateway.usage.prices import Price, Prices
-from gateway.usage.usage_reader import UsageReader
+from gateway.usage.usage_scanner import UsageScanner
 
 __all__ = ("Conversation", "Running", "Sent", "every_split", "post", "running", "send", "talk")
 
@@ -250,7 +250,7 @@ async def running(
         await shared.close()
 
 
-async def _read_by(body: AsyncIterator[bytes], reader: UsageReader) -> AsyncIterator[bytes]:
+async def _read_by(body: AsyncIterator[bytes], reader: UsageScanner) -> AsyncIterator[bytes]:
     async for chunk in body:
         reader.feed(chunk)
         yield chunk

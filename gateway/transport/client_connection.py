@@ -1,7 +1,7 @@
 """A client's connection: parses incoming bytes into requests and runs them one at a time, each in its own task.
 
-`web.Server` of aiohttp holds the connections, and its `BaseProtocol` the write flow control. `protocol/http1.py` reads
-heads and bodies: it accepts one reading of each message only, and costs a third of aiohttp's parser.
+`web.Server` of aiohttp holds the connections, and its `BaseProtocol` the write flow control. `protocol/http1_*.py`
+parses heads and bodies: it rejects every message that can be read in two ways (docs/architecture.md has the costs).
 """
 
 from __future__ import annotations

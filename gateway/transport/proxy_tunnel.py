@@ -72,8 +72,8 @@ async def _http_connect(sock: socket.socket, proxy: Proxy, host: str, port: int,
     except MalformedMessage as exc:
         raise UpstreamError(f"the response of {owner} is not valid HTTP: {exc}") from None
     if not 200 <= status <= 299:
-        hint = ": it requires another user name or password" if status == 407 else ""
-        raise UpstreamError(f"{owner} refused to connect to it, with status {status}{hint}")
+        hint = "; correct the user name and password in the resource's `proxy:`" if status == 407 else ""
+        raise UpstreamError(f"{owner} refused the tunnel with status {status}{hint}")
     if len(response) > end + len(HEAD_END):
         # In neither TLS nor HTTP does the server send first; these bytes would be the beginning of some response.
         raise UpstreamError(f"{owner} sent bytes after its response")
@@ -99,6 +99,6 @@ async def _socks5_handshake(sock: socket.socket, proxy: Proxy, host: str, port: 
     try:
         await handshake.connect(host, port, timeout=_NO_TIMEOUT)
     except ProxyError as exc:
-        raise UpstreamError(f"{owner} refused to connect to it: {exc}") from None
+        raise UpstreamError(f"{owner} refused the tunnel: {exc}") from None
     except (UnicodeError, ValueError, AssertionError):
         raise UpstreamError(f"{owner} does not accept the host name, or its response is not SOCKS 5") from None

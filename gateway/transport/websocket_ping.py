@@ -1,4 +1,4 @@
-"""WebSocket pings: each ping interval, the gateway checks that both sides are alive."""
+"""WebSocket pings: each ping interval (`timeouts.ping`, settings.py), the gateway checks that both sides are alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The write timeout: how long a client that stops reading is waited for.
+"""The write timeout: how long the gateway waits for a client that stops reading (`timeouts.client`, settings.py).
 
 A client that reads at all, however slowly, is waited for: each byte that it takes restarts the timeout.
 """

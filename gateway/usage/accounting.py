@@ -5,9 +5,9 @@ from __future__ import annotations
 from gateway.errors import ApiError
 from gateway.protocol.json_fields import raw_fields
 from gateway.usage.metered_operations import PROMPTED
-from gateway.usage.reported_usage import SOURCES, Usage
 from gateway.usage.tokenizer import COUNTED_AT_ONCE, max_output_tokens, prompt_tokens
-from gateway.usage.usage_reader import UsageReader
+from gateway.usage.usage_fields import SOURCES, Usage
+from gateway.usage.usage_scanner import UsageScanner
 
 __all__ = ("UsageMeter",)
 
@@ -28,11 +28,11 @@ class UsageMeter:
     __slots__ = ("_requests",)
 
     def __init__(self) -> None:
-        self._requests: list[tuple[UsageReader, str, bytes | None, str | None]] = []
+        self._requests: list[tuple[UsageScanner, str, bytes | None, str | None]] = []
 
-    def watch(self, operation: str, body: bytes | None, model: str | None) -> UsageReader:
+    def watch(self, operation: str, body: bytes | None, model: str | None) -> UsageScanner:
         """Return the reader for the response to a request that is about to be sent with this body."""
-        reader = UsageReader(model, each=operation in ("realtime.connect", "responses.connect"))
+        reader = UsageScanner(model, each=operation in ("realtime.connect", "responses.connect"))
         self._requests.append((reader, operation, body, model))
         return reader
 
@@ -58,7 +58,7 @@ class UsageMeter:
         return total
 
     def _of(
-        self, reader: UsageReader, operation: str, body: bytes | None, model: str | None, *, abandoned: bool
+        self, reader: UsageScanner, operation: str, body: bytes | None, model: str | None, *, abandoned: bool
     ) -> Usage | None:
         if reader.reported is not None:
             return reader.reported

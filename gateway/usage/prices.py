@@ -10,7 +10,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from gateway.usage.reported_usage import Usage
+from gateway.usage.usage_fields import Usage
 
 __all__ = ("Price", "Prices")
 

@@ -719,7 +719,7 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
                 asked = session.post(running.url, json=body, headers={"api-key": KEY})
                 answers.append(await stack.enter_async_context(asked))
             assert [each.status for each in answers] == [200, 200, 200, 429]
-            assert "which is the most at once" in await answers[3].text()
+            assert "which is the maximum" in await answers[3].text()
             pids = [int(each.headers["x-pid"]) for each in answers[:3]]
             os.kill(pids[0], signal.SIGKILL)
             await running.until("worker_ready", 3)

@@ -159,7 +159,7 @@ async def test_a_proxy_that_requires_another_login(
         gateway = await start_gateway(azure.endpoint, YAML, env={"WAY": proxy.url(login)})
         status, message = await refusal(gateway)
         assert status == 502
-        assert message.startswith("the proxy of the Azure resource 'azure' refused to connect to it")
+        assert message.startswith("the proxy of the Azure resource 'azure' refused the tunnel")
         assert ("status 407" if kind is ConnectProxy else "authentication") in message
         await until(lambda: proxy.open == 0)
         assert gateway.exchanges()[0]["ended_by"] == "upstream"

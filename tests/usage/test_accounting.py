@@ -18,8 +18,8 @@ from gateway.azure.operations import BY_NAME
 from gateway.testing import FakeAzure, post, send
 from gateway.usage.accounting import UsageMeter
 from gateway.usage.metered_operations import METERED, PROMPTED, UNREPORTED
-from gateway.usage.reported_usage import Usage
 from gateway.usage.tokenizer import count_tokens, load_encodings, prompt_tokens
+from gateway.usage.usage_fields import Usage
 from tests.chunks import event as sse
 from tests.conftest import CHAT, RawUpstream, StartGateway, until
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.usage.prices import Price, Prices
-from gateway.usage.reported_usage import Usage
+from gateway.usage.usage_fields import Usage
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The retry policy: why an attempt failed, and whether the request may be sent to another deployment."""
+"""The failure policy: what a status or an error means for a deployment, and whether another one may be tried.
+
+It decides both on retries and on health: `cooldown` and `permanent` take the deployment out of the rotation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ("AttemptFailure", "of_error", "of_response", "of_status")
 
-# Minimum cooldown after a 429, in seconds. A deployment that fails fast has few requests in flight, and would get all.
+# Minimum cooldown after a 429, in seconds. Without it, a deployment that refuses at once would have the fewest requests
+# in flight, and get all further ones.
 _MIN_COOLDOWN = 0.1
 # The error codes for a missing deployment, of Azure and of the stage openai_errors.
 _NO_DEPLOYMENT = frozenset(("DeploymentNotFound", "model_not_found"))

@@ -1,4 +1,4 @@
-"""Reported usage: the input, output, cached, reasoning and audio tokens that Azure reports for an exchange."""
+"""The fields of reported usage: input, output, cached, reasoning and audio tokens that Azure reports."""
 
 from __future__ import annotations
 

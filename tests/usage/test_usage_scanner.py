@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.usage import tokenizer as tokens
-from gateway.usage.reported_usage import Usage
 from gateway.usage.response_text import text_of_events
 from gateway.usage.tokenizer import count_tokens, load_encodings
-from gateway.usage.usage_reader import _TEXT_SIZE, UsageReader
+from gateway.usage.usage_fields import Usage
+from gateway.usage.usage_scanner import _TEXT_SIZE, UsageScanner
 from tests.chunks import event as sse
 
 WORD = sse({"choices": [{"delta": {"content": " word"}}]})
@@ -64,11 +64,11 @@ def test_the_usage_of_every_api_at_every_split(name: str) -> None:
     """However the response is split: with the names of each API, and never a text that only looks like usage."""
     body, expected = BODIES[name]
     for place in range(len(body) + 1):
-        reader = UsageReader()
+        reader = UsageScanner()
         reader.feed(body[:place])
         reader.feed(body[place:])
         assert reader.reported == expected, place
-    reader = UsageReader()
+    reader = UsageScanner()
     for place in range(len(body)):
         reader.feed(body[place : place + 1])
     assert reader.reported == expected
@@ -78,7 +78,7 @@ def test_the_usage_of_every_api_at_every_split(name: str) -> None:
 def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
     """The result does not depend on how the bytes arrive."""
     body, expected = BODIES[name]
-    reader = UsageReader()
+    reader = UsageScanner()
     for size in sizes:
         reader.feed(body[:size])
         body = body[size:]
@@ -89,7 +89,7 @@ def test_the_usage_in_pieces_of_any_size(sizes: list[int], name: str) -> None:
 def test_the_responses_of_a_websocket_are_summed() -> None:
     """The usage of each of its responses counts; of a single response, the last one."""
     for each, expected in ((True, Usage(20, 40, 4, 0, 12, 30)), (False, Usage(10, 20, 2, 0, 6, 15))):
-        reader = UsageReader(each=each)
+        reader = UsageScanner(each=each)
         reader.feed(BODIES["realtime"][0] * 2)
         assert reader.reported == expected
 
@@ -99,7 +99,7 @@ def test_the_description_of_a_tool_is_no_usage() -> None:
     tools = [{"parameters": {"properties": {"usage": {"input_tokens": 0, "output_tokens": 0}}}}]
     created = sse({"type": "response.created", "response": {"tools": tools, "usage": None}})
     for place in range(len(created)):
-        reader = UsageReader()
+        reader = UsageScanner()
         reader.feed(created[:place])
         reader.feed(created[place:])
         assert reader.reported is None
@@ -110,7 +110,7 @@ def test_the_description_of_a_tool_is_no_usage() -> None:
 def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
     """Whatever the first read contains, and whatever the lines end with."""
     data = (WORD * 3).replace(b"\n", newline)
-    reader = UsageReader()
+    reader = UsageScanner()
     reader.feed(data[:first])
     reader.feed(data[first:])
     assert reader.output()[0] == count_tokens(" word" * 3, "gpt-4o")[0]
@@ -118,7 +118,7 @@ def test_a_stream_is_one_however_it_begins(newline: bytes, first: int) -> None:
 
 def test_a_picture_in_a_stream_is_not_kept() -> None:
     """The text after the picture counts."""
-    reader = UsageReader()
+    reader = UsageScanner()
     reader.feed(b'data: {"type":"image_generation.partial_image","b64_json":"')
     for _ in range(500):
         reader.feed(b"A" * 16_384)
@@ -154,7 +154,7 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
     """Neither its events nor its text: the tokens are counted or estimated piece by piece."""
     if not counted:
         monkeypatch.setattr(tokens, "toktok", None)
-    reader, most, text = UsageReader("gpt-4o"), 0, ""
+    reader, most, text = UsageScanner("gpt-4o"), 0, ""
     for number in range(20_000):
         word = f" word {number % 700}"
         text += word
@@ -170,7 +170,7 @@ def test_a_long_stream_is_not_kept(counted: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_a_long_response_is_estimated_by_its_length() -> None:
     """The response broke off before the usage at its end."""
-    reader = UsageReader()
+    reader = UsageScanner()
     for _ in range(100):
         reader.feed(b'{"data": "' + b"x" * 4000)
     assert sum(map(len, reader._kept)) < 70_000

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from io import StringIO
 
-from gateway.usage.reported_usage import SOURCES, Usage, decode_usage
 from gateway.usage.response_text import text_of_events, texts_of_json
 from gateway.usage.tokenizer import Source, count_tokens
+from gateway.usage.usage_fields import SOURCES, Usage, decode_usage
 
-__all__ = ("UsageReader",)
+__all__ = ("UsageScanner",)
 
 _KEY = b'"usage"'
 _OBJECT_START = b":{"
@@ -45,7 +45,7 @@ def _object_at(data: bytes, start: int) -> bytes | None:
 _NO_TEXT = StringIO()
 
 
-class UsageReader:
+class UsageScanner:
     """Reads along with one response and finds its usage. If a response has several, the last one counts.
 
     It also counts the tokens of a stream's text, piece by piece, in case the stream breaks off.
@@ -102,7 +102,8 @@ class UsageReader:
             null = data.startswith(_NULL, at + 7)
             value = _VALUE.match(data, at + 7) if not null else None
             if null or (value is not None and value.group(1) == b"n"):
-                # An earlier find in this stream was no usage: the author of a tool may describe it by any text.
+                # `usage: null` after an earlier match: that match was not the usage. A stream can repeat the
+                # definition of a tool, which may contain an object of that name.
                 whole, self._reported = b"", self._reported if self._each else None
             elif value is None:
                 whole = None
