@@ -20,7 +20,7 @@ from gateway.limits.memory_budget import UNCOUNTED
 from gateway.protocol.filters import EventFilter, Filter, FilterFailed, chain_filters
 from gateway.protocol.headers import Field, Headers
 from gateway.protocol.json_fields import decode_json, encode_json
-from gateway.protocol.media_type import cached_media_type
+from gateway.protocol.media_type import EVENT_STREAM, cached_media_type
 from gateway.protocol.retry_after import cooldown, retry_after
 from gateway.transport.websocket_handshake import WebSocket
 
@@ -95,12 +95,16 @@ class Response:
         """Whether the body consists of server-sent events, by its media type."""
         if self._media_type_fields is not self.headers.fields:
             self._read_media_type()
-        return self._media_type == "text/event-stream"
+        return self._media_type == EVENT_STREAM
 
     def _read_media_type(self) -> None:
         """Cache the media type, which most stages ask for. A change of the headers makes a new list of fields."""
         self._media_type_fields = fields = self.headers.fields
-        self._media_type = next((cached_media_type(field[1]) for field in fields if field[0] == b"content-type"), "")
+        for field in fields:  # (A generator expression costs twice as much.)
+            if field[0] == b"content-type":
+                self._media_type = cached_media_type(field[1])
+                return
+        self._media_type = ""
 
     async def peek(self, enough: Callable[[bytes], bool], seconds: float) -> bytes:
         """Return the first bytes of the body, before any filter, and leave them in it.

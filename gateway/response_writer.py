@@ -16,6 +16,7 @@ from gateway.errors import ApiError, StreamBroken, UpstreamError
 from gateway.logs import exception_fields, get_logger, redacted
 from gateway.protocol.filters import EventFilter, FilterChain, chain_filters
 from gateway.protocol.header_policy import MANAGED
+from gateway.protocol.media_type import EVENT_STREAM, cached_media_type
 from gateway.protocol.sse import unfinished_event
 from gateway.response import Response, check_body
 from gateway.stream_writer import ClientDisconnected, StreamWriter, drain, write_counted
@@ -257,11 +258,11 @@ def _response_head(response: Response, request_id: str, *, close: bool, chunked:
     fields = response.headers.fields
     lines = [status_line(response.status)]
     lines += [field[2] for field in fields if not field[3] & MANAGED]
-    has_date = has_content_type = has_buffering = False
+    has_date = is_event_stream = has_buffering = False
     for name, value, line, _ in [field for field in fields if field[3] & MANAGED]:
         if name == b"content-type":
             lines.append(line)
-            has_content_type = True
+            is_event_stream = cached_media_type(value) == EVENT_STREAM
         elif name == b"content-length":
             if length is None and response.status not in (204, 205):
                 lines.append(line)
@@ -278,7 +279,7 @@ def _response_head(response: Response, request_id: str, *, close: bool, chunked:
         lines.append(b"content-length: %d" % length)
     elif chunked:
         lines.append(b"transfer-encoding: chunked")
-    if has_content_type and not has_buffering and response.is_event_stream:
+    if is_event_stream and not has_buffering:
         # Makes nginx forward events immediately, whatever its settings.
         lines.append(b"x-accel-buffering: no")
     if not has_date:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-__all__ = ("cached_media_type", "media_type")
+__all__ = ("EVENT_STREAM", "cached_media_type", "media_type")
+
+EVENT_STREAM = "text/event-stream"
+"""The media type of server-sent events."""
 
 
 def media_type(content_type: str) -> str:

@@ -1,4 +1,4 @@
-"""The request id: the client's `X-Request-ID` if it is safe, else a new one."""
+"""The request id (`X-Request-ID`): the client's if it is safe, else a new one. Ids in paths: `azure/path_ids.py`."""
 
 from __future__ import annotations
 

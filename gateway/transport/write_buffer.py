@@ -1,4 +1,6 @@
-"""Deferred writes: all connections write together, at the end of a turn of the event loop.
+"""Deferred writes: response heads with small bodies leave together, at the end of a turn of the event loop.
+
+Chunks of a stream do not pass here: `stream_writer.py` writes them, each turn's in one system call.
 
 A turn handles the input of many connections. A write in between wakes its reader on another core for one message, and
 evicts the data of the stages from the processor's caches. At the end of the turn, the same writes cost a third less

@@ -1,4 +1,4 @@
-"""Finds the reported usage in the bytes of a response or stream, and counts the text of one that reports none."""
+"""Finds the reported usage (`usage_fields.py`) in a response or stream, and counts the text of one without usage."""
 
 from __future__ import annotations
 
