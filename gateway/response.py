@@ -155,7 +155,7 @@ class Response:
         return retry_after(self.headers, message)
 
     def cooldown(self, message: str = "") -> float | None:
-        """Return `retry_after`; for a 429 that names no time, the default cooldown."""
+        """Return `retry_after`; for a 429 without one, the default cooldown."""
         return cooldown(self.status, self.headers, message)
 
     def pipe(self, *filters: Filter | EventFilter, direction: Literal["down", "up"] = "down") -> None:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # A module imports only from its own line and from the lines above it. A name is a wing
 # (a folder of `gateway/`) or a file of `gateway/` itself; `gateway` is its `__init__.py`, the public names.
 ORDER = (
-    ("errors", "settings", "logs", "version", "fields", "fair_scheduler", "dns_resolver"),
+    ("errors", "settings", "logs", "log_events", "version", "fields", "fair_scheduler", "dns_resolver"),
     ("protocol",),
     ("limits",),
     ("usage",),

@@ -1,4 +1,4 @@
-"""Log events have stable names, and `gateway.logs.EVENTS` explains each of them."""
+"""Log events have stable names, and `gateway.log_events.EVENTS` explains each of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.logs import EVENTS
+from gateway.log_events import EVENTS, KEYS
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,3 +74,25 @@ def test_events_are_found_in_a_source() -> None:
         'services.logger.debug("four")\nself._list.error("none")\nlogs.get_logger().info("six")\n'
     )
     assert list(logged(source)) == [(1, "one"), (2, "two words"), (3, None), (4, "four"), (6, "six")]
+
+
+def keys_of(source: str) -> set[str]:
+    """Return the keys that the log events of a source are given by name."""
+    return {
+        keyword.arg
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in LEVELS
+        and LOGGER.fullmatch(ast.unparse(node.func.value))
+        for keyword in node.keywords
+        if keyword.arg is not None
+    }
+
+
+def test_keys_of_events_are_from_one_table() -> None:
+    """One name for one fact: an operator's query works for every event."""
+    used = set().union(*(keys_of(path.read_text()) for path in files(PATHS)))
+    assert used <= KEYS.keys()
+    assert list(KEYS) == sorted(KEYS)
+    assert keys_of('log.info("one", a=1, **more)\nother.info("two", b=2)') == {"a"}

@@ -40,6 +40,6 @@ def retry_after(headers: Headers, message: str = "") -> float | None:
 
 
 def cooldown(status: int, headers: Headers, message: str = "") -> float | None:
-    """Return `retry_after`; for a 429 that names no time, the default cooldown."""
+    """Return `retry_after`; for a 429 without one, the default cooldown."""
     wait = retry_after(headers, message)
     return _DEFAULT_COOLDOWN if wait is None and status == 429 else wait
