@@ -128,7 +128,7 @@ class Quota:
         retry = f"retry in {duration(wait)}" if wait < math.inf else ""
         if self.unit == "slots":
             return (
-                f"{self._amount} requests of {self._whose} are already running, which is the maximum; "
+                f"the limit of {self._amount} concurrent requests for {self._whose} is reached; "
                 "retry when one of them is complete"
             )
         if self.unit == "requests":

@@ -96,3 +96,13 @@ def test_keys_of_events_are_from_one_table() -> None:
     assert used <= KEYS.keys()
     assert list(KEYS) == sorted(KEYS)
     assert keys_of('log.info("one", a=1, **more)\nother.info("two", b=2)') == {"a"}
+
+
+def test_each_event_is_documented() -> None:
+    """In the table of docs/operating.md, which names no other event."""
+    page = (ROOT / "docs" / "operating.md").read_text().partition("## The log")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)[1:]
+    named = {name for row in rows for name in re.findall(r"`([^`]*)`", row)}
+    mentioned = set(re.findall(r"`([a-z_]+)`", page))
+    assert named <= EVENTS.keys()
+    assert EVENTS.keys() <= mentioned

@@ -27,7 +27,7 @@ def add_parser(commands: Commands) -> None:
         "--user",
         metavar="NAME",
         help="for root: the user that the gateway runs as, unless that is root, `gateway`, or the owner of FILE. It is "
-        "required because any local user can pose as a gateway",
+        "checked because any local user can pose as a gateway",
     )
     reload.set_defaults(run=_reload)
 

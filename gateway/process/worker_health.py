@@ -53,7 +53,7 @@ class WorkerHealth:
         await asyncio.gather(*(self._update(worker, number) for worker in workers))
         reports = [worker.health_report for worker in workers if worker.health_report is not None]
         if not reports:
-            reason = "the workers do not reply" if workers else "no worker is ready"
+            reason = "the workers do not reply" if workers else "not all workers are ready"
             raise ApiError(503, f"{reason}; try again", code="no_report", headers={"retry-after": "1"})
         return merge_reports(reports)
 

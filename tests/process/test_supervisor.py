@@ -604,8 +604,8 @@ for order in line.makefile("r"):
         (True, "9", [(200, 2), (200, 2)]),
         (True, "1", [(200, 2), (200, 2)]),
         (True, "0", [(503, "the workers do not reply; try again")] * 2),
-        (True, "'dies'", [(503, "the workers do not reply; try again"), (503, "no worker is ready; try again")]),
-        (False, "9", [(503, "no worker is ready; try again")] * 2),
+        (True, "'dies'", [(503, "the workers do not reply; try again"), (503, "not all workers are ready; try again")]),
+        (False, "9", [(503, "not all workers are ready; try again")] * 2),
     ],
     ids=["well", "known from before", "silent", "dead", "starting"],
 )
@@ -719,7 +719,7 @@ async def test_what_a_killed_worker_had_running_is_free_again(tmp_path: Path) ->
                 asked = session.post(running.url, json=body, headers={"api-key": KEY})
                 answers.append(await stack.enter_async_context(asked))
             assert [each.status for each in answers] == [200, 200, 200, 429]
-            assert "which is the maximum" in await answers[3].text()
+            assert "concurrent requests for this team is reached" in await answers[3].text()
             pids = [int(each.headers["x-pid"]) for each in answers[:3]]
             os.kill(pids[0], signal.SIGKILL)
             await running.until("worker_ready", 3)
