@@ -53,7 +53,7 @@ async def test_one_connection_alone_gets_two_steps() -> None:
 
 
 async def test_what_is_removed_runs_no_more() -> None:
-    """And what is added again goes on behind the others."""
+    """Work that is added again runs after the others."""
 
 
 async def test_removed_work_runs_no_more() -> None:

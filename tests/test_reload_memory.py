@@ -6,7 +6,6 @@ import contextlib
 import gc
 import ssl
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +73,10 @@ RELOADS = 3
 
 
 @pytest.fixture(autouse=True)
-def only_new_objects() -> Iterator[None]:
+def only_new_objects() -> None:
     """Hide the objects of other tests, which would slow the counting down to seconds."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def living() -> Counter[str]:

@@ -118,12 +118,6 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def place() -> AsyncIterator[FakeEntra]:
     async with FakeEntra() as place:
         yield place

@@ -41,12 +41,6 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 async def issuer() -> AsyncIterator[FakeIssuer]:
     async with FakeIssuer() as issuer:
         yield issuer

@@ -53,12 +53,6 @@ async def issuer() -> AsyncIterator[FakeIssuer]:
 
 
 @pytest.fixture
-async def session() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as session:
-        yield session
-
-
-@pytest.fixture
 def issuers(issuer: FakeIssuer, session: aiohttp.ClientSession, passing: Time) -> Issuers:
     return Issuers([Issuer(issuer.url, (AUDIENCE, "other"))], lambda: session, now=passing.now, clock=passing.clock)
 

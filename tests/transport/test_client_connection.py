@@ -165,7 +165,7 @@ async def test_a_malformed_body_is_the_connection_s_last() -> None:
 
 
 async def test_a_websocket_takes_all_input_until_it_ends() -> None:
-    """Bytes that were pipelined behind its request, too."""
+    """Also the bytes that were pipelined after its request."""
     taken: list[bytes] = []
     client = Client()
     client.on_request = lambda connection: connection.start_relay(taken.append, lambda paused: None)

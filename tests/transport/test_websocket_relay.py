@@ -239,7 +239,7 @@ async def test_a_refused_handshake_is_a_plain_response(start_gateway: StartGatew
 async def test_invalid_handshakes(
     start_gateway: StartGateway, azure: FakeAzure, change: tuple[bytes, bytes], status: int
 ) -> None:
-    """Are refused with a status that says what is wrong, and are not sent to Azure."""
+    """Invalid handshakes are refused with a status that names the fault, and are not sent to Azure."""
     gateway = await start_gateway(azure.endpoint, REALTIME)
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     writer.write(HANDSHAKE.replace(*change))
